@@ -1,0 +1,419 @@
+"""What a question, an answer and a supervised token are (paper §3, Appendix A), and the files they travel in.
+
+The method's whole vocabulary is here, with nothing but the standard library:
+
+    Question            stem, options, answer, images            -> questions.jsonl
+    prompt_messages     question -> [system, user]               the paper's Appendix A, verbatim
+    join_response       (thinking, answer) -> "<think> ... </think> <answer> ... </answer>"
+    label_spans         characters of a response -> THINK / ANSWER / TAG, the spans that Stage I supervises
+    extract_choice      response -> letter, or None: an answer that cannot be read is wrong, never guessed
+    read_jsonl ...      rows with errors that name file, line and key; append and resume; stage.json
+
+    python data.py check FILE [FILE ...]      validates questions, demos, rollouts, verdicts or pairs
+
+Where we depart from the paper, or it is silent:
+  1. The paper shows no assistant turn; ours has the very form its system prompt asks for, spaces included.
+  2. The paper gives no rule for reading an answer. Ours cuts everything up to the last </think>, then takes the
+     last <answer> block: a letter of this question, or one option's exact text. Anything else is None, and
+     counts as wrong. Letters in the reasoning ("Option A seems ...") are never looked at.
+  3. With options, the user turn ends in "Answer Choices:" as in the paper's Figure 7; without, it is open-ended.
+"""
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import sys
+import time
+import unicodedata
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+# paper App. A, the system turn of every training, rollout and evaluation prompt
+SYSTEM_PROMPT = (
+    "You are a helpful assistant. A conversation between User and Assistant. The user asks a question, and the Assistant solves it. "
+    "The assistant first thinks about the reasoning process in the mind and then provides the user with the answer. "
+    "The reasoning process and answer are enclosed within <think> </think> and <answer> </answer> tags, respectively, "
+    "i.e., <think> reasoning process here </think> <answer> answer here </answer>."
+)
+LETTERS = "ABCDEFGHIJ"  # ten options at most: MMMU-Pro, MedXpertQA-Text
+
+# span labels of a token; 0 is not supervised. TAG holds the four tags and the end-of-turn token.
+PROMPT, THINK, ANSWER, TAG = 0, 1, 2, 3
+SPAN_NAMES = {THINK: "think", ANSWER: "answer", TAG: "tag"}
+
+
+class RowError(ValueError):
+    """A row that cannot be used; the text says where it is, what is wrong and what to do."""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Questions
+
+
+@dataclass
+class Question:
+    """One question of the bank. `options` maps letters to texts and is empty for an open-ended question; `answer` is a
+    letter, or the reference text if open-ended; `images` are paths relative to the run's image root."""
+
+    question: str
+    options: dict[str, str]
+    answer: str
+    images: list[str] = field(default_factory=list)
+    source: str = ""
+    meta: dict = field(default_factory=dict)
+    id: str = ""
+
+    def __post_init__(self):
+        self.id = self.id or content_hash([self.question, self.options, self.answer, self.images])[:16]
+
+    @classmethod
+    def from_row(cls, row: dict, where: str) -> "Question":
+        """A checked question. Raises RowError naming `where` and the key."""
+        need(row, where, id=str, question=str, options=dict, answer=str, images=list)
+        if not row["question"].strip():
+            raise RowError(f"{where}: question: is empty; remove the row or give it a text")
+        if row["options"]:
+            letters = list(row["options"])
+            if letters != list(LETTERS[: len(letters)]):
+                raise RowError(f"{where}: options: letters are {letters}, expected A, B, C ... in order, ten at most")
+            if row["answer"] not in row["options"]:
+                raise RowError(f"{where}: answer: {row['answer']!r} is not among the options {letters}")
+        elif not row["answer"].strip():
+            raise RowError(f"{where}: answer: is empty; an open-ended question needs a reference text")
+        for image in row["images"]:
+            if not isinstance(image, str) or Path(image).is_absolute() or ".." in Path(image).parts:
+                raise RowError(f"{where}: images: {image!r} must be a path inside the image root, without '..'")
+        return cls(row["question"], row["options"], row["answer"], row["images"], row.get("source", ""), row.get("meta", {}), row["id"])
+
+    def to_row(self) -> dict:
+        row = asdict(self)
+        return {"id": row.pop("id"), **row}
+
+    def answer_text(self) -> str:
+        return self.options[self.answer] if self.options else self.answer
+
+
+def question_text(question: Question) -> str:
+    """The user turn's text: the stem (patient information and question), then the options, as in the paper's Fig. 7."""
+    if not question.options:
+        return question.question
+    choices = "\n".join(f"({letter}) {text}" for letter, text in question.options.items())
+    return f"{question.question}\nAnswer Choices:\n{choices}"
+
+
+def prompt_messages(question: Question) -> list[dict]:
+    """The two turns before the response: the paper's system prompt and the question. Images go in front of the text."""
+    return [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": question_text(question)}]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Responses: <think> ... </think> <answer> ... </answer>
+
+RESPONSE = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.S)
+TAGS = re.compile(r"</?(?:think|answer)>")
+
+
+def join_response(thinking: str, answer: str) -> str:
+    """The assistant turn of a demonstration. Raises ValueError if a part holds a tag of its own."""
+    for part in (thinking, answer):
+        if TAGS.search(part):
+            raise ValueError(f"a tag inside a part of the response: {part[:80]!r}")
+    return f"<think> {thinking.strip()} </think> <answer> {answer.strip()} </answer>"
+
+
+def split_response(response: str) -> tuple[str, str] | None:
+    """(thinking, answer) if the response is exactly one think block followed by one answer block, else None."""
+    match = RESPONSE.fullmatch(response)
+    if not match or any(TAGS.search(part) for part in match.groups()):
+        return None
+    return match[1].strip(), match[2].strip()
+
+
+def label_spans(response: str, offsets: list[tuple[int, int]]) -> list[int]:
+    """One label a token, by the character at which the token begins.
+
+    offsets: (start, end) of each token in `response`, as a fast tokenizer returns them. The text between <think> and
+    </think> is THINK, between <answer> and </answer> ANSWER, the tags themselves and whatever lies outside are TAG.
+    A response without tags is all TAG: it is supervised, and reported under that name.
+    """
+    labels = [TAG] * len(response)
+    inside, since = TAG, 0
+    opens = {"<think>": THINK, "<answer>": ANSWER}
+    closes = {"</think>": THINK, "</answer>": ANSWER}
+    for tag in TAGS.finditer(response):
+        if closes.get(tag[0]) == inside:
+            labels[since : tag.start()] = [inside] * (tag.start() - since)
+            inside = TAG
+        elif tag[0] in opens and inside == TAG:
+            inside, since = opens[tag[0]], tag.end()
+    if inside != TAG:  # cut off inside a block
+        labels[since:] = [inside] * (len(response) - since)
+    return [labels[start] if start < len(labels) else TAG for start, _ in offsets]
+
+
+def normalise(text: str) -> str:
+    """Text for comparison: compatibility forms folded, lower case, runs of anything but letters and digits to one space."""
+    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))
+
+
+def answer_region(response: str) -> str | None:
+    """The part of a response that may hold its answer: after the last </think>. None if the thinking was cut off."""
+    if "</think>" in response:
+        return response.rsplit("</think>", 1)[1]
+    return None if "<think>" in response else response
+
+
+def extract_choice(response: str, options: dict[str, str]) -> str | None:
+    """The letter a response chose, or None where it cannot be read: wrong, counted, never guessed.
+
+    In the last <answer> block (a missing close is tolerated): a leading letter that stands alone or before punctuation
+    or before its own option's text; else exactly one option's whole text. Outside any block: the last "answer is (X)".
+    A letter followed by another option's text is a contradiction, so None.
+    """
+    region = answer_region(response)
+    if region is None:
+        return None
+    if "<answer>" not in region:
+        stated = re.findall(rf"\banswer is:?\s*\(?([{LETTERS}])\b(?!\s+[a-z])", region)
+        return stated[-1] if stated and stated[-1] in options else None
+    block = region.rsplit("<answer>", 1)[1].split("</answer>", 1)[0]
+    block = unicodedata.normalize("NFKC", block).strip()
+    by_text = [letter for letter, text in options.items() if normalise(text) == normalise(block)]
+    if len(by_text) == 1:
+        return by_text[0]
+    match = re.match(rf"\W*([{LETTERS}])(?!\w)", block)
+    if not match or match[1] not in options:
+        return None
+    letter, rest = match[1], block[match.end() :]
+    said = normalise(rest)
+    if said and said in {normalise(text) for other, text in options.items() if other != letter}:
+        return None
+    # "B", "B.", "(B) text": a letter. "A fracture of the hip": an article, unless it goes on as option A does.
+    if not said or not re.match(r"\s+\w", rest) or said == normalise(options[letter]):
+        return letter
+    return None
+
+
+def is_correct(response: str, question: Question) -> bool:
+    """Right by rule: the chosen letter is the answer's or, open-ended, the answer block has the reference's very words."""
+    if question.options:
+        return extract_choice(response, question.options) == question.answer
+    region = answer_region(response)
+    if region is None or "<answer>" not in region:
+        return False
+    block = region.rsplit("<answer>", 1)[1].split("</answer>", 1)[0]
+    return normalise(block) == normalise(question.answer)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Files: JSONL that names its mistakes, survives a kill, and is hashed into stage.json
+
+
+def content_hash(value) -> str:
+    """SHA-256 of a JSON value, independent of key order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def sample_seed(seed: int, key: str, sample: int) -> int:
+    """The random seed of sample k of a question: a hash, so it depends on nothing else (not on the batch, not on order)."""
+    return int(content_hash([seed, key, sample])[:15], 16)
+
+
+def need(row: dict, where: str, **types: type) -> None:
+    """Raises RowError unless the row has each key with its type."""
+    for key, kind in types.items():
+        if key not in row:
+            raise RowError(f"{where}: missing '{key}'; the row has {sorted(row)}")
+        if not isinstance(row[key], kind):
+            raise RowError(f"{where}: {key}: expected {kind.__name__}, found {type(row[key]).__name__} {str(row[key])[:60]!r}")
+
+
+def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
+    """(where, row) for each line, where = "file:line". A torn last line (a writer was killed) is an error here;
+    `resume_jsonl` mends it for the stage that writes the file."""
+    path = Path(path)
+    if not path.exists():
+        raise RowError(f"{path}: no such file; run the stage that writes it, or check the path")
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            where = f"{path}:{number}"
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise RowError(f"{where}: not JSON ({error}); remove the line or write it again") from None
+            if not isinstance(row, dict):
+                raise RowError(f"{where}: expected an object, found {type(row).__name__}")
+            yield where, row
+
+
+def read_questions(path: str | Path) -> list[Question]:
+    """Every question of a file, checked; a repeated id is an error."""
+    questions, seen = [], {}
+    for where, row in read_jsonl(path):
+        question = Question.from_row(row, where)
+        if question.id in seen:
+            raise RowError(f"{where}: id: {question.id!r} is already on {seen[question.id]}")
+        seen[question.id] = where
+        questions.append(question)
+    return questions
+
+
+def write_jsonl(path: str | Path, rows: Iterable[dict]) -> int:
+    """Writes all rows under a temporary name and renames: a reader sees the whole file or none. Returns the count."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    count = 0
+    with open(temporary, "w", encoding="utf-8") as file:
+        for count, row in enumerate(rows, 1):
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    os.replace(temporary, path)
+    return count
+
+
+def write_json(path: str | Path, value) -> None:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def resume_jsonl(path: str | Path) -> list[dict]:
+    """The finished rows of a file that is appended to. A torn last line is cut off, so that its row is done again."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        print(f"{path}: dropped a torn last line of {len(content) - len(whole)} bytes; its row is done again")
+        with open(path, "r+b") as file:
+            file.truncate(len(whole))
+    return [row for _, row in read_jsonl(path)]
+
+
+def append_jsonl(file, rows: Iterable[dict]) -> None:
+    """Appends rows to an open text file and pushes them out of this process, so that a kill loses none of them."""
+    file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    file.flush()
+
+
+def settle(path: str | Path, settings: dict) -> None:
+    """Holds a file that is resumed to the settings it was begun with. Raises RowError if they differ: half a file made
+    one way and half another could not be told apart later."""
+    record = Path(path).with_name(Path(path).name + ".settings.json")
+    if Path(path).exists() and record.exists():
+        before = json.loads(record.read_text())
+        changed = {k: (before.get(k), settings.get(k)) for k in sorted(before | settings) if before.get(k) != settings.get(k)}
+        if changed:
+            said = ", ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in changed.items())
+            raise RowError(f"{path}: was begun with other settings ({said}); remove the file, or write to another folder")
+    write_json(record, settings)
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file's bytes; of a folder, of its files' names and hashes (our own records and logs left out)."""
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.is_file() and p.name not in OWN_RECORDS)
+        return content_hash([[str(p.relative_to(path)), file_hash(p)] for p in files])
+    stat = path.stat()
+    key = (str(path.resolve()), stat.st_size, stat.st_mtime_ns)
+    if key not in _HASHES:
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+        _HASHES[key] = digest.hexdigest()
+    return _HASHES[key]
+
+
+OWN_RECORDS = {"begun.json", "stage.json", "metrics.jsonl"}
+_HASHES: dict[tuple, str] = {}  # one process's memory, by path, size and mtime
+
+
+def write_stage(folder: str | Path, args: argparse.Namespace, inputs: list[str | Path], outputs: list[str | Path], started: float, **figures) -> None:
+    """stage.json, written last: its presence says that the folder is complete, and it says what made it."""
+    folder = Path(folder)
+    versions = {}
+    for package in ("torch", "transformers", "numpy", "pillow", "safetensors"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items() if not callable(value)}
+    write_json(folder / "stage.json", {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "settings": settings,
+        "inputs": {str(path): file_hash(path) for path in inputs},
+        "outputs": {str(Path(path).relative_to(folder)): file_hash(path) for path in outputs},
+        "figures": figures,
+        "versions": {"python": sys.version.split()[0], **versions},
+        "seconds": round(time.time() - started, 1),
+    })  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# python data.py check FILE
+
+
+def check_row(row: dict, where: str) -> str:
+    """Validates one row of any of the project's files by the keys it has. Returns the kind. Raises RowError."""
+    if "chosen" in row:
+        need(row, where, id=str, prompt=list, images=list, chosen=str, rejected=str, failed=list)
+        if row["chosen"] == row["rejected"]:
+            raise RowError(f"{where}: rejected: is the same text as chosen; a pair must differ")
+        return "pairs"
+    if "messages" in row:
+        need(row, where, id=str, messages=list, images=list)
+        roles = [message.get("role") for message in row["messages"]]
+        if roles != ["system", "user", "assistant"]:
+            raise RowError(f"{where}: messages: roles are {roles}, expected system, user, assistant")
+        if split_response(row["messages"][2]["content"]) is None:
+            raise RowError(f"{where}: messages: the assistant turn is not one <think> block followed by one <answer> block")
+        return "demos"
+    if "verdict_sha" in row:
+        need(row, where, id=str, sample=int, response_sha=str)
+        return "verdicts"
+    if "response" in row:
+        need(row, where, id=str, sample=int, response=str, finish_reason=str)
+        return "rollouts"
+    Question.from_row(row, where)
+    return "questions"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Check the project's JSONL files.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    check = commands.add_parser("check", help="validate every row; names file, line and key of each mistake")
+    check.add_argument("files", nargs="+")
+    args = parser.parse_args(argv)
+    mistakes = 0
+    for path in args.files:
+        kinds: dict[str, int] = {}
+        try:
+            for where, row in read_jsonl(path):
+                try:
+                    kind = check_row(row, where)
+                    kinds[kind] = kinds.get(kind, 0) + 1
+                except RowError as error:
+                    mistakes += 1
+                    print(error)
+        except RowError as error:
+            mistakes += 1
+            print(error)
+        print(f"{path}: " + (", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "no valid row"))
+    print(f"{mistakes} mistakes")
+    return 1 if mistakes else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

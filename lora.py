@@ -1,0 +1,165 @@
+"""LoRA (Hu et al. 2022): the low-rank update that elicits reasoning in Stage I (paper App. C).
+
+    h = W0 x + (alpha / r) B A x          W0 (out, in) frozen, A (r, in) and B (out, r) trained, B = 0 at the start
+
+With B = 0 the adapted model is exactly the base model before the first step. After training the update is folded
+into the weight, W = W0 + (alpha / r) B A, in fp32: adding a small product to a bf16 weight would round most of it away.
+
+    names = inject(model.language_model, rank=8, alpha=16)     every other parameter is frozen
+    ... train ...
+    save_adapter("out/adapter", ...)                           PEFT's own file format: loads in peft and in vLLM
+    merge(model.language_model)                                Stage II starts from, and refers to, the merged weights
+
+Where we depart from the paper, or it is silent:
+  1. It gives only "LoRA, lr 1e-4". Rank 8, alpha 16, no dropout, no bias are LLaMA-Factory's defaults, its trainer.
+  2. Targets are the seven linear maps of each block of the *language model*, by exact name. A vision tower also has
+     modules called q_proj or gate_proj; a match by suffix would adapt those too.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+# the seven linears of a Qwen2 block: 7 x 28 layers at r = 8 are 20,185,088 parameters for the 7B
+TARGETS = (
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+    "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+)  # fmt: skip
+RANK, ALPHA = 8, 16.0  # ours: paper silent (LLaMA-Factory defaults: rank 8, alpha = 2 x rank)
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear map plus its low-rank update. Input (..., in), output (..., out)."""
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, generator: torch.Generator):
+        super().__init__()
+        self.base = base
+        self.scale = alpha / rank
+        place = dict(device=base.weight.device, dtype=torch.float32)
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **place))  # (r, in)
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **place))  # (out, r), zero: the identity at the start
+        if not self.lora_A.is_meta:
+            # PEFT's initialisation of A, drawn on the CPU so that every device and every rank gets the same numbers
+            bound = math.sqrt(6 / ((1 + 5) * base.in_features))
+            start = torch.empty(rank, base.in_features).uniform_(-bound, bound, generator=generator)
+            self.lora_A.data.copy_(start)
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = x @ self.lora_A.T.to(x.dtype)  # (..., r)
+        return self.base(x) + self.scale * (low @ self.lora_B.T.to(x.dtype))  # (..., out)
+
+
+def target_names(language_model: nn.Module) -> list[str]:
+    """Exact names, relative to the language model, of the linears to adapt: seven for each layer."""
+    return [f"layers.{layer}.{target}" for layer in range(len(language_model.layers)) for target in TARGETS]
+
+
+def inject(model: nn.Module, language_model: nn.Module, rank: int = RANK, alpha: float = ALPHA, seed: int = 0) -> list[str]:
+    """Freezes the whole model and puts a LoRALinear in each target's place. Returns the adapted names.
+
+    Raises ValueError if the model is adapted already, or a target is missing or not a linear map.
+    """
+    if any(isinstance(module, LoRALinear) for module in model.modules()):
+        raise ValueError("the model already carries a LoRA adapter; merge it first, a second one would hide it")
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    names = target_names(language_model)
+    for name in names:
+        linear = language_model.get_submodule(name)
+        if not isinstance(linear, nn.Linear):
+            raise ValueError(f"{name} is a {type(linear).__name__}, expected nn.Linear")
+        language_model.set_submodule(name, LoRALinear(linear, rank, alpha, generator))
+    return names
+
+
+def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
+    """W0 + scale * B A, computed in fp32 and returned in W0's dtype. (out, in)"""
+    return (weight.float() + scale * (lora_B.float() @ lora_A.float())).to(weight.dtype)
+
+
+@torch.no_grad()
+def merge(language_model: nn.Module) -> int:
+    """Folds every adapter into its weight and puts the plain linear map back. Returns how many.
+
+    Raises ValueError if there is none: merging twice would be a mistake upstream, and silence would hide it.
+    """
+    adapted = [(name, module) for name, module in language_model.named_modules() if isinstance(module, LoRALinear)]
+    if not adapted:
+        raise ValueError("nothing to merge: the model carries no LoRA adapter (was it merged before?)")
+    for name, module in adapted:
+        module.base.weight.copy_(merged_weight(module.base.weight, module.lora_A, module.lora_B, module.scale))
+        language_model.set_submodule(name, module.base)
+    return len(adapted)
+
+
+def merge_state(tensors: Iterator[tuple[str, Tensor]], scale: float) -> Iterator[tuple[str, Tensor]]:
+    """`merge` for a state that streams by, one (name, whole tensor) at a time, as a sharded model gives it up.
+
+    A LoRALinear's own two matrices come before its base's weight, in the order of `named_parameters`.
+    """
+    held: dict[str, Tensor] = {}
+    for name, tensor in tensors:
+        parent, _, leaf = name.rpartition(".")
+        if leaf in ("lora_A", "lora_B"):
+            held[name] = tensor
+        elif parent.endswith(".base"):
+            linear = parent.removesuffix(".base")
+            if leaf == "weight":
+                tensor = merged_weight(tensor, held.pop(f"{linear}.lora_A"), held.pop(f"{linear}.lora_B"), scale)
+            yield f"{linear}.{leaf}", tensor
+        else:
+            yield name, tensor
+    if held:
+        raise ValueError(f"adapter matrices without a base weight: {sorted(held)[:3]}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Files, as PEFT writes them
+
+
+def save_adapter(folder: str | Path, tensors: dict[str, Tensor], rank: int, alpha: float, base: str) -> None:
+    """Writes adapter_model.safetensors and adapter_config.json.
+
+    tensors: whole `lora_A` / `lora_B` matrices by their name in the Hugging Face model
+             ("model.language_model.layers.0.self_attn.q_proj.lora_A").
+    """
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    named = {f"base_model.model.{name}.weight": tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base), "inference_mode": True,
+        "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
+        # a full match, so that PEFT too leaves the vision tower alone
+        "target_modules": r"model\.language_model\.layers\.\d+\.(" + "|".join(re.escape(target) for target in TARGETS) + ")",
+    }  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def load_adapter(folder: str | Path, model: nn.Module, language_model: nn.Module) -> list[str]:
+    """Injects an adapter saved by `save_adapter` or by PEFT. Returns the adapted names.
+
+    Raises ValueError unless the file holds exactly the matrices that the model expects: a name that does not match
+    would otherwise leave the base model's behaviour, with no error.
+    """
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    names = inject(model, language_model, config["r"], config["lora_alpha"])
+    stored = load_file(folder / "adapter_model.safetensors")
+    wanted = {f"base_model.model.{name}.weight": parameter for name, parameter in model.named_parameters() if name.endswith((".lora_A", ".lora_B"))}
+    if stored.keys() != wanted.keys():
+        strange, missing = sorted(stored.keys() - wanted.keys()), sorted(wanted.keys() - stored.keys())
+        raise ValueError(f"{folder}: adapter does not fit the model; missing {missing[:2]}, unexpected {strange[:2]}")
+    with torch.no_grad():
+        for name, parameter in wanted.items():
+            parameter.copy_(stored[name])
+    return names

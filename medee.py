@@ -1,0 +1,300 @@
+"""MedE² in order: every stage as the very command a user would type, printed, run, and resumed (paper §3, Fig. 2).
+
+    curate -> distill -> sft -> rollout -> judge -> pairs -> dpo -> evaluate (base, Stage I, Stage II) -> report
+
+    python medee.py demo                         the whole method on a laptop: a miniature clinic, a tiny model, a report
+    python medee.py demo --fast                  the same chain in a smaller world
+    python medee.py run qwen2.5-vl-7b ...        the same stages at the paper's size; --dry prints the commands
+    python medee.py status                       which stages of a run are done
+    python medee.py claims                       the demo over several seeds, and what it shows with intervals
+
+A stage is done when its folder has a stage.json whose command and input hashes are those asked for now. A stage that was
+killed goes on from its last row or step; one whose settings or inputs changed starts again, and so does all that
+depends on it. Nothing here computes: the miniature differs from the 7B in its recipe, never in its code path.
+
+Where we depart from the paper, or it is silent: see each script; the recipes below say which number is whose.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import data
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The settings of one base model, as the flags of each script."""
+
+    base: str
+    sft: dict = field(default_factory=dict)
+    rollout: dict = field(default_factory=dict)
+    pairs: dict = field(default_factory=dict)
+    dpo: dict = field(default_factory=dict)
+    evaluate: dict = field(default_factory=dict)
+    distill: dict = field(default_factory=dict)
+    curate: dict = field(default_factory=dict)
+    images: dict = field(default_factory=dict)  # one picture of an image: the same flags for every stage that has images
+    engine: str = "vllm"
+
+
+FULL = dict(
+    sft={"lr": 1e-4, "epochs": 3, "batch": 64, "rank": 8, "alpha": 16},  # paper App. C: lr; the rest ours
+    rollout={"n": 8, "temperature": 0.95, "top-p": 0.95, "max-tokens": 8192},  # paper 3.3: n; the rest ours
+    pairs={"rule": "all"},  # ours
+    evaluate={"n": 32, "temperature": 0.5, "max-tokens": 8192},  # paper 4.3
+)
+DPO_FULL = {"method": "full", "lr": 1e-6, "beta": 0.1, "epochs": 1, "batch": 64}  # paper App. C: method, lr; the rest ours
+DPO_LORA = {"method": "lora", "lr": 5e-6, "beta": 0.1, "epochs": 1, "batch": 64}  # paper App. C: method; the rest ours
+MINI = dict(  # ours, chosen on development questions: a model this small learns at other rates than a pretrained 7B
+    curate={"ngram": 0, "max-tokens": 24},  # questions made from templates share 13 words by construction
+    distill={"answer-form": "text", "max-words": 120},  # no option look-up for so small a model
+    sft={"lr": 2e-3, "epochs": 4, "batch": 2, "micro-batch": 2, "rank": 16, "alpha": 32, "pack": 900, "save-every": 25},
+    rollout={"n": 8, "temperature": 0.7, "top-p": 1.0, "max-tokens": 96},
+    pairs={"rule": "all", "cap": 4},
+    dpo={"method": "full", "lr": 3e-5, "beta": 0.1, "epochs": 2, "batch": 16, "micro-batch": 16, "save-every": 25},
+    evaluate={"n": 16, "n-text": 2, "temperature": 0.5, "max-tokens": 96},
+    images={"pixels": 56 * 56},
+    engine="hf",
+)
+RECIPES = {
+    "qwen2.5-vl-7b": Recipe("Qwen/Qwen2.5-VL-7B-Instruct", **FULL, dpo=DPO_FULL, images={"pixels": 768 * 768}),
+    "internvl3-8b": Recipe("OpenGVLab/InternVL3-8B-hf", **FULL, dpo=DPO_FULL, images={"tiles": 1}),
+    "qwen2.5-vl-32b": Recipe("Qwen/Qwen2.5-VL-32B-Instruct", **FULL, dpo=DPO_LORA, images={"pixels": 768 * 768}),
+    "qwen2.5-vl-72b": Recipe("Qwen/Qwen2.5-VL-72B-Instruct", **FULL, dpo=DPO_LORA, images={"pixels": 768 * 768}),
+    "mini-qwen": Recipe("taught by clinic.py", **MINI),
+    "mini-internvl": Recipe("taught by clinic.py", **{**MINI, "images": {"tiles": 1}}),
+}
+WORLDS = {  # questions of the clinic's bank and tests, steps of the base model's schooling
+    "normal": {"world": {"text": 900, "image": 1100, "dev-image": 200, "dev-text": 50, "test-image": 300, "test-text": 150}, "teach": {"films": 2000, "steps": 260}},
+    "fast": {"world": {"text": 300, "image": 260, "dev-image": 10, "dev-text": 10, "test-image": 60, "test-text": 30}, "teach": {"films": 600, "steps": 90}},
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Stages
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command. Its folder is its --out; its inputs are the files of the run that its flags name."""
+
+    name: str
+    script: str
+    words: tuple[str, ...]
+    ranks: int = 0  # above 0: launched by torchrun
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.words[self.words.index("--out") + 1])
+
+    def command(self) -> list[str]:
+        launcher = ["torchrun", "--nproc_per_node", str(self.ranks)] if self.ranks else ["python"]
+        return [*launcher, self.script, *self.words]
+
+    def inputs(self) -> dict[str, str]:
+        """{path: hash} of the files and model folders among the words, own output and image root aside."""
+        found = {}
+        for before, word in zip(("", *self.words), self.words):
+            path = Path(word.removeprefix("hf:"))
+            if before not in ("--out", "--images") and ("/" in word or word.startswith("hf:")) and path.exists():
+                found[str(path)] = data.file_hash(path)
+        return found
+
+    def state(self) -> str:
+        """done, or why not: "to do", "interrupted", or what changed since it was made."""
+        finished, begun = self.folder / "stage.json", self.folder / "begun.json"
+        if not begun.exists():
+            return "to do"
+        record = json.loads(begun.read_text())
+        if record["command"] != [self.script, *self.words]:
+            return "its settings changed"
+        now = self.inputs()
+        changed = [path for path, digest in record["inputs"].items() if now.get(path) != digest]
+        if changed or now.keys() - record["inputs"].keys():
+            return f"{changed[0] if changed else 'an input'} changed"
+        if not finished.exists():
+            return "interrupted"
+        outputs = json.loads(finished.read_text())["outputs"]
+        lost = [name for name, digest in outputs.items() if not (self.folder / name).exists() or data.file_hash(self.folder / name) != digest]
+        return f"its output {lost[0]} changed" if lost else "done"
+
+    def run(self) -> None:
+        """Runs the command unless it is done, from where it was stopped if nothing changed. Raises SystemExit if it fails."""
+        state = self.state()
+        print(f"\n== {self.name}: {state}" + ("" if state in ("done", "to do", "interrupted") else "; it starts again"), flush=True)
+        print("   $ " + shlex.join(self.command()), flush=True)
+        if state == "done":
+            return
+        if state != "interrupted":
+            shutil.rmtree(self.folder, ignore_errors=True)
+            data.write_json(self.folder / "begun.json", {"command": [self.script, *self.words], "inputs": self.inputs()})
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(self.ranks)] if self.ranks else [sys.executable]
+        # a busy neighbour slows spinning threads several-fold; waiting threads give way
+        environment = {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **os.environ}
+        code = subprocess.run([*launcher, str(HERE / self.script), *self.words], env=environment).returncode
+        if code:
+            raise SystemExit(f"{self.name} stopped with exit code {code}; the same command goes on from there")
+
+
+def words(flags: dict) -> list[str]:
+    """{"lr": 1e-4, "n": 8} -> ["--lr", "0.0001", "-n", "8"]"""
+    out = []
+    for name, value in flags.items():
+        out.append(("-" if len(name) == 1 else "--") + name)
+        out += [str(part) for part in value] if isinstance(value, (list, tuple)) else [str(value)]
+    return out
+
+
+def method(recipe: Recipe, base: str, run: Path, bank: list[str], images: str, against: list[str], test: list[str], baselines: list[str], experts: list[str], teachers: list[str], judge: str, ranks: int, seed: int) -> list[Stage]:
+    """The stages of the paper, from a question bank to a report."""
+    at = {name: str(run / name) for name in ("curate", "distill", "sft", "rollout", "verdicts", "pairs", "dpo", "eval-base", "eval-stage1", "eval-stage2", "report")}
+    shared = {"images": images, **recipe.images}
+
+    def stage(name: str, script: str, command: str, flags: dict, ranks: int = 0) -> Stage:
+        return Stage(name, script, (*([command] if command else []), *words({**flags, "out": at[name]})), ranks)
+
+    rollouts = {"rollouts": f"{at['rollout']}/rollouts.jsonl", "questions": f"{at['curate']}/image.jsonl"}
+    stages = [
+        stage("curate", "curate.py", "all", {"questions": bank, "against": against, "baselines": baselines, "experts": experts, **shared, **recipe.curate, "seed": seed}),
+        stage("distill", "distill.py", "", {"questions": f"{at['curate']}/text.jsonl", "teachers": teachers, **recipe.distill, "seed": seed}),
+        stage("sft", "sft.py", "", {"model": base, "demos": f"{at['distill']}/demos.jsonl", **shared, **recipe.sft, "seed": seed}, ranks),
+        stage("rollout", "rollout.py", "", {"engine": f"{recipe.engine}:{at['sft']}/merged", "questions": f"{at['curate']}/image.jsonl", **shared, **recipe.rollout, "seed": seed}),
+        stage("verdicts", "judge.py", "verdicts", {"judge": judge, **rollouts, **shared, "seed": seed}),
+        stage("pairs", "judge.py", "pairs", {"verdicts": f"{at['verdicts']}/verdicts.jsonl", **rollouts, **recipe.pairs, "seed": seed}),
+        stage("dpo", "dpo.py", "", {"model": f"{at['sft']}/merged", "pairs": f"{at['pairs']}/pairs.jsonl", **shared, **recipe.dpo, "seed": seed}, ranks),
+    ]
+    for name, title, folder in (("eval-base", "base", base), ("eval-stage1", "+ Stage I", f"{at['sft']}/merged"), ("eval-stage2", "+ Stage II", f"{at['dpo']}/merged")):
+        flags = {"engine": f"{recipe.engine}:{folder}", "name": title, "questions": test, **shared, **recipe.evaluate, "judge": judge, "seed": seed}
+        stages.append(stage(name, "evaluate.py", "run", flags))
+    results = [at["eval-base"], at["eval-stage1"], at["eval-stage2"]]
+    stages.append(stage("report", "evaluate.py", "report", {"results": results, "sft": at["sft"], "dpo": at["dpo"], "pairs": at["pairs"], "images": images}))
+    return stages
+
+
+def demo_stages(run: Path, family: str, size: str, world: str, seed: int) -> list[Stage]:
+    """The miniature: the clinic makes the world and teaches the base model, then the method is the method."""
+    sizes = WORLDS[world]
+    made, base = str(run / "world"), str(run / "base")
+    before = [
+        Stage("world", "clinic.py", ("world", *words({**sizes["world"], "out": made, "seed": seed}))),
+        Stage("base", "clinic.py", ("teach", *words({"family": family, "size": size, **sizes["teach"], "out": base, "seed": seed}))),
+    ]
+    return before + method(
+        RECIPES[f"mini-{family}"], base, run, [f"{made}/bank.jsonl"], made, [f"{made}/dev.jsonl", f"{made}/test.jsonl"], [f"{made}/test.jsonl"],
+        [f"hf:{base}"], ["clinic:expert-a", "clinic:expert-b"], ["clinic:thorough", "clinic:hasty", "clinic:bookish"], "clinic:judge", 0, seed,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Commands
+
+
+def run_stages(stages: list[Stage], run: Path, what: str) -> None:
+    """Runs what is not done, and remembers the list for `status`."""
+    started = time.time()
+    data.write_json(run / "run.json", [[stage.name, stage.script, list(stage.words), stage.ranks] for stage in stages])
+    for number, stage in enumerate(stages, 1):
+        print(f"\n[{number}/{len(stages)}, {time.time() - started:.0f} s]", end="", flush=True)
+        stage.run()
+    print(f"\n{what} took {time.time() - started:.0f} s. In {run}:")
+    for name, about in (
+        ("report/report.png", "accuracy, criteria, training curves, MV@n and pass@n"),
+        ("report/films.png", "preference pairs: film, question, chosen beside rejected"),
+        ("report/table.md", "the table above"),
+        ("curate/rejected.jsonl", "every rejected question, with its reason"),
+        ("pairs/pairs.jsonl", "what Stage II learnt from"),
+        ("dpo/merged", "the final model, a Hugging Face folder"),
+    ):
+        if (run / name).exists():
+            print(f"  {name:<24} {about}")
+
+
+def print_summary(run: Path) -> None:
+    from curate import print_funnel
+
+    print()
+    print_funnel(json.loads((run / "curate" / "funnel.json").read_text()))
+
+
+def demo(args: argparse.Namespace) -> None:
+    run = Path(args.out)
+    stages = demo_stages(run, args.family, args.size, "fast" if args.fast else "normal", args.seed)
+    run_stages(stages, run, "the demo")
+    print_summary(run)
+
+
+def run(args: argparse.Namespace) -> None:
+    folder = Path(args.out)
+    recipe = RECIPES[args.recipe]
+    stages = method(recipe, args.base or recipe.base, folder, args.questions, args.images, args.test, args.test, args.baselines, args.experts, args.teachers, args.judge, args.gpus, args.seed)
+    if args.dry:
+        for stage in stages:
+            print(shlex.join(stage.command()))
+        return
+    run_stages(stages, folder, args.recipe)
+
+
+def status(args: argparse.Namespace) -> None:
+    folder = Path(args.out)
+    if not (folder / "run.json").exists():
+        raise SystemExit(f"{folder} holds no run; start one with: python medee.py demo --out {folder}")
+    for name, script, stage_words, ranks in json.loads((folder / "run.json").read_text()):
+        stage = Stage(name, script, tuple(stage_words), ranks)
+        state, extra = stage.state(), ""
+        if state == "done":
+            record = json.loads((stage.folder / "stage.json").read_text())
+            extra = f"{record['seconds']:>7.1f} s   " + ", ".join(f"{key} {value}" for key, value in record["figures"].items() if not isinstance(value, dict))
+        elif state == "interrupted":
+            rows = sum(len(path.read_text().splitlines()) for path in stage.folder.glob("*.jsonl"))
+            extra = f"   {rows} rows so far"
+        print(f"{name:<12} {state:<12} {extra}")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="MedE²: elicit and enhance multimodal medical reasoning.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    small = commands.add_parser("demo", help="the whole method in the miniature clinic")
+    small.add_argument("--out", default="runs/demo", help="run folder")
+    small.add_argument("--seed", type=int, default=0, help="of the world, the base model and every draw")
+    small.add_argument("--size", choices=["tiny", "small"], default="tiny", help="of the model")
+    small.add_argument("--family", choices=["qwen", "internvl"], default="qwen")
+    small.add_argument("--fast", action="store_true", help="a smaller world: whether the chain is whole, not what it shows")
+    small.set_defaults(act=demo)
+    real = commands.add_parser("run", help="the method on your questions, with a recipe of the paper's size")
+    real.add_argument("recipe", choices=[name for name in RECIPES if not name.startswith("mini")])
+    real.add_argument("--base", default="", help="model folder, if not the recipe's hub name")
+    real.add_argument("--questions", nargs="+", required=True, help="the question bank")
+    real.add_argument("--test", nargs="+", required=True, help="benchmark questions: evaluated on, and kept out of training")
+    real.add_argument("--images", default=".", help="image root of all of them")
+    real.add_argument("--baselines", nargs="+", required=True, help="engines that must not solve a question")
+    real.add_argument("--experts", nargs="+", required=True, help="engines that must each solve it once")
+    real.add_argument("--teachers", nargs="+", required=True, help="engines that write demonstrations")
+    real.add_argument("--judge", required=True, help="engine that judges chains")
+    real.add_argument("--gpus", type=int, default=8, help="ranks of torchrun")
+    real.add_argument("--out", default="runs/full", help="run folder")
+    real.add_argument("--seed", type=int, default=0)
+    real.add_argument("--dry", action="store_true", help="print the commands only")
+    real.set_defaults(act=run)
+    state = commands.add_parser("status", help="which stages of a run are done")
+    state.add_argument("--out", default="runs/demo", help="run folder")
+    state.set_defaults(act=status)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    args.act(args)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,513 @@
+"""The policy: Qwen2.5-VL and InternVL3 as one table of facts, and a function from a batch to per-token log-probabilities.
+
+    log pi(y | x) = sum over t of log p(y_t | x, y_<t)         all that SFT (paper 3.2) and DPO (paper 3.3) need
+
+    Family        what differs between the two base models: image tokens, positions, module names
+    Processor     messages + images -> Segment of token ids; response -> token ids and span labels, born together
+    Segment, Row  a row is a small *tree* of segments: prompt -> response (SFT), prompt -> chosen and prompt -> rejected
+                  (DPO: the prompt and its images are computed once), several roots or children (packing)
+    collate       rows -> Batch; token i sees token j iff j <= i and j's segment is i's own or an ancestor of it
+    Policy        Batch -> (B, T) log-probabilities; the 152k-wide logits exist only chunk by chunk
+
+reads and writes: Hugging Face folders (config, tokenizer, image processor, safetensors), which transformers and vLLM load.
+
+    python model.py show demos.jsonl --model MODEL -n 3      prompt grey, think green, answer cyan, tags yellow, with counts
+
+Letters in shape comments: B rows, T tokens of the longest row, D width, V vocabulary, N supervised tokens, S segments.
+
+Where we depart from the paper, or it is silent:
+  1. Pixels: 768 x 768 at most for Qwen, one 448 tile for InternVL (LLaMA-Factory's settings; the paper names none),
+     the same for rollouts, training and evaluation.
+  2. Chat templates are written out here (no Jinja, no hidden default turn) and tested against the tokenizer's own.
+  3. Nothing is ever truncated. A row that is too long is refused by the stage that made it, and counted.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+import data
+
+MAX_PIXELS = 768 * 768  # ours: paper silent (LLaMA-Factory's image_max_pixels)
+TILES = 1  # ours: paper silent (LLaMA-Factory trains InternVL on one tile an image)
+LOGIT_CHUNK = 1024  # supervised positions whose logits exist at one time
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a base model's architecture fixes. Module names are relative to the Hugging Face model."""
+
+    image_token: str  # repeated once for each feature of an image
+    before_image: str
+    after_image: str
+    vision: str  # the vision tower and, below, the map into the language model's width: frozen in both stages
+    projector: str
+    grid_positions: bool  # an image takes (time, row, column) positions, or positions in reading order
+
+
+FAMILIES = {
+    "qwen2_5_vl": Family("<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "model.visual", "model.visual.merger", True),
+    # the -hf form's template puts a newline after each image
+    "internvl": Family("<IMG_CONTEXT>", "<img>", "</img>\n", "model.vision_tower", "model.multi_modal_projector", False),
+}
+TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"  # both families: Qwen2.5's chat format
+
+
+def family_of(config) -> Family:
+    if config.model_type not in FAMILIES:
+        raise ValueError(f"model_type {config.model_type!r} is not supported; known are {sorted(FAMILIES)} (InternVL in its -hf form)")
+    return FAMILIES[config.model_type]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Encoding: text and images to segments
+
+
+@dataclass
+class ImageInput:
+    """One preprocessed image. pixels: (patches, 1176) for Qwen, (tiles, 3, 448, 448) for InternVL; grid: its
+    (time, rows, columns) of *merged* patches, as the language model sees them; tokens: how many features it becomes."""
+
+    pixels: Tensor
+    grid: tuple[int, int, int]
+    tokens: int
+
+
+@dataclass
+class Segment:
+    """A run of tokens with one label each (0 = not supervised). parent: index of an earlier segment of the row that it
+    continues, or None for a root. answer: which answer of the row it belongs to, for sums over whole responses."""
+
+    ids: list[int]
+    labels: list[int]
+    parent: int | None = None
+    answer: int = 0
+    images: list[ImageInput] = field(default_factory=list)
+
+
+Row = list[Segment]
+
+
+def load_image(path: str | Path) -> Image.Image:
+    """An RGB image, upright. Transparency is laid on white; 16-bit greys are scaled to 8. Raises RowError naming the file."""
+    try:
+        with Image.open(path) as opened:
+            opened.load()
+            image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith("I") or image.mode == "F":
+                low, high = image.getextrema()
+                scale = 255.0 / 65535.0 if 255 < high <= 65535 and low >= 0 else 255.0 / max(high, 1)
+                image = image.convert("F").point(lambda value: value * scale).convert("L")
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError) as error:
+        raise data.RowError(f"{path}: not a readable image ({error}); replace or remove it") from None
+
+
+class Processor:
+    """Tokenizer and image processor of one checkpoint, and the chat format. Everything that becomes token ids does so here."""
+
+    def __init__(self, folder: str | Path, max_pixels: int = MAX_PIXELS, tiles: int = TILES):
+        from transformers import AutoConfig, AutoTokenizer
+
+        self.folder = str(folder)
+        self.config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        self.family = family_of(self.config)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        self.settings = {"max_pixels": max_pixels} if self.family.grid_positions else {"tiles": tiles}
+        if self.family.grid_positions:
+            from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+            self.images = Qwen2VLImageProcessorPil.from_pretrained(folder)
+            self.images.size = {"shortest_edge": min(self.images.size["shortest_edge"], max_pixels), "longest_edge": max_pixels}
+        else:
+            from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+
+            self.images = GotOcr2ImageProcessorPil.from_pretrained(folder)
+            self.images.crop_to_patches, self.images.min_patches, self.images.max_patches = tiles > 1, 1, tiles
+        self.special = {token: index for index, token in self.tokenizer.added_tokens_decoder.items() for token in [token.content] if self.tokenizer.added_tokens_decoder[index].special}
+        self.special |= {token: self.tokenizer.convert_tokens_to_ids(token) for token in (TURN_START, TURN_END, self.family.image_token)}
+        self.stop_id = self.special[TURN_END]
+        self.image_id = self.special[self.family.image_token]
+
+    def encode_image(self, image: Image.Image) -> ImageInput:
+        """Resizes and cuts into patches with Hugging Face's own PIL processor; counts features by the family's arithmetic."""
+        prepared = self.images(images=[image], return_tensors="pt")
+        if self.family.grid_positions:
+            merge = self.config.vision_config.spatial_merge_size
+            time, height, width = prepared["image_grid_thw"][0].tolist()
+            grid = (time, height // merge, width // merge)
+            return ImageInput(prepared["pixel_values"], grid, grid[0] * grid[1] * grid[2])
+        pixels = prepared["pixel_values"]  # (tiles, 3, side, side)
+        vision = self.config.vision_config
+        side = int(pixels.shape[-1] // vision.patch_size[0] * self.config.downsample_ratio)
+        return ImageInput(pixels, (1, len(pixels) * side, side), len(pixels) * side * side)
+
+    def tokenize(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def render(self, messages: list[dict], image_tokens: list[int]) -> str:
+        """The prompt as one string, ready for the response. Images stand in front of the first user turn's text.
+
+        Raises RowError if a text holds one of the tokenizer's special tokens: it would be read as structure.
+        """
+        family, text, waiting = self.family, "", list(image_tokens)
+        for message in messages:
+            planted = [token for token in self.special if token in message["content"]]
+            if planted:
+                raise data.RowError(f"the {message['role']} text contains the special token {planted[0]!r}; remove it from the question")
+            text += f"{TURN_START}{message['role']}\n"
+            if message["role"] == "user" and waiting:
+                text += "".join(family.before_image + family.image_token * count + family.after_image for count in waiting)
+                waiting = []
+            text += f"{message['content']}{TURN_END}\n"
+        if waiting:
+            raise data.RowError("the messages have images but no user turn to hold them")
+        return text + f"{TURN_START}assistant\n"
+
+    def encode_prompt(self, messages: list[dict], images: list[ImageInput]) -> Segment:
+        """The unsupervised root of a row. Tokenised on its own, so that no merge can reach into the response."""
+        ids = self.tokenize(self.render(messages, [image.tokens for image in images]))
+        if ids.count(self.image_id) != sum(image.tokens for image in images):
+            raise data.RowError(f"{ids.count(self.image_id)} image tokens for {sum(image.tokens for image in images)} features")
+        return Segment(ids, [data.PROMPT] * len(ids), images=images)
+
+    def encode_response(self, response: str, parent: int = 0, answer: int = 0) -> Segment:
+        """A supervised segment: the response's tokens, each labelled by span, and the end of the turn.
+
+        The response is tokenised once and whole: the ids are those the model itself would produce.
+        """
+        encoded = self.tokenizer(response, add_special_tokens=False, return_offsets_mapping=True)
+        labels = data.label_spans(response, encoded["offset_mapping"])
+        return Segment(encoded["input_ids"] + [self.stop_id], labels + [data.TAG], parent, answer)
+
+    def encode_tokens(self, ids: list[int], parent: int = 0, answer: int = 0) -> Segment:
+        """A supervised segment from a rollout's own token ids: what was sampled is what is trained."""
+        return Segment(list(ids), [data.TAG] * len(ids), parent, answer)
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of a response, without the end-of-turn token."""
+        kept = ids[:-1] if ids and ids[-1] == self.stop_id else ids
+        return self.tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def save(self, folder: str | Path) -> None:
+        self.tokenizer.save_pretrained(folder)
+        self.images.save_pretrained(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Batches of tree rows
+
+
+@dataclass
+class Batch:
+    """Rows padded on the right to one length. `mask` is None where every row is a plain chain of segments: causal
+    attention is then enough, since padding comes last and nothing real looks at it."""
+
+    ids: Tensor  # (B, T) long
+    labels: Tensor  # (B, T) long, 0 = not supervised
+    predecessor: Tensor  # (B, T) long, the position whose hidden state predicts this token
+    answer: Tensor  # (B, T) long, the answer of its row that a supervised token belongs to
+    positions: Tensor  # (3, B, T) long, time / row / column; all three equal for text
+    token_types: Tensor  # (B, T) long, 1 = image token (transformers' mm_token_type_ids)
+    mask: Tensor | None  # (B, 1, T, T) bool, True = may look
+    pixels: Tensor | None  # the images of all rows, in order
+    grids: Tensor | None  # (images, 3) long, merged patches
+    weights: Tensor  # (B,) float, 1, or 0 for a row that only keeps this rank in step
+    reference: Tensor | None = None  # (B, 2) float, log pi_ref of chosen and rejected (DPO)
+
+    def to(self, device: torch.device) -> "Batch":
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{name: value.to(device, non_blocking=True) if value is not None else None for name, value in moved.items()})
+
+
+def segment_positions(segment: Segment, start: int, image_id: int, grid_positions: bool) -> tuple[list[tuple[int, int, int]], int]:
+    """(time, row, column) of each token, and the position that the next segment starts at.
+
+    Text advances by one. With grid positions (M-RoPE) an image's tokens share one time and spread over rows and
+    columns, and the text after it goes on from the larger side; without, image tokens are counted like text.
+    """
+    positions, grids, index, now = [], iter(segment.images), 0, start
+    while index < len(segment.ids):
+        if grid_positions and segment.ids[index] == image_id:
+            image = next(grids)
+            _, rows, columns = image.grid
+            positions += [(now, now + row, now + column) for row in range(rows) for column in range(columns)]
+            index += image.tokens
+            now += max(rows, columns)
+        else:
+            positions.append((now, now, now))
+            index += 1
+            now += 1
+    return positions, now
+
+
+def collate(rows: list[Row], processor: Processor, weights: list[float] | None = None) -> Batch:
+    """Rows (trees) to one batch. Raises ValueError for a segment whose parent does not come before it."""
+    length = max(sum(len(segment.ids) for segment in row) for row in rows)
+    shape = (len(rows), length)
+    ids, labels, answer = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
+    predecessor = torch.zeros(shape, dtype=torch.long)
+    positions = torch.zeros(3, *shape, dtype=torch.long)
+    most = max(len(row) for row in rows) + 1  # one more: padding is a segment of its own, so that no mask row is empty
+    segment_of = torch.full(shape, most - 1)  # (B, T)
+    visible = torch.eye(most, dtype=torch.bool).repeat(len(rows), 1, 1)  # (B, S, S): itself or an ancestor
+    chain, images = True, []
+    for b, row in enumerate(rows):
+        at, ends, nexts = 0, [], []  # ends: last token of each segment; nexts: position after it
+        for s, segment in enumerate(row):
+            parent, stop = segment.parent, at + len(segment.ids)
+            if parent is not None and not 0 <= parent < s:
+                raise ValueError(f"segment {s} has parent {parent}; a parent must come before its children")
+            chain &= parent == (s - 1 if s else None)
+            ids[b, at:stop] = torch.tensor(segment.ids)
+            labels[b, at:stop] = torch.tensor(segment.labels)
+            answer[b, at:stop] = segment.answer
+            predecessor[b, at:stop] = torch.arange(at - 1, stop - 1)
+            if parent is None:
+                predecessor[b, at] = at
+                if segment.labels[0]:
+                    raise ValueError("the first token of a root is supervised, but nothing predicts it")
+            else:
+                predecessor[b, at] = ends[parent]
+                visible[b, s] |= visible[b, parent]
+            places, end = segment_positions(segment, 0 if parent is None else nexts[parent], processor.image_id, processor.family.grid_positions)
+            positions[:, b, at:stop] = torch.tensor(places).T
+            segment_of[b, at:stop] = s
+            images += segment.images
+            ends.append(stop - 1)
+            nexts.append(end)
+            at = stop
+    mask = None
+    if not chain:
+        mask = torch.stack([v[s][:, s] for v, s in zip(visible, segment_of)]).tril()[:, None]  # (B, 1, T, T)
+    return Batch(
+        ids, labels, predecessor, answer, positions, (ids == processor.image_id).long(), mask,
+        torch.cat([image.pixels for image in images]) if images else None,
+        torch.tensor([image.grid for image in images]) if images else None,
+        torch.tensor(weights if weights is not None else [1.0] * len(rows)),
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The policy
+
+
+class ChunkedLogProbs(torch.autograd.Function):
+    """log softmax(h W^T)[target] for N positions without ever holding (N, V): chunks are made, used and dropped, and made
+    again in backward, where  d logp / d logits = onehot(target) - softmax(logits).  The softmax is in fp32."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+        """hidden (N, D), weight (V, D), targets (N,) -> (N,) float32"""
+        logp, lse = (torch.empty(len(targets), dtype=torch.float32, device=hidden.device) for _ in range(2))
+        for at in range(0, len(targets), chunk):
+            part = slice(at, at + chunk)
+            logits = (hidden[part] @ weight.T).float()  # (chunk, V)
+            lse[part] = logits.logsumexp(-1)
+            logp[part] = logits.gather(1, targets[part, None])[:, 0] - lse[part]
+        ctx.save_for_backward(hidden, weight, targets, lse)
+        ctx.chunk = chunk
+        return logp
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        hidden, weight, targets, lse = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for at in range(0, len(targets), ctx.chunk):
+            part = slice(at, at + ctx.chunk)
+            g = (hidden[part] @ weight.T).float()  # (chunk, V), turned into the gradient in place
+            g.sub_(lse[part, None]).exp_().mul_(-grad[part, None])
+            g.scatter_add_(1, targets[part, None], grad[part, None])
+            g = g.to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[part] = g @ weight
+            if grad_weight is not None:
+                grad_weight += (g.T @ hidden[part]).float()
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
+
+
+def segment_attention(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **_unused):
+    """Attention inside each of many segments (images, or windows of an image): query, key, value (1, heads, P, d).
+
+    transformers' own loop makes one call a segment. Here all segments of equal length run as one batch, which is the
+    same sum: a film of 16 patches is nothing, sixty-four of them are a matrix. (The keyword arguments beyond those
+    named are the interface that transformers defines for attention functions.)
+    """
+    starts = cu_seq_lens_q.tolist()
+    groups: dict[int, list[int]] = {}
+    for start, stop in zip(starts, starts[1:]):
+        groups.setdefault(stop - start, []).append(start)
+    out = query.new_empty(query.shape[2], *query.shape[1::2])  # (P, heads, d)
+    for length, begin in groups.items():
+        where = (torch.tensor(begin, device=query.device)[:, None] + torch.arange(length, device=query.device)).flatten()
+        q, k, v = (t[0][:, where].unflatten(1, (-1, length)).transpose(0, 1) for t in (query, key, value))  # (n, heads, length, d)
+        mixed = F.scaled_dot_product_attention(q, k, v, scale=scaling)
+        out = out.index_put((where,), mixed.transpose(1, 2).flatten(0, 1))
+    return out[None], None
+
+
+SEGMENT_ATTENTION = "medee_segment_flash_attention"  # transformers hands segment bounds to functions with "flash" in the name
+
+
+class Policy(nn.Module):
+    """A Hugging Face model as a function Batch -> (B, T) float32: entry t is log p(token t | its predecessor) where the
+    token is supervised, 0 elsewhere. Always in eval mode: dropout would make policy and reference differ."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.family = family_of(model.config)
+        self.image_id = model.config.image_token_id
+        if self.family.grid_positions:
+            from transformers import AttentionInterface
+
+            AttentionInterface.register(SEGMENT_ATTENTION, segment_attention)
+            self.vision.config._attn_implementation = SEGMENT_ATTENTION
+        super().train(False)
+
+    def train(self, mode: bool = True) -> "Policy":
+        """Keeps eval mode: gradients do not need training mode, and dropout must stay off."""
+        return super().train(False)
+
+    @property
+    def vision(self) -> nn.Module:
+        return self.model.get_submodule(self.family.vision)
+
+    @property
+    def projector(self) -> nn.Module:
+        return self.model.get_submodule(self.family.projector)
+
+    @property
+    def language_model(self) -> nn.Module:
+        return self.model.model.language_model
+
+    def freeze_vision(self) -> None:
+        """Vision tower and projector frozen, as in both of the paper's stages (LLaMA-Factory's default; paper silent)."""
+        self.vision.requires_grad_(False)
+        self.projector.requires_grad_(False)
+
+    def image_features(self, pixels: Tensor, grids: Tensor) -> Tensor:
+        """Features of all images in order, (image tokens, D). No gradient is kept where the tower is frozen."""
+        trained = any(p.requires_grad for module in (self.vision, self.projector) for p in module.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
+            pixels = pixels.to(next(self.vision.parameters()).dtype)
+            if self.family.grid_positions:
+                merge = self.model.config.vision_config.spatial_merge_size
+                return self.vision(pixels, grid_thw=grids * torch.tensor([1, merge, merge], device=grids.device)).pooler_output
+            config = self.model.config
+            features = self.model.model.get_image_features(
+                pixels, vision_feature_layer=config.vision_feature_layer, vision_feature_select_strategy=config.vision_feature_select_strategy
+            )
+            return features.pooler_output.flatten(0, 1)
+
+    def embed(self, ids: Tensor, features: Tensor | None) -> Tensor:
+        """Token embeddings with image features in the image tokens' places. (B, T, D)"""
+        embedded = self.language_model.embed_tokens(ids)
+        places = ids == self.image_id
+        count = int(places.sum())
+        if count != (0 if features is None else len(features)):
+            raise ValueError(f"{count} image tokens but {0 if features is None else len(features)} image features: the pixel settings of prompt and images differ")
+        if features is None:
+            return embedded
+        return embedded.masked_scatter(places[..., None], features.to(embedded.dtype))
+
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """The language model's last hidden states. (B, T, D)"""
+        features = None if batch.pixels is None else self.image_features(batch.pixels, batch.grids)
+        return self.language_model(
+            inputs_embeds=self.embed(batch.ids, features),
+            position_ids=batch.positions if self.family.grid_positions else batch.positions[0],
+            attention_mask={"full_attention": batch.mask},
+            use_cache=False,
+        ).last_hidden_state
+
+    def forward(self, batch: Batch) -> Tensor:
+        hidden = self.hidden_states(batch)
+        rows, columns = (batch.labels > 0).nonzero(as_tuple=True)  # N supervised tokens
+        before = hidden[rows, batch.predecessor[rows, columns]]  # (N, D)
+        logp = ChunkedLogProbs.apply(before, self.model.lm_head.weight, batch.ids[rows, columns], LOGIT_CHUNK)
+        out = torch.zeros(batch.ids.shape, dtype=torch.float32, device=logp.device)
+        return out.index_put((rows, columns), logp)  # (B, T)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Folders
+
+
+def load_policy(folder: str | Path, dtype: torch.dtype = torch.float32) -> Policy:
+    """A policy from a Hugging Face folder, on the CPU. Raises ValueError on a missing or unexpected weight."""
+    from transformers import AutoModelForImageTextToText
+
+    if (Path(folder) / "adapter_config.json").exists():
+        raise ValueError(f"{folder} is a LoRA adapter; give the merged checkpoint beside it")
+    model, report = AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True, attn_implementation="sdpa"
+    )
+    faults = {key: sorted(report[key])[:3] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[key]}
+    if faults:
+        raise ValueError(f"{folder}: the weights do not fit the model: {faults}")
+    return Policy(model)
+
+
+def save_policy(folder: str | Path, policy: Policy, processor: Processor, state: dict[str, Tensor]) -> None:
+    """Writes a folder that transformers and vLLM load: weights by `state` (whole tensors, Hugging Face module names, which
+    are stored under the hub's names), config, tokenizer, image processor."""
+    folder = Path(folder)
+    policy.model.save_pretrained(folder, state_dict=state, max_shard_size="5GB")
+    processor.save(folder)
+
+
+def iter_rows(rows: list[dict], processor: Processor) -> Iterator[tuple[str, Segment, list[Segment]]]:
+    """(title, prompt, responses) of demos or pairs, for `show`. Images are not loaded: one placeholder token each."""
+    for row in rows:
+        if "chosen" in row:
+            prompt, responses = row["prompt"], [("chosen", row["chosen"]), ("rejected", row["rejected"])]
+        else:
+            prompt, responses = row["messages"][:-1], [("response", row["messages"][-1]["content"])]
+        blank = [ImageInput(torch.empty(0), (1, 1, 1), 1) for _ in row["images"]]
+        encoded = processor.encode_prompt(prompt, blank)
+        yield row["id"], encoded, [processor.encode_response(text) for _, text in responses]
+
+
+COLOURS = {data.PROMPT: "\033[90m", data.THINK: "\033[32m", data.ANSWER: "\033[36m", data.TAG: "\033[33m"}
+
+
+def show(path: str, folder: str, count: int) -> None:
+    """Prints rows with every token in the colour of its label: the mask as one can read it."""
+    processor = Processor(folder)
+    rows = [row for _, row in zip(range(count), (row for _, row in data.read_jsonl(path)))]
+    for title, prompt, responses in iter_rows(rows, processor):
+        print(f"--- {title}: prompt {len(prompt.ids)} tokens, one placeholder for each of {len(prompt.images)} images")
+        print(f"{COLOURS[data.PROMPT]}{processor.tokenizer.decode(prompt.ids)}\033[0m", end="")
+        for response in responses:
+            for index, label in zip(response.ids, response.labels):
+                print(f"{COLOURS[label]}{processor.tokenizer.decode([index])}", end="")
+            counts = ", ".join(f"{name} {response.labels.count(label)}" for label, name in data.SPAN_NAMES.items())
+            print(f"\033[0m\n    supervised: {counts} tokens")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Look at the supervised tokens of demos.jsonl or pairs.jsonl.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    shown = commands.add_parser("show", help="print rows with every token coloured by its label")
+    shown.add_argument("file")
+    shown.add_argument("--model", required=True, help="folder whose tokenizer is used")
+    shown.add_argument("-n", type=int, default=3, help="how many rows")
+    args = parser.parse_args(argv)
+    show(args.file, args.model, args.n)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

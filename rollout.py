@@ -1,0 +1,59 @@
+"""y_1 ... y_8 ~ M_1(y | q, I): the Stage-I model's own attempts at each question (paper §3.3).
+
+Stage II does not learn from someone else's chains but from the difference between this model's good and bad ones. So
+each multimodal question is answered eight times, and token ids are kept: what was sampled is what DPO will train on.
+
+reads questions.jsonl; writes OUT/rollouts.jsonl, one row a sample, and OUT/stage.json
+
+    python rollout.py --engine hf:out/sft/merged --questions questions.jsonl --images images --out out/rollout
+
+Where we depart from the paper, or it is silent:
+  1. n = 8 is the paper's. Temperature 0.95, top-p 0.95 and 8,192 new tokens are ours (LLaMA-Factory's 0.95; its 1,024
+     tokens would cut reasoning off).
+  2. An answer cut off by the token limit is kept and marked "length": it counts as wrong, and is never a negative.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import data
+from engines import Sampling, ask_all, open_engine, question_asks, reply_row
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Sample n answers of every question; resumes where it was stopped.")
+    parser.add_argument("--engine", required=True, help="what answers: hf:PATH or another engine spec")
+    parser.add_argument("--questions", required=True, help="questions.jsonl")
+    parser.add_argument("--images", default=".", help="image root")
+    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("-n", type=int, default=8, help="samples a question")  # paper 3.3
+    parser.add_argument("--temperature", type=float, default=0.95)  # ours: paper silent
+    parser.add_argument("--top-p", type=float, default=0.95)  # ours: paper silent
+    parser.add_argument("--max-tokens", type=int, default=8192)  # ours: paper silent
+    parser.add_argument("--batch", type=int, default=256, help="samples at once")
+    parser.add_argument("--pixels", type=int, default=768 * 768, help="largest image, Qwen; as in training")
+    parser.add_argument("--tiles", type=int, default=1, help="most tiles of an image, InternVL; as in training")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, started = parse(argv), time.time()
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "rollouts.jsonl"
+    asks = question_asks(data.read_questions(args.questions), Path(args.images), args.n)
+    sampling = Sampling(args.temperature, args.top_p, args.max_tokens, args.seed)
+    data.settle(path, {"engine": args.engine, **vars(sampling), "pixels": args.pixels, "tiles": args.tiles})
+    engine = open_engine(args.engine, max_pixels=args.pixels, tiles=args.tiles, batch=args.batch)
+    rows = ask_all(engine, asks, sampling, path, lambda reply: reply_row(reply, args.engine), "rollouts")
+    cut = sum(row["finish_reason"] != "stop" for row in rows)
+    print(f"{len(rows)} answers to {len(asks)} questions, {cut} cut off by --max-tokens {args.max_tokens}")
+    inputs = [args.questions] + ([args.engine.removeprefix("hf:")] if args.engine.startswith("hf:") else [])
+    data.write_stage(out, args, inputs, [path], started, answers=len(rows), cut_off=cut)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

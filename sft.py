@@ -1,0 +1,192 @@
+"""Stage I (paper §3.2): a few thousand text-only demonstrations elicit reasoning that then also works on images.
+
+    L = - (1 / sum w_t) * sum over response tokens t of  w_t log p(y_t | x, y_<t)          (the prompt is not learnt)
+
+Supervised are the response's tokens and <|im_end|>, which teaches the model to stop. Tokens carry the label of their
+span (THINK, ANSWER, TAG), so the loss on the reasoning and on the answer are seen apart and can be weighed apart.
+
+reads demos.jsonl, a Hugging Face folder; writes OUT/adapter (PEFT's format), OUT/merged (what Stage II starts from),
+OUT/metrics.jsonl, OUT/stage.json
+
+    torchrun --nproc_per_node 8 sft.py --model Qwen2.5-VL-7B-Instruct --demos demos.jsonl --out out/sft
+
+Where we depart from the paper, or it is silent:
+  1. lr 1e-4, LoRA and the cosine are the paper's (App. C). Epochs 3, batch 64, rank 8, warm-up 10 % are
+     LLaMA-Factory's, its trainer; span weights of 1 are plain cross-entropy.
+  2. The loss is a mean over all tokens of the global batch; LLaMA-Factory's is a mean over micro-batches of means.
+  3. The newline after <|im_end|> is not supervised: generation ends at <|im_end|>.
+  4. --pack puts several demonstrations in one row, each blind to the others, with the system turn computed once. Same
+     loss, fewer tokens.
+  5. A demonstration that is too long is dropped and counted, never cut: a chain without its answer teaches endless thinking.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from torch import Tensor
+
+import data
+import lora
+import model
+import train
+
+MAX_LENGTH = 8192  # ours: paper silent; prompt and response together
+
+
+def sft_loss(logp: Tensor, batch: model.Batch, weights: dict[int, float]) -> tuple[Tensor, float, dict]:
+    """Weighted sum of -log p over supervised tokens; logp (B, T). Returns (sum, sum of weights, {span: (sum, count)})."""
+    row = batch.weights[:, None]  # (B, 1), 0 for a row that only keeps a rank in step
+    loss, count, spans = 0.0 * logp.sum(), 0.0, {}
+    for label, name in data.SPAN_NAMES.items():
+        chosen = (batch.labels == label) * row  # (B, T)
+        total, tokens = -(logp * chosen).sum(), float(chosen.sum())
+        loss = loss + weights[label] * total
+        count += weights[label] * tokens
+        spans[name] = (total.item(), tokens)
+    return loss, count, spans
+
+
+def read_demos(path: str) -> list[dict]:
+    """Checked demonstrations. Raises RowError naming file, line and key."""
+    rows = []
+    for where, row in data.read_jsonl(path):
+        if data.check_row(row, where) != "demos":
+            raise data.RowError(f"{where}: messages: missing; this is not a demonstration")
+        rows.append(row)
+    if not rows:
+        raise data.RowError(f"{path}: no demonstration in it")
+    return rows
+
+
+def encode_demo(row: dict, processor: model.Processor, image_root: Path) -> model.Row:
+    """prompt -> response"""
+    images = [processor.encode_image(model.load_image(image_root / image)) for image in row["images"]]
+    prompt = processor.encode_prompt(row["messages"][:-1], images)
+    return [prompt, processor.encode_response(row["messages"][-1]["content"])]
+
+
+def pack(rows: list[model.Row], stop_id: int) -> model.Row:
+    """One row of several demonstrations. Where all prompts begin with the same turn (the system prompt), that turn
+    becomes the root and each demonstration a child of it; the loss is the same as that of the rows apart."""
+    cut = rows[0][0].ids.index(stop_id) + 1 if stop_id in rows[0][0].ids else 0
+    prefix = rows[0][0].ids[:cut]
+    if len(rows) == 1 or not cut or any(row[0].ids[:cut] != prefix for row in rows):
+        cut = 0
+    packed = [model.Segment(prefix, [data.PROMPT] * cut)] if cut else []
+    for prompt, response in rows:
+        packed.append(model.Segment(prompt.ids[cut:], prompt.labels[cut:], 0 if cut else None, images=prompt.images))
+        packed.append(model.Segment(response.ids, response.labels, len(packed) - 1))
+    return packed
+
+
+def pack_plan(lengths: list[int], limit: int, seed: int) -> list[list[int]]:
+    """Which demonstrations share a row: in a shuffled order, as many as fit below `limit` tokens (0: one each)."""
+    plan, room = [], -1
+    for index in train.order(len(lengths), seed, -1):
+        if lengths[index] > room:
+            plan.append([])
+            room = limit
+        plan[-1].append(index)
+        room -= lengths[index]
+    return plan
+
+
+def gate(rows: list[dict], row: model.Row, processor: model.Processor, policy: model.Policy, names: list[str]) -> None:
+    """Refuses to train wrong: one line a check, before the first step."""
+    response = rows[0]["messages"][-1]["content"]
+    decoded = processor.decode(row[1].ids)
+    checks = [
+        ("the first row's supervised tokens decode to its response", decoded == response, f"{decoded[:60]!r} instead of {response[:60]!r}"),
+        ("supervision ends with the end of the turn", row[1].ids[-1] == processor.stop_id, "the model would not learn to stop"),
+        ("image tokens equal image features", row[0].ids.count(processor.image_id) == sum(image.tokens for image in row[0].images), "check the pixel settings"),
+    ]
+    if names:
+        learnt = {name.removeprefix("model.model.language_model.").rpartition(".")[0] for name in train.trained(policy)}
+        checks.append((f"LoRA trains exactly {len(names)} linear maps of the language model", learnt == set(names), f"found {len(learnt)}: {sorted(learnt)[:2]}"))
+    for claim, holds, otherwise in checks:
+        train.print0(f"  gate: {'ok ' if holds else 'NOT'} {claim}")
+        if not holds:
+            raise RuntimeError(f"gate: {claim}: not so; {otherwise}")
+
+
+def save(out: Path, policy: model.Policy, processor: model.Processor, adapter: tuple[int, float, str] | None) -> None:
+    """OUT/adapter and OUT/merged, or OUT/merged alone after full training. adapter: (rank, alpha, base). A collective."""
+    if adapter:
+        rank, alpha, base = adapter
+        matrices = dict(train.whole_tensors(policy, lambda name: name.endswith((".lora_A", ".lora_B"))))
+        if train.rank() == 0:
+            lora.save_adapter(out / "adapter", matrices, rank, alpha, base)
+        state = dict(lora.merge_state(train.whole_tensors(policy), alpha / rank))
+    else:
+        state = dict(train.whole_tensors(policy))
+    if train.rank() == 0:
+        model.save_policy(out / "merged", policy, processor, state)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Stage I: supervised fine-tuning on think/answer spans.")
+    parser.add_argument("--model", required=True, help="Hugging Face folder of the base model")
+    parser.add_argument("--demos", required=True, help="demos.jsonl; text-only, multimodal or mixed")
+    parser.add_argument("--images", default=".", help="image root")
+    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--method", choices=["lora", "full"], default="lora")  # paper App. C
+    parser.add_argument("--rank", type=int, default=lora.RANK)
+    parser.add_argument("--alpha", type=float, default=lora.ALPHA)
+    parser.add_argument("--lr", type=float, default=1e-4)  # paper App. C
+    parser.add_argument("--epochs", type=float, default=3)  # ours: paper silent (LLaMA-Factory example)
+    parser.add_argument("--batch", type=int, default=64, help="rows a step, over all ranks")  # ours: paper silent (the same)
+    parser.add_argument("--micro-batch", type=int, default=1, help="rows at once on one rank")
+    parser.add_argument("--warmup", type=float, default=0.1, help="share of the steps")  # ours: paper silent (the same)
+    parser.add_argument("--max-length", type=int, default=MAX_LENGTH, help="longer rows are dropped and counted")
+    parser.add_argument("--pack", type=int, default=0, help="pack demonstrations into rows of up to this many tokens")
+    parser.add_argument("--weights", type=float, nargs=3, default=[1.0, 1.0, 1.0], metavar=("THINK", "ANSWER", "TAG"))
+    parser.add_argument("--pixels", type=int, default=model.MAX_PIXELS, help="largest image, Qwen")
+    parser.add_argument("--tiles", type=int, default=model.TILES, help="most tiles of an image, InternVL")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations in backward: less memory, a third more time")
+    parser.add_argument("--save-every", type=int, default=50, help="steps between states to resume from")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, started = parse(argv), time.time()
+    out, image_root = Path(args.out), Path(args.images)
+    device = train.init_ranks()
+    rows = read_demos(args.demos)
+    processor = model.Processor(args.model, args.pixels, args.tiles)
+    lengths = [sum(len(segment.ids) for segment in encode_demo(row, processor, image_root)) for row in rows]
+    kept = [row for row, length in zip(rows, lengths) if length <= args.max_length]
+    train.print0(f"demonstrations: kept {len(kept)} of {len(rows)} ({len(rows) - len(kept)} over {args.max_length} tokens: --max-length)")
+    if not kept:
+        raise data.RowError(f"{args.demos}: every demonstration is over {args.max_length} tokens; raise --max-length")
+    plan = pack_plan([length for length in lengths if length <= args.max_length], args.pack, args.seed)
+
+    policy = model.load_policy(args.model)
+    policy.freeze_vision()
+    names = lora.inject(policy.model, policy.language_model, args.rank, args.alpha, args.seed) if args.method == "lora" else []
+    count = sum(p.numel() for p in train.trained(policy).values())
+    train.print0(f"training {count:,} of {sum(p.numel() for p in policy.parameters()):,} parameters ({args.method})")
+    gate(kept, encode_demo(kept[0], processor, image_root), processor, policy, names)
+    train.shard(policy, device, args.checkpointing)
+
+    weights = dict(zip((data.THINK, data.ANSWER, data.TAG), args.weights))
+    history = train.fit(
+        policy,
+        lambda logp, batch: sft_loss(logp, batch, weights),
+        lambda i: pack([encode_demo(kept[j], processor, image_root) for j in plan[i]], processor.stop_id),
+        lambda rows, w: model.collate(rows, processor, w),
+        len(plan),
+        out=out, device=device, learning_rate_peak=args.lr, batch=args.batch, micro=args.micro_batch, epochs=args.epochs,
+        warmup=args.warmup, seed=args.seed, save_every=args.save_every,
+    )  # fmt: skip
+    save(out, policy, processor, (args.rank, args.alpha, args.model) if names else None)
+    train.forget_state(out)
+    if train.rank() == 0:
+        figures = {"rows": len(kept), "dropped": len(rows) - len(kept), "steps": len(history), "first_loss": history[0]["loss"], "last_loss": history[-1]["loss"]}
+        data.write_stage(out, args, [args.model, args.demos], [out / "merged"], started, **figures)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

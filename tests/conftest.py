@@ -1,0 +1,58 @@
+"""Tiny random models from the real classes, one of each family, made once a session and never downloaded."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import clinic  # noqa: E402
+import model  # noqa: E402
+
+
+def build_folder(family: str, folder: Path, seed: int = 0) -> Path:
+    """A checkpoint folder with random weights: config, tokenizer, image processor, safetensors."""
+    tokenizer = clinic.make_tokenizer(family, 0)
+    network, image_processor = clinic.build(family, "tiny", tokenizer, seed)
+    network.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    image_processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """{"qwen": folder, "internvl": folder}; read only"""
+    base = tmp_path_factory.mktemp("models")
+    return {family: build_folder(family, base / family) for family in ("qwen", "internvl")}
+
+
+@pytest.fixture(params=["qwen", "internvl"])
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def folder(folders, family) -> Path:
+    return folders[family]
+
+
+@pytest.fixture
+def processor(folder) -> model.Processor:
+    """56 x 56 pixels for Qwen, one tile for InternVL: four image tokens an image"""
+    return model.Processor(folder, max_pixels=56 * 56, tiles=1)
+
+
+@pytest.fixture
+def policy(folder) -> model.Policy:
+    return model.load_policy(folder)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> Path:
+    """A very small clinic: bank.jsonl, dev.jsonl, test.jsonl and films"""
+    folder = tmp_path_factory.mktemp("world")
+    clinic.main(["world", "--out", str(folder), "--text", "12", "--image", "12", "--dev-image", "4", "--dev-text", "4", "--test-image", "6", "--test-text", "4"])
+    return folder

@@ -1,0 +1,341 @@
+"""The only file that knows about ranks: sharding from outside, one training loop for both stages, exact resume.
+
+    theta <- theta - AdamW( (1 / count) * sum over the global batch of grad loss )          cosine schedule (paper App. C)
+
+Sum locally, count globally, divide once. Every loss returns (sum, count); SFT counts supervised tokens, DPO counts pairs.
+Counts are added over micro-batches and ranks before the division, so that one rank with two rows, two ranks with one
+row, and one rank that accumulates twice all take the same step. (A mean of means would weigh a token by the company it
+keeps.) FSDP averages gradients over ranks, so the local sum is multiplied by their number.
+
+The same command runs as one process on a CPU, on 8 GPUs, and on several nodes: torchrun is the only launcher.
+
+    torchrun --nproc_per_node 8 sft.py ...            bf16 compute, fp32 master weights, sharded by FSDP2 (ZeRO-3)
+
+Resume is exact: the order of rows is a pure function of (seed, epoch), and weights, optimizer and step are saved together,
+so a run that was killed goes on to the very weights of a run that was not.
+
+Where we depart from the paper, or it is silent:
+  1. FSDP2 instead of DeepSpeed ZeRO-3: the same sharding of weights, gradients and optimizer, in plain PyTorch.
+  2. The frozen vision tower is not sharded: every rank holds it whole, so a rank whose rows have no image need not join
+     any exchange for it.
+  3. A step's state is stored as safetensors, one file a rank, rather than torch.distributed.checkpoint's format, whose
+     index is a pickle.
+  4. Batch 64, warm-up 10 %, weight decay 0, clip 1.0 are LLaMA-Factory's; the paper gives learning rates and "cosine".
+"""
+
+import json
+import math
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+import data
+
+BETAS, EPS, WEIGHT_DECAY = (0.9, 0.999), 1e-8, 0.0  # ours: paper silent (LLaMA-Factory / transformers defaults)
+CLIP = 1.0  # ours: paper silent (transformers' max_grad_norm)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Ranks
+
+
+def init_ranks() -> torch.device:
+    """Joins the process group if torchrun started this process, or alone on a GPU. Returns this rank's device."""
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo")
+    elif cuda and not dist.is_initialized():  # alone on one GPU: a group of one, so that bf16 compute works the same way
+        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def print0(*words) -> None:
+    """Prints on the first rank only."""
+    if rank() == 0:
+        print(*words, flush=True)
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def total(values: list[float], device: torch.device) -> list[float]:
+    """Sums numbers over all ranks, in float64."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    if world() > 1:
+        dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def gather_rows(rows: list) -> list:
+    """Every rank's list, joined in rank order, on every rank."""
+    if world() == 1:
+        return rows
+    parts: list = [None] * world()
+    dist.all_gather_object(parts, rows)
+    return [row for part in parts for row in part]
+
+
+def shard(policy: nn.Module, device: torch.device, checkpointing: bool = False) -> nn.Module:
+    """Puts a policy on its device and, where there are ranks, shards it block by block (FSDP2). The model is mutated from
+    outside: it knows nothing of ranks. `checkpointing` recomputes each block's activations in backward.
+
+    On a GPU compute is bf16 with fp32 master weights and fp32 gradient sums; on a CPU everything is fp32.
+    """
+    layers = policy.language_model.layers
+    if checkpointing:
+        for layer in layers:
+            layer.forward = partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
+    if not dist.is_initialized():
+        return policy.to(device)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(device.type, (world(),))
+    precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if device.type == "cuda" else MixedPrecisionPolicy()
+    frozen = {p for module in (policy.vision, policy.projector) for p in module.parameters() if not p.requires_grad}
+    for module in (policy.vision, policy.projector):
+        module.to(device)  # ignored parameters are not moved by fully_shard
+        if device.type == "cuda" and frozen:
+            module.to(torch.bfloat16)
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, mp_policy=precision)
+    fully_shard(policy, mesh=mesh, mp_policy=precision, ignored_params=frozen)
+    return policy
+
+
+def whole_tensors(policy: nn.Module, only: Callable[[str], bool] = lambda name: True) -> Iterator[tuple[str, Tensor]]:
+    """(name, whole tensor on the CPU), one at a time, by Hugging Face module names. A collective: every rank must iterate."""
+    for name, tensor in policy.model.named_parameters(remove_duplicate=False):
+        if only(name):
+            tensor = tensor.detach()
+            yield name, (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Data order and schedule: pure functions
+
+
+def order(rows: int, seed: int, epoch: int) -> list[int]:
+    """The order of rows in an epoch: a pure function, so that a resumed run sees the rows it would have seen."""
+    indices = list(range(rows))
+    random.Random(data.sample_seed(seed, "order", epoch)).shuffle(indices)
+    return indices
+
+
+def global_batch(rows: int, batch: int, seed: int, step: int) -> list[int]:
+    """Row indices of one step. The last batch of an epoch may be smaller: no row is dropped, none is seen twice."""
+    per_epoch = math.ceil(rows / batch)
+    epoch, at = divmod(step, per_epoch)
+    return order(rows, seed, epoch)[at * batch : (at + 1) * batch]
+
+
+def micro_batches(indices: list[int], micro: int, rank: int, world: int) -> list[list[tuple[int, float]]]:
+    """This rank's micro-batches of (row index, weight). All ranks get equally many, or some would wait for ever: a rank
+    that runs short repeats a row at weight 0."""
+    mine = [(index, 1.0) for index in indices[rank::world]]
+    needed = math.ceil(math.ceil(len(indices) / world) / micro)
+    batches = [mine[at : at + micro] for at in range(0, len(mine), micro)]
+    return batches + [[(indices[0], 0.0)]] * (needed - len(batches))
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
+    """Linear warm-up over the first `warmup` share of steps, then half a cosine down to zero (paper App. C: cosine)."""
+    rise = max(1, round(warmup * steps))
+    if step < rise:
+        return peak * (step + 1) / rise
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The state of a run: safetensors, one file a rank
+
+
+def local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def trained(policy: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in policy.named_parameters() if p.requires_grad}
+
+
+def save_state(folder: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Writes the trained weights and AdamW's moments of this rank beside the older state, then makes it the one to resume
+    from: a kill at any moment leaves one whole state or the other."""
+    from safetensors.torch import save_file
+
+    making = folder / f"step_{step:06d}.tmp"
+    if rank() == 0:
+        shutil.rmtree(making, ignore_errors=True)
+        making.mkdir(parents=True)
+    barrier()
+    tensors = {}
+    for name, parameter in trained(policy).items():
+        moments = optimizer.state[parameter]
+        for kind, tensor in (("weight", parameter), ("exp_avg", moments["exp_avg"]), ("exp_avg_sq", moments["exp_avg_sq"])):
+            tensors[f"{name}|{kind}"] = local(tensor).detach().cpu().contiguous().clone()
+    save_file(tensors, making / f"rank_{rank():05d}.safetensors", metadata={"step": str(step), "world": str(world())})
+    barrier()
+    if rank() == 0:
+        os.replace(making, folder / f"step_{step:06d}")
+        for older in folder.glob("step_*"):
+            if older.name != f"step_{step:06d}":
+                shutil.rmtree(older)
+    barrier()
+
+
+def load_state(folder: Path, policy: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Puts the newest whole state back and returns its step, or 0 where there is none. The number of ranks may have
+    changed: a sharded tensor is the ranks' parts one after another along its first dimension."""
+    from safetensors import safe_open
+
+    states = sorted(path for path in folder.glob("step_*") if path.suffix != ".tmp") if folder.exists() else []
+    if not states:
+        return 0
+    files = [safe_open(path, framework="pt") for path in sorted(states[-1].glob("rank_*.safetensors"))]
+    step, ranks = int(files[0].metadata()["step"]), int(files[0].metadata()["world"])
+    if len(files) != ranks:
+        raise RuntimeError(f"{states[-1]}: {len(files)} of {ranks} rank files; remove the folder to start again")
+    with torch.no_grad():
+        for name, parameter in trained(policy).items():
+            moments = optimizer.state[parameter]
+            moments["step"] = torch.tensor(float(step))
+            for kind in ("weight", "exp_avg", "exp_avg_sq"):
+                target = parameter if kind == "weight" else moments.setdefault(kind, torch.zeros_like(parameter))
+                whole = torch.cat([file.get_tensor(f"{name}|{kind}") for file in files]) if ranks > 1 else files[0].get_tensor(f"{name}|{kind}")
+                if isinstance(target, DTensor):
+                    begin = sum(len(part) for part in torch.chunk(torch.empty(len(whole)), world())[: rank()])
+                    whole = whole[begin : begin + len(local(target))]
+                local(target).copy_(whole)
+    return step
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The loop
+
+Loss = Callable[[Tensor, object], tuple[Tensor, float, dict[str, tuple[float, float]]]]
+
+
+def fit(
+    policy: nn.Module,
+    loss_of: Loss,
+    encode: Callable[[int], object],
+    collate: Callable[[list, list[float]], object],
+    rows: int,
+    *,
+    out: Path,
+    device: torch.device,
+    learning_rate_peak: float,
+    batch: int,
+    micro: int,
+    epochs: float,
+    warmup: float,
+    seed: int,
+    save_every: int,
+    print_every: int = 1,
+    betas: tuple[float, float] = BETAS,
+    weight_decay: float = WEIGHT_DECAY,
+) -> list[dict]:
+    """Trains every parameter of `policy` that requires a gradient. Returns the metrics of all steps.
+
+    encode(i)            row i, ready to collate (called when needed, so images need not all be in memory)
+    collate(rows, w)     a batch with `.to(device)`; w are the rows' weights, 0 for a row that only keeps a rank in step
+    loss_of(logps, b)    (sum, count, {name: (sum, count)}): sums over the micro-batch, never means
+    save_every           steps between states; 0 keeps none. A finished run removes its states.
+    Writes out/metrics.jsonl, one row a step. Raises FloatingPointError on a loss that is not finite, before it does harm.
+    """
+    steps = math.ceil(epochs * math.ceil(rows / batch))
+    parameters = list(trained(policy).values())
+    fused = device.type == "cuda" or not dist.is_initialized()
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate_peak, betas=betas, eps=EPS, weight_decay=weight_decay, fused=fused)
+    out.mkdir(parents=True, exist_ok=True)
+    begin = load_state(out / "state", policy, optimizer)
+    history = [row for row in data.resume_jsonl(out / "metrics.jsonl") if row["step"] < begin] if rank() == 0 else []
+    if begin:
+        print0(f"resumed at step {begin} of {steps} from {out / 'state'}")
+    log = open(out / "metrics.jsonl", "w", encoding="utf-8") if rank() == 0 else nullcontext()
+    with log:
+        if rank() == 0:
+            data.append_jsonl(log, history)
+        for step in range(begin, steps):
+            started = time.time()
+            now = learning_rate(step, steps, learning_rate_peak, warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = now
+            sums: dict[str, list[float]] = {}
+            counted = 0.0
+            # gradients are sums over the micro-batches; the division by the global count comes once, at the end
+            for part in micro_batches(global_batch(rows, batch, seed, step), micro, rank(), world()):
+                b = collate([encode(index) for index, _ in part], [weight for _, weight in part]).to(device)
+                loss, count, metrics = loss_of(policy(b), b)
+                (loss * world()).backward()
+                counted += count
+                for name, (value, over) in {"loss": (loss.item(), count), **metrics}.items():
+                    entry = sums.setdefault(name, [0.0, 0.0])
+                    entry[0] += value
+                    entry[1] += over
+            names = list(sums)  # the same on every rank: a loss names its figures whether or not they occur
+            reduced = total([counted] + [x for name in names for x in sums[name]], device)
+            means = {name: reduced[1 + 2 * i] / max(reduced[2 + 2 * i], 1e-12) for i, name in enumerate(names)}
+            if not math.isfinite(means["loss"]):
+                raise FloatingPointError(f"step {step}: the loss is {means['loss']}; the weights of step {step - 1} are untouched")
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad.div_(reduced[0])
+            norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+            norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            row = {"step": step, **{name: round(value, 6) for name, value in means.items()}, "lr": now, "grad_norm": round(norm, 4), "seconds": round(time.time() - started, 3)}
+            if rank() == 0:
+                history.append(row)
+                data.append_jsonl(log, [row])
+            if (step + 1) % print_every == 0 or step + 1 == steps:
+                print0(status_line(row, steps, device))
+            if save_every and (step + 1) % save_every == 0 and step + 1 < steps:
+                save_state(out / "state", policy, optimizer, step + 1)
+    return history
+
+
+def forget_state(out: Path) -> None:
+    """Removes the states of a run whose result is saved."""
+    barrier()
+    if rank() == 0:
+        shutil.rmtree(out / "state", ignore_errors=True)
+
+
+def status_line(row: dict, steps: int, device: torch.device) -> str:
+    """step 0040/0139 | loss 0.612 | ... | lr 9.1e-07 | 3.2 s | 41 GB"""
+    shown = [f"step {row['step'] + 1:04d}/{steps:04d}"]
+    shown += [f"{name} {value:+.3f}" if name == "margin" else f"{name} {value:.3f}" for name, value in row.items() if name not in ("step", "lr", "seconds", "grad_norm")]
+    shown += [f"norm {row['grad_norm']:.2f}", f"lr {row['lr']:.1e}", f"{row['seconds']:.2f} s"]
+    if device.type == "cuda":
+        shown.append(f"{torch.cuda.max_memory_allocated() / 2**30:.0f} GB")
+    return " | ".join(shown)
+
+
+def read_metrics(folder: str | Path) -> list[dict]:
+    """The metrics of a finished or running fit."""
+    path = Path(folder) / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()] if path.exists() else []
