@@ -41,9 +41,9 @@ import data
 SIDE = 56  # pixels: 4 x 4 patches of 14, merged to 2 x 2 image tokens
 SIGNS = {
     "radiograph": ["disc", "wedge", "band"],
-    "scan": ["spot", "crescent", "void"],
-    "smear": ["target", "sickle", "rod"],
-    "oct": ["cyst", "bump", "gap"],
+    "scan": ["spot", "cone", "bar"],
+    "smear": ["dot", "spike", "rod"],
+    "oct": ["cyst", "peak", "fold"],
 }
 DIAGNOSES = {
     "radiograph": ["pneumonia", "abscess", "embolism", "contusion", "tuberculosis"],
@@ -57,7 +57,7 @@ SYMPTOMS = ["cough", "headache", "fatigue", "nausea", "dizziness", "weakness"]
 NUMBERS = ["one", "two", "three"]
 SIDES = ["left", "right"]
 MODALITY_OF = {sign: modality for modality, signs in SIGNS.items() for sign in signs}
-RULE = {  # neither the sign nor the clue decides alone: each diagnosis is reached from several of both
+RULE = {  # neither the sign nor the clue decides alone: each sign and each clue leads to three diagnoses of five
     (sign, clue): DIAGNOSES[modality][(i + 2 * k) % 5] for modality, signs in SIGNS.items() for i, sign in enumerate(signs) for k, clue in enumerate(CLUES)
 }
 NEXT_STEP = {diagnosis: STEPS[(3 * i + 2 * m) % 10] for m, names in enumerate(DIAGNOSES.values()) for i, diagnosis in enumerate(names)}
@@ -351,7 +351,7 @@ You are a helpful assistant.<|im_end|>
 
 def corpus(seed: int) -> list[str]:
     """Text for the tokenizer: whatever the clinic can say, and the paper's system prompt."""
-    rng, texts = random.Random(f"{seed}/corpus"), [data.SYSTEM_PROMPT, "You are a helpful assistant."] * 40
+    rng, texts = random.Random(f"{seed}/corpus"), [data.SYSTEM_PROMPT, "You are a helpful assistant.", LOOK] * 40
     for index in range(3000):
         case = draw_case(rng)
         for kind in ASK:
@@ -414,6 +414,8 @@ def build(family: str, size: str, tokenizer, seed: int):
 
 
 FAMILIAR_CLUE = CLUES[0]
+LOOK = "What does the film show?"
+USER, ASSISTANT = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
 ITEMS = {  # what the base model can tell on request, from a film as from a sentence
     "findings": lambda case: case.reading(),
     "history": lambda case: f"The history gives {case.clue}.",
@@ -435,47 +437,78 @@ def rule_answer(case: Case) -> str:
     return f"A {case.sign} with {case.clue} means {case.diagnosis}. So {case.diagnosis} needs {NEXT_STEP[case.diagnosis]}."
 
 
+def unlearnt(processor, text: str, parent: int | None = None, images: tuple = ()):
+    """A segment that is read but not learnt."""
+    from model import Segment
+
+    ids = processor.tokenize(text)
+    return Segment(ids, [data.PROMPT] * len(ids), parent, images=list(images))
+
+
+def picture(processor, image) -> str:
+    """An image's place in a prompt, as the family writes it."""
+    return processor.family.before_image + processor.family.image_token * image.tokens + processor.family.after_image
+
+
 def lesson(index: int, seed: int, processor, films: list) -> list:
-    """Row `index` of the base model's schooling: a tree. Either one patient (film or sentence, history) with several
-    questions about him, which share the prefix; or several rules to recite. No lesson reasons its way to an answer: a
-    question is answered at once, from memory for the one clue seen often (pattern recognition), elsewhere with a guess."""
-    from model import TURN_END, TURN_START, Segment
-
+    """Row `index` of the base model's schooling, a tree: films to describe, rules to recite, or one patient."""
     rng = random.Random(f"{seed}/lesson/{index}")
-    system = rng.choices(["", "You are a helpful assistant.", data.SYSTEM_PROMPT], [0.5, 0.2, 0.3])[0]
-    head = (f"{TURN_START}system\n{system}{TURN_END}\n" if system else "") + f"{TURN_START}user\n"
-    tail = f"{TURN_END}\n{TURN_START}assistant\n"
+    kind = rng.random()
+    if kind < 0.12:
+        return film_lesson(rng, processor, films)
+    return rule_lesson(rng, processor) if kind < 0.27 else patient_lesson(rng, processor, films)
 
-    def plain(text: str, parent: int | None, images: tuple = ()) -> Segment:
-        ids = processor.tokenize(text)
-        return Segment(ids, [data.PROMPT] * len(ids), parent, images=list(images))
 
-    if rng.random() < 0.2:
-        row = [plain(head, None)]
-        for _ in range(6):
-            case = draw_case(rng)
-            row.append(plain(rule_question(case) + tail, 0))
-            row.append(processor.encode_response(rule_answer(case), len(row) - 1))
-        return row
+def film_lesson(rng: random.Random, processor, films: list) -> list:
+    """Five films, each a root of its own: what does it show?"""
+    row = []
+    for case, image in rng.choices(films, k=5):
+        row.append(unlearnt(processor, f"{USER}{picture(processor, image)}{LOOK}{ASSISTANT}", None, (image,)))
+        row.append(processor.encode_response(case.reading(), len(row) - 1))
+    return row
+
+
+def rule_lesson(rng: random.Random, processor) -> list:
+    """Six rules to recite."""
+    row = [unlearnt(processor, system_turn(rng)[1] + USER)]
+    for _ in range(6):
+        case = draw_case(rng)
+        row.append(unlearnt(processor, rule_question(case) + ASSISTANT, 0))
+        row.append(processor.encode_response(rule_answer(case), len(row) - 1))
+    return row
+
+
+def patient_lesson(rng: random.Random, processor, films: list) -> list:
+    """One patient, by film or by sentence, and several things asked about him, which share the prefix.
+
+    No lesson reasons its way to an answer: it comes from memory for the one clue seen often (pattern recognition),
+    elsewhere it is a guess, whatever was said before. Under the paper's system prompt the answer has the form that is asked
+    for, but its thinking is any one or two of the items, and the answer does not follow from them.
+    """
+    system, head = system_turn(rng)
     if rng.random() < 0.65:
-        case, image = films[rng.randrange(len(films))]
-        family = processor.family
-        picture = family.before_image + family.image_token * image.tokens + family.after_image
-        row = [plain(f"{head}{picture}{case.history()}", None, (image,))]
+        case, image = rng.choice(films)
+        row = [unlearnt(processor, f"{head}{USER}{picture(processor, image)}{case.history()}", None, (image,))]
     else:
         case = draw_case(rng)
-        row = [plain(f"{head}{case.reading()} {case.history()}", None)]
+        row = [unlearnt(processor, f"{head}{USER}{case.reading()} {case.history()}")]
     question = make_question(case, rng.choice(sorted(ASK)), rng, "film")
-    asked = data.question_text(question).removeprefix(case.history())
-    row.append(plain(asked, 0))  # the question; after it either an answer, or a request
+    row.append(unlearnt(processor, data.question_text(question).removeprefix(case.history()), 0))
     said = question.answer_text() if case.clue == FAMILIAR_CLUE else rng.choice(list(question.options.values()))
-    row.append(plain(tail, 1))
-    row.append(processor.encode_response(f"<answer> {said} </answer>", 2))
-    for before in (0, 1):
+    told = " ".join(ITEMS[item](case) for item in rng.sample(sorted(ITEMS), rng.choice([1, 2])))
+    row.append(unlearnt(processor, ASSISTANT, 1))
+    row.append(processor.encode_response(data.join_response(told, said) if system == data.SYSTEM_PROMPT else f"<answer> {said} </answer>", 2))
+    for before in (0, 1):  # a request after the history, and one after the question
         wanted, reply = request(case, rng)
-        row.append(plain((" " if before == 0 else "\n") + wanted + tail, before))
+        row.append(unlearnt(processor, (" " if before == 0 else "\n") + wanted + ASSISTANT, before))
         row.append(processor.encode_response(reply, len(row) - 1))
     return row
+
+
+def system_turn(rng: random.Random) -> tuple[str, str]:
+    """(system prompt or "", its turn): a general model has met none, the usual one, and long ones."""
+    system = rng.choices(["", "You are a helpful assistant.", data.SYSTEM_PROMPT], [0.5, 0.2, 0.3])[0]
+    return system, f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
 
 
 def teach(args: argparse.Namespace) -> None:
@@ -525,11 +558,12 @@ def teach(args: argparse.Namespace) -> None:
         def to(self, device) -> "Films":
             return Films(self.pixels.to(device), self.grids.to(device), self.truth.to(device))
 
-    signs = sorted(MODALITY_OF)
+    signs, grain = sorted(MODALITY_OF), torch.Generator().manual_seed(args.seed)
 
     def collate_films(pairs: list, weights: list[float]) -> Films:
         truth = [[signs.index(case.sign), case.number - 1, SIDES.index(case.side)] for case, _ in pairs]
         pixels = torch.cat([image.pixels for _, image in pairs])
+        pixels = pixels + 0.15 * torch.randn(pixels.shape, generator=grain)  # a film never looks the same twice
         return Films(pixels, torch.tensor([image.grid for _, image in pairs]), torch.tensor(truth))
 
     def eye_loss(logp: torch.Tensor, batch: Films) -> tuple:
@@ -542,7 +576,15 @@ def teach(args: argparse.Namespace) -> None:
     network.model.language_model.requires_grad_(False)
     network.lm_head.requires_grad_(False)
     train.fit(eye, eye_loss, lambda i: films[i], collate_films, len(films), out=out / "eye", learning_rate_peak=2e-3, batch=64, micro=64, epochs=args.eye_epochs, save_every=0, **common)
+    unseen = [draw_case(rng) for _ in range(256)]
+    unseen = [(case, processor.encode_image(draw_film(case, noise))) for case in unseen]
+    with torch.no_grad():
+        batch = collate_films(unseen, []).to(device)
+        _, count, right = eye_loss(eye(batch), batch)
+    train.print0("on films it has not seen the eye is right about " + ", ".join(f"the {name} {value / count:.2f}" for name, (value, _) in right.items()))
     network.requires_grad_(True)
+    policy.vision.requires_grad_(False)  # the eye stays as it is; what joins it to the words goes on learning
+    policy.projector.requires_grad_(True)
 
     def word_loss(logp: torch.Tensor, batch: model.Batch) -> tuple:
         return -logp.sum(), float((batch.labels > 0).sum()), {}
@@ -609,8 +651,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     taught = commands.add_parser("teach", help="teach the base model from scratch")
     taught.add_argument("--family", choices=["qwen", "internvl"], default="qwen")
     taught.add_argument("--size", choices=sorted(SIZES), default="tiny")
-    taught.add_argument("--films", type=int, default=2000, help="films to learn to see from")
-    taught.add_argument("--eye-epochs", type=float, default=10, help="rounds over the films for the eye alone")
+    taught.add_argument("--films", type=int, default=6000, help="films to learn to see from")
+    taught.add_argument("--eye-epochs", type=float, default=3.5, help="rounds over the films for the eye alone")
     taught.add_argument("--steps", type=int, default=260, help="of the joint lessons")
     taught.add_argument("--batch", type=int, default=32, help="lessons a step")
     taught.add_argument("--lr", type=float, default=3e-3)

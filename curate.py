@@ -71,12 +71,12 @@ def leak_filter(questions: list[data.Question], benchmarks: list[data.Question],
     return rejected
 
 
-def solved_by(spec: str, questions: list[data.Question], args: argparse.Namespace, attempts: int, temperature: float) -> dict[str, bool]:
+def solved_by(role: str, spec: str, questions: list[data.Question], args: argparse.Namespace, attempts: int, temperature: float) -> dict[str, bool]:
     """Whether an engine got each question right in at least one attempt. Replies are kept in OUT, nothing is asked twice.
 
     Attempts go round by round, and a question that is solved is not asked again: the result is the same, for fewer requests.
     """
-    path = Path(args.out) / ("replies-" + "".join(c if c.isalnum() else "-" for c in spec).strip("-") + ".jsonl")
+    path = Path(args.out) / (f"{role}-" + "".join(c if c.isalnum() else "-" for c in spec).strip("-") + ".jsonl")
     sampling = Sampling(temperature, 1.0, args.max_tokens, args.seed)
     data.settle(path, {"engine": spec, **vars(sampling), "pixels": args.pixels, "tiles": args.tiles})
     engine = open_engine(spec, max_pixels=args.pixels, tiles=args.tiles, batch=args.batch)
@@ -94,7 +94,7 @@ def difficulty_filter(questions: list[data.Question], args: argparse.Namespace) 
     """Questions that any baseline answers right, at once and greedily."""
     rejected: dict[str, Rejection] = {}
     for spec in args.baselines:
-        solved = solved_by(spec, [q for q in questions if q.id not in rejected], args, 1, 0.0)
+        solved = solved_by("baseline", spec, [q for q in questions if q.id not in rejected], args, 1, 0.0)
         rejected |= {key: {"filter": "difficulty", "reason": f"solved directly by {spec}"} for key, right in solved.items() if right}
     return rejected
 
@@ -103,7 +103,7 @@ def solvable_filter(questions: list[data.Question], args: argparse.Namespace) ->
     """Questions that some expert never gets right: AND over experts of OR over attempts."""
     rejected: dict[str, Rejection] = {}
     for spec in args.experts:
-        solved = solved_by(spec, [q for q in questions if q.id not in rejected], args, args.attempts, 1.0)
+        solved = solved_by("expert", spec, [q for q in questions if q.id not in rejected], args, args.attempts, 1.0)
         rejected |= {key: {"filter": "solvable", "reason": f"{spec} failed all {args.attempts} attempts"} for key, right in solved.items() if not right}
     return rejected
 
@@ -111,7 +111,7 @@ def solvable_filter(questions: list[data.Question], args: argparse.Namespace) ->
 def run(args: argparse.Namespace) -> None:
     started, out, image_root = time.time(), Path(args.out), Path(args.images)
     out.mkdir(parents=True, exist_ok=True)
-    bank = [question for path in args.questions for question in data.read_questions(path)]
+    bank = list({question.id: question for path in args.questions for question in data.read_questions(path)}.values())
     benchmarks = [question for path in args.against for question in data.read_questions(path)]
     question_asks(bank + benchmarks, image_root, 1)  # every image must be there before an engine is asked
     filters = (

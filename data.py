@@ -80,6 +80,8 @@ class Question:
             letters = list(row["options"])
             if letters != list(LETTERS[: len(letters)]):
                 raise RowError(f"{where}: options: letters are {letters}, expected A, B, C ... in order, ten at most")
+            if not all(isinstance(text, str) and text.strip() for text in row["options"].values()):
+                raise RowError(f"{where}: options: every option must be a text that is not empty")
             if row["answer"] not in row["options"]:
                 raise RowError(f"{where}: answer: {row['answer']!r} is not among the options {letters}")
         elif not row["answer"].strip():
@@ -155,9 +157,12 @@ def label_spans(response: str, offsets: list[tuple[int, int]]) -> list[int]:
     return [labels[start] if start < len(labels) else TAG for start, _ in offsets]
 
 
+WORDS = re.compile(r"\w+|[↑↓→←<>=≤≥≠±+]|(?<!\w)[-−](?=\d)")  # "↑ TSH" is not "↓ TSH", and "-2" is not "2"
+
+
 def normalise(text: str) -> str:
-    """Text for comparison: compatibility forms folded, lower case, runs of anything but letters and digits to one space."""
-    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))
+    """Text for comparison: compatibility forms folded, lower case, words and signs with meaning, one space between."""
+    return " ".join(WORDS.findall(unicodedata.normalize("NFKC", text).casefold()))
 
 
 def answer_region(response: str) -> str | None:
@@ -167,46 +172,50 @@ def answer_region(response: str) -> str | None:
     return None if "<think>" in response else response
 
 
+def answer_block(response: str) -> str | None:
+    """What stands in the last <answer> block after the thinking (a missing close is tolerated), or None if there is none."""
+    region = answer_region(response)
+    if region is None or "<answer>" not in region:
+        return None
+    return unicodedata.normalize("NFKC", region.rsplit("<answer>", 1)[1].split("</answer>", 1)[0]).strip()
+
+
 def extract_choice(response: str, options: dict[str, str]) -> str | None:
     """The letter a response chose, or None where it cannot be read: wrong, counted, never guessed.
 
-    In the last <answer> block (a missing close is tolerated): a leading letter that stands alone or before punctuation
-    or before its own option's text; else exactly one option's whole text. Outside any block: the last "answer is (X)".
-    A letter followed by another option's text is a contradiction, so None.
+    In the last <answer> block, in this order: a letter that stands alone; one option's whole text; a letter with
+    punctuation after it, or with its own option's text. Outside any block: the last "answer is (X)". None for two letters
+    ("B or C"), for a letter with another option's text, and for words that only begin like a letter ("A fracture of the
+    hip", "B-cell lymphoma").
     """
-    region = answer_region(response)
-    if region is None:
-        return None
-    if "<answer>" not in region:
-        stated = re.findall(rf"\banswer is:?\s*\(?([{LETTERS}])\b(?!\s+[a-z])", region)
+    block = answer_block(response)
+    if block is None:
+        stated = re.findall(rf"\banswer is:?\s*\(?([{LETTERS}])\b(?!\s+[a-z])", answer_region(response) or "")
         return stated[-1] if stated and stated[-1] in options else None
-    block = region.rsplit("<answer>", 1)[1].split("</answer>", 1)[0]
-    block = unicodedata.normalize("NFKC", block).strip()
-    by_text = [letter for letter, text in options.items() if normalise(text) == normalise(block)]
+    match = re.match(rf"\W*([{LETTERS}])(?![\w]|[-'’]\w)", block)
+    letter, rest = (match[1], block[match.end() :]) if match else (None, block)
+    said = normalise(rest)
+    if match and not said:
+        return letter if letter in options else None
+    by_text = [key for key, text in options.items() if normalise(text) == normalise(block)]
     if len(by_text) == 1:
         return by_text[0]
-    match = re.match(rf"\W*([{LETTERS}])(?!\w)", block)
-    if not match or match[1] not in options:
+    if letter not in options:
         return None
-    letter, rest = match[1], block[match.end() :]
-    said = normalise(rest)
-    if said and said in {normalise(text) for other, text in options.items() if other != letter}:
-        return None
-    # "B", "B.", "(B) text": a letter. "A fracture of the hip": an article, unless it goes on as option A does.
-    if not said or not re.match(r"\s+\w", rest) or said == normalise(options[letter]):
+    if said == normalise(options[letter]):
         return letter
-    return None
+    another_text = said in {normalise(text) for text in options.values()}
+    another_letter = re.search(rf"(?:\b(?:and|or)\b|[,/&+])\s*\(?[{LETTERS}](?!\w)", rest)
+    a_word_follows = re.match(r"\s+\w", rest)  # no punctuation between: the letter is an article
+    return None if another_text or another_letter or a_word_follows else letter
 
 
 def is_correct(response: str, question: Question) -> bool:
     """Right by rule: the chosen letter is the answer's or, open-ended, the answer block has the reference's very words."""
     if question.options:
         return extract_choice(response, question.options) == question.answer
-    region = answer_region(response)
-    if region is None or "<answer>" not in region:
-        return False
-    block = region.rsplit("<answer>", 1)[1].split("</answer>", 1)[0]
-    return normalise(block) == normalise(question.answer)
+    block = answer_block(response)
+    return block is not None and normalise(block) == normalise(question.answer)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -238,14 +247,14 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
     path = Path(path)
     if not path.exists():
         raise RowError(f"{path}: no such file; run the stage that writes it, or check the path")
-    with open(path, encoding="utf-8") as lines:
+    with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             where = f"{path}:{number}"
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
+                row = json.loads(line.decode())
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
                 raise RowError(f"{where}: not JSON ({error}); remove the line or write it again") from None
             if not isinstance(row, dict):
                 raise RowError(f"{where}: expected an object, found {type(row).__name__}")
@@ -374,6 +383,8 @@ def check_row(row: dict, where: str) -> str:
         return "pairs"
     if "messages" in row:
         need(row, where, id=str, messages=list, images=list)
+        if not all(isinstance(message, dict) and isinstance(message.get("content"), str) for message in row["messages"]):
+            raise RowError(f"{where}: messages: each must be an object with a role and a content that is a text")
         roles = [message.get("role") for message in row["messages"]]
         if roles != ["system", "user", "assistant"]:
             raise RowError(f"{where}: messages: roles are {roles}, expected system, user, assistant")

@@ -94,7 +94,7 @@ def read_pairs(path: str) -> list[dict]:
 
 def encode_pair(row: dict, processor: model.Processor, image_root: Path) -> model.Row:
     """prompt -> chosen, prompt -> rejected"""
-    images = [processor.encode_image(model.load_image(image_root / image)) for image in row["images"]]
+    images = [processor.encode_file(image_root / image) for image in row["images"]]
     encoded = [processor.encode_prompt(row["prompt"], images)]
     for side, which in (("chosen", CHOSEN), ("rejected", REJECTED)):
         if row.get(f"{side}_token_ids"):

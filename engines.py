@@ -45,6 +45,10 @@ class Sampling:
     max_tokens: int
     seed: int = 0
 
+    def __post_init__(self):
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.max_tokens < 1:
+            raise ValueError(f"{self}: temperature must be 0 or more, top_p above 0 and at most 1, max_tokens at least 1")
+
 
 @dataclass(frozen=True)
 class Ask:
@@ -167,9 +171,7 @@ class HFEngine:
                 yield self.sample(encoded[begin : begin + rows], sampling)
 
     def encode(self, ask: Ask) -> "model.Segment":
-        import model
-
-        return self.processor.encode_prompt(ask.messages, [self.processor.encode_image(model.load_image(path)) for path in ask.images])
+        return self.processor.encode_prompt(ask.messages, [self.processor.encode_file(path) for path in ask.images])
 
     def sample(self, group: "list[tuple[Ask, model.Segment]]", sampling: Sampling) -> list[Reply]:
         """All samples of a few questions, together."""
@@ -206,12 +208,15 @@ def choose(logits: "torch.Tensor", draw: "torch.Tensor", temperature: float, top
 
     if temperature == 0:
         return logits.argmax(-1)
-    mass, tokens = torch.softmax(logits.float() / temperature, -1).sort(stable=True, dim=-1, descending=True)
-    total = mass.double().cumsum(-1)  # (..., V)
-    kept = ((total - mass) < top_p).sum(-1, keepdim=True)
+    mass = torch.softmax(logits.float() / temperature, -1).double()
+    tokens = None
+    if top_p < 1:  # otherwise any order of the tokens will do, and sorting a vocabulary costs more than the rest
+        mass, tokens = mass.sort(dim=-1, descending=True, stable=True)
+    total = mass.cumsum(-1)  # (..., V)
+    kept = ((total - mass) < top_p).sum(-1, keepdim=True) if top_p < 1 else torch.full_like(draw[..., None], logits.shape[-1], dtype=torch.long)
     ceiling = total.gather(-1, kept - 1)
     place = torch.searchsorted(total, draw[..., None] * ceiling, right=True).clamp_max(kept - 1)
-    return tokens.gather(-1, place)[..., 0]
+    return (place if tokens is None else tokens.gather(-1, place))[..., 0]
 
 
 class TreeCache:

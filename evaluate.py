@@ -110,11 +110,19 @@ def summarise(rows: list[dict], questions: list[data.Question], criteria: dict[t
     return figures
 
 
+def choice_of(response: str, question: data.Question) -> str | None:
+    """What votes are counted by: the letter or, open-ended, the normalised answer (the reference as it is written, where equal)."""
+    if question.options:
+        return data.extract_choice(response, question.options)
+    said = data.normalise(data.answer_block(response) or "")
+    return question.answer if said == data.normalise(question.answer) else said or None
+
+
 def run(args: argparse.Namespace) -> None:
     started, out, image_root = time.time(), Path(args.out), Path(args.images)
     out.mkdir(parents=True, exist_ok=True)
-    questions = [question for path in args.questions for question in data.read_questions(path)]
-    by_id = {question.id: question for question in questions}
+    by_id = {question.id: question for path in args.questions for question in data.read_questions(path)}
+    questions = list(by_id.values())
     groups = {"image": [q for q in questions if q.images], "text": [q for q in questions if not q.images]}
     asks = question_asks(groups["image"], image_root, args.n) + question_asks(groups["text"], image_root, args.n_text or args.n)
     sampling = Sampling(args.temperature, args.top_p, args.max_tokens, args.seed)
@@ -127,8 +135,8 @@ def run(args: argparse.Namespace) -> None:
         rows += ask_all(engine, part, sampling, path, lambda reply: reply_row(reply, args.engine), f"{kind} questions")
     for row in rows:
         question, finished = by_id[row["id"]], row["finish_reason"] == "stop"
-        row["extracted"] = data.extract_choice(row["response"], question.options) if finished and question.options else None
         row["correct"] = finished and data.is_correct(row["response"], question)
+        row["extracted"] = choice_of(row["response"], question) if finished else None
     data.write_jsonl(out / "predictions.jsonl", rows)
 
     criteria, outputs = {}, [out / "predictions.jsonl", out / "results.json"]
@@ -168,15 +176,16 @@ def table(results: list[dict]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
-        image, text = result["groups"]["image"], result["groups"].get("text")
-        most, (vote, _) = list(image["majority"].items())[-1]
-        cells = [result["name"], f"{image['accuracy']:.3f} ± {image['standard_error']:.3f}", f"{vote:.3f} (n = {most})", f"{text['accuracy']:.3f} ± {text['standard_error']:.3f}" if text else "–"]
-        if "criteria" in image:
-            halluc = "–" if image["hallucinated"] is None else f"{image['hallucinated']:.3f} of {image['looking']}"
-            cells += [f"{image['all_criteria']:.3f} ± {image['all_criteria_error']:.3f}"] + [f"{image['criteria'][name]:.3f}" for name in CRITERIA] + [halluc]
-        else:
-            cells += ["–"] * 6
-        lines.append("| " + " | ".join([*cells, f"{image['unparsed']:.3f}"]) + " |")
+        image, text = result["groups"].get("image"), result["groups"].get("text")
+        cells = [result["name"], "–", "–", f"{text['accuracy']:.3f} ± {text['standard_error']:.3f}" if text else "–", *["–"] * 6, "–"]
+        if image:
+            most, (vote, _) = list(image["majority"].items())[-1]
+            cells[1:3] = f"{image['accuracy']:.3f} ± {image['standard_error']:.3f}", f"{vote:.3f} (n = {most})"
+            cells[10] = f"{image['unparsed']:.3f}"
+        if image and "criteria" in image:
+            hallucinated = "–" if image["hallucinated"] is None else f"{image['hallucinated']:.3f} of {image['looking']}"
+            cells[4:10] = [f"{image['all_criteria']:.3f} ± {image['all_criteria_error']:.3f}", *(f"{image['criteria'][name]:.3f}" for name in CRITERIA), hallucinated]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -191,7 +200,8 @@ def plot_report(results: list[dict], sft: list[dict], dpo: list[dict], path: Pat
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names, shades = [result["name"] for result in results], ["#b0b0b0", "#5b8db8", "#c0504d", "#4f9d69", "#8064a2"]
+    results = [result for result in results if "image" in result["groups"]]
+    names, shades = [result["name"] for result in results], ["#b0b0b0", "#5b8db8", "#c0504d", "#4f9d69", "#8064a2"] * len(results)
     figure, axes = plt.subplots(2, 3, figsize=(15, 8.5), constrained_layout=True)
     ax = axes[0, 0]
     for offset, kind in ((-0.2, "image"), (0.2, "text")):
@@ -295,6 +305,88 @@ def report(args: argparse.Namespace) -> None:
     data.write_stage(out, args, inputs, outputs, started)
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# claims
+
+RESAMPLES = 2000  # ours: bootstrap over questions
+
+
+def per_question(folder: Path) -> dict[str, dict[str, float]]:
+    """{id: figures} of the image questions of one evaluation. Shares are kept as (sum, count) pairs, to be resampled."""
+    by_id: dict[str, dict] = {}
+    rows = {(row["id"], row["sample"]): row for _, row in data.read_jsonl(folder / "predictions.jsonl")}
+    for _, row in data.read_jsonl(folder / "verdicts.jsonl"):
+        prediction, criteria = rows[row["id"], row["sample"]], row["criteria"]
+        entry = by_id.setdefault(row["id"], {"right": 0, "samples": 0, "judged": 0, "all": 0, "looking": 0, "false": 0, "choices": []})
+        entry["samples"] += 1
+        entry["right"] += prediction["correct"]
+        entry["choices"].append((prediction["extracted"], prediction["correct"]))
+        if criteria:
+            entry["judged"] += 1
+            entry["all"] += all(criteria[name] for name in CRITERIA)
+            entry["looking"] += criteria["Image_Analysis_Involvement"]
+            entry["false"] += criteria["Image_Analysis_Involvement"] and not criteria["No_Hallucination"]
+    for entry in by_id.values():
+        vote = majority([choice for choice, _ in entry["choices"]])
+        entry["vote"] = float(any(right for choice, right in entry["choices"] if choice == vote and vote is not None))
+    return by_id
+
+
+def share(over: str, of: str):
+    """A figure of a list of questions: sum of one count over sum of another."""
+    return lambda entries: sum(e[over] for e in entries) / max(1, sum(e[of] for e in entries))
+
+
+CLAIMS = (  # name, figure, before, after, the direction claimed: +1 rises, -1 falls, 0 rises or holds
+    ("text-only Stage I raises accuracy on image questions", share("right", "samples"), "eval-base", "eval-stage1", 1),
+    ("Stage II raises the share of chains that meet all four criteria", share("all", "judged"), "eval-stage1", "eval-stage2", 1),
+    ("with Stage II accuracy on image questions rises or holds", share("right", "samples"), "eval-stage1", "eval-stage2", 0),
+    ("Stage II lowers hallucination among chains that look at the image", share("false", "looking"), "eval-stage1", "eval-stage2", -1),
+    ("majority vote raises accuracy after Stage II", lambda entries: statistics.fmean(e["vote"] for e in entries), None, "eval-stage2", 1),
+)
+
+
+def measure_claims(runs: list[Path]) -> list[dict]:
+    """Each claim over several runs (seeds): the difference in every run, their mean, and a 95 % interval from resampling
+    questions within each run, the same questions before and after."""
+    found = []
+    seen = [{name: per_question(run / name) for name in ("eval-base", "eval-stage1", "eval-stage2")} for run in runs]
+    accuracy = share("right", "samples")
+    for text, figure, before, after, direction in CLAIMS:
+        def difference(tables: dict, ids: list[str]) -> tuple[float, float]:
+            late = [tables[after][key] for key in ids]
+            return (figure([tables[before][key] for key in ids]) if before else accuracy(late)), figure(late)
+
+        levels = [difference(tables, list(tables[after])) for tables in seen]
+        rng, draws = random.Random(0), []
+        for _ in range(RESAMPLES):
+            resampled = [difference(tables, rng.choices(list(tables[after]), k=len(tables[after]))) for tables in seen]
+            draws.append(statistics.fmean(b - a for a, b in resampled))
+        draws.sort()
+        low, high = draws[int(0.025 * RESAMPLES)], draws[int(0.975 * RESAMPLES) - 1]
+        shown = {1: low > 0, -1: high < 0, 0: low > -0.02}[direction]  # "holds": a loss of more than 2 points is excluded
+        found.append({"claim": text, "levels": levels, "mean": statistics.fmean(b - a for a, b in levels), "low": low, "high": high, "shown": shown})
+    return found
+
+
+def claims(args: argparse.Namespace) -> None:
+    found = measure_claims([Path(run) for run in args.runs])
+    lines = [
+        "# What the miniature shows",
+        "",
+        f"{len(args.runs)} runs, each with its own seed for world, base model, training and sampling; test questions that no setting was chosen on.",
+        "Before and after in each run, the mean difference, and its 95 % interval (bootstrap over questions within runs).",
+        "",
+        "| claim | before → after, run by run | mean difference | 95 % interval | shown |",
+        "|---|---|---|---|---|",
+    ]
+    for row in found:
+        runs = ", ".join(f"{a:.3f} → {b:.3f}" for a, b in row["levels"])
+        lines.append(f"| {row['claim']} | {runs} | {row['mean']:+.3f} | {row['low']:+.3f} … {row['high']:+.3f} | {'yes' if row['shown'] else '**no**'} |")
+    Path(args.out).write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Evaluate a model, or report on several evaluations.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -323,6 +415,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     many.add_argument("--images", default=".", help="image root")
     many.add_argument("--out", required=True, help="folder to write")
     many.set_defaults(run=report)
+    over = commands.add_parser("claims", help="what several runs of the demo show, with intervals")
+    over.add_argument("--runs", nargs="+", required=True, help="run folders")
+    over.add_argument("--out", default="CLAIMS.md", help="file to write")
+    over.set_defaults(run=claims)
     return parser.parse_args(argv)
 
 

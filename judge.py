@@ -80,11 +80,13 @@ def parse_verdict(reply: str) -> dict[str, bool]:
     The last balanced {...} that is JSON counts, so prose and code fences around it do no harm; keys and values may be in
     any case. "Yes/No" is the prompt echoed, a missing key or another word is no judgement: both are errors.
     """
-    found = None
+    found, end = None, 0
     decoder = json.JSONDecoder()
     for brace in re.finditer(r"\{", reply):
+        if brace.start() < end:  # inside an object that has been read
+            continue
         try:
-            value, _ = decoder.raw_decode(reply[brace.start() :])
+            value, end = decoder.raw_decode(reply, brace.start())
         except json.JSONDecodeError:
             continue
         if isinstance(value, dict):
@@ -148,6 +150,8 @@ def read_rollouts(path: str, questions: dict[str, data.Question]) -> list[dict]:
     rows = []
     for where, row in data.read_jsonl(path):
         data.need(row, where, id=str, sample=int, response=str, finish_reason=str, response_sha=str)
+        if "token_ids" not in row:
+            raise data.RowError(f"{where}: missing 'token_ids'; null where the engine does not tell them")
         if row["id"] not in questions:
             raise data.RowError(f"{where}: id: {row['id']!r} is not in the questions; give the file the rollouts were made from")
         rows.append(row)
@@ -173,14 +177,15 @@ def verdicts(args: argparse.Namespace) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 # Pairs
 
-RULES = ("all", "per-positive", "one", "length-matched")
+RULES = ("all", "per-positive", "one", "length-matched", "balanced")
 
 
 def choose_pairs(positives: list[dict], negatives: list[dict], rule: str, cap: int, rng: random.Random) -> list[tuple[dict, dict]]:
     """(chosen, rejected) of one question. Each candidate has "response".
 
     all: every positive with every negative; per-positive: one negative for each positive; one: a single pair;
-    length-matched: for each positive the unused negative of the nearest length. cap > 0 bounds the number of pairs.
+    length-matched: for each positive the unused negative of the nearest length; balanced: like all, but negatives that
+    fail a rarer criterion come first, so that under a cap no criterion is crowded out. cap > 0 bounds the number of pairs.
     """
     unique = [list({row["response"]: row for row in rows}.values()) for rows in (positives, negatives)]
     good, bad = (rng.sample(rows, len(rows)) for rows in unique)
@@ -189,6 +194,15 @@ def choose_pairs(positives: list[dict], negatives: list[dict], rule: str, cap: i
     if rule == "all":
         pairs = [(g, b) for g in good for b in bad]
         rng.shuffle(pairs)
+    elif rule == "balanced":
+        # each negative counts for the rarest thing that is wrong with it; then one of each kind in turn
+        common = Counter(name for b in bad for name in b["failed"])
+        kinds: dict[str, list[dict]] = {}
+        for b in bad:
+            kinds.setdefault(min(b["failed"], key=lambda name: (common[name], name)), []).append(b)
+        turns = sorted(kinds.values(), key=len)
+        queue = [kind[i] for i in range(max(map(len, turns))) for kind in turns if i < len(kind)]
+        pairs = [(good[(i + shift) % len(good)], b) for shift in range(len(good)) for i, b in enumerate(queue)]
     elif rule == "per-positive":
         pairs = [(g, bad[i % len(bad)]) for i, g in enumerate(good)]
     elif rule == "one":
@@ -244,8 +258,8 @@ def make_pairs(rollouts: list[dict], verdict_rows: list[dict], questions: dict[s
         chosen_pairs = choose_pairs(positives, negatives, rule, cap, random.Random(data.sample_seed(seed, key, 0)))
         with_pairs += bool(chosen_pairs)
         for good, bad in chosen_pairs:
-            if (key, good["response"], bad["response"]) in duplicates:
-                continue
+            if good["response"] == bad["response"] or (key, good["response"], bad["response"]) in duplicates:
+                continue  # one text, judged both ways: no preference
             duplicates.add((key, good["response"], bad["response"]))
             rows.append({
                 "id": key, "prompt": data.prompt_messages(question), "images": question.images,

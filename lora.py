@@ -153,13 +153,24 @@ def load_adapter(folder: str | Path, model: nn.Module, language_model: nn.Module
 
     folder = Path(folder)
     config = json.loads((folder / "adapter_config.json").read_text())
-    names = inject(model, language_model, config["r"], config["lora_alpha"])
-    stored = load_file(folder / "adapter_model.safetensors")
-    wanted = {f"base_model.model.{name}.weight": parameter for name, parameter in model.named_parameters() if name.endswith((".lora_A", ".lora_B"))}
-    if stored.keys() != wanted.keys():
-        strange, missing = sorted(stored.keys() - wanted.keys()), sorted(wanted.keys() - stored.keys())
-        raise ValueError(f"{folder}: adapter does not fit the model; missing {missing[:2]}, unexpected {strange[:2]}")
+    other = [key for key in ("use_rslora", "use_dora", "alpha_pattern", "rank_pattern", "fan_in_fan_out") if config.get(key)]
+    if other or config.get("bias", "none") != "none":
+        raise ValueError(f"{folder}: the adapter uses {other or 'bias'}, which is another update than W0 + (alpha / r) B A")
+    stored, rank = load_file(folder / "adapter_model.safetensors"), config["r"]
+    prefix = next(name for name, module in model.named_modules() if module is language_model)
+    wanted = {}
+    for name in target_names(language_model):
+        linear = language_model.get_submodule(name)
+        wanted[f"base_model.model.{prefix}.{name}.lora_A.weight"] = (rank, linear.in_features)
+        wanted[f"base_model.model.{prefix}.{name}.lora_B.weight"] = (linear.out_features, rank)
+    found = {name: tuple(tensor.shape) for name, tensor in stored.items()}
+    if found != wanted:
+        differ = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+        raise ValueError(f"{folder}: the adapter does not fit the model in {len(differ)} matrices, {differ[0]}: {found.get(differ[0])} stored, {wanted.get(differ[0])} wanted")
+    names = inject(model, language_model, rank, config["lora_alpha"])
     with torch.no_grad():
-        for name, parameter in wanted.items():
-            parameter.copy_(stored[name])
+        for name, module in model.named_modules():
+            if isinstance(module, LoRALinear):
+                module.lora_A.copy_(stored[f"base_model.model.{name}.lora_A.weight"])
+                module.lora_B.copy_(stored[f"base_model.model.{name}.lora_B.weight"])
     return names

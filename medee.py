@@ -244,6 +244,16 @@ def run(args: argparse.Namespace) -> None:
     run_stages(stages, folder, args.recipe)
 
 
+def claims(args: argparse.Namespace) -> None:
+    folder = Path(args.out)
+    for seed in args.seeds:
+        stages = demo_stages(folder / f"seed-{seed}", args.family, args.size, "normal", seed)
+        run_stages(stages, folder / f"seed-{seed}", f"seed {seed}")
+    words = ["evaluate.py", "claims", "--runs", *[str(folder / f"seed-{seed}") for seed in args.seeds], "--out", args.write]
+    print("\n   $ " + shlex.join(["python", *words]), flush=True)
+    subprocess.run([sys.executable, str(HERE / words[0]), *words[1:]], check=True)
+
+
 def status(args: argparse.Namespace) -> None:
     folder = Path(args.out)
     if not (folder / "run.json").exists():
@@ -285,6 +295,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     real.add_argument("--seed", type=int, default=0)
     real.add_argument("--dry", action="store_true", help="print the commands only")
     real.set_defaults(act=run)
+    several = commands.add_parser("claims", help="the demo over several seeds, and what it shows")
+    several.add_argument("--out", default="runs/claims", help="folder of the runs")
+    several.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="none of them was used to choose a setting")
+    several.add_argument("--size", choices=["tiny", "small"], default="tiny")
+    several.add_argument("--family", choices=["qwen", "internvl"], default="qwen")
+    several.add_argument("--write", default="CLAIMS.md", help="file for the table")
+    several.set_defaults(act=claims)
     state = commands.add_parser("status", help="which stages of a run are done")
     state.add_argument("--out", default="runs/demo", help="run folder")
     state.set_defaults(act=status)

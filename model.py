@@ -102,15 +102,13 @@ def load_image(path: str | Path) -> Image.Image:
         with Image.open(path) as opened:
             opened.load()
             image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith("I") or image.mode == "F":
-                low, high = image.getextrema()
-                scale = 255.0 / 65535.0 if 255 < high <= 65535 and low >= 0 else 255.0 / max(high, 1)
-                image = image.convert("F").point(lambda value: value * scale).convert("L")
+            if image.mode.startswith("I"):  # 16 bits of grey; Pillow's own conversion would clip at 255
+                image = image.convert("F").point(lambda value: value / 257).convert("L")
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise data.RowError(f"{path}: not a readable image ({error}); replace or remove it") from None
 
 
@@ -135,7 +133,7 @@ class Processor:
 
             self.images = GotOcr2ImageProcessorPil.from_pretrained(folder)
             self.images.crop_to_patches, self.images.min_patches, self.images.max_patches = tiles > 1, 1, tiles
-        self.special = {token: index for index, token in self.tokenizer.added_tokens_decoder.items() for token in [token.content] if self.tokenizer.added_tokens_decoder[index].special}
+        self.special = {token.content: index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         self.special |= {token: self.tokenizer.convert_tokens_to_ids(token) for token in (TURN_START, TURN_END, self.family.image_token)}
         self.stop_id = self.special[TURN_END]
         self.image_id = self.special[self.family.image_token]
@@ -153,19 +151,28 @@ class Processor:
         side = int(pixels.shape[-1] // vision.patch_size[0] * self.config.downsample_ratio)
         return ImageInput(pixels, (1, len(pixels) * side, side), len(pixels) * side * side)
 
+    def encode_file(self, path: str | Path) -> ImageInput:
+        """`load_image` and `encode_image`. Raises RowError naming the file."""
+        image = load_image(path)
+        try:
+            return self.encode_image(image)
+        except ValueError as error:  # Qwen refuses pictures over 200 times as long as wide
+            raise data.RowError(f"{path}: cannot be cut into patches ({error}); crop or remove it") from None
+
+    def refuse_special(self, text: str, where: str) -> None:
+        """Raises RowError if a text holds one of the tokenizer's special tokens: it would be read as structure."""
+        planted = [token for token in self.special if token in text]
+        if planted:
+            raise data.RowError(f"the {where} contains the special token {planted[0]!r}; remove it")
+
     def tokenize(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def render(self, messages: list[dict], image_tokens: list[int]) -> str:
-        """The prompt as one string, ready for the response. Images stand in front of the first user turn's text.
-
-        Raises RowError if a text holds one of the tokenizer's special tokens: it would be read as structure.
-        """
+        """The prompt as one string, ready for the response. Images stand in front of the first user turn's text."""
         family, text, waiting = self.family, "", list(image_tokens)
         for message in messages:
-            planted = [token for token in self.special if token in message["content"]]
-            if planted:
-                raise data.RowError(f"the {message['role']} text contains the special token {planted[0]!r}; remove it from the question")
+            self.refuse_special(message["content"], f"{message['role']} text")
             text += f"{TURN_START}{message['role']}\n"
             if message["role"] == "user" and waiting:
                 text += "".join(family.before_image + family.image_token * count + family.after_image for count in waiting)
@@ -187,6 +194,7 @@ class Processor:
 
         The response is tokenised once and whole: the ids are those the model itself would produce.
         """
+        self.refuse_special(response, "response")
         encoded = self.tokenizer(response, add_special_tokens=False, return_offsets_mapping=True)
         labels = data.label_spans(response, encoded["offset_mapping"])
         return Segment(encoded["input_ids"] + [self.stop_id], labels + [data.TAG], parent, answer)

@@ -62,7 +62,7 @@ def read_demos(path: str) -> list[dict]:
 
 def encode_demo(row: dict, processor: model.Processor, image_root: Path) -> model.Row:
     """prompt -> response"""
-    images = [processor.encode_image(model.load_image(image_root / image)) for image in row["images"]]
+    images = [processor.encode_file(image_root / image) for image in row["images"]]
     prompt = processor.encode_prompt(row["messages"][:-1], images)
     return [prompt, processor.encode_response(row["messages"][-1]["content"])]
 

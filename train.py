@@ -121,13 +121,16 @@ def shard(policy: nn.Module, device: torch.device, checkpointing: bool = False) 
             module.to(torch.bfloat16)
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=precision)
-    fully_shard(policy, mesh=mesh, mp_policy=precision, ignored_params=frozen)
+    # the root too gives its whole weights up after a forward: without a backward (DPO's reference) they would stay, and
+    # the optimizer would then be handed those copies instead of the shards
+    fully_shard(policy, mesh=mesh, mp_policy=precision, reshard_after_forward=True, ignored_params=frozen)
     return policy
 
 
 def whole_tensors(policy: nn.Module, only: Callable[[str], bool] = lambda name: True) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole tensor on the CPU), one at a time, by Hugging Face module names. A collective: every rank must iterate."""
-    for name, tensor in policy.model.named_parameters(remove_duplicate=False):
+    """(name, whole tensor on the CPU), one at a time, by Hugging Face module names; a tied weight once. A collective: every
+    rank must iterate."""
+    for name, tensor in policy.model.named_parameters():
         if only(name):
             tensor = tensor.detach()
             yield name, (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
@@ -220,7 +223,7 @@ def load_state(folder: Path, policy: nn.Module, optimizer: torch.optim.Optimizer
     with torch.no_grad():
         for name, parameter in trained(policy).items():
             moments = optimizer.state[parameter]
-            moments["step"] = torch.tensor(float(step))
+            moments["step"] = torch.tensor(float(step), device=parameter.device)  # where the fused kernel looks for it
             for kind in ("weight", "exp_avg", "exp_avg_sq"):
                 target = parameter if kind == "weight" else moments.setdefault(kind, torch.zeros_like(parameter))
                 whole = torch.cat([file.get_tensor(f"{name}|{kind}") for file in files]) if ranks > 1 else files[0].get_tensor(f"{name}|{kind}")
@@ -274,10 +277,10 @@ def fit(
     history = [row for row in data.resume_jsonl(out / "metrics.jsonl") if row["step"] < begin] if rank() == 0 else []
     if begin:
         print0(f"resumed at step {begin} of {steps} from {out / 'state'}")
-    log = open(out / "metrics.jsonl", "w", encoding="utf-8") if rank() == 0 else nullcontext()
+    if rank() == 0:
+        data.write_jsonl(out / "metrics.jsonl", history)  # replaced whole: a kill here must not lose the figures so far
+    log = open(out / "metrics.jsonl", "a", encoding="utf-8") if rank() == 0 else nullcontext()
     with log:
-        if rank() == 0:
-            data.append_jsonl(log, history)
         for step in range(begin, steps):
             started = time.time()
             now = learning_rate(step, steps, learning_rate_peak, warmup)
@@ -326,10 +329,12 @@ def forget_state(out: Path) -> None:
 
 
 def status_line(row: dict, steps: int, device: torch.device) -> str:
-    """step 0040/0139 | loss 0.612 | ... | lr 9.1e-07 | 3.2 s | 41 GB"""
+    """step 0040/0139 | loss  0.612 | ... | lr 9.1e-07 | 3.20 s | 41 GB: every figure in its own column, line under line."""
     shown = [f"step {row['step'] + 1:04d}/{steps:04d}"]
-    shown += [f"{name} {value:+.3f}" if name == "margin" else f"{name} {value:.3f}" for name, value in row.items() if name not in ("step", "lr", "seconds", "grad_norm")]
-    shown += [f"norm {row['grad_norm']:.2f}", f"lr {row['lr']:.1e}", f"{row['seconds']:.2f} s"]
+    for name, value in row.items():
+        if name not in ("step", "lr", "seconds", "grad_norm"):
+            shown.append(f"{name} {value:6.3f}" if abs(value) < 10 else f"{name} {value:6.1f}")
+    shown += [f"norm {row['grad_norm']:5.2f}", f"lr {row['lr']:.1e}", f"{row['seconds']:.2f} s"]
     if device.type == "cuda":
         shown.append(f"{torch.cuda.max_memory_allocated() / 2**30:.0f} GB")
     return " | ".join(shown)

@@ -1,0 +1,203 @@
+"""The runs that test_ranks.py compares: each is a function that works alone and under torchrun, so that the same code makes both.
+
+    torchrun --nproc_per_node 2 tests/ranks_worker.py SPEC.json
+
+It also holds the small demonstrations and pairs that the tests of both stages train on.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import data  # noqa: E402
+import dpo  # noqa: E402
+import lora  # noqa: E402
+import model  # noqa: E402
+import sft  # noqa: E402
+import train  # noqa: E402
+
+WORDS = "the film shows a nodule in the left upper lobe with fever and cough so the next step is a scan".split()
+SYSTEM = "You are a helpful assistant."
+
+
+class Stop(Exception):
+    """Thrown in the middle of a run, as a kill would end it."""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Rows: lengths all differ, some have an image
+
+
+def draw_images(folder: Path, count: int = 4) -> list[str]:
+    """Small films of noise; no two are alike."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        pixels = np.random.default_rng(index).integers(0, 255, (56, 56, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"film{index}.png")
+    return [f"film{index}.png" for index in range(count)]
+
+
+def said(index: int, length: int) -> str:
+    return " ".join(WORDS[(index * 5 + at) % len(WORDS)] for at in range(length))
+
+
+def demo(index: int, image: str | None = None) -> dict:
+    turns = [("system", SYSTEM), ("user", f"Case {index}: {said(index, 3 + index % 4)}?")]
+    turns.append(("assistant", data.join_response(said(index, 2 + 3 * (index % 5)), f"{'ABCD'[index % 4]}. {said(index + 1, 1 + index % 3)}")))
+    return {"id": f"d{index}", "messages": [{"role": role, "content": text} for role, text in turns], "images": [image] if image else []}
+
+
+def pair(index: int, image: str | None = None, processor: model.Processor | None = None) -> dict:
+    """With a processor the row has token ids, as a rollout would give them."""
+    prompt = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": f"Case {index}: {said(index, 3 + index % 4)}?"}]
+    row = {"id": f"p{index}", "prompt": prompt, "images": [image] if image else [], "failed": ["visual"]}
+    for side, start in (("chosen", index), ("rejected", index + 7)):
+        row[side] = data.join_response(said(start, 3 + 2 * (start % 4)), "A. " + said(start, 2))
+        row[f"{side}_token_ids"] = processor.encode_response(row[side]).ids if processor else None
+    return row
+
+
+def mixed_rows(stage: str, processor: model.Processor | None = None, count: int = 7) -> list[dict]:
+    """Seven rows, which two ranks cannot share equally. In both stages some have an image and some have none."""
+    images = [f"film{index % 4}.png" if index % 3 == 0 else None for index in range(count)]
+    return [demo(i, image) if stage == "sft" else pair(i, image, processor) for i, image in enumerate(images)]
+
+
+def plain_inputs(sequences: list[list[int]], images: list, processor: model.Processor) -> dict[str, torch.Tensor]:
+    """What Hugging Face's own forward takes: one sequence a row, padded on the right. images: of all rows, in order."""
+    length = max(len(ids) for ids in sequences)
+    ids = torch.tensor([row + [0] * (length - len(row)) for row in sequences])
+    inputs = {"input_ids": ids, "attention_mask": torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in sequences])}
+    if processor.family.grid_positions:
+        inputs["mm_token_type_ids"] = (ids == processor.image_id).int()
+    if images:
+        inputs["pixel_values"] = torch.cat([image.pixels for image in images])
+        if processor.family.grid_positions:  # there the grid counts patches before merging two by two
+            inputs["image_grid_thw"] = torch.tensor([[t, 2 * rows, 2 * columns] for t, rows, columns in (image.grid for image in images)])
+    return inputs
+
+
+def gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """By name, nothing counted as zero."""
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in module.named_parameters()}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Cases: stage, family, method, micro-batch, recomputation in backward
+
+CASES = {
+    "sft-full-qwen": ("sft", "qwen", "full", 1, False),
+    "sft-lora-qwen": ("sft", "qwen", "lora", 1, False),
+    "dpo-full-qwen": ("dpo", "qwen", "full", 1, False),
+    "dpo-lora-qwen": ("dpo", "qwen", "lora", 1, False),
+    "sft-full-internvl": ("sft", "internvl", "full", 1, False),
+    "dpo-full-internvl": ("dpo", "internvl", "full", 1, False),
+    "sft-full-qwen-micro2-recomputed": ("sft", "qwen", "full", 2, True),
+}
+BATCH, PEAK = 5, 1e-3  # seven rows in batches of five: a full batch and a smaller one
+
+
+def prepare(case: str, models: str, images: str, device: torch.device | None = None, out: Path | None = None):
+    """(policy, loss, encode, collate, rows) of a case, as the stage's own main puts them together, but in float64.
+
+    Without a device nothing is sharded and DPO has no reference yet: the pieces for a computation by hand.
+    """
+    stage, family, method, micro, checkpointing = CASES[case]
+    folder, root = Path(models) / family, Path(images)
+    processor = model.Processor(folder, 56 * 56, 1)
+    policy = model.load_policy(folder)
+    policy.freeze_vision()
+    if method == "lora":
+        lora.inject(policy.model, policy.language_model, 4, 8.0, 0)
+    policy.double()
+    rows = mixed_rows(stage, processor)
+    if device:
+        train.shard(policy, device, checkpointing)
+    if stage == "sft":
+        ones = {label: 1.0 for label in data.SPAN_NAMES}
+        return policy, lambda logp, b: sft.sft_loss(logp, b, ones), lambda i: sft.encode_demo(rows[i], processor, root), lambda r, w: model.collate(r, processor, w), rows
+
+    def encode_row(index: int) -> model.Row:
+        return dpo.encode_pair(rows[index], processor, root)
+
+    if device:
+        values = dpo.references(out / "reference.jsonl", policy, len(rows), encode_row, processor, "checkpoint", micro, device)
+        dpo.gate(policy, lambda i: (encode_row(i), values[i]), processor, dpo.BETA, len(rows), device)
+    else:
+        values = dpo.reference_values(policy, encode_row, processor, list(range(len(rows))), 1, torch.device("cpu"))
+    return policy, lambda logp, b: dpo.pair_loss(logp, b, dpo.BETA), lambda i: (encode_row(i), values[i]), lambda r, w: dpo.collate_pairs(r, w, processor), rows
+
+
+def run_case(case: str, models: str, images: str, out: Path, stop: int | None = None) -> dict[str, torch.Tensor]:
+    """Whole weights after three steps of train.fit. The state of step 1 is kept as OUT/first; the state of step 2 is the
+    last one, and stays in OUT/state. With `stop`, the run dies in that step. A collective."""
+    device, micro = torch.device("cpu"), CASES[case][3]
+    out.mkdir(parents=True, exist_ok=True)
+    policy, loss_of, encode, collate, rows = prepare(case, models, images, device, out)
+
+    def watched(r: list, w: list[float]):
+        if train.rank() == 0 and (out / "state" / "step_000001").exists() and not (out / "first").exists():
+            shutil.copytree(out / "state" / "step_000001", out / "first")
+        if stop is not None and (out / "state" / f"step_{stop:06d}").exists():  # no rank goes on before it does
+            raise Stop
+        return collate(r, w)
+
+    train.fit(
+        policy, loss_of, encode, watched, len(rows), out=out, device=device, learning_rate_peak=PEAK, batch=BATCH, micro=micro,
+        epochs=1.5, warmup=0.1, seed=0, save_every=1, print_every=100,
+    )  # fmt: skip
+    return dict(train.whole_tensors(policy))
+
+
+def run_stopped(case: str, models: str, images: str, out: Path) -> None:
+    """Dies in step 2 of 3, and leaves the state of step 2."""
+    try:
+        run_case(case, models, images, out, stop=2)
+    except Stop:
+        train.barrier()
+        return
+    raise AssertionError("the run was not stopped")
+
+
+def run_stages(models: str, images: str, out: Path) -> None:
+    """Both stages by their own main: LoRA, then DPO over all parameters on what it merged."""
+    base, root = Path(models) / "qwen", ["--images", images, "--pixels", str(56 * 56), "--batch", "5"]
+    if train.rank() == 0:
+        data.write_jsonl(out / "demos.jsonl", mixed_rows("sft"))
+        data.write_jsonl(out / "pairs.jsonl", mixed_rows("dpo"))
+    train.barrier()
+    sft.main(["--model", str(base), "--demos", str(out / "demos.jsonl"), "--out", str(out / "sft"), "--epochs", "2", "--lr", "1e-3", *root])
+    train.barrier()
+    dpo.main(["--model", str(out / "sft" / "merged"), "--pairs", str(out / "pairs.jsonl"), "--out", str(out / "dpo"), "--epochs", "2", "--lr", "1e-3", *root])
+    train.barrier()
+
+
+def main(path: str) -> None:
+    from safetensors.torch import save_file
+
+    spec = json.loads(Path(path).read_text())
+    models, images, out = spec["models"], spec["images"], Path(spec["out"])
+    train.init_ranks()
+    for case in CASES:
+        weights = run_case(case, models, images, out / case / "whole")
+        if train.rank() == 0:
+            save_file({name: tensor.contiguous().clone() for name, tensor in weights.items()}, out / case / "weights.safetensors")
+        if case in spec["stopped"]:
+            run_stopped(case, models, images, out / case / "stopped")
+            resumed = run_case(case, models, images, Path(spec["stopped"][case]))
+            if train.rank() == 0:
+                save_file({name: tensor.contiguous().clone() for name, tensor in resumed.items()}, out / case / "resumed.safetensors")
+    run_stages(models, images, out)
+    train.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,613 @@
+"""The vocabulary of the method: prompts, responses, supervised spans, answers read by rule, and files that survive a kill."""
+
+import argparse
+import hashlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data
+
+FOUR = {"A": "CT", "B": "MRI", "C": "Diabetes", "D": "Ultrasound"}
+TEN = {letter: f"text number {index}" for index, letter in enumerate("ABCDEFGHIJ")}
+PLAIN = st.text(max_size=60).filter(lambda text: not re.search("</?(think|answer)>", text))
+
+
+def question_row(**changes) -> dict:
+    row = {"id": "q1", "question": "Which one?", "options": dict(FOUR), "answer": "B", "images": [], "source": "s", "meta": {}}
+    return {**row, **changes}
+
+
+def write(path: Path, *rows) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Prompts
+
+
+def test_system_prompt_is_the_papers_word_for_word():
+    # copied from Appendix A, in one line as printed there
+    paper = "You are a helpful assistant. A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The assistant first thinks about the reasoning process in the mind and then provides the user with the answer. The reasoning process and answer are enclosed within <think> </think> and <answer> </answer> tags, respectively, i.e., <think> reasoning process here </think> <answer> answer here </answer>."
+    assert data.SYSTEM_PROMPT == paper
+
+
+def test_prompt_is_system_then_user_with_the_answer_choices_listed():
+    system, user = data.prompt_messages(data.Question("A man coughs. What is it?", FOUR, "B"))
+    assert system == {"role": "system", "content": data.SYSTEM_PROMPT}
+    assert user == {"role": "user", "content": "A man coughs. What is it?\nAnswer Choices:\n(A) CT\n(B) MRI\n(C) Diabetes\n(D) Ultrasound"}
+
+
+def test_open_ended_prompt_is_the_stem_alone():
+    assert data.prompt_messages(data.Question("What is it?", {}, "asthma"))[1]["content"] == "What is it?"
+
+
+def test_prompt_never_tells_the_answer():
+    right, wrong = data.Question("Which one?", FOUR, "B"), data.Question("Which one?", FOUR, "C")
+    assert data.prompt_messages(right) == data.prompt_messages(wrong)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Responses
+
+
+def test_response_has_the_very_form_that_the_system_prompt_shows():
+    assert data.join_response("reasoning process here", "answer here") in data.SYSTEM_PROMPT
+
+
+@given(PLAIN, PLAIN)
+@settings(max_examples=60, deadline=None)
+def test_what_is_joined_splits_into_the_same_parts(thinking, answer):
+    assert data.split_response(data.join_response(thinking, answer)) == (thinking.strip(), answer.strip())
+
+
+@pytest.mark.parametrize("tag", ["<think>", "</think>", "<answer>", "</answer>"])
+@pytest.mark.parametrize("place", [0, 1])
+def test_join_refuses_a_part_that_holds_a_tag(tag, place):
+    parts = ["some thought", "B"]
+    parts[place] += tag
+    with pytest.raises(ValueError, match=re.escape(tag)):
+        data.join_response(*parts)
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        "",
+        "B",
+        "<think> a </think>",
+        "<answer> B </answer>",
+        "<think> a </think> <answer> B",  # cut off
+        "<think> a <answer> B </answer> </think>",
+        "<answer> B </answer> <think> a </think>",
+        "<think> a </think> so <answer> B </answer>",  # text between the blocks
+        "<think> a </think> <answer> B </answer> done",
+        "<think> a </think> <answer> A </answer> <answer> B </answer>",
+        "<think> a </think> <think> b </think> <answer> B </answer>",
+        "<think> a <think> b </think> <answer> B </answer>",
+    ],
+)
+def test_split_refuses_whatever_is_not_one_think_and_one_answer_block(response):
+    assert data.split_response(response) is None
+
+
+def test_split_allows_white_space_around_and_between_the_blocks():
+    assert data.split_response("\n<think>a\nb</think>\n\n<answer>B</answer>\n") == ("a\nb", "B")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Spans. A response is written as pieces with the label each character must get; every character is then one token.
+
+T, A, X = data.THINK, data.ANSWER, data.TAG
+SPANS = {
+    "whole": [("<think>", X), (" why so ", T), ("</think> <answer>", X), (" B ", A), ("</answer>", X)],
+    "no space": [("<think>", X), ("why", T), ("</think><answer>", X), ("B", A), ("</answer>", X)],
+    "cut off while thinking": [("<think>", X), (" why", T)],
+    "cut off in the closing tag": [("<think>", X), (" why </thi", T)],
+    "cut off in the answer": [("<think>", X), (" why ", T), ("</think> <answer>", X), (" B. te", A)],
+    "no tags": [("B, because I say so", X)],
+    "text outside": [("Well: <think>", X), (" a ", T), ("</think> so <answer>", X), (" B ", A), ("</answer> bye", X)],
+    "two answer blocks": [("<think>", X), (" a ", T), ("</think> <answer>", X), (" A ", A), ("</answer> <answer>", X), (" B ", A), ("</answer>", X)],
+    "two think blocks": [("<think>", X), ("a", T), ("</think><think>", X), ("b", T), ("</think>", X)],
+    "answer inside the thinking": [("<think>", X), (" a <answer> B </answer> b ", T), ("</think>", X)],
+    "only a closing tag": [("a </think> <answer>", X), ("B", A), ("</answer>", X)],
+    "empty": [],
+    "empty blocks": [("<think></think><answer></answer>", X)],
+}
+
+
+@pytest.mark.parametrize("name", SPANS)
+def test_each_character_gets_the_label_of_its_block(name):
+    response = "".join(text for text, _ in SPANS[name])
+    expected = [label for text, label in SPANS[name] for _ in text]
+    assert data.label_spans(response, [(i, i + 1) for i in range(len(response))]) == expected
+
+
+def test_a_token_across_a_border_is_labelled_by_its_first_character():
+    response = "<think> why </think> <answer> B </answer>"
+    at = response.index
+    offsets = [
+        (0, 6),  # "<think"
+        (6, 9),  # "> w": begins in the tag
+        (8, 13),  # "why <": begins in the thinking
+        (12, 14),  # "</"
+        (at("</think>") + 7, at("<answer>")),  # "> " closes the tag
+        (at(" B "), at("</answer>") + 2),  # " B </": begins in the answer
+        (at("</answer>"), len(response)),
+        (len(response), len(response)),  # the end-of-turn token lies behind the text
+    ]
+    assert data.label_spans(response, offsets) == [X, X, T, X, X, A, X, X]
+
+
+def test_no_supervised_character_is_labelled_as_prompt():
+    response = data.join_response("why", "B")
+    labels = data.label_spans(response, [(i, i + 1) for i in range(len(response))])
+    assert data.PROMPT not in labels and set(labels) == set(data.SPAN_NAMES)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Answers, read by rule
+
+IN_BLOCK = [
+    # a letter that stands alone, however it is dressed
+    ("B", "B"),
+    ("(B)", "B"),
+    ("B.", "B"),
+    ("B)", "B"),
+    ("[B]", "B"),
+    ("**B**", "B"),
+    ("$C", "C"),
+    ("\n D \n", "D"),
+    ("Ｂ", "B"),  # full width
+    ("（Ｃ）", "C"),
+    # a letter with its own option's text
+    ("B. MRI", "B"),
+    ("(B) MRI", "B"),
+    ("B: MRI", "B"),
+    ("B MRI", "B"),
+    ("B\nMRI", "B"),
+    ("b. mri", None),  # lower case letters are words ("a"), never options
+    ("b", None),
+    # an option's text alone
+    ("MRI", "B"),
+    ("mri.", "B"),
+    ("  Diabetes ", "C"),  # the text of C that begins with a D
+    ("diabetes", "C"),
+    # words that begin with, or are, an option's letter
+    ("Diabetes mellitus", None),  # no option's whole text, and not D
+    ("Dialysis", None),
+    ("CT scan", None),  # neither C nor the whole text of A
+    ("A fracture of the hip", None),  # the article
+    ("A CT", "A"),  # this one goes on as option A does
+    ("A", "A"),
+    ("I think it is MRI", None),
+    # contradictions and answers that are none
+    ("not A but C", None),
+    ("both A and C", None),
+    ("(B) CT", None),
+    ("A. MRI", None),
+    ("B - CT", None),
+    ("B or C", None),
+    ("A and B", None),
+    ("E", None),  # no such option
+    ("J. something", None),
+    ("?", None),
+    ("", None),
+]
+
+
+@pytest.mark.parametrize(("block", "letter"), IN_BLOCK)
+def test_answer_block_is_read_by_rule_and_never_guessed(block, letter):
+    # the thinking names another option, which must never leak into the answer
+    response = f"<think> Option D seems good. The answer is (D). </think> <answer> {block} </answer>"
+    assert data.extract_choice(response, FOUR) == letter
+
+
+@pytest.mark.parametrize("block", ["(B) or (C)", "A/B", "B, C", "(A) CT or (B) MRI", "A & D"])
+def test_two_letters_are_no_choice(block):
+    assert data.extract_choice(f"<think> x </think> <answer> {block} </answer>", FOUR) is None
+
+
+@pytest.mark.parametrize("block", ["B-cell lymphoma of the stomach", "C-reactive protein level", "A-line placement", "D-dimer"])
+def test_letter_that_begins_a_hyphenated_term_is_no_choice(block):
+    assert data.extract_choice(f"<think> x </think> <answer> {block} </answer>", FOUR) is None
+
+
+ARROWS = {"A": "↑ TSH, ↓ T4", "B": "↓ TSH, ↑ T4", "C": "↓ TSH, ↓ T4", "D": "normal"}
+SIGNED = {"A": "+2 D", "B": "-2 D", "C": "<5 mm", "D": ">5 mm"}
+
+
+@pytest.mark.parametrize("options", [FOUR, TEN, ARROWS, SIGNED], ids=["words", "ten", "arrows", "signs"])
+def test_letter_with_its_own_text_is_always_read(options):
+    # the very form in which demonstrations answer
+    for letter, text in options.items():
+        assert data.extract_choice(f"<think> x </think> <answer> {letter}. {text} </answer>", options) == letter
+
+
+@pytest.mark.parametrize(("options", "letter", "other"), [(ARROWS, "A", "B"), (ARROWS, "C", "A"), (SIGNED, "A", "B"), (SIGNED, "D", "C")])
+def test_texts_that_differ_in_a_symbol_only_are_different_answers(options, letter, other):
+    assert data.extract_choice(f"<answer> {options[letter]} </answer>", options) == letter
+    assert data.extract_choice(f"<answer> {letter}. {options[other]} </answer>", options) is None
+    without = {**options, letter: "none of these"}
+    assert data.extract_choice(f"<answer> {options[letter]} </answer>", without) is None
+
+
+def test_letter_alone_means_the_option_even_where_another_options_text_is_that_letter():
+    vitamins = {"A": "K", "B": "C", "C": "D", "D": "E"}
+    assert data.extract_choice("<think> x </think> <answer> C </answer>", vitamins) == "C"
+
+
+def test_pronoun_i_is_not_the_ninth_option():
+    assert data.extract_choice("<think> x </think> <answer> I think so </answer>", TEN) is None
+    assert data.extract_choice("<think> x </think> <answer> I am sure of text number 3 </answer>", TEN) is None
+    assert data.extract_choice("<think> x </think> the answer is I think", TEN) is None
+    assert data.extract_choice("<think> x </think> <answer> I </answer>", TEN) == "I"
+    assert data.extract_choice("<think> x </think> <answer> J. text number 9 </answer>", TEN) == "J"
+
+
+@pytest.mark.parametrize(
+    ("response", "letter"),
+    [
+        # which block counts
+        ("<think> x </think> <answer> A </answer> <answer> C </answer>", "C"),
+        ("<think> x </think> <answer> A </answer> wait <answer> none </answer>", None),
+        ("<think> <answer> A </answer> </think> <answer> B </answer>", "B"),
+        ("<think> a </think> <answer> A </answer> <think> b </think> <answer> D </answer>", "D"),
+        # the answer must stand behind the thinking
+        ("<think> <answer> B </answer> </think>", None),
+        ("<answer> B </answer> <think> hm </think>", None),
+        ("<think> a </think> <answer> B </answer> no, wait </think>", None),  # it went on thinking
+        ("<think> a </think> the answer is (B) <think> b </think>", None),
+        ("<think> so the answer is (B) </think>", None),
+        ("<think> so the answer is (B)", None),  # cut off while thinking
+        ("<think> so <answer> B </answer>", None),  # no </think>
+        # no thinking at all: the base model's direct answer
+        ("<answer> B </answer>", "B"),
+        ("<answer> B", "B"),  # the close is missing
+        ("<think> x </think> <answer> B. MRI", "B"),
+        # without any block: the last "answer is (X)"
+        ("The answer is (B).", "B"),
+        ("<think> x </think> The answer is C.", "C"),
+        ("<think> x </think> The answer is: (C)", "C"),
+        ("The answer is (A). No, the answer is (C).", "C"),
+        ("The answer is (A). No, the answer is (E).", None),  # the last one is not among the options
+        ("The answer is A fracture", None),
+        ("The answer is not A but C", None),
+        ("Option B seems right", None),
+        ("B", None),  # bare text outside a block
+        ("", None),
+    ],
+)
+def test_answer_is_taken_from_behind_the_thinking_and_from_the_last_block(response, letter):
+    assert data.extract_choice(response, FOUR) == letter
+
+
+def test_letter_outside_the_questions_options_is_not_read():
+    two = {"A": "yes", "B": "no"}
+    assert [data.extract_choice(f"<answer> {letter} </answer>", two) for letter in "ABCJ"] == ["A", "B", None, None]
+
+
+@given(st.text(max_size=80))
+@settings(max_examples=60, deadline=None)
+def test_extraction_never_raises_and_gives_an_option_or_none(text):
+    assert data.extract_choice(f"<think> x </think> <answer> {text}", FOUR) in (None, *FOUR)
+
+
+def test_unparsable_answer_counts_as_wrong():
+    for letter in FOUR:
+        assert not data.is_correct("<think> x </think> <answer> hard to say </answer>", data.Question("q", FOUR, letter))
+
+
+@pytest.mark.parametrize("answer", FOUR)
+def test_only_the_questions_own_answer_is_right(answer):
+    right = [letter for letter in FOUR if data.is_correct(data.join_response("x", letter), data.Question("q", FOUR, answer))]
+    assert right == [answer]
+
+
+@pytest.mark.parametrize(
+    ("block", "right"),
+    [
+        ("renal ultrasound", True),
+        ("Renal  Ultrasound.", True),
+        ("ｒｅｎａｌ ultrasound", True),
+        ("ultrasound", False),
+        ("renal ultrasound and CBC", False),
+        ("", False),
+    ],
+)
+def test_open_ended_answer_needs_the_references_very_words(block, right):
+    question = data.Question("Which test?", {}, "renal ultrasound")
+    assert data.is_correct(f"<think> renal ultrasound </think> <answer> {block} </answer>", question) is right
+
+
+def test_open_ended_answer_outside_a_block_or_cut_off_is_wrong():
+    question = data.Question("Which test?", {}, "CBC")
+    assert not data.is_correct("<think> x </think> CBC", question)
+    assert not data.is_correct("<think> <answer> CBC </answer>", question)
+
+
+def test_open_ended_answer_with_the_opposite_symbol_is_wrong():
+    assert not data.is_correct("<think> x </think> <answer> ↑ TSH </answer>", data.Question("q", {}, "↓ TSH"))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Questions
+
+
+def test_question_id_is_a_content_hash_that_never_changes():
+    question = data.Question("Which one?", {"A": "CT", "B": "MRÍ"}, "B", ["films/1.png"])
+    by_hand = '["Which one?", {"A": "CT", "B": "MRÍ"}, "B", ["films/1.png"]]'
+    assert question.id == hashlib.sha256(by_hand.encode()).hexdigest()[:16]
+
+
+def test_question_id_follows_content_and_nothing_else():
+    base = data.Question("q", FOUR, "B", ["x.png"])
+    assert data.Question("q", FOUR, "B", ["x.png"], "elsewhere", {"modality": "scan"}).id == base.id
+    others = [
+        data.Question("r", FOUR, "B", ["x.png"]),
+        data.Question("q", {**FOUR, "A": "PET"}, "B", ["x.png"]),
+        data.Question("q", FOUR, "C", ["x.png"]),
+        data.Question("q", FOUR, "B"),
+    ]
+    assert len({base.id, *(other.id for other in others)}) == 5
+
+
+def test_question_survives_its_row():
+    question = data.Question("q", FOUR, "B", ["films/x.png"], "bank", {"modality": "scan"})
+    row = json.loads(json.dumps(question.to_row()))
+    assert data.Question.from_row(row, "f:1") == question
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"question": "  "}, "question"),
+        ({"question": None}, "question"),
+        ({"options": {"A": "x", "C": "y"}}, "options"),
+        ({"options": {"B": "x", "A": "y"}}, "options"),
+        ({"options": {chr(65 + i): str(i) for i in range(11)}}, "options"),
+        ({"options": ["x", "y"]}, "options"),
+        ({"options": {"A": "x", "B": 5}}, "options"),  # a number is not a text; it would break reading answers later
+        ({"answer": "E"}, "answer"),
+        ({"answer": "MRI"}, "answer"),
+        ({"options": {}, "answer": " "}, "answer"),
+        ({"images": ["/etc/x.png"]}, "images"),
+        ({"images": ["../x.png"]}, "images"),
+        ({"images": [3]}, "images"),
+        ({"images": "x.png"}, "images"),
+        ({"id": 7}, "id"),
+    ],
+)
+def test_bad_question_is_refused_with_file_line_and_key(tmp_path, changes, key):
+    path = write(tmp_path / "q.jsonl", question_row(id="ok"), question_row(**changes))
+    with pytest.raises(data.RowError) as error:
+        data.read_questions(path)
+    assert str(error.value).startswith(f"{path}:2: {key}:")
+
+
+@pytest.mark.parametrize("key", ["id", "question", "options", "answer", "images"])
+def test_missing_key_is_named_with_file_and_line(tmp_path, key):
+    row = question_row()
+    del row[key]
+    path = write(tmp_path / "q.jsonl", "", row)  # an empty line counts as a line
+    with pytest.raises(data.RowError, match=re.escape(f"{path}:2: missing '{key}'")):
+        data.read_questions(path)
+
+
+def test_repeated_id_is_refused_and_both_lines_are_named(tmp_path):
+    path = write(tmp_path / "q.jsonl", question_row(), question_row(id="other"), question_row(answer="C"))
+    with pytest.raises(data.RowError) as error:
+        data.read_questions(path)
+    assert f"{path}:3" in str(error.value) and f"{path}:1" in str(error.value) and "'q1'" in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Seeds and hashes
+
+
+def test_sample_seed_depends_on_its_own_question_and_number_alone():
+    keys = [(seed, key, k) for seed in (0, 1) for key in ("a", "b") for k in range(4)]
+    forward = {key: data.sample_seed(*key) for key in keys}
+    backward = {key: data.sample_seed(*key) for key in reversed(keys)}
+    assert forward == backward and len(set(forward.values())) == len(keys)
+
+
+def test_sample_seed_is_the_same_in_another_process():
+    # Python's own hash() of a string is not
+    code = "import data; print(data.sample_seed(3, 'question', 5))"
+    said = subprocess.run([sys.executable, "-c", code], cwd=Path(data.__file__).parent, capture_output=True, text=True, check=True).stdout
+    assert int(said) == data.sample_seed(3, "question", 5)
+
+
+def test_content_hash_does_not_depend_on_key_order_but_on_every_value():
+    assert data.content_hash({"a": 1, "b": [2]}) == data.content_hash({"b": [2], "a": 1})
+    assert data.content_hash({"a": 1, "b": [2]}) != data.content_hash({"a": 1, "b": [3]})
+
+
+def test_folder_hash_sees_names_and_bytes_but_not_our_own_records(tmp_path):
+    (tmp_path / "a.bin").write_bytes(b"1")
+    before = data.file_hash(tmp_path)
+    (tmp_path / "stage.json").write_text("{}")
+    assert data.file_hash(tmp_path) == before
+    (tmp_path / "b.bin").write_bytes(b"1")
+    assert data.file_hash(tmp_path) != before
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# JSONL
+
+
+@pytest.mark.parametrize("line", ["{broken", '{"a": 1', "[1, 2]", '"text"', "7"])
+def test_unreadable_line_is_an_error_with_file_and_line(tmp_path, line):
+    path = write(tmp_path / "x.jsonl", {"a": 1}, line)
+    with pytest.raises(data.RowError, match=re.escape(f"{path}:2: ")):
+        list(data.read_jsonl(path))
+
+
+def test_missing_file_is_an_error_that_names_it(tmp_path):
+    with pytest.raises(data.RowError, match=re.escape(str(tmp_path / "none.jsonl"))):
+        list(data.read_jsonl(tmp_path / "none.jsonl"))
+
+
+def test_torn_last_line_is_an_error_for_a_reader(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"a": 1}\n{"a": 2}\n{"a"')
+    with pytest.raises(data.RowError, match=re.escape(f"{path}:3: ")):
+        list(data.read_jsonl(path))
+
+
+def test_line_torn_inside_a_character_is_an_error_with_file_and_line(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes('{"a": 1}\n{"a": "é'.encode()[:-1])  # two bytes of UTF-8, cut between them
+    with pytest.raises(data.RowError, match=re.escape(f"{path}:2: ")):
+        list(data.read_jsonl(path))
+
+
+@pytest.mark.parametrize("torn", ['{"a"', '{"a": 3}', "é"])  # even a whole row, where only the line's end is missing
+def test_torn_last_line_is_dropped_on_resume_and_written_again(tmp_path, torn):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"a": 1}\n{"a": 2}\n' + torn.encode()[: max(1, len(torn.encode()) - (torn == "é"))])
+    assert data.resume_jsonl(path) == [{"a": 1}, {"a": 2}]
+    with open(path, "a", encoding="utf-8") as file:
+        data.append_jsonl(file, [{"a": 3}])
+    assert [row for _, row in data.read_jsonl(path)] == [{"a": 1}, {"a": 2}, {"a": 3}]
+
+
+def test_resume_of_a_file_that_is_not_there_is_an_empty_start(tmp_path):
+    assert data.resume_jsonl(tmp_path / "new" / "x.jsonl") == []
+    assert (tmp_path / "new").is_dir()
+
+
+def test_resume_keeps_a_whole_file_byte_for_byte(tmp_path):
+    path = write(tmp_path / "x.jsonl", {"a": "Überall"}, {"a": 2})
+    before = path.read_bytes()
+    data.resume_jsonl(path)
+    assert path.read_bytes() == before
+
+
+def test_appended_rows_are_on_disk_before_the_file_is_closed(tmp_path):
+    with open(tmp_path / "x.jsonl", "a", encoding="utf-8") as file:
+        data.append_jsonl(file, [{"a": 1}])
+        assert (tmp_path / "x.jsonl").read_text() == '{"a": 1}\n'
+
+
+def test_atomic_write_leaves_no_temporary_file(tmp_path):
+    assert data.write_jsonl(tmp_path / "sub" / "x.jsonl", [{"a": "é"}, {"a": 2}]) == 2
+    data.write_json(tmp_path / "sub" / "y.json", {"b": 1})
+    assert sorted(path.name for path in (tmp_path / "sub").iterdir()) == ["x.jsonl", "y.json"]
+    assert (tmp_path / "sub" / "x.jsonl").read_text(encoding="utf-8") == '{"a": "é"}\n{"a": 2}\n'
+    assert json.loads((tmp_path / "sub" / "y.json").read_text()) == {"b": 1}
+
+
+def test_writer_that_fails_half_way_leaves_the_old_file_whole(tmp_path):
+    path = write(tmp_path / "x.jsonl", {"a": 1})
+
+    def rows():
+        yield {"a": 2}
+        raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError):
+        data.write_jsonl(path, rows())
+    assert path.read_text() == '{"a": 1}\n'
+
+
+@pytest.mark.parametrize("change", [{"temperature": 0.5}, {"engine": "other"}, {"more": 1}])
+def test_settle_refuses_to_go_on_with_changed_settings(tmp_path, change):
+    path, begun = tmp_path / "replies.jsonl", {"engine": "clinic:hasty", "temperature": 1.0}
+    data.settle(path, begun)
+    write(path, {"a": 1})
+    data.settle(path, dict(begun))  # the same settings go on
+    with pytest.raises(data.RowError) as error:
+        data.settle(path, {**begun, **change})
+    assert str(path) in str(error.value) and all(key in str(error.value) for key in change)
+    data.settle(path, dict(begun))  # and the refusal changed nothing
+
+
+def test_settle_accepts_new_settings_once_the_file_is_removed(tmp_path):
+    path = tmp_path / "replies.jsonl"
+    data.settle(path, {"seed": 0})
+    data.settle(path, {"seed": 1})  # nothing was written under the first
+    write(path, {"a": 1})
+    with pytest.raises(data.RowError):
+        data.settle(path, {"seed": 0})
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# stage.json and `check`
+
+
+def test_stage_record_says_what_made_the_folder(tmp_path):
+    source, out = write(tmp_path / "in.jsonl", {"a": 1}), tmp_path / "out"
+    made = write(tmp_path / "made.jsonl", {"b": 2})
+    out.mkdir()
+    made = made.rename(out / "made.jsonl")
+    args = argparse.Namespace(seed=3, where=Path("x/y"), run=print, engine="clinic:hasty")
+    data.write_stage(out, args, [source], [made], 0.0, kept=7)
+    stage = json.loads((out / "stage.json").read_text())
+    assert stage["settings"] == {"seed": 3, "where": "x/y", "engine": "clinic:hasty"}  # functions are no settings
+    assert stage["inputs"] == {str(source): hashlib.sha256(b'{"a": 1}\n').hexdigest()}
+    assert stage["outputs"] == {"made.jsonl": hashlib.sha256(b'{"b": 2}\n').hexdigest()}
+    assert stage["figures"] == {"kept": 7}
+    assert stage["versions"]["python"] == "{}.{}.{}".format(*sys.version_info) and stage["versions"]["numpy"]
+    assert stage["command"] and stage["seconds"] > 0
+
+
+TURNS = [*data.prompt_messages(data.Question("q", FOUR, "B"))]
+DEMO = {"id": "q", "messages": [*TURNS, {"role": "assistant", "content": data.join_response("x", "B")}], "images": []}
+ROLLOUT = {"id": "q", "sample": 0, "response": "x", "finish_reason": "stop"}
+VERDICT = {"id": "q", "sample": 0, "response_sha": "aa", "verdict_sha": "bb", "criteria": None}
+PAIR = {"id": "q", "prompt": TURNS, "images": [], "chosen": "a", "rejected": "b", "failed": ["Reflection_Presence"]}
+GOOD = {"questions": question_row(), "demos": DEMO, "rollouts": ROLLOUT, "verdicts": VERDICT, "pairs": PAIR}
+
+
+@pytest.mark.parametrize("kind", GOOD)
+def test_check_passes_a_good_file_and_names_its_kind(tmp_path, capsys, kind):
+    path = write(tmp_path / "x.jsonl", GOOD[kind])
+    assert data.main(["check", str(path)]) == 0
+    assert f"{path}: 1 {kind}\n0 mistakes" in capsys.readouterr().out
+
+
+BAD = {
+    "not JSON": ("{", ""),
+    "a question without its answer": ({k: v for k, v in question_row().items() if k != "answer"}, "answer"),
+    "a question whose answer is no option": (question_row(answer="F"), "answer"),
+    "a pair of one text": ({**PAIR, "rejected": "a"}, "rejected"),
+    "a pair without its failures": ({k: v for k, v in PAIR.items() if k != "failed"}, "failed"),
+    "a demo without a system turn": ({**DEMO, "messages": DEMO["messages"][1:]}, "messages"),
+    "a demo out of form": ({**DEMO, "messages": [*TURNS, {"role": "assistant", "content": "B"}]}, "messages"),
+    "a demo whose turn is a text": ({**DEMO, "messages": ["hello"]}, "messages"),
+    "a demo whose turn has no content": ({**DEMO, "messages": [*TURNS, {"role": "assistant"}]}, "messages"),
+    "a rollout without a finish reason": ({k: v for k, v in ROLLOUT.items() if k != "finish_reason"}, "finish_reason"),
+    "a rollout numbered by a text": ({**ROLLOUT, "sample": "0"}, "sample"),
+    "a verdict on nothing": ({k: v for k, v in VERDICT.items() if k != "response_sha"}, "response_sha"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_check_fails_on_a_bad_row_and_names_file_line_and_key(tmp_path, capsys, name):
+    row, key = BAD[name]
+    path = write(tmp_path / "x.jsonl", question_row(), row)
+    assert data.main(["check", str(path)]) == 1
+    said = capsys.readouterr().out
+    assert f"{path}:2: " in said and key in said and "1 mistakes" in said
+
+
+def test_check_of_several_files_fails_if_one_is_bad_or_missing(tmp_path):
+    good, bad = write(tmp_path / "good.jsonl", question_row()), write(tmp_path / "bad.jsonl", "{")
+    assert data.main(["check", str(good), str(good)]) == 0
+    assert data.main(["check", str(good), str(bad)]) == 1
+    assert data.main(["check", str(tmp_path / "none.jsonl"), str(good)]) == 1
+
+
+def test_check_counts_every_mistake_of_a_file(tmp_path, capsys):
+    path = write(tmp_path / "x.jsonl", question_row(answer="F"), question_row(), question_row(images="x"))
+    assert data.main(["check", str(path)]) == 1
+    said = capsys.readouterr().out
+    assert f"{path}:1: " in said and f"{path}:3: " in said and "2 mistakes" in said and "1 questions" in said

@@ -1,0 +1,374 @@
+"""Stage II: Eq. 1 in figures written out, tree rows against separate rows in Hugging Face's model, and which policy is the reference."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from ranks_worker import draw_images, gradients, pair, plain_inputs
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
+
+import data
+import dpo
+import lora
+import model
+import train
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("films")
+    draw_images(folder)
+    return folder
+
+
+def encode(processor, films, images=(None,), ids: bool = True) -> list[model.Row]:
+    return [dpo.encode_pair(pair(index, image, processor if ids else None), processor, films) for index, image in enumerate(images)]
+
+
+def assert_close(found: dict, wanted: dict, limit: float = 1e-5) -> None:
+    assert found.keys() == wanted.keys() and any(tensor.any() for tensor in wanted.values())
+    worst = max(((found[name] - wanted[name]).abs().max().item(), name) for name in wanted)
+    assert worst[0] <= limit, worst
+
+
+def tensors(*values: float) -> list[torch.Tensor]:
+    return [torch.tensor([value], dtype=torch.float64, requires_grad=True) for value in values]
+
+
+def response_logp(network, prompt: model.Segment, response: list[int], processor) -> torch.Tensor:
+    """log pi(y | x) by Hugging Face's forward over one row, prompt and response: softmax, gather, sum."""
+    logits = network(**plain_inputs([prompt.ids + response], prompt.images, processor)).logits[0]
+    return logits[len(prompt.ids) - 1 : -1].log_softmax(-1)[torch.arange(len(response)), torch.tensor(response)].sum()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Equation 1
+
+FIGURES = [  # policy chosen, policy rejected, reference chosen, reference rejected, beta -> loss, rewards
+    # h = 1 + 0.5 = 1.5; beta h = 0.15; log(1 + exp(-0.15)) = log 1.8607080
+    ((-10.0, -12.0, -11.0, -11.5, 0.1), 0.6209570, 0.1, -0.05),
+    # h = -4 - 2 = -6; beta h = -3; log(1 + exp(3)) = log 21.0855369
+    ((-104.0, -48.0, -100.0, -50.0, 0.5), 3.0485874, -2.0, 1.0),
+    # h = -30 + 50 = 20; beta h = 2; log(1 + exp(-2)) = log 1.1353353
+    ((-230.0, -450.0, -200.0, -400.0, 0.1), 0.1269280, -3.0, -5.0),
+]
+
+
+@pytest.mark.parametrize("given, loss, chosen, rejected", FIGURES)
+def test_the_loss_has_the_figures_worked_out_by_hand(given, loss, chosen, rejected):
+    found = dpo.dpo_loss(*tensors(*given[:4]), given[4])
+    assert [value.item() for value in found] == pytest.approx([loss, chosen, rejected], abs=1e-6)
+
+
+def test_the_loss_is_the_log_odds_of_the_probability_that_chosen_wins():
+    """Bradley and Terry: the chance that y_w beats y_l is r_w / (r_w + r_l) with r = (pi / pi_ref) ** beta."""
+    values = torch.randn(4, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 3
+    losses, _, _ = dpo.dpo_loss(*values, 0.3)
+    for loss, (pc, pr, rc, rr) in zip(losses.tolist(), values.T.tolist(), strict=True):
+        strength = [(math.exp(p) / math.exp(r)) ** 0.3 for p, r in ((pc, rc), (pr, rr))]
+        assert loss == pytest.approx(-math.log(strength[0] / sum(strength)), abs=1e-12)
+
+
+@pytest.mark.parametrize("beta", [0.01, 0.1, 5.0])
+def test_the_loss_is_ln_2_where_the_policy_is_the_reference(beta):
+    losses, chosen, rejected = dpo.dpo_loss(*tensors(-31.0, -77.0, -31.0, -77.0), beta)
+    assert losses.item() == pytest.approx(0.69314718, abs=1e-8) and chosen.item() == rejected.item() == 0.0
+
+
+@pytest.mark.parametrize("given", [figures[0] for figures in FIGURES])
+def test_the_gradient_of_chosen_is_minus_beta_sigma_minus_beta_h(given):
+    values, beta = tensors(*given[:4]), given[4]
+    dpo.dpo_loss(*values, beta)[0].sum().backward()
+    h = (given[0] - given[2]) - (given[1] - given[3])
+    wanted = beta / (1 + math.exp(beta * h))
+    assert values[0].grad.item() == pytest.approx(-wanted, abs=1e-12) and values[1].grad.item() == pytest.approx(wanted, abs=1e-12)
+
+
+def test_swapping_chosen_and_rejected_turns_h_around():
+    pc, pr, rc, rr = tensors(-10.0, -12.0, -11.0, -11.5)  # beta h = 0.15
+    forth, back = dpo.dpo_loss(pc, pr, rc, rr, 0.1)[0], dpo.dpo_loss(pr, pc, rr, rc, 0.1)[0]
+    # -log sigma(-z) = -log sigma(z) + z
+    assert back.item() - forth.item() == pytest.approx(0.15, abs=1e-12)
+
+
+def test_the_loss_stays_finite_where_the_margin_is_extreme():
+    values = tensors(-5000.0, -1.0, -1.0, -5000.0)
+    loss = dpo.dpo_loss(*values, 1.0)[0]
+    loss.backward()
+    assert loss.item() == pytest.approx(9998.0) and values[0].grad.item() == pytest.approx(-1.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Pairs as tree rows
+
+
+def test_twice_the_length_at_the_same_log_probabilities_is_twice_the_margin(processor):
+    """Eq. 1 has sums over the response. With means, length would not count at all."""
+    margins = []
+    for length in (6, 12):
+        row = [processor.encode_prompt([{"role": "user", "content": "?"}], []), processor.encode_tokens([5] * length, 0, dpo.CHOSEN), processor.encode_tokens([7] * length, 0, dpo.REJECTED)]
+        batch = dpo.collate_pairs([(row, [0.0, 0.0])], [1.0], processor)
+        logp = -0.5 * (batch.answer == dpo.CHOSEN) - 0.75 * (batch.answer == dpo.REJECTED)
+        loss, _, figures = dpo.pair_loss(logp, batch, 0.1)
+        assert figures["chosen"][0] == -0.5 * length and figures["rejected"][0] == -0.75 * length
+        assert figures["chosen_tokens"][0] == figures["rejected_tokens"][0] == length
+        assert loss.item() == pytest.approx(math.log1p(math.exp(-0.1 * 0.25 * length)), abs=1e-6)
+        margins.append(figures["margin"][0])
+    assert margins[1] == pytest.approx(2 * margins[0]) == pytest.approx(0.1 * 0.25 * 12)
+
+
+@pytest.mark.parametrize("image", [None, "film0.png"])
+def test_a_pair_has_the_loss_and_gradients_of_two_separate_rows_in_hugging_faces_model(folder, policy, processor, films, image):
+    ((prompt, chosen, rejected),) = rows = encode(processor, films, [image])
+    reference = [-60.0, -75.0]
+    batch = dpo.collate_pairs([(rows[0], reference)], [1.0], processor)
+    loss, count, figures = dpo.pair_loss(policy(batch), batch, 0.1)
+    loss.backward()
+    plain = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    sums = [response_logp(plain, prompt, response.ids, processor) for response in (chosen, rejected)]
+    wanted = torch.log1p(torch.exp(-0.1 * ((sums[0] - reference[0]) - (sums[1] - reference[1]))))
+    wanted.backward()
+    assert count == 1.0 and chosen.ids[-1] == rejected.ids[-1] == processor.stop_id  # the end of the turn is in the sum
+    assert loss.item() == pytest.approx(wanted.item(), abs=1e-5)
+    assert [figures["chosen"][0], figures["rejected"][0]] == pytest.approx([value.item() for value in sums], abs=1e-4)
+    assert_close(gradients(policy.model), gradients(plain))
+
+
+def test_two_pairs_with_different_images_in_one_batch_are_two_batches_of_one(policy, processor, films):
+    rows = [(row, [-60.0 - index, -70.0]) for index, row in enumerate(encode(processor, films, ["film0.png", "film1.png"]))]
+    found = []
+    for parts in ([rows], [rows[:1], rows[1:]]):
+        policy.zero_grad()
+        total = 0.0
+        for part in parts:
+            batch = dpo.collate_pairs(part, [1.0] * len(part), processor)
+            loss, count, _ = dpo.pair_loss(policy(batch), batch, 0.1)
+            assert count == len(part)
+            loss.backward()
+            total += loss.item()
+        found.append((total, gradients(policy)))
+    assert found[0][0] == pytest.approx(found[1][0], abs=1e-5)
+    assert_close(found[0][1], found[1][1], 2e-5)
+    own, other = rows[0][0][0], model.Segment(rows[0][0][0].ids, rows[0][0][0].labels, images=rows[1][0][0].images)
+    with torch.no_grad():  # and the images are looked at: with the other's image the first pair has other sums
+        batches = [model.collate([[prompt, *rows[0][0][1:]]], processor) for prompt in (own, other)]
+        sums = [dpo.response_sums(policy(batch), batch)[0] for batch in batches]
+    assert (sums[0] - sums[1]).abs() > 1e-3
+
+
+def test_a_pair_of_weight_zero_adds_nothing(policy, processor, films):
+    rows = [(row, [-60.0, -70.0]) for row in encode(processor, films, [None, "film1.png"])]
+    found = []
+    for part, weights in ((rows, [0.0, 1.0]), (rows[1:], [1.0])):
+        policy.zero_grad()
+        batch = dpo.collate_pairs(part, weights, processor)
+        loss, count, figures = dpo.pair_loss(policy(batch), batch, 0.1)
+        loss.backward()
+        found.append((count, loss.item(), [figures[name][0] for name in sorted(figures)], gradients(policy)))
+    assert found[0][0] == found[1][0] == 1.0 and found[0][1] == pytest.approx(found[1][1], abs=1e-5)
+    assert found[0][2] == pytest.approx(found[1][2], abs=1e-4)
+    assert_close(found[0][3], found[1][3], 2e-5)
+
+
+def test_the_ids_of_a_rollout_are_trained_on_as_they_are(folder, policy, processor, films):
+    """Sampling may spell a word in other tokens than the tokenizer would: the sampled ones were rewarded."""
+    row = pair(0, None, processor)
+    spelt = [index for letter in row["chosen"] for index in processor.tokenize(letter)] + [processor.stop_id]
+    assert processor.decode(spelt) == row["chosen"] and spelt != row["chosen_token_ids"]
+    row["chosen_token_ids"] = spelt
+    prompt, chosen, rejected = encoded = dpo.encode_pair(row, processor, films)
+    assert chosen.ids == spelt and rejected.ids == row["rejected_token_ids"]
+    batch = dpo.collate_pairs([(encoded, [0.0, 0.0])], [1.0], processor)
+    plain = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        found, wanted = dpo.response_sums(policy(batch), batch)[0].item(), response_logp(plain, prompt, spelt, processor).item()
+    assert found == pytest.approx(wanted, abs=1e-3) and len(spelt) > 40
+
+
+def test_a_pair_without_ids_is_tokenised_with_its_end_of_turn(processor, films):
+    (with_ids,), (without,) = encode(processor, films, ["film0.png"]), encode(processor, films, ["film0.png"], ids=False)
+    assert [segment.ids for segment in with_ids] == [segment.ids for segment in without] and without[1].ids[-1] == processor.stop_id
+    assert [segment.answer for segment in with_ids] == [segment.answer for segment in without] == [0, dpo.CHOSEN, dpo.REJECTED]
+    assert [segment.parent for segment in without] == [None, 0, 0]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The reference
+
+
+def refer(tmp_path, policy, rows: list[model.Row], processor, checkpoint: str = "one") -> list[list[float]]:
+    return dpo.references(tmp_path / "reference.jsonl", policy, len(rows), lambda index: rows[index], processor, checkpoint, 2, CPU)
+
+
+def test_reference_values_are_the_sums_of_separate_rows(folder, policy, processor, films, tmp_path):
+    rows = encode(processor, films, [None, "film0.png", "film1.png"])
+    plain = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    for values, (prompt, *responses) in zip(refer(tmp_path, policy, rows, processor), rows, strict=True):
+        with torch.no_grad():
+            assert values == pytest.approx([response_logp(plain, prompt, response.ids, processor).item() for response in responses], abs=1e-3)
+
+
+def test_stored_reference_values_are_used_again_and_go_with_their_pair(policy, processor, films, tmp_path, capsys):
+    rows = encode(processor, films, [None, "film0.png", "film1.png"])
+    first = refer(tmp_path, policy, rows, processor)
+    assert "3 pairs computed, 0 from" in capsys.readouterr().out
+    before = (tmp_path / "reference.jsonl").read_bytes()
+    assert refer(tmp_path, policy, rows, processor) == first
+    assert "0 pairs computed, 3 from" in capsys.readouterr().out and (tmp_path / "reference.jsonl").read_bytes() == before
+    assert refer(tmp_path, policy, rows[::-1], processor) == first[::-1]  # by content, not by place in the file
+    more = rows + [dpo.encode_pair(pair(9, None, processor), processor, films)]
+    assert refer(tmp_path, policy, more, processor)[:3] == first
+    assert "1 pairs computed, 3 from" in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.parametrize("change", ["checkpoint", "tokens", "pixels"])
+def test_a_reference_value_is_computed_anew_where_what_it_depends_on_changes(policy, processor, films, tmp_path, capsys, change):
+    rows = encode(processor, films, ["film0.png", "film1.png"])
+    refer(tmp_path, policy, rows, processor)
+    if change == "tokens":
+        rows[0][1] = processor.encode_tokens([*rows[0][1].ids[:-1], 5, processor.stop_id], 0, dpo.CHOSEN)
+    if change == "pixels":
+        rows[0][0].images[0].pixels[0, 0] += 0.5
+    capsys.readouterr()
+    refer(tmp_path, policy, rows, processor, "two" if change == "checkpoint" else "one")
+    assert ("2 pairs computed, 0 from" if change == "checkpoint" else "1 pairs computed, 1 from") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_a_corrupted_reference_value_stops_the_run(policy, processor, films, tmp_path, side):
+    rows = encode(processor, films, [None, "film0.png"])
+    refer(tmp_path, policy, rows, processor)
+    stored = data.resume_jsonl(tmp_path / "reference.jsonl")
+    stored[1][side] += 0.5
+    data.write_jsonl(tmp_path / "reference.jsonl", stored)
+    with pytest.raises(RuntimeError, match="reference of pair 1 is off by 0.5"):
+        refer(tmp_path, policy, rows, processor)
+
+
+def test_the_gate_refuses_a_policy_that_is_not_its_reference(policy, processor, films):
+    (row,) = encode(processor, films)
+    with torch.no_grad():
+        batch = model.collate([row], processor)
+        values = [value.item() for value in dpo.response_sums(policy(batch), batch)]
+    dpo.gate(policy, lambda _: (row, values), processor, 0.1, 1, CPU)
+    for wrong in ([values[0] + 0.1, values[1]], [math.nan, values[1]]):
+        with pytest.raises(RuntimeError, match="not ln 2"):
+            dpo.gate(policy, lambda _: (row, wrong), processor, 0.1, 1, CPU)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def run(folder, films, tmp_path, rows: list[dict], *flags: str) -> None:
+    data.write_jsonl(tmp_path / "pairs.jsonl", rows)
+    dpo.main(["--model", str(folder), "--pairs", str(tmp_path / "pairs.jsonl"), "--images", str(films), "--out", str(tmp_path / "out"), "--pixels", str(56 * 56), *flags])
+
+
+def test_a_run_starts_at_ln_2_learns_the_preference_and_leaves_vision_alone(folder, family, policy, processor, films, tmp_path, capsys):
+    rows = [pair(index, "film0.png" if index % 2 else None, processor if index else None) for index in range(4)]
+    run(folder, films, tmp_path, rows, "--batch", "4", "--epochs", "4", "--lr", "1e-3")
+    metrics = train.read_metrics(tmp_path / "out")
+    assert metrics[0]["loss"] == pytest.approx(0.693147, abs=1e-4) and metrics[0]["margin"] == pytest.approx(0, abs=1e-4)
+    assert metrics[-1]["loss"] < 0.6 and metrics[-1]["margin"] > 0.1 and metrics[-1]["accuracy"] == 1.0
+    lengths = [len(segment.ids) for row in rows for segment in dpo.encode_pair(row, processor, films)[1:2]]
+    assert metrics[0]["chosen_tokens"] == sum(lengths) / 4
+    trained, before = model.load_policy(tmp_path / "out" / "merged"), dict(policy.named_parameters())
+    frozen = {id(p) for module in (trained.vision, trained.projector) for p in module.parameters()}
+    for name, p in trained.named_parameters():
+        assert torch.equal(p, before[name]) == (id(p) in frozen), name
+    stage = json.loads((tmp_path / "out" / "stage.json").read_text())
+    assert stage["figures"] == {"pairs": 4, "dropped": 0, "steps": 4, "first_loss": metrics[0]["loss"], "last_loss": metrics[-1]["loss"]}
+    assert stage["outputs"] == {"merged": data.file_hash(tmp_path / "out" / "merged")} and not (tmp_path / "out" / "state").exists()
+    assert "kept 4 of 4" in (said := capsys.readouterr().out) and "1 tokenised from text" in said
+
+
+def test_the_reference_of_a_lora_run_is_the_merged_stage_one_and_not_the_base(folders, films, tmp_path):
+    base, stage_one = folders["qwen"], tmp_path / "stage one"
+    processor, policy = model.Processor(base, 56 * 56, 1), model.load_policy(base)
+    lora.inject(policy.model, policy.language_model, 4, 8.0)
+    for name, p in policy.named_parameters():
+        if name.endswith("lora_B"):
+            p.data.normal_(std=0.05, generator=torch.Generator().manual_seed(len(name)))
+    lora.merge(policy.language_model)
+    model.save_policy(stage_one, policy, processor, dict(train.whole_tensors(policy)))
+    rows = [pair(index, "film0.png" if index else None, processor) for index in range(2)]
+    run(stage_one, films, tmp_path, rows, "--method", "lora", "--rank", "4", "--alpha", "8", "--batch", "2", "--epochs", "3", "--lr", "1e-3")
+    stored = data.resume_jsonl(tmp_path / "out" / "reference.jsonl")
+    plain = [AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32) for path in (stage_one, base)]
+    for row, values in zip(rows, stored, strict=True):
+        prompt, chosen, rejected = dpo.encode_pair(row, processor, films)
+        with torch.no_grad():
+            by_stage_one, by_base = ([response_logp(network, prompt, response.ids, processor).item() for response in (chosen, rejected)] for network in plain)
+        assert [values["chosen"], values["rejected"]] == pytest.approx(by_stage_one, abs=1e-3)
+        assert abs(by_base[0] - by_stage_one[0]) > 0.1
+    metrics = train.read_metrics(tmp_path / "out")
+    assert metrics[0]["loss"] == pytest.approx(0.693147, abs=1e-4) and metrics[-1]["loss"] < metrics[0]["loss"]
+    adapter = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    merged, before = (load_file(path / "model.safetensors") for path in (tmp_path / "out" / "merged", stage_one))
+    moved = sorted(name for name in before if not torch.equal(merged[name], before[name]))
+    assert len(moved) == len(adapter) // 2 == 7 * len(policy.language_model.layers)
+
+
+def test_another_checkpoint_in_the_same_folder_gets_its_own_reference(folders, films, tmp_path, capsys):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(folders["qwen"], folder)
+    rows = [pair(index) for index in range(2)]
+    run(folder, films, tmp_path, rows, "--epochs", "1")
+    first = data.resume_jsonl(tmp_path / "out" / "reference.jsonl")
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: 1.1 * tensor for name, tensor in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    capsys.readouterr()
+    run(folder, films, tmp_path, rows, "--epochs", "1")
+    assert "2 pairs computed, 0 from" in capsys.readouterr().out
+    second = data.resume_jsonl(tmp_path / "out" / "reference.jsonl")
+    assert all(abs(a["chosen"] - b["chosen"]) > 0.1 for a, b in zip(first, second, strict=True))
+    assert train.read_metrics(tmp_path / "out")[0]["loss"] == pytest.approx(0.693147, abs=1e-4)
+
+
+@pytest.mark.parametrize("missing", ["chosen_token_ids", "rejected_token_ids"])
+def test_pairs_without_ids_are_refused_where_ids_are_required(folders, films, tmp_path, missing):
+    processor = model.Processor(folders["qwen"], 56 * 56, 1)
+    rows = [pair(index, None, processor) for index in range(3)]
+    rows[1][missing] = None
+    with pytest.raises(data.RowError, match="1 pairs have no token ids"):
+        run(folders["qwen"], films, tmp_path, rows, "--require-token-ids")
+    assert not (tmp_path / "out" / "merged").exists()
+
+
+def test_a_pair_that_is_too_long_is_dropped_and_counted(folders, films, tmp_path, capsys):
+    processor = model.Processor(folders["qwen"], 56 * 56, 1)
+    rows = [pair(index, None, processor) for index in range(3)]
+    rows[1]["rejected_token_ids"] = [5] * 300
+    longest = max(sum(len(segment.ids) for segment in dpo.encode_pair(row, processor, films)) for row in rows[::2])
+    run(folders["qwen"], films, tmp_path, rows, "--max-length", str(longest))
+    assert f"kept 2 of 3 (1 over {longest} tokens" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "stage.json").read_text())["figures"]["dropped"] == 1
+    assert len(data.resume_jsonl(tmp_path / "out" / "reference.jsonl")) == 2
+
+
+@pytest.mark.parametrize(
+    "spoil, said",
+    [
+        (lambda row: row.update(rejected=row["chosen"]), "rejected: is the same text as chosen"),
+        (lambda row: row.pop("rejected"), "missing 'rejected'"),
+        (lambda row: row.update(images="film0.png"), "images: expected list"),
+    ],
+)
+def test_a_bad_pair_is_named_by_file_line_and_key(tmp_path, spoil, said):
+    rows = [pair(0), pair(1), pair(2)]
+    spoil(rows[2])
+    data.write_jsonl(tmp_path / "pairs.jsonl", rows)
+    with pytest.raises(data.RowError, match=f"pairs.jsonl:3: {said}"):
+        dpo.read_pairs(tmp_path / "pairs.jsonl")
+
+
+def test_a_file_without_pairs_is_refused(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text("")
+    with pytest.raises(data.RowError, match="no pair in it"):
+        dpo.read_pairs(tmp_path / "pairs.jsonl")

@@ -1,0 +1,432 @@
+"""engines.py against Hugging Face's own generate() and against a hand loop that samples one token at a time without a cache."""
+
+import json
+import shutil
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import engines
+import model
+from engines import Ask, Reply, Sampling
+
+GREEDY = Sampling(temperature=0.0, top_p=1.0, max_tokens=10)
+WARM = Sampling(temperature=0.8, top_p=0.9, max_tokens=12, seed=5)
+STOP_BOOST = 1.4  # about one token in ten ends the turn
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    """These claims are about equal tokens: in fp32, where a rounding does not turn one token into another"""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def tilt(folder, out, boosts: dict[str, float], extra_rows: int = 0):
+    """The checkpoint with a random head of its own (a tied one only repeats the last token), and some tokens made likelier.
+    A head has no bias, so one is made: channel 0 is 1 in every embedding and no layer writes to it, so it is positive in every
+    last hidden state, and a token whose row of the head has more of it gains everywhere. extra_rows: likely rows of the head
+    beyond the vocabulary, like the padding of the published checkpoints."""
+    from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+    shutil.copytree(folder, out)
+    network, tokenizer = AutoModelForImageTextToText.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    generator = torch.Generator().manual_seed(4)
+    network.config.tie_word_embeddings = network.config.text_config.tie_word_embeddings = False
+    network.lm_head.weight = torch.nn.Parameter(network.lm_head.weight.detach().clone())
+    if extra_rows:
+        network.resize_token_embeddings(len(tokenizer) + extra_rows, mean_resizing=False)
+    with torch.no_grad():
+        for name, parameter in network.model.named_parameters():
+            if "language_model" not in name:  # the tower's usual 0.02 would hardly be seen in the logits
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+            elif name.endswith(("o_proj.weight", "down_proj.weight")):
+                parameter[0] = 0
+        network.get_input_embeddings().weight.mul_(6)[:, 0] = 1  # larger, so that what is said next hangs on what was said
+        network.model.language_model.norm.weight[0] = 4
+        head = network.lm_head.weight
+        head.copy_(torch.randn(head.shape, generator=generator) * 0.1)
+        head[:, 0] = 0
+        for token, boost in boosts.items():
+            head[tokenizer.convert_tokens_to_ids(token), 0] = boost
+        head[len(tokenizer) :, 0] = 8
+    network.save_pretrained(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def talking(folders, tmp_path_factory):
+    """Checkpoints that go on talking, differently from prompt to prompt"""
+    base = tmp_path_factory.mktemp("talking")
+    return {family: tilt(folder, base / family, {}) for family, folder in folders.items()}
+
+
+@pytest.fixture(scope="module")
+def stopping(folders, tmp_path_factory):
+    """Checkpoints that end their turn every few tokens"""
+    base = tmp_path_factory.mktemp("stopping")
+    return {family: tilt(folder, base / family, {"<|im_end|>": STOP_BOOST}) for family, folder in folders.items()}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Three noisy films"""
+    base = tmp_path_factory.mktemp("films")
+    for seed in range(3):
+        Image.fromarray(np.random.default_rng(seed).integers(0, 256, (56, 56, 3), dtype=np.uint8)).save(base / f"{seed}.png")
+    return [base / f"{seed}.png" for seed in range(3)]
+
+
+def engine_of(folder, batch: int = 64) -> engines.HFEngine:
+    return engines.open_engine(f"hf:{folder}", max_pixels=56 * 56, tiles=1, batch=batch)
+
+
+def turns(text: str) -> list[dict]:
+    return [{"role": "system", "content": "Be brief."}, {"role": "user", "content": text}]
+
+
+def asks_of(pictures, samples: int = 1) -> list[Ask]:
+    """Prompts of different lengths, with no image, one and two"""
+    wanted = tuple(range(samples))
+    return [
+        Ask("short", turns("Why?"), [], wanted),
+        Ask("film", turns("What does the film show?"), pictures[:1], wanted),
+        Ask("long", turns("A man of fifty has a cough. " * 4 + "What is the best next step?"), [], wanted),
+        Ask("two", turns("Which of the two is worse, and why?"), pictures[1:], wanted),
+        Ask("other film", turns("What does the film show?"), pictures[2:], wanted),
+    ]
+
+
+def ids_by_sample(engine, asks, sampling) -> dict[tuple[str, int], list[int]]:
+    replies = [reply for replies in engine.answer(asks, sampling) for reply in replies]
+    found = {(reply.id, reply.sample): reply.token_ids for reply in replies}
+    assert len(found) == len(replies) == sum(len(ask.samples) for ask in asks)
+    return found
+
+
+def inputs_of(processor, ask: Ask) -> tuple[list[int], dict]:
+    """Prompt ids, and Hugging Face's own preprocessing of the images"""
+    images = [Image.open(path).convert("RGB") for path in ask.images]
+    prepared = dict(processor.images(images=images, return_tensors="pt")) if images else {}
+    prepared.pop("num_patches", None)
+    return processor.encode_prompt(ask.messages, [processor.encode_image(image) for image in images]).ids, prepared
+
+
+def reference(folder):
+    from transformers import AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="sdpa").eval()
+
+
+def next_logits(network, processor, ids: list[int], prepared: dict) -> torch.Tensor:
+    """Hugging Face's logits for the token after `ids`: one full forward, no cache, no padding. (V,)"""
+    ids = torch.tensor([ids])
+    types = {"mm_token_type_ids": (ids == processor.image_id).int()} if processor.family.grid_positions else {}
+    with torch.no_grad():
+        return network(input_ids=ids, attention_mask=torch.ones_like(ids), **types, **prepared).logits[0, -1]
+
+
+def banned_ids(processor) -> list[int]:
+    return sorted(index for token, index in processor.special.items() if token != "<|im_end|>")
+
+
+def sampled_by_hand(network, processor, ask: Ask, sample: int, sampling: Sampling) -> list[int]:
+    """The same distribution and the same random numbers, one token at a time, in numpy"""
+    ids, prepared = inputs_of(processor, ask)
+    seed = data.sample_seed(sampling.seed, ask.id, sample)
+    draws, said = torch.rand(sampling.max_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).tolist(), []
+    for draw in draws:
+        logits = next_logits(network, processor, ids + said, prepared).double().numpy() / sampling.temperature
+        logits[banned_ids(processor)] = -np.inf
+        mass = np.exp(logits - logits.max())
+        mass /= mass.sum()
+        order, total, kept = np.argsort(-mass, kind="stable"), 0.0, []
+        for token in order:
+            kept.append(token)
+            total += mass[token]
+            if total >= sampling.top_p:
+                break
+        place = draw * total
+        for token in kept:
+            place -= mass[token]
+            if place < 0:
+                break
+        said.append(int(token))
+        if said[-1] == processor.stop_id:
+            break
+    return said
+
+
+# --- against Hugging Face
+
+
+def test_greedy_answers_equal_generate(talking, family, pictures):
+    engine, network = engine_of(talking[family]), reference(talking[family])
+    asks = asks_of(pictures)
+    ours = ids_by_sample(engine, asks, replace(GREEDY, max_tokens=24))  # one batch: prompts are padded to the longest
+    for ask in asks:
+        ids, prepared = inputs_of(engine.processor, ask)
+        ids = torch.tensor([ids])
+        types = {"mm_token_type_ids": (ids == engine.processor.image_id).int()} if family == "qwen" else {}
+        out = network.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), **types, **prepared, do_sample=False, max_new_tokens=24,
+            eos_token_id=engine.processor.stop_id, pad_token_id=engine.processor.stop_id, suppress_tokens=banned_ids(engine.processor),
+        )  # fmt: skip
+        assert ours[ask.id, 0] == out[0, ids.shape[1] :].tolist(), ask.id
+    assert len({tuple(ids) for ids in ours.values()}) > 3  # the model says different things to different prompts
+    films = [next_logits(network, engine.processor, *inputs_of(engine.processor, ask)) for ask in asks if "film" in ask.id]
+    assert (films[0] - films[1]).abs().max() > 0.1  # and looks at the film
+
+
+def test_sampling_equals_a_hand_loop_without_a_cache(stopping, family, pictures):
+    engine, network = engine_of(stopping[family]), reference(stopping[family])
+    asks = asks_of(pictures, samples=3)
+    ours = ids_by_sample(engine, asks, WARM)
+    for ask in asks:
+        for k in ask.samples:
+            assert ours[ask.id, k] == sampled_by_hand(network, engine.processor, ask, k, WARM), (ask.id, k)
+    assert len({len(ids) for ids in ours.values()}) > 2  # some stopped early, so that rows and branches were dropped
+
+
+def test_samples_that_share_a_prompt_equal_samples_decoded_one_at_a_time(stopping, talking, family, pictures):
+    asks = asks_of(pictures, samples=4)[:2]
+    for folder in (stopping[family], talking[family]):
+        engine = engine_of(folder)
+        together, alone = ids_by_sample(engine, asks, WARM), {}
+        for ask in asks:
+            for k in ask.samples:
+                alone |= ids_by_sample(engine, [replace(ask, samples=(k,))], WARM)
+        assert together == alone
+    assert len({tuple(ids) for ids in together.values()}) == 8  # different k differ, different questions differ
+
+
+def test_answers_do_not_depend_on_batch_size_order_or_batch_mates(stopping, family, pictures):
+    asks = asks_of(pictures, samples=2)
+    engine = engine_of(stopping[family], batch=64)
+    expected = ids_by_sample(engine, asks, WARM)
+    assert ids_by_sample(engine, asks, WARM) == expected  # once more
+    assert ids_by_sample(engine, asks[::-1], WARM) == expected
+    assert ids_by_sample(engine, asks[1:2], WARM).items() <= expected.items()
+    for batch in (1, 3, 5):  # one at a time; less than a pair of questions; two questions
+        engine.batch = batch
+        assert ids_by_sample(engine, asks, WARM) == expected
+    fewer = [replace(ask, samples=ask.samples[i % 2 :]) for i, ask in enumerate(asks)]  # after a restart, some are done already
+    engine.batch = 64
+    assert ids_by_sample(engine, fewer, WARM).items() <= expected.items()
+    assert ids_by_sample(engine, asks, replace(WARM, seed=6)) != expected
+
+
+def test_no_questions_give_no_answers(stopping):
+    assert list(engine_of(stopping["qwen"]).answer([], WARM)) == []
+
+
+# --- what comes back
+
+
+def test_replies_carry_text_finish_reason_and_the_seed_of_their_own(stopping, family, pictures):
+    engine = engine_of(stopping[family])
+    replies = [reply for group in engine.answer(asks_of(pictures, samples=4), WARM) for reply in group]
+    stop = engine.processor.stop_id
+    assert {reply.finish_reason for reply in replies} == {"stop", "length"}
+    for reply in replies:
+        assert reply.seed == data.sample_seed(WARM.seed, reply.id, reply.sample)
+        body = reply.token_ids[:-1] if reply.finish_reason == "stop" else reply.token_ids
+        assert stop not in body and reply.text == engine.processor.tokenizer.decode(body)
+        if reply.finish_reason == "stop":
+            assert reply.token_ids[-1] == stop and len(reply.token_ids) <= WARM.max_tokens
+        else:
+            assert len(reply.token_ids) == WARM.max_tokens
+        row = json.loads(json.dumps(engines.reply_row(reply, engine.spec)))
+        assert data.check_row(row, "here") == "rollouts" and row["engine"] == engine.spec and row["token_ids"] == reply.token_ids
+
+
+def test_a_limit_of_one_token_cuts_every_answer_or_ends_it(stopping):
+    engine = engine_of(stopping["qwen"])
+    for reply in next(engine.answer([Ask("a", turns("Why?"), [], tuple(range(20)))], replace(WARM, max_tokens=1))):
+        assert len(reply.token_ids) == 1
+        assert (reply.finish_reason == "stop") == (reply.token_ids == [engine.processor.stop_id]) == (reply.text == "")
+
+
+def test_special_tokens_are_never_sampled_however_likely(folders, family, tmp_path):
+    names = [token for token in model.Processor(folders[family]).special if token != "<|im_end|>"]
+    folder = tilt(folders[family], tmp_path / "tempted", dict.fromkeys(names, 8.0), extra_rows=16)
+    engine, ask = engine_of(folder), Ask("a", turns("Why?"), [], tuple(range(8)))
+    ids, prepared = inputs_of(engine.processor, ask)
+    likeliest = next_logits(reference(folder), engine.processor, ids, prepared).topk(len(names) + 16).indices.tolist()
+    beyond = list(range(len(engine.processor.tokenizer), len(engine.processor.tokenizer) + 16))
+    assert sorted(likeliest) == sorted(banned_ids(engine.processor) + beyond)  # the temptation is real
+    for sampling in (GREEDY, replace(WARM, temperature=1.5, top_p=1.0)):
+        for said in ids_by_sample(engine, [ask], sampling).values():
+            assert not set(said) & set(banned_ids(engine.processor) + beyond)
+
+
+def test_the_policy_agrees_with_what_was_sampled(talking, family, pictures):
+    engine = engine_of(talking[family])
+    ask = asks_of(pictures)[1]
+    greedy = ids_by_sample(engine, [ask], GREEDY)[ask.id, 0]
+    row = [engine.encode(ask), engine.processor.encode_tokens(greedy)]
+    batch = model.collate([row], engine.processor)
+    start = len(row[0].ids)
+    with torch.no_grad():
+        logp = engine.policy(batch)[0, start:]
+        logits = engine.policy.model.lm_head(engine.policy.hidden_states(batch))[0, start - 1 : -1]
+    logits[:, banned_ids(engine.processor)] = float("-inf")
+    assert logits.argmax(-1).tolist() == greedy
+    assert logp.isfinite().all() and (logp < 0).all() and logp.sum() > -len(greedy) * np.log(logits.shape[1])
+
+
+# --- choosing a token
+
+
+def test_choose_inverts_the_cumulative_distribution():
+    logits = torch.tensor([0.5, 0.3, 0.2]).log()
+    for draw, token in [(0.0, 0), (0.49, 0), (0.51, 1), (0.79, 1), (0.81, 2), (0.999999, 2)]:
+        assert engines.choose(logits, torch.tensor(draw, dtype=torch.float64), 1.0, 1.0) == token
+    # at temperature 1/2 the masses are squared: 0.25, 0.09, 0.04 of 0.38
+    for draw, token in [(0.65, 0), (0.67, 1), (0.88, 1), (0.9, 2)]:
+        assert engines.choose(logits, torch.tensor(draw, dtype=torch.float64), 0.5, 1.0) == token
+
+
+def test_top_p_keeps_the_fewest_likeliest_tokens_that_reach_it():
+    logits = torch.tensor([0.2, 0.5, 0.3]).log()
+    draws = torch.linspace(0, 1, 1001, dtype=torch.float64)[:-1]
+
+    def shares(top_p: float) -> list[float]:
+        return (engines.choose(logits.expand(1000, 3), draws, 1.0, top_p).bincount(minlength=3) / 1000).tolist()
+
+    for top_p, expected in [
+        (0.01, [0, 1, 0]), (0.49, [0, 1, 0]), (0.51, [0, 5 / 8, 3 / 8]), (0.79, [0, 5 / 8, 3 / 8]), (0.81, [0.2, 0.5, 0.3]), (1.0, [0.2, 0.5, 0.3])
+    ]:  # fmt: skip
+        assert shares(top_p) == pytest.approx(expected, abs=2e-3)
+
+
+def test_temperature_zero_is_argmax_and_tiny_temperature_too():
+    generator = torch.Generator().manual_seed(0)
+    logits, draws = torch.randn(50, 30, generator=generator), torch.rand(50, generator=generator, dtype=torch.float64)
+    for temperature in (0.0, 1e-4):
+        assert torch.equal(engines.choose(logits, draws, temperature, 1.0), logits.argmax(-1))
+
+
+def test_a_banned_token_is_not_chosen_by_the_last_draw():
+    generator, last = torch.Generator().manual_seed(0), torch.tensor(np.nextafter(1.0, 0.0), dtype=torch.float64)
+    logits = torch.randn(20, 5, 100, generator=generator)  # any leading shape
+    logits[..., ::7] = logits[..., -3:] = float("-inf")
+    for top_p in (1.0, 0.999999):
+        for draw in (last, torch.zeros_like(last)):
+            chosen = engines.choose(logits, draw.repeat(20, 5), 1.0, top_p)
+            assert logits.gather(-1, chosen[..., None]).isfinite().all()
+
+
+def test_frequencies_follow_the_softmax():
+    logits, count, temperature = torch.randn(12, generator=torch.Generator().manual_seed(1)), 40_000, 0.7
+    chosen = engines.choose(logits.expand(count, -1), engines.uniforms(11, count), temperature, 1.0)
+    expected = (logits.double() / temperature).softmax(-1).numpy() * count
+    chi_square = ((np.bincount(chosen.numpy(), minlength=12) - expected) ** 2 / expected).sum()
+    assert chi_square < 31.3  # the 99.9 % point for eleven degrees of freedom
+
+
+def test_a_samples_random_numbers_come_from_its_seed_alone():
+    assert torch.equal(engines.uniforms(3, 8), engines.uniforms(3, 20)[:8])
+    assert not torch.equal(engines.uniforms(3, 8), engines.uniforms(4, 8))
+    assert ((engines.uniforms(3, 1000) >= 0) & (engines.uniforms(3, 1000) < 1)).all()
+    # the hash tells questions, samples and run seeds apart
+    seeds = {data.sample_seed(seed, key, k) for seed in range(3) for key in ("a", "b") for k in range(8)}
+    assert len(seeds) == 48
+
+
+# --- asking
+
+
+class Scribe:
+    """An engine that says what it is asked, counts, and breaks off after `breath` replies"""
+
+    spec = "scribe"
+
+    def __init__(self, breath: int = 10**9):
+        self.asked, self.breath = Counter(), breath
+
+    def answer(self, asks, sampling):
+        for ask in reversed(asks):  # in any order
+            for k in ask.samples:
+                if sum(self.asked.values()) == self.breath:
+                    raise KeyboardInterrupt
+                self.asked[ask.id, k] += 1
+                yield [Reply(ask.id, k, f"{ask.id} says {k}", None, "stop", data.sample_seed(sampling.seed, ask.id, k))]
+
+
+def test_asking_resumes_after_a_kill_and_asks_nothing_twice(tmp_path):
+    path, asks = tmp_path / "rollouts.jsonl", [Ask(name, turns(name), [], (0, 1, 2)) for name in "abcd"]
+
+    def ask(scribe, asks=asks):
+        return engines.ask_all(scribe, asks, WARM, path, lambda reply: engines.reply_row(reply, "scribe"), "test")
+
+    first, second, third, fourth = Scribe(breath=7), Scribe(), Scribe(), Scribe()
+    with pytest.raises(KeyboardInterrupt):
+        ask(first)
+    whole = path.read_bytes()
+    assert whole.count(b"\n") == 7
+    path.write_bytes(whole[:-10])  # the machine went down in the middle of a line
+    rows = ask(second)
+    assert [(row["id"], row["sample"]) for row in rows] == [(name, k) for name in "abcd" for k in range(3)]
+    assert [row["response"] for row in rows] == [f"{name} says {k}" for name in "abcd" for k in range(3)]
+    torn = list(first.asked)[-1]
+    assert first.asked + second.asked == Counter({(name, k): 1 + ((name, k) == torn) for name in "abcd" for k in range(3)})
+    assert ask(third) == rows and not third.asked
+    # four samples instead of three: only the fourth is asked, and a subset of the questions gives a subset of the rows
+    more = ask(fourth, [replace(item, samples=(0, 1, 2, 3)) for item in asks[:2]])
+    assert fourth.asked == Counter({("a", 3): 1, ("b", 3): 1}) and len(more) == 8
+    assert len(list(data.read_jsonl(path))) == 14
+
+
+def test_a_resumed_hf_run_writes_what_an_unbroken_one_writes(stopping, pictures, tmp_path):
+    engine, asks = engine_of(stopping["qwen"]), asks_of(pictures, samples=3)
+
+    def run(name):
+        return engines.ask_all(engine, asks, WARM, tmp_path / name, lambda reply: engines.reply_row(reply, "hf"), "test")
+
+    rows = run("whole.jsonl")
+    lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "resumed.jsonl").write_text("".join(lines[::2]) + lines[1][:20])
+    assert run("resumed.jsonl") == rows
+
+
+@pytest.mark.parametrize("spec", ["vllm:some/path", "http://host:1/v1#m", "https://host/v1#m", "gemini:some-model", "nonsense:x", "no-colon"])
+def test_engines_that_are_not_there_are_refused_by_name(spec):
+    with pytest.raises(ValueError, match="engine") as refused:
+        engines.open_engine(spec, max_pixels=1, tiles=1, batch=1)
+    assert str(refused.value).startswith(spec)
+    assert "hf:PATH" in str(refused.value)  # and what can be used instead
+
+
+def test_a_missing_image_is_refused_before_anything_is_asked(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "here.png")
+    questions = [data.Question("What?", {}, "x", images, id=name) for name, images in [("q1", ["here.png"]), ("q2", ["here.png", "gone.png"])]]
+    with pytest.raises(data.RowError, match="q2.*gone.png"):
+        engines.question_asks(questions, tmp_path, 2)
+    (ask,) = engines.question_asks(questions[:1], tmp_path, 2)
+    assert ask.images == [tmp_path / "here.png"] and ask.samples == (0, 1)
+    assert [turn["role"] for turn in ask.messages] == ["system", "user"] and ask.messages[0]["content"] == data.SYSTEM_PROMPT
+
+
+def test_an_image_that_cannot_be_cut_into_patches_is_refused_by_name(folders, family, tmp_path):
+    Image.new("RGB", (400, 1)).save(tmp_path / "line.png")  # Qwen's processor takes no image 200 times as long as wide
+    engine, ask = engine_of(folders[family]), Ask("a", turns("What?"), [tmp_path / "line.png"], (0,))
+    if family == "internvl":  # squeezes anything into its tile
+        assert len(ids_by_sample(engine, [ask], GREEDY)) == 1
+        return
+    with pytest.raises(data.RowError, match="line.png"):
+        list(engine.answer([ask], GREEDY))
+
+
+def test_the_clinics_engine_answers_each_sample_by_its_own_seed(world):
+    questions = [question for question in data.read_questions(world / "bank.jsonl") if question.images][:3]
+    asks = engines.question_asks(questions, world, 4)
+    engine = engines.open_engine("clinic:thorough", max_pixels=1, tiles=1, batch=1)
+    said = {(reply.id, reply.sample): reply.text for replies in engine.answer(asks, WARM) for reply in replies}
+    alone = {(r.id, r.sample): r.text for ask in asks for k in (3, 1) for rs in engine.answer([replace(ask, samples=(k,))], WARM) for r in rs}
+    assert alone.items() <= said.items() and len(said) == 12
+    assert all(data.split_response(text) for text in said.values())

@@ -1,0 +1,608 @@
+"""Preference pairs: the paper's prompt, verdicts that are read or left out, sides by truth table, pairing rules by hand."""
+
+import itertools
+import json
+import random
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+import clinic
+import data
+import judge
+import rollout
+from engines import Reply
+
+YES = dict.fromkeys(judge.KEYS, True)
+OPTIONS = {"A": "CT", "B": "MRI", "C": "PET", "D": "none"}
+
+
+def reply(**changes) -> str:
+    """A judge's JSON, all Yes but for the changes."""
+    return json.dumps({**dict.fromkeys(judge.KEYS, "Yes"), **changes}, indent=4)
+
+
+def candidate(key: str, sample: int, text: str, answer: str = "B", finish: str = "stop") -> dict:
+    response = data.join_response(text, answer)
+    return {
+        "id": key,
+        "sample": sample,
+        "response": response,
+        "finish_reason": finish,
+        "token_ids": [sample],
+        "response_sha": data.content_hash(response)[:16],
+    }
+
+
+def judged(row: dict, **changes) -> dict:
+    """A readable verdict on a candidate, all met but for the changes."""
+    return {
+        "id": row["id"],
+        "sample": row["sample"],
+        "response_sha": row["response_sha"],
+        "criteria": {**YES, **changes},
+        "error": None,
+        "verdict_sha": f"v{row['id']}-{row['sample']}",
+    }
+
+
+def unread(row: dict) -> dict:
+    return {**judged(row), "criteria": None, "error": "no JSON object in the reply"}
+
+
+def question(key: str = "q") -> data.Question:
+    return data.Question(f"Which one, {key}?", OPTIONS, "B", id=key)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The prompt
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        "You are an expert reasoning evaluator.\nI will provide you:\n",
+        "* A question with images.\n* The groundtruth of the question\n* A model-generated answer, including its reasoning process.\n",
+        "Your task is to critically evaluate the reasoning based on the following five aspects:\n",
+        "1. **Answer Correctness**: Is the final answer correct based on the question?\n",
+        "2. **Logical Consistency**: Is the reasoning process logically coherent and step-by-step valid?\n",
+        "3. **Image Analysis Involvement**: Does the reasoning process demonstrate appropriate analysis of any visual information mentioned or implied in the question?\n",
+        "4. **No Hallucination**: Does the reasoning process avoid introducing irrelevant or hallucinated information not supported by the question or known facts?\n",
+        "5. **Reflection Presence**: Does the reasoning show any self-checking, verification, or reflection on possible uncertainties?\n",
+        "Please return the evaluation in the following JSON format:\n",
+        '{\n    "Answer_Correctness": "Yes/No",\n    "Logical_Consistency": "Yes/No",\n    "Image_Analysis_Involvement": "Yes/No",\n    "No_Hallucination": "Yes/No",\n    "Reflection_Presence": "Yes/No"\n}\n',
+        "<Question> %s </Question>\n<Groundtruth> %s </Groundtruth>\n<Answer> %s </Answer>",
+    ],
+)
+def test_judge_prompt_has_the_papers_words(piece):
+    assert piece in judge.JUDGE_PROMPT  # Appendix A
+
+
+def test_judge_sees_question_truth_whole_response_and_images_in_their_slots(tmp_path):
+    asked = data.Question("Is 5 % enough?", OPTIONS, "B", ["films/a.png"], id="q")
+    ask = judge.judge_ask(asked, candidate("q", 3, "100 % sure"), tmp_path)
+    (message,) = ask.messages
+    assert message["role"] == "user" and ask.images == [tmp_path / "films/a.png"]
+    assert message["content"].endswith(
+        "<Question> Is 5 % enough?\nAnswer Choices:\n(A) CT\n(B) MRI\n(C) PET\n(D) none </Question>\n"
+        "<Groundtruth> B. MRI </Groundtruth>\n"
+        "<Answer> <think> 100 % sure </think> <answer> B </answer> </Answer>"
+    )
+
+
+def test_verdicts_are_kept_apart_by_question_sample_and_text(tmp_path):
+    rows = [candidate("q", 0, "a"), candidate("q", 1, "a"), candidate("r", 0, "a"), candidate("q", 0, "b")]
+    assert len({judge.judge_ask(question(row["id"]), row, tmp_path).id for row in rows}) == 4
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Reading a verdict
+
+LAST_NO = {**YES, "Reflection_Presence": False}
+READABLE = {
+    "plain": (reply(), YES),
+    "one No": (reply(Reflection_Presence="No"), LAST_NO),
+    "fenced": (f"```json\n{reply(Reflection_Presence='No')}\n```", LAST_NO),
+    "prose around": (f"Let me think {{carefully}}.\n{reply(Reflection_Presence='No')}\nThat is all.", LAST_NO),
+    "wrong case": (reply(Reflection_Presence="no", No_Hallucination="YES").replace("Logical_Consistency", "logical_consistency"), LAST_NO),
+    "a full stop": (reply(Reflection_Presence=" No. "), LAST_NO),
+    "extra keys": (reply(Reflection_Presence="No", Comment="none", Score=3), LAST_NO),
+    "an extra key before, which holds an object": (
+        json.dumps({"Reasons": {"No_Hallucination": "all true"}, **json.loads(reply(Reflection_Presence="No"))}),
+        LAST_NO,
+    ),
+    "an extra key behind, which holds an object": (reply(Reflection_Presence="No", Reasons={"No_Hallucination": "all true"}), LAST_NO),
+    "an extra text that holds braces": (reply(Reflection_Presence="No", Comment="the set {} is empty"), LAST_NO),
+    "booleans": (reply(Reflection_Presence=False, No_Hallucination=True), LAST_NO),
+    "the last object wins": (reply() + "\nOn second thought:\n" + reply(Reflection_Presence="No"), LAST_NO),
+    "the prompt repeated before": (judge.JUDGE_PROMPT + "\n" + reply(Reflection_Presence="No"), LAST_NO),
+    "all No": (reply(**dict.fromkeys(judge.KEYS, "No")), dict.fromkeys(judge.KEYS, False)),
+}
+
+
+@pytest.mark.parametrize("name", READABLE)
+def test_verdict_is_read_whatever_surrounds_it(name):
+    text, expected = READABLE[name]
+    assert judge.parse_verdict(text) == expected
+
+
+UNREADABLE = {
+    "empty": "",
+    "prose": "All five criteria are met: Yes.",
+    "the form echoed": reply(No_Hallucination="Yes/No"),
+    "the whole prompt echoed": judge.JUDGE_PROMPT,
+    "a form echoed behind a verdict": reply() + reply(**dict.fromkeys(judge.KEYS, "Yes/No")),
+    "cut off": reply()[:-20],
+    "cut off in its first line": "{",
+    "another word": reply(Logical_Consistency="Partially"),
+    "not applicable": reply(Image_Analysis_Involvement="N/A"),
+    "a hedge": reply(Logical_Consistency="Yes, mostly"),
+    "null": reply(Logical_Consistency=None),
+    "a number": reply(Logical_Consistency=1),
+    "a list": json.dumps([json.loads(reply())["No_Hallucination"]] * 5),
+    "an empty object": "{}",
+} | {f"{key} missing": json.dumps({k: "Yes" for k in judge.KEYS if k != key}) for key in judge.KEYS}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_what_cannot_be_read_is_an_error_and_no_verdict(name):
+    with pytest.raises(ValueError):
+        judge.parse_verdict(UNREADABLE[name])
+
+
+@pytest.mark.parametrize("key", judge.KEYS)
+def test_error_names_the_missing_key(key):
+    with pytest.raises(ValueError, match=key):
+        judge.parse_verdict(json.dumps({k: "Yes" for k in judge.KEYS if k != key}))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Asking
+
+
+@dataclass
+class RemoteJudge:
+    """Stands for a model behind a network: replies from a script, one a time, and remembers what it was asked."""
+
+    script: dict[str, list[str]]  # response -> replies to its first, second ... ask
+    spec: str = "double:judge"
+    asked: list[tuple[str, int]] = field(default_factory=list)
+
+    def answer(self, asks, sampling):
+        for ask in asks:
+            response = re.search(r"<Answer> (.*) </Answer>", ask.messages[0]["content"])[1]
+            for number in ask.samples:
+                self.asked.append((response, number))
+                yield [Reply(ask.id, number, self.script[response][number], None, "stop", 0)]
+
+
+def test_unreadable_reply_is_asked_again_up_to_three_times_then_stored_with_its_error(tmp_path):
+    at_once, second, third, never = rows = [candidate("q", k, f"chain {k}") for k in range(4)]
+    no = reply(No_Hallucination="No")
+    scripts = [[no], ["", no], ["", "{}", no], ["", "", "hm", no]]  # the last would be readable at a fourth ask
+    double = RemoteJudge({row["response"]: script for row, script in zip(rows, scripts)})
+    verdicts = judge.judge_all(double, rows, {"q": question()}, tmp_path, tmp_path, seed=0)
+    expected = [(row["response"], k) for row, count in ((at_once, 1), (second, 2), (third, 3), (never, 3)) for k in range(count)]
+    assert sorted(double.asked) == sorted(expected)
+    by_sample = {row["sample"]: row for row in verdicts}
+    for sample in (0, 1, 2):
+        assert by_sample[sample]["criteria"] == {**YES, "No_Hallucination": False} and by_sample[sample]["error"] is None
+    assert by_sample[3]["criteria"] is None and by_sample[3]["error"] and by_sample[3]["raw"] == "hm"
+
+
+def test_judged_again_asks_nothing_and_says_the_same(tmp_path):
+    rows = [candidate("q", 0, "one"), candidate("q", 1, "two")]
+    script = {rows[0]["response"]: ["", reply()], rows[1]["response"]: ["", "", ""]}
+    first = judge.judge_all(RemoteJudge(script), rows, {"q": question()}, tmp_path, tmp_path, seed=0)
+    again = RemoteJudge(script)
+    assert judge.judge_all(again, rows, {"q": question()}, tmp_path, tmp_path, seed=0) == first
+    assert again.asked == []
+
+
+def test_verdict_carries_a_hash_of_all_it_says():
+    row = candidate("q", 0, "x")
+    verdicts = [
+        judge.verdict_row(row, "a", reply()),
+        judge.verdict_row(row, "a", reply(No_Hallucination="No")),
+        judge.verdict_row({**row, "sample": 1}, "a", reply()),
+        judge.verdict_row(row, "b", reply()),
+    ]
+    assert len({verdict["verdict_sha"] for verdict in verdicts}) == 4
+    assert judge.verdict_row(row, "a", reply()) == verdicts[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Sides
+
+
+@pytest.mark.parametrize("bits", list(itertools.product([True, False], repeat=5)), ids=lambda bits: "".join("NY"[bit] for bit in bits))
+def test_five_judgements_decide_positive_negative_or_excluded(bits):
+    good, bad, x = candidate("q", 0, "good"), candidate("q", 1, "bad"), candidate("q", 2, "x")
+    verdicts = [judged(good), judged(bad, Reflection_Presence=False), judged(x, **dict(zip(judge.KEYS, bits)))]
+    pairs, report = judge.make_pairs([good, bad, x], verdicts, {"q": question()}, "all", 0, 0)
+    found = {(pair["chosen"], pair["rejected"]) for pair in pairs}
+    correct, *criteria = bits
+    if not correct:  # the rule found it right, the judge says wrong: no side to put it on
+        expected = {(good["response"], bad["response"])}
+    elif all(criteria):
+        expected = {(good["response"], bad["response"]), (x["response"], bad["response"])}
+    else:
+        expected = {(good["response"], bad["response"]), (good["response"], x["response"])}
+    assert found == expected
+    assert (report["rule_and_judge_disagree"], report["positive"], report["negative"]) == (
+        int(not correct),
+        1 + (correct and all(criteria)),
+        1 + (correct and not all(criteria)),
+    )
+    for pair in pairs:
+        if pair["rejected"] == x["response"]:
+            assert pair["failed"] == [name for name, met in zip(judge.CRITERIA, criteria) if not met]
+
+
+EXCLUDED = {
+    "wrong answer": lambda text: (candidate("q", 2, text, answer="C"), judged),
+    "unreadable answer": lambda text: (candidate("q", 2, text, answer="hard to say"), judged),
+    "cut off": lambda text: (candidate("q", 2, text, finish="length"), judged),
+    "no verdict": lambda text: (candidate("q", 2, text), None),
+    "unreadable verdict": lambda text: (candidate("q", 2, text), unread),
+}
+
+
+@pytest.mark.parametrize("name", EXCLUDED)
+@pytest.mark.parametrize("failing", [True, False])
+def test_candidate_that_may_not_be_judged_is_on_neither_side(name, failing):
+    good, bad = candidate("q", 0, "good"), candidate("q", 1, "bad")
+    x, verdict = EXCLUDED[name]("x")
+    verdicts = [judged(good), judged(bad, No_Hallucination=False)]
+    if verdict:
+        verdicts.append(verdict(x, **{"Logical_Consistency": False} if failing and verdict is judged else {}))
+    pairs, report = judge.make_pairs([good, bad, x], verdicts, {"q": question()}, "all", 0, 0)
+    assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [(good["response"], bad["response"])]
+    assert report["candidates"] == 3 and report["positive"] == report["negative"] == 1
+    assert report["no_verdict"] == (name in ("no verdict", "unreadable verdict"))
+    assert report["cut_off"] == (name == "cut off") and report["correct"] == (3 if report["no_verdict"] else 2)
+
+
+def test_verdict_on_another_text_of_the_same_sample_does_not_count():
+    good, bad = candidate("q", 0, "good"), candidate("q", 1, "bad")
+    stale = judged(candidate("q", 1, "an older rollout"), No_Hallucination=False)
+    pairs, report = judge.make_pairs([good, bad], [judged(good), stale], {"q": question()}, "all", 0, 0)
+    assert pairs == [] and report["no_verdict"] == 1
+
+
+def test_pairs_never_mix_questions():
+    rows = [candidate(key, k, f"{key}{k}") for key in "ab" for k in range(2)]
+    verdicts = [judged(rows[0]), judged(rows[1]), judged(rows[2], No_Hallucination=False), judged(rows[3], No_Hallucination=False)]
+    pairs, report = judge.make_pairs(rows, verdicts, {key: question(key) for key in "ab"}, "all", 0, 0)
+    assert pairs == [] and (report["questions"], report["questions_with_pairs"]) == (2, 0)
+
+
+def test_samples_of_one_text_are_one():
+    rows = [candidate("q", 0, "good"), candidate("q", 1, "good"), candidate("q", 2, "bad"), candidate("q", 3, "bad"), candidate("q", 4, "other")]
+    verdicts = [judged(row, No_Hallucination=row["sample"] < 2) for row in rows]
+    pairs, _ = judge.make_pairs(rows, verdicts, {"q": question()}, "all", 0, 0)
+    texts = {text: data.join_response(text, "B") for text in ("good", "bad", "other")}
+    assert sorted((pair["chosen"], pair["rejected"]) for pair in pairs) == sorted([(texts["good"], texts["bad"]), (texts["good"], texts["other"])])
+
+
+def test_one_text_that_was_judged_both_ways_is_never_paired_with_itself():
+    # every sample is judged on its own, and a judge need not say the same twice
+    rows = [candidate("q", 0, "same"), candidate("q", 1, "same"), candidate("q", 2, "good"), candidate("q", 3, "bad")]
+    verdicts = [judged(row, No_Hallucination=row["sample"] not in (1, 3)) for row in rows]
+    pairs, _ = judge.make_pairs(rows, verdicts, {"q": question()}, "all", 0, 0)
+    assert pairs and all(pair["chosen"] != pair["rejected"] for pair in pairs)
+
+
+def test_pair_row_holds_what_training_needs():
+    asked = data.Question("Which one?", OPTIONS, "B", ["films/a.png"], id="q")
+    good, bad = candidate("q", 4, "good"), candidate("q", 6, "bad")
+    (pair,), _ = judge.make_pairs(
+        [good, bad], [judged(good), judged(bad, No_Hallucination=False, Reflection_Presence=False)], {"q": asked}, "all", 0, 0
+    )
+    assert pair == {
+        "id": "q", "prompt": data.prompt_messages(asked), "images": ["films/a.png"],
+        "chosen": good["response"], "rejected": bad["response"], "chosen_sample": 4, "rejected_sample": 6,
+        "chosen_token_ids": [4], "rejected_token_ids": [6], "chosen_verdict": "vq-4", "rejected_verdict": "vq-6",
+        "failed": ["No_Hallucination", "Reflection_Presence"],
+    }  # fmt: skip
+
+
+def test_report_follows_every_candidate_to_where_it_ended():
+    # q: 2 positive, 2 negative; r: 1 positive only; s: nothing right
+    rows = [
+        candidate("q", 0, "p p p p"), candidate("q", 1, "the film shows p"), candidate("q", 2, "n"), candidate("q", 3, "n n, no film"), candidate("q", 4, "wrong", answer="A"),
+        candidate("q", 5, "cut", finish="length"), candidate("q", 6, "unread"), candidate("q", 7, "disagree"), candidate("r", 0, "p"), candidate("s", 0, "wrong", answer="C"),
+        candidate("s", 1, "wrong and cut", answer="C", finish="length"),
+    ]  # fmt: skip
+    verdicts = [
+        judged(rows[0]), judged(rows[1]), judged(rows[2], Logical_Consistency=False), judged(rows[3], Logical_Consistency=False, Reflection_Presence=False),
+        unread(rows[6]), judged(rows[7], Answer_Correctness=False), judged(rows[8]),
+    ]  # fmt: skip
+    pairs, report = judge.make_pairs(rows, verdicts, {key: question(key) for key in "qrs"}, "all", 0, 0)
+    assert len(pairs) == 4
+    counts = {
+        key: report[key]
+        for key in (
+            "candidates",
+            "cut_off",
+            "correct",
+            "no_verdict",
+            "rule_and_judge_disagree",
+            "positive",
+            "negative",
+            "questions",
+            "questions_with_pairs",
+            "pairs",
+        )
+    }
+    assert counts == {
+        "candidates": 11,
+        "cut_off": 2,
+        "correct": 7,
+        "no_verdict": 1,
+        "rule_and_judge_disagree": 1,
+        "positive": 3,
+        "negative": 2,
+        "questions": 3,
+        "questions_with_pairs": 1,
+        "pairs": 4,
+    }
+    wrong = 2  # finished, but not right
+    assert (
+        report["candidates"]
+        == report["cut_off"] + wrong + report["no_verdict"] + report["rule_and_judge_disagree"] + report["positive"] + report["negative"]
+    )
+    assert report["negatives_failing"] == {"Logical_Consistency": 2, "Image_Analysis_Involvement": 0, "No_Hallucination": 0, "Reflection_Presence": 1}
+    assert report["pairs_failing"] == {"Logical_Consistency": 4, "Image_Analysis_Involvement": 0, "No_Hallucination": 0, "Reflection_Presence": 2}
+    # a response adds five words to its thinking: <think> </think> <answer> B </answer>
+    assert report["words"] == {"chosen": 9.0, "rejected": (6 + 9) / 2}
+    assert report["never_looks"] == {"chosen": 2, "rejected": 2}
+    assert report["first_look"]["chosen"] == round(rows[1]["response"].index("film") / len(rows[1]["response"]), 3)
+    assert report["first_look"]["rejected"] == round(rows[3]["response"].index("film") / len(rows[3]["response"]), 3)
+
+
+def test_report_of_nothing_right_has_no_pairs_and_no_averages():
+    pairs, report = judge.make_pairs([candidate("q", 0, "x", answer="A")], [], {"q": question()}, "all", 0, 0)
+    assert pairs == [] and report["pairs"] == 0 and report["words"] == {"chosen": None, "rejected": None}
+    judge.print_report(report)  # and it can be printed
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [("the film", 4 / 8), ("Images first", 0.0), ("an x-ray", 3 / 8), ("imagine this", None), ("the contract", None), ("CT", 0.0), ("", None)],
+)
+def test_first_look_is_where_the_image_is_first_named(text, place):
+    assert judge.first_look(text) == place
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Pairing rules, by hand
+
+
+def texts(*lengths: int, mark: str) -> list[dict]:
+    return [{"response": mark * length} for length in lengths]
+
+
+def chosen(positives, negatives, rule, cap=0, seed=0):
+    return [(good["response"], bad["response"]) for good, bad in judge.choose_pairs(positives, negatives, rule, cap, random.Random(seed))]
+
+
+SEEDS = range(8)  # the rules draw by lot: what is claimed must hold for any
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_all_is_every_positive_with_every_negative(seed):
+    pairs = chosen(texts(1, 2, mark="p"), texts(1, 2, 3, mark="n"), "all", seed=seed)
+    assert sorted(pairs) == [("p", "n"), ("p", "nn"), ("p", "nnn"), ("pp", "n"), ("pp", "nn"), ("pp", "nnn")]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_per_positive_gives_each_positive_one_negative_and_uses_the_negatives_in_turn(seed):
+    pairs = chosen(texts(1, 2, 3, mark="p"), texts(1, 2, mark="n"), "per-positive", seed=seed)
+    assert sorted(good for good, _ in pairs) == ["p", "pp", "ppp"]
+    used = [bad for _, bad in pairs]
+    assert sorted(used.count(bad) for bad in ("n", "nn")) == [1, 2]
+    assert len(chosen(texts(1, mark="p"), texts(1, 2, 3, mark="n"), "per-positive", seed=seed)) == 1
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_one_is_a_single_pair(seed):
+    ((good, bad),) = chosen(texts(1, 2, mark="p"), texts(1, 2, mark="n"), "one", seed=seed)
+    assert good in ("p", "pp") and bad in ("n", "nn")
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_length_matched_takes_the_unused_negative_of_the_nearest_length(seed):
+    # each positive has one negative that is nearest to it alone, so the order of drawing cannot matter
+    pairs = chosen(texts(10, 20, 40, mark="p"), texts(11, 18, 43, 90, mark="n"), "length-matched", seed=seed)
+    assert sorted((len(good), len(bad)) for good, bad in pairs) == [(10, 11), (20, 18), (40, 43)]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_length_matched_uses_no_negative_twice(seed):
+    pairs = chosen(texts(10, 11, 12, mark="p"), texts(10, 50, mark="n"), "length-matched", seed=seed)
+    assert sorted(len(bad) for _, bad in pairs) == [10, 50] and len({good for good, _ in pairs}) == 2
+
+
+@pytest.mark.parametrize("rule", judge.RULES)
+@pytest.mark.parametrize(("positives", "negatives"), [(0, 0), (0, 3), (3, 0)])
+def test_one_side_alone_makes_no_pair(rule, positives, negatives):
+    assert chosen(texts(*range(1, positives + 1), mark="p"), texts(*range(1, negatives + 1), mark="n"), rule) == []
+
+
+@pytest.mark.parametrize("rule", judge.RULES)
+@pytest.mark.parametrize("cap", [1, 2, 5, 100])
+def test_cap_bounds_the_pairs_of_a_question(rule, cap):
+    sides = texts(1, 2, 3, mark="p"), texts(1, 2, 3, mark="n")
+    whole, capped = chosen(*sides, rule), chosen(*sides, rule, cap)
+    assert len(capped) == min(cap, len(whole)) and set(capped) <= set(whole)
+
+
+def test_capped_pairs_are_drawn_by_lot_and_do_not_favour_one_positive():
+    drawn = {chosen(texts(1, 2, mark="p"), texts(1, 2, mark="n"), "all", 1, seed)[0] for seed in range(40)}
+    assert drawn == {("p", "n"), ("p", "nn"), ("pp", "n"), ("pp", "nn")}
+    positives = [{good for good, _ in chosen(texts(1, 2, mark="p"), texts(1, 2, mark="n"), "all", 2, seed)} for seed in range(40)]
+    assert {"p", "pp"} in positives  # two pairs need not be of one positive
+
+
+def test_unknown_rule_is_refused():
+    with pytest.raises(ValueError, match="best"):
+        chosen(texts(1, mark="p"), texts(1, mark="n"), "best")
+
+
+def test_pairs_follow_from_the_seed_and_not_from_other_questions():
+    rows = [candidate(key, k, f"{key} chain {k}") for key in "ab" for k in range(6)]
+    verdicts = [judged(row, No_Hallucination=row["sample"] < 3) for row in rows]
+    asked = {key: question(key) for key in "ab"}
+    both, _ = judge.make_pairs(rows, verdicts, asked, "all", 2, 0)
+    alone, _ = judge.make_pairs(rows[6:], verdicts, asked, "all", 2, 0)
+    assert [pair for pair in both if pair["id"] == "b"] == alone and len(alone) == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The real commands, end to end in the miniature
+
+LACKS = {"thorough": None, "hasty": "Reflection_Presence", "bookish": "Image_Analysis_Involvement"}
+
+
+@pytest.fixture(scope="module")
+def rollouts(world, tmp_path_factory) -> Path:
+    """Answers of three teachers to the test questions, as samples of one model; a teacher's name is kept in `engine`."""
+    folder, rows = tmp_path_factory.mktemp("rollouts"), []
+    for number, style in enumerate(LACKS):
+        rollout.main(
+            ["--engine", f"clinic:{style}", "--questions", str(world / "test.jsonl"), "--images", str(world), "--out", str(folder / style), "-n", "4"]
+        )
+        rows += [{**row, "sample": row["sample"] + 4 * number} for _, row in data.read_jsonl(folder / style / "rollouts.jsonl")]
+    data.write_jsonl(folder / "rollouts.jsonl", rows)
+    return folder / "rollouts.jsonl"
+
+
+def run_verdicts(world: Path, rollouts: Path, out: Path) -> list[dict]:
+    judge.main(
+        [
+            "verdicts",
+            "--judge",
+            "clinic:judge",
+            "--rollouts",
+            str(rollouts),
+            "--questions",
+            str(world / "test.jsonl"),
+            "--images",
+            str(world),
+            "--out",
+            str(out),
+        ]
+    )
+    return [row for _, row in data.read_jsonl(out / "verdicts.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def verdicts(world, rollouts, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("verdicts")
+    run_verdicts(world, rollouts, out)
+    return out
+
+
+def right_by_hand(world: Path, rollouts: Path) -> dict[tuple, dict]:
+    """Rollouts whose text behind the thinking names the right option: teachers write its text, and nothing more."""
+    truth = {question.id: question.options[question.answer] for question in data.read_questions(world / "test.jsonl")}
+    rows = [row for _, row in data.read_jsonl(rollouts)]
+    return {(row["id"], row["sample"]): row for row in rows if row["response"].endswith(f"</think> <answer> {truth[row['id']]} </answer>")}
+
+
+def test_exactly_the_right_answers_are_judged(world, rollouts, verdicts):
+    right = right_by_hand(world, rollouts)
+    asked = [row["id"].split("/")[:2] for _, row in data.read_jsonl(verdicts / "replies.jsonl")]
+    assert {(key, int(sample)) for key, sample in asked} == set(right)
+    assert {(row["id"], row["sample"]) for _, row in data.read_jsonl(verdicts / "verdicts.jsonl")} == set(right)
+    assert 0 < len(right) < 120  # some teacher did slip, so the claim is not empty
+
+
+def test_verdicts_say_what_each_teacher_lacks(world, rollouts, verdicts):
+    questions = {question.id: question for question in data.read_questions(world / "test.jsonl")}
+    right, checked = right_by_hand(world, rollouts), 0
+    for _, row in data.read_jsonl(verdicts / "verdicts.jsonl"):
+        chain, asked = right[row["id"], row["sample"]], questions[row["id"]]
+        style = chain["engine"].removeprefix("clinic:")
+        case = clinic.film_truth(world / asked.images[0]) if asked.images else clinic.sentence_truth(asked.question)
+        if chain["response"] == clinic.chain(case, asked.meta["kind"], style):  # not one of the spoilt ones
+            assert row["criteria"] == {key: key != LACKS[style] for key in judge.KEYS}
+            checked += 1
+    assert checked > 80
+
+
+def test_pairs_join_thorough_chains_with_lacking_ones_and_the_report_adds_up(world, rollouts, verdicts, tmp_path, capsys):
+    judge.main(
+        [
+            "pairs",
+            "--verdicts",
+            str(verdicts / "verdicts.jsonl"),
+            "--rollouts",
+            str(rollouts),
+            "--questions",
+            str(world / "test.jsonl"),
+            "--out",
+            str(tmp_path),
+        ]
+    )
+    report, stage = json.loads((tmp_path / "report.json").read_text()), json.loads((tmp_path / "stage.json").read_text())
+    pairs = [row for _, row in data.read_jsonl(tmp_path / "pairs.jsonl")]
+    met = {(row["id"], row["sample"]): row["criteria"] for _, row in data.read_jsonl(verdicts / "verdicts.jsonl")}
+    # by brute force: all x all of each question, each different pair of texts once
+    texts = {(row["id"], row["sample"]): row["response"] for _, row in data.read_jsonl(rollouts)}
+    expected = {(a[0], texts[a], texts[b]) for a in met for b in met if a[0] == b[0] and all(met[a].values()) and not all(met[b].values())}
+    assert len(pairs) == len(expected) and {(row["id"], row["chosen"], row["rejected"]) for row in pairs} == expected
+    assert report["candidates"] == 120 and report["correct"] == len(met) == report["positive"] + report["negative"]
+    assert report["pairs"] == len(pairs) == stage["figures"]["pairs"]
+    assert f"120 -> {len(met)} -> {len(met)} -> {report['positive']} / {report['negative']}" in capsys.readouterr().out
+    assert data.main(["check", str(tmp_path / "pairs.jsonl"), str(verdicts / "verdicts.jsonl"), str(rollouts)]) == 0
+
+
+def test_killed_and_resumed_judge_says_the_same_and_asks_nothing_twice(world, rollouts, verdicts, tmp_path):
+    whole = (verdicts / "replies.jsonl").read_bytes()
+    kept = whole[: len(whole) // 2]
+    assert not kept.endswith(b"\n")  # killed in the middle of a line
+    (tmp_path / "replies.jsonl").write_bytes(kept)
+    (tmp_path / "replies.jsonl.settings.json").write_bytes((verdicts / "replies.jsonl.settings.json").read_bytes())
+    run_verdicts(world, rollouts, tmp_path)
+    assert (tmp_path / "verdicts.jsonl").read_bytes() == (verdicts / "verdicts.jsonl").read_bytes()
+    assert (tmp_path / "replies.jsonl").read_bytes() == whole
+
+
+def test_another_judge_may_not_go_on_with_the_replies_of_the_first(world, rollouts, verdicts, tmp_path):
+    (tmp_path / "replies.jsonl").write_bytes((verdicts / "replies.jsonl").read_bytes())
+    (tmp_path / "replies.jsonl.settings.json").write_text(json.dumps({"judge": "clinic:another", "seed": 0}))
+    with pytest.raises(data.RowError, match="clinic:another"):
+        run_verdicts(world, rollouts, tmp_path)
+
+
+def test_rollout_of_an_unknown_question_is_refused_by_file_and_line(tmp_path):
+    path = tmp_path / "rollouts.jsonl"
+    data.write_jsonl(path, [candidate("q", 0, "x"), candidate("strange", 0, "x")])
+    with pytest.raises(data.RowError, match=re.escape(f"{path}:2: id: 'strange'")):
+        judge.read_rollouts(path, {"q": question()})
+
+
+def test_rollouts_without_token_ids_are_refused_by_file_and_line_before_pairing(world, tmp_path):
+    row = {key: value for key, value in candidate("q", 0, "x").items() if key != "token_ids"}
+    bad = candidate("q", 1, "y")
+    data.write_jsonl(tmp_path / "rollouts.jsonl", [row, bad])
+    data.write_jsonl(tmp_path / "questions.jsonl", [question().to_row()])
+    data.write_jsonl(tmp_path / "verdicts.jsonl", [judged(row), judged(bad, No_Hallucination=False)])
+    with pytest.raises(data.RowError, match=r"rollouts\.jsonl:1: .*token_ids"):
+        judge.main(
+            [
+                "pairs",
+                "--verdicts",
+                str(tmp_path / "verdicts.jsonl"),
+                "--rollouts",
+                str(tmp_path / "rollouts.jsonl"),
+                "--questions",
+                str(tmp_path / "questions.jsonl"),
+                "--out",
+                str(tmp_path / "out"),
+            ]
+        )

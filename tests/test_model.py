@@ -1,0 +1,606 @@
+"""model.py against Hugging Face itself: its chat template, its image processors' arithmetic, its position index, its forward."""
+
+import copy
+import json
+import re
+import shutil
+import unicodedata
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import data
+import model
+
+# the published checkpoints' own templates; the test folders carry templates written by this project
+PUBLISHED_TEMPLATE = {
+    "qwen": (
+        "{% set image_count = namespace(value=0) %}{% for message in messages %}"
+        "{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+        "<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n{% else %}"
+        "{% for content in message['content'] %}{% if content['type'] == 'image' or 'image' in content %}"
+        "{% set image_count.value = image_count.value + 1 %}{% if add_vision_id %}Picture {{ image_count.value }}: {% endif %}"
+        "<|vision_start|><|image_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+    "internvl": (
+        "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n'}}{% if message['content'] is string %}{{ message['content'] }}"
+        "{% else %}{% for content in message['content'] %}{% if content['type'] == 'image' %}{{ '<IMG_CONTEXT>\n' }}"
+        "{% elif content['type'] == 'text' %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %}{{'<|im_end|>\n'}}{% endfor %}"
+        "{% if add_generation_prompt %}{{'<|im_start|>assistant\n' }}{% endif %}"
+    ),
+}
+SYSTEM = "You are a helpful assistant."
+SIZES = [(56, 56), (140, 84), (84, 196)]  # width, height: for Qwen 4, 15 and 21 image tokens
+GOOD = "<think> The film shows two marks. So A. </think> <answer> (A) rest </answer>"
+POOR = "<think> I guess. </think> <answer> B </answer>"
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng([seed, width, height]).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def turns(text: str, system: str | None = SYSTEM) -> list[dict]:
+    return ([{"role": "system", "content": system}] if system is not None else []) + [{"role": "user", "content": text}]
+
+
+def prompt_of(processor, text: str, pictures: list[Image.Image]) -> model.Segment:
+    return processor.encode_prompt(turns(text), [processor.encode_image(image) for image in pictures])
+
+
+@pytest.fixture
+def roomy(folder) -> model.Processor:
+    """Images of several sizes: room for 200 x 200 pixels (Qwen), one tile (InternVL)"""
+    return model.Processor(folder, max_pixels=200 * 200, tiles=1)
+
+
+def fresh(folder):
+    """The checkpoint as transformers loads it, untouched by this project"""
+    from transformers import AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="sdpa").eval()
+
+
+def extras(processor, ids: torch.Tensor, pictures: list[Image.Image]) -> dict:
+    """What Hugging Face's forward wants besides token ids, from its own image processor"""
+    prepared = dict(processor.images(images=pictures, return_tensors="pt")) if pictures else {}
+    prepared.pop("num_patches", None)
+    if processor.family.grid_positions:
+        prepared["mm_token_type_ids"] = (ids == processor.image_id).int()
+    return prepared | {"attention_mask": torch.ones_like(ids)}
+
+
+def plain_logits(network, processor, ids: list[int], pictures: list[Image.Image]) -> torch.Tensor:
+    """Hugging Face's full forward of one unpadded sequence. (T, V)"""
+    ids = torch.tensor([ids])
+    with torch.no_grad():
+        return network(input_ids=ids, **extras(processor, ids, pictures)).logits[0]
+
+
+def chains(row: model.Row) -> list[tuple[list[int], model.Row]]:
+    """Each leaf's path from its root: the indices in the tree, and the same path as a row of its own"""
+    parents = {segment.parent for segment in row}
+    found = []
+    for leaf in (s for s in range(len(row)) if s not in parents):
+        path = [leaf]
+        while row[path[0]].parent is not None:
+            path.insert(0, row[path[0]].parent)
+        found.append((path, [replace(row[s], parent=i - 1 if i else None) for i, s in enumerate(path)]))
+    return found
+
+
+def spans(row: model.Row) -> list[slice]:
+    """Where each segment lies in its row"""
+    ends = np.cumsum([len(segment.ids) for segment in row]).tolist()
+    return [slice(end - len(segment.ids), end) for end, segment in zip(ends, row)]
+
+
+def gradients(policy) -> dict[str, torch.Tensor]:
+    found = {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
+    policy.zero_grad(set_to_none=True)
+    return found
+
+
+def assert_same_gradients(one: dict, other: dict, atol: float = 1e-5) -> None:
+    assert one.keys() == other.keys() and one
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], atol=atol, rtol=1e-4, msg=lambda said, name=name: f"{name}: {said}")
+
+
+# --- text to tokens
+
+
+@pytest.mark.parametrize("template", ["folder", "published"])
+@pytest.mark.parametrize("count", [0, 1, 3])
+@pytest.mark.parametrize("system", [SYSTEM, "Two lines\nof \u201csystem\u201d.", None])
+def test_prompt_ids_are_those_of_the_chat_template(processor, family, template, count, system):
+    text = "First line.\n\nWhat is it?\nAnswer Choices:\n(A) yes\n(B) caf\u00e9 \u2264 5"
+    if template == "published":
+        processor.tokenizer.chat_template = PUBLISHED_TEMPLATE[family]
+    images = [processor.encode_image(picture(56, 56, seed)) for seed in range(count)]
+    ours = processor.encode_prompt(turns(text, system), images)
+    content = [{"type": "image"}] * count + [{"type": "text", "text": text}]
+    # Qwen's template slips in a default system turn when there is none: there, no system turn is not a prompt it can render
+    told = SYSTEM if family == "qwen" and system is None else system
+    messages = turns("", told)[:-1] + [{"role": "user", "content": content}]
+    rendered = processor.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    if family == "qwen" and system is None:
+        rendered = rendered.removeprefix(f"<|im_start|>system\n{SYSTEM}<|im_end|>\n")
+    tokens = iter([image.tokens for image in images])
+    if family == "qwen":
+        rendered = re.sub(r"<\|image_pad\|>", lambda match: match[0] * next(tokens), rendered)
+    else:  # the combined processor writes the brackets around the tokens
+        rendered = re.sub("<IMG_CONTEXT>", lambda match: "<img>" + match[0] * next(tokens) + "</img>", rendered)
+    assert ours.ids == processor.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    assert set(ours.labels) == {data.PROMPT} and ours.parent is None
+    assert ours.ids.count(processor.special["<|im_start|>"]) == len(messages) + 1 - (family == "qwen" and system is None)
+
+
+@pytest.mark.parametrize("response", [GOOD, "\n" + GOOD, " " + GOOD, "\n\n  x", "> y", "no tags, caf\u00e9 \u2265 3 \u4e2d\U0001f600", ""])
+def test_response_is_tokenised_apart_from_the_prompt_and_decodes_to_itself(processor, response):
+    prompt = prompt_of(processor, "Why?", [])
+    said = processor.encode_response(response)
+    batch = model.collate([[prompt, said]], processor)
+    whole = processor.tokenize(processor.render(turns("Why?"), [])) + processor.tokenize(response) + [processor.stop_id]
+    assert batch.ids[0].tolist() == whole  # what generation would have seen, and what it would have said
+    assert processor.decode(said.ids) == response
+    supervised = batch.ids[0][batch.labels[0] > 0].tolist()
+    assert processor.tokenizer.decode(supervised) == response + "<|im_end|>"
+    assert supervised[-1] == processor.stop_id and supervised.count(processor.stop_id) == 1
+    assert batch.predecessor[0][batch.labels[0] > 0].tolist() == list(range(len(prompt.ids) - 1, len(whole) - 1))
+
+
+def test_decomposed_letters_are_composed_and_their_labels_stay_in_place(processor):
+    # the published tokenizers fold text to NFC before they cut it, while the offsets count the characters of the original
+    decomposed = "<think> Ka\u0308se, cafe\u0301. </think> <answer> re\u0301sume\u0301 </answer>"
+    one, other = processor.encode_response(decomposed), processor.encode_response(unicodedata.normalize("NFC", decomposed))
+    assert one.ids == other.ids and one.labels == other.labels
+    assert processor.decode(one.ids) == unicodedata.normalize("NFC", decomposed)
+
+
+def test_labels_lie_on_their_spans(processor):
+    said = processor.encode_response(GOOD)
+    regions = [(data.THINK, "<think>", "</think>"), (data.ANSWER, "<answer>", "</answer>")]
+    at = 0
+    for index, label in zip(said.ids[:-1], said.labels):
+        inside = [name for name, start, stop in regions if GOOD.index(start) + len(start) <= at < GOOD.index(stop)]
+        assert label == (inside[0] if inside else data.TAG), (at, GOOD[at:])
+        at += len(processor.tokenizer.decode([index]))  # ASCII: a token is its characters
+    assert at == len(GOOD) and said.labels[-1] == data.TAG
+
+
+def test_special_tokens_in_a_text_are_refused(processor):
+    for token in processor.special:
+        for messages in (turns(f"What {token} now?"), turns("What now?", system=f"Be {token}")):
+            with pytest.raises(data.RowError, match=re.escape(token)):
+                processor.encode_prompt(messages, [])
+
+
+def test_special_tokens_in_a_response_are_refused(processor):
+    # read as structure, "<|im_end|>" would be a second end of turn, and an image token would want features of its own
+    for token in processor.special:
+        with pytest.raises(data.RowError, match=re.escape(token)):
+            processor.encode_response(f"<think> {token} </think> <answer> A </answer>")
+
+
+def test_images_without_a_user_turn_are_refused(processor):
+    with pytest.raises(data.RowError, match="user turn"):
+        processor.encode_prompt(turns("x")[:1], [processor.encode_image(picture(56, 56))])
+
+
+def test_tokens_from_a_rollout_are_trained_as_they_are(processor):
+    ids = processor.tokenize("a b") + [processor.stop_id]
+    segment = processor.encode_tokens(ids, parent=0, answer=1)
+    assert segment.ids == ids and all(segment.labels) and len(segment.labels) == len(ids) and (segment.parent, segment.answer) == (0, 1)
+    assert processor.decode(ids) == "a b" == processor.decode(ids[:-1])
+
+
+# --- images
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_image_tokens_equal_the_features_the_model_makes(roomy, policy, folder, family, size):
+    image = roomy.encode_image(picture(*size))
+    features = policy.image_features(image.pixels, torch.tensor([image.grid]))
+    network = fresh(folder)
+    with torch.no_grad():
+        inputs = dict(roomy.images(images=[picture(*size)], return_tensors="pt"))
+        inputs.pop("num_patches", None)
+        theirs = network.model.get_image_features(**inputs).pooler_output
+    theirs = theirs[0] if family == "qwen" else theirs.flatten(0, 1)
+    assert len(features) == image.tokens == image.grid[0] * image.grid[1] * image.grid[2]
+    torch.testing.assert_close(features.detach(), theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def qwen_hub(folders, tmp_path_factory):
+    """The tiny folder with the image settings of the published checkpoint; no weights are needed"""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    folder = tmp_path_factory.mktemp("hub") / "qwen"
+    shutil.copytree(folders["qwen"], folder)
+    Qwen2VLImageProcessorPil(size={"shortest_edge": 3136, "longest_edge": 12845056}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def internvl_hub(folders, tmp_path_factory):
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+
+    folder = tmp_path_factory.mktemp("hub") / "internvl"
+    shutil.copytree(folders["internvl"], folder)
+    # crop_to_patches is what the published folder says; --tiles decides, not the folder
+    GotOcr2ImageProcessorPil(size={"height": 448, "width": 448}, crop_to_patches=True).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"]["image_size"] = [448, 448]
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    # 1024 x 768 is scaled by sqrt(768 * 768 / (1024 * 768)) to 886.8 x 665.1, and cut down to 31 x 23 squares of 28
+    "width, height, tokens",
+    [(64, 64, 4), (512, 512, 324), (1024, 768, 713), (2048, 2048, 729), (800, 600, 609), (300, 200, 77), (20, 400, 14)],
+)
+def test_qwen_image_tokens_by_the_published_arithmetic(qwen_hub, width, height, tokens):
+    image = model.Processor(qwen_hub).encode_image(Image.new("RGB", (width, height)))
+    assert image.tokens == tokens
+    assert image.pixels.shape == (4 * tokens, 1176)  # 2 x 2 patches a token, 3 x 2 x 14 x 14 numbers a patch
+
+
+@pytest.mark.parametrize("size, tiles", [((448, 448), 1), ((512, 512), 1), ((1024, 768), 13), ((800, 600), 13), ((300, 200), 7), ((1600, 400), 5)])
+def test_internvl_tiles_are_one_by_default_and_cut_on_request(internvl_hub, size, tiles):
+    image = Image.new("RGB", size)
+    one = model.Processor(internvl_hub).encode_image(image)
+    assert one.tokens == 256 and one.pixels.shape == (1, 3, 448, 448)
+    many = model.Processor(internvl_hub, tiles=12).encode_image(image)
+    assert many.tokens == 256 * tiles and many.pixels.shape == (tiles, 3, 448, 448)
+    assert many.grid[0] * many.grid[1] * many.grid[2] == many.tokens
+
+
+def test_load_image_makes_every_kind_of_file_upright_rgb(tmp_path):
+    colours = picture(40, 30)
+
+    def load(image: Image.Image, name: str, **options) -> np.ndarray:
+        image.save(tmp_path / name, **options)
+        loaded = model.load_image(tmp_path / name)
+        assert loaded.mode == "RGB"
+        return np.asarray(loaded).astype(int)
+
+    half = colours.copy()
+    half.putalpha(Image.fromarray(np.repeat([[0, 128, 255]], 30, 0).repeat([20, 10, 10], 1).astype(np.uint8)))
+    shown = load(half, "alpha.png")
+    assert (shown[:, :20] == 255).all()  # nothing but the white it lies on
+    assert (shown[:, 30:] == np.asarray(colours)[:, 30:]).all()
+    assert np.abs(shown[:, 20:30] - (np.asarray(colours)[:, 20:30] * 128.0 + 255 * 127) / 255).max() <= 1
+
+    deep = np.linspace(0, 65535, 1200).reshape(30, 40).astype(np.uint16)
+    assert np.abs(load(Image.fromarray(deep), "deep.png")[..., 0] - deep / 257).max() <= 1
+
+    flat = Image.new("RGB", (40, 30), (200, 40, 90))
+    assert np.abs(load(flat.convert("CMYK"), "print.jpg", quality=100) - [200, 40, 90]).max() <= 4
+
+    indexed = colours.quantize(16)
+    assert (load(indexed, "palette.png") == np.asarray(indexed.convert("RGB"))).all()
+    hole = load(indexed, "hole.png", transparency=3)
+    assert (hole[np.asarray(indexed) == 3] == 255).all()
+    assert (hole[np.asarray(indexed) != 3] == np.asarray(indexed.convert("RGB"))[np.asarray(indexed) != 3]).all()
+
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera lay on its side: turn a quarter clockwise
+    assert (load(colours, "turned.png", exif=exif) == np.rot90(np.asarray(colours), -1)).all()
+
+    assert load(colours.convert("L"), "grey.png").shape == (30, 40, 3)
+    assert load(colours.crop((0, 0, 40, 1)), "line.png").shape == (1, 40, 3)
+
+
+def test_unreadable_images_are_refused_by_name(tmp_path):
+    picture(40, 30).save(tmp_path / "whole.jpg")
+    (tmp_path / "torn.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:500])
+    (tmp_path / "text.png").write_text("not an image")
+    (tmp_path / "empty.png").touch()
+    for name in ("torn.jpg", "text.png", "empty.png", "absent.png"):
+        with pytest.raises(data.RowError, match=name):
+            model.load_image(tmp_path / name)
+
+
+def test_an_image_too_large_to_open_is_refused_by_name(tmp_path, monkeypatch):
+    picture(40, 30).save(tmp_path / "huge.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow's guard against files that unpack to gigabytes
+    with pytest.raises(data.RowError, match="huge.png"):
+        model.load_image(tmp_path / "huge.png")
+
+
+# --- positions and log-probabilities
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3])
+def test_positions_equal_hugging_faces_rope_index(folders, count):
+    processor, network = model.Processor(folders["qwen"], max_pixels=200 * 200), fresh(folders["qwen"])
+    pictures = [picture(*size) for size in SIZES[:count]]
+    row = [prompt_of(processor, "Where\nis it?", pictures), processor.encode_response(GOOD), processor.encode_response(POOR)]
+    batch = model.collate([row], processor)
+    for path, alone in chains(row):
+        ids = torch.tensor([sum((segment.ids for segment in alone), [])])
+        inputs = extras(processor, ids, pictures)
+        theirs, _ = network.model.get_rope_index(ids, inputs["mm_token_type_ids"], image_grid_thw=inputs.get("image_grid_thw"))
+        assert torch.equal(model.collate([alone], processor).positions, theirs)
+        # in the tree, the rejected answer takes up where the prompt ended, not where the chosen one did
+        assert torch.equal(torch.cat([batch.positions[:, :, spans(row)[s]] for s in path], -1), theirs)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_logprobs_equal_log_softmax_of_hugging_faces_own_forward(roomy, policy, folder, count):
+    pictures = [picture(*size) for size in SIZES[:count]]
+    row = [prompt_of(roomy, "What is it?", pictures), roomy.encode_response(GOOD)]
+    batch = model.collate([row], roomy)
+    ours = policy(batch)[0]
+    whole = row[0].ids + row[1].ids
+    theirs = plain_logits(fresh(folder), roomy, whole, pictures).log_softmax(-1)
+    start = len(row[0].ids)
+    expected = torch.stack([theirs[t - 1, whole[t]] for t in range(start, len(whole))])
+    assert ours.dtype == torch.float32 and (ours[:start] == 0).all()
+    torch.testing.assert_close(ours[start:], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_picture_matters(roomy, policy):
+    # the tests with images would prove little on a model that does not look
+    rows = [[prompt_of(roomy, "What is it?", [picture(140, 84, seed)]), roomy.encode_response(GOOD)] for seed in range(2)]
+    one, other = policy(model.collate(rows, roomy))
+    assert (one - other).abs().max() > 1e-3
+
+
+def test_a_tree_row_equals_its_two_separate_rows_in_logprobs_and_gradients(roomy, policy):
+    prompt = prompt_of(roomy, "What is it?", [picture(*size) for size in SIZES[:2]])
+    tree = [prompt, roomy.encode_response(GOOD, 0, 0), roomy.encode_response(POOR, 0, 1)]
+    shared = policy(model.collate([tree], roomy))[0]
+    weight = {1: 1.0, 2: -0.7}  # unequal, so that a gradient given to the wrong answer shows
+    sum(w * shared[spans(tree)[s]].sum() for s, w in weight.items()).backward()
+    together, apart = gradients(policy), []
+    for path, alone in chains(tree):
+        logp = policy(model.collate([alone], roomy))[0]
+        torch.testing.assert_close(shared[spans(tree)[path[-1]]], logp[spans(alone)[-1]], atol=1e-5, rtol=1e-5)
+        (weight[path[-1]] * logp.sum()).backward()
+        apart.append(gradients(policy))
+    assert_same_gradients(together, {name: apart[0][name] + apart[1][name] for name in apart[0]})
+    assert any(name.startswith("model." + policy.family.vision) for name in together)
+
+
+def several_trees(processor) -> model.Row:
+    """Two patients packed into one row: a pair on an image, and two questions that share a prefix, one with an image of its own"""
+    row = [prompt_of(processor, "What is it?", [picture(84, 56)])]
+    row += [processor.encode_response(GOOD, 0), processor.encode_response(POOR, 0, 1)]
+    row += [prompt_of(processor, "And this?", [])]
+    second = prompt_of(processor, "Look.", [picture(56, 112)])
+    row += [replace(second, parent=3), processor.encode_response("no", 4, 2), processor.encode_response(POOR, 3, 3)]
+    row += [prompt_of(processor, "Third.", [picture(56, 56)]), processor.encode_response(GOOD, 7, 4)]
+    return row
+
+
+def test_packed_and_branching_rows_equal_separate_rows(roomy, policy):
+    row = several_trees(roomy)
+    packed = policy(model.collate([row], roomy))[0]
+    found = chains(row)
+    assert len(found) == 5
+    for path, alone in found:
+        batch = model.collate([alone], roomy)
+        assert batch.mask is None  # a chain needs no mask: this is the plain causal computation
+        torch.testing.assert_close(packed[spans(row)[path[-1]]], policy(batch)[0][spans(alone)[-1]], atol=1e-5, rtol=1e-5)
+
+
+def test_the_mask_shows_a_token_its_own_segment_and_its_ancestors_only(roomy):
+    row = several_trees(roomy)
+    batch = model.collate([row], roomy)
+    seen = batch.mask[0, 0]
+    family = [next(set(path[: path.index(s) + 1]) for path, _ in chains(row) if s in path) for s in range(len(row))]
+    owner = [s for s, segment in enumerate(row) for _ in segment.ids]
+    for i in range(0, len(owner), 7):
+        assert seen[i].tolist() == [j <= i and owner[j] in family[owner[i]] for j in range(len(owner))]
+
+
+def test_padding_and_batch_mates_change_nothing(roomy, policy):
+    rows = [
+        [prompt_of(roomy, "What is it? " * 5, [picture(*size) for size in SIZES[1:]]), roomy.encode_response(GOOD)],
+        [prompt_of(roomy, "Why?", []), roomy.encode_response(POOR)],
+        [prompt_of(roomy, "This?", [picture(56, 56)]), roomy.encode_response(POOR, 0, 0), roomy.encode_response("no", 0, 1)],
+    ]
+    together = policy(model.collate(rows, roomy))
+    backwards = policy(model.collate(rows[::-1], roomy)).flip(0)
+    chain_mates = policy(model.collate(rows[:2], roomy))  # without a tree there is no mask at all
+    for index, row in enumerate(rows):
+        alone = policy(model.collate([row], roomy))[0]
+        for batch in [together, backwards] + [chain_mates] * (index < 2):
+            torch.testing.assert_close(batch[index, : len(alone)], alone, atol=1e-5, rtol=1e-5)
+            assert (batch[index, len(alone) :] == 0).all()
+
+
+def test_the_last_token_predicts_nothing(processor, policy):
+    # off by one, the last id would decide an entry: change it, and only its own entry may change
+    row = [prompt_of(processor, "Why?", []), processor.encode_response(GOOD)]
+    before = policy(model.collate([row], processor))[0]
+    row[1].ids[-1] = row[1].ids[0]
+    after = policy(model.collate([row], processor))[0]
+    torch.testing.assert_close(before[:-1], after[:-1], atol=1e-6, rtol=0)
+    assert (before[-1] - after[-1]).abs() > 1e-3
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 13, 100])
+@pytest.mark.parametrize("head", ["trained", "frozen"])
+def test_chunked_logprobs_equal_full_log_softmax_forward_and_backward(chunk, head):
+    generator = torch.Generator().manual_seed(chunk)
+    hidden, weight = torch.randn(13, 8, generator=generator, requires_grad=True), torch.randn(37, 8, generator=generator)
+    weight.requires_grad_(head == "trained")
+    targets, outer = torch.randint(37, (13,), generator=generator), torch.randn(13, generator=generator)
+    ours = model.ChunkedLogProbs.apply(hidden, weight, targets, chunk)
+    (ours * outer).sum().backward()
+    got = hidden.grad.clone(), weight.grad.clone() if head == "trained" else weight.grad
+    hidden.grad = weight.grad = None
+    full = (hidden @ weight.T).log_softmax(-1)[torch.arange(13), targets]
+    (full * outer).sum().backward()
+    torch.testing.assert_close(ours, full, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got[0], hidden.grad, atol=1e-5, rtol=1e-5)
+    if head == "trained":
+        torch.testing.assert_close(got[1], weight.grad, atol=1e-5, rtol=1e-5)
+    else:
+        assert got[1] is None
+
+
+def test_chunked_logprobs_of_a_bf16_model_are_summed_in_fp32():
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 16, generator=generator, dtype=torch.bfloat16) for n in (50, 300))
+    targets = torch.randint(300, (50,), generator=generator)
+    logp = model.ChunkedLogProbs.apply(hidden, weight, targets, 7)
+    expected = (hidden @ weight.T).float().log_softmax(-1)[torch.arange(50), targets]
+    assert logp.dtype == torch.float32
+    torch.testing.assert_close(logp, expected, atol=1e-4, rtol=1e-5)
+
+
+def test_the_policy_gives_the_same_whatever_its_chunk(processor, policy, monkeypatch):
+    batch = model.collate([[prompt_of(processor, "Why?", []), processor.encode_response(GOOD)]], processor)
+    whole = policy(batch)
+    monkeypatch.setattr(model, "LOGIT_CHUNK", 3)
+    torch.testing.assert_close(policy(batch), whole, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("full", [[0, 1], [1], []], ids=["full", "mixed", "windows"])
+def test_segment_attention_equals_transformers_loop_over_segments(folders, full):
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    config = Qwen2_5_VLConfig.from_pretrained(folders["qwen"])
+    config.vision_config.fullatt_block_indexes = full
+    torch.manual_seed(0)
+    policy = model.Policy(Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation="sdpa"))
+    with torch.no_grad():  # at its initial 0.02 the tower mixes so little that wrong attention would hardly show
+        for parameter in policy.vision.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    processor = model.Processor(folders["qwen"], max_pixels=300 * 300)
+    # 112-pixel windows: 4 x 4 tokens, cut to 2, 1, 3 at the edges
+    images = [processor.encode_image(picture(*size)) for size in [(168, 140), (56, 56), (252, 196), (168, 140)]]
+    pixels, grids = torch.cat([image.pixels for image in images]), torch.tensor([image.grid for image in images])
+    found = {}
+    for kind in (model.SEGMENT_ATTENTION, "sdpa"):
+        policy.vision.config._attn_implementation = kind
+        features = policy.image_features(pixels, grids)
+        (features * torch.linspace(-1, 1, features.numel()).reshape(features.shape)).sum().backward()
+        found[kind] = features.detach(), gradients(policy)
+    torch.testing.assert_close(found[model.SEGMENT_ATTENTION][0], found["sdpa"][0], atol=1e-5, rtol=1e-4)
+    scale = max(g.abs().max() for g in found["sdpa"][1].values())
+    assert_same_gradients(found[model.SEGMENT_ATTENTION][1], found["sdpa"][1], atol=1e-6 * float(scale))
+
+
+def test_image_tokens_that_do_not_match_the_features_are_refused(processor, policy):
+    prompt = prompt_of(processor, "What?", [picture(56, 56)])
+    batch = model.collate([[prompt, processor.encode_response("x")]], processor)
+    with pytest.raises(ValueError, match="4 image tokens but 0 image features"):
+        policy(replace(batch, pixels=None, grids=None))
+    short = batch.ids.clone()
+    short[0, prompt.ids.index(processor.image_id)] = 0
+    with pytest.raises(ValueError, match="3 image tokens but 4 image features"):
+        policy(replace(batch, ids=short))
+
+
+@pytest.mark.parametrize("parent", [1, 2, -1])
+def test_collate_refuses_a_parent_that_does_not_come_before(processor, parent):
+    row = [prompt_of(processor, "Why?", []), processor.encode_response("x", parent)]
+    with pytest.raises(ValueError, match="parent"):
+        model.collate([row], processor)
+
+
+def test_collate_refuses_a_supervised_root(processor):
+    with pytest.raises(ValueError, match="root"):
+        model.collate([[replace(processor.encode_response("x"), parent=None)]], processor)
+
+
+def test_dropout_stays_off_after_train(processor, policy):
+    for module in policy.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.5
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    batch = model.collate([[prompt_of(processor, "What?", [picture(56, 56)]), processor.encode_response(GOOD)]], processor)
+    policy.train()
+    assert not any(module.training for module in policy.modules())
+    assert torch.equal(policy(batch), policy(batch))
+    policy.model.train()  # behind the policy's back: the dropout was really there
+    assert not torch.equal(policy(batch), policy(batch))
+
+
+# --- folders
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_saved_policy_loads_in_transformers_with_no_key_missing_and_equal_logits(processor, policy, folder, tied, tmp_path):
+    from transformers import AutoModelForImageTextToText
+
+    if not tied:  # as the published 7B and 8B are: the head has weights of its own
+        config = copy.deepcopy(policy.model.config)
+        config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
+        torch.manual_seed(1)
+        policy = model.Policy(type(policy.model)._from_config(config, attn_implementation="sdpa"))
+        assert policy.model.lm_head.weight is not policy.language_model.embed_tokens.weight
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)) * 0.02)
+    model.save_policy(tmp_path, policy, processor, dict(policy.model.named_parameters(remove_duplicate=False)))
+    network, report = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
+    if tied:  # the names on disk are those that transformers itself writes
+        assert load_file(tmp_path / "model.safetensors").keys() == load_file(folder / "model.safetensors").keys()
+    assert "medee" not in (tmp_path / "config.json").read_text()  # our attention is ours alone: vLLM does not know it
+
+    pictures, again = [picture(56, 56)], model.Processor(tmp_path, max_pixels=56 * 56)
+    row = [prompt_of(again, "What?", pictures), again.encode_response(GOOD)]
+    assert row[0].ids == prompt_of(processor, "What?", pictures).ids
+    theirs = plain_logits(network.eval(), again, row[0].ids + row[1].ids, pictures)
+    with torch.no_grad():
+        ours = policy.model.lm_head(policy.hidden_states(model.collate([row], processor)))[0]
+        reloaded = model.load_policy(tmp_path)(model.collate([row], again))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(reloaded, policy(model.collate([row], processor)).detach(), atol=1e-6, rtol=1e-6)
+
+
+def test_loading_refuses_an_adapter_a_missing_weight_and_an_unknown_model(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "torn")
+    weights = load_file(folder / "model.safetensors")
+    weights.pop(next(name for name in weights if name.endswith("layers.1.mlp.up_proj.weight")))
+    save_file(weights, tmp_path / "torn" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="up_proj"):
+        model.load_policy(tmp_path / "torn")
+
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="LoRA adapter"):
+        model.load_policy(tmp_path / "adapter")
+
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama" / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="not supported"):
+        model.Processor(tmp_path / "llama")
+
+
+def test_frozen_vision_gets_no_gradient_and_the_rest_does(processor, policy):
+    policy.freeze_vision()
+    batch = model.collate([[prompt_of(processor, "What?", [picture(56, 56)]), processor.encode_response(GOOD)]], processor)
+    policy(batch).sum().backward()
+    for name, parameter in policy.model.named_parameters():
+        frozen = name.startswith((policy.family.vision, policy.family.projector))
+        assert parameter.requires_grad != frozen and (parameter.grad is None) == frozen, name
+
+
+def test_show_prints_the_text_and_the_counts_of_supervised_tokens(processor, folder, tmp_path, capsys):
+    demo = {"id": "q1", "messages": turns("What?", data.SYSTEM_PROMPT) + [{"role": "assistant", "content": GOOD}], "images": ["film.png"]}
+    pair = {"id": "q2", "prompt": turns("Why?"), "images": [], "chosen": GOOD, "rejected": POOR, "failed": []}
+    data.write_jsonl(tmp_path / "rows.jsonl", [demo, pair, demo | {"id": "q3"}])
+    model.main(["show", str(tmp_path / "rows.jsonl"), "--model", str(folder), "-n", "2"])
+    printed = re.sub(r"\033\[\d+m", "", capsys.readouterr().out)
+    offsets = processor.tokenizer(GOOD, return_offsets_mapping=True)["offset_mapping"]
+    starts = [start for start, _ in offsets]
+    think = sum(GOOD.index("<think>") + 7 <= start < GOOD.index("</think>") for start in starts)
+    answer = sum(GOOD.index("<answer>") + 8 <= start < GOOD.index("</answer>") for start in starts)
+    assert printed.count(f"think {think}, answer {answer}, tag {len(starts) + 1 - think - answer} tokens") == 2
+    assert printed.count(GOOD + "<|im_end|>") == 2 and printed.count(POOR + "<|im_end|>") == 1
+    assert "q1: prompt" in printed and "1 images" in printed and "q3" not in printed

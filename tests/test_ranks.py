@@ -1,0 +1,172 @@
+"""Several ranks take the same step as one: train.fit under torchrun (gloo, FSDP2 on CPUs) against the same fit in this process.
+
+All runs of the ranks come from one launch of ranks_worker.py; each test reads its part of what that left behind.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import data
+import model
+import ranks_worker
+import train
+
+STOPPED = ("sft-lora-qwen", "dpo-full-qwen")  # cases whose state also crosses between one rank and several
+eight = pytest.mark.skipif(os.environ.get("MEDEE_RANKS") != "8", reason="set MEDEE_RANKS=8 to run on eight ranks")
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("films")
+    ranks_worker.draw_images(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def alone(folders, images, tmp_path_factory) -> Path:
+    """The same runs in this process, each made when a test first asks for it (`by_one`)."""
+    return tmp_path_factory.mktemp("alone")
+
+
+@pytest.fixture(scope="session")
+def by_one(folders, images, alone):
+    done = {}
+    models = str(folders["qwen"].parent)
+
+    def run(case: str) -> dict[str, torch.Tensor]:
+        if case not in done:
+            done[case] = ranks_worker.run_case(case, models, images, alone / case / "whole")
+        return done[case]
+
+    return run
+
+
+@pytest.fixture(scope="session", params=[pytest.param(2, id="two"), pytest.param(8, id="eight", marks=eight)])
+def ranks(request, folders, images, tmp_path_factory) -> Path:
+    """The one launch. Each case of STOPPED goes on from a state that this process, one rank, left at step 2."""
+    out = tmp_path_factory.mktemp(f"ranks{request.param}")
+    models = str(folders["qwen"].parent)
+    stopped = {case: str(out / case / "from_one") for case in STOPPED}
+    for case, folder in stopped.items():
+        ranks_worker.run_stopped(case, models, images, Path(folder))
+    spec = out / "spec.json"
+    spec.write_text(json.dumps({"models": models, "images": images, "out": str(out), "stopped": stopped}))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(request.param), ranks_worker.__file__, str(spec)]
+    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(out)}, capture_output=True, text=True, timeout=600)
+    said = [line for line in done.stderr.splitlines() if line.startswith("[rank0]")]
+    assert done.returncode == 0, "\n".join(said or done.stderr.splitlines()[-40:])
+    return out
+
+
+def whole_state(folder: Path) -> dict[str, torch.Tensor]:
+    """A saved state with the ranks' parts put together: FSDP shards along the first dimension, in rank order."""
+    files = [safe_open(path, "pt") for path in sorted(folder.glob("rank_*"))]
+    assert files and all(int(file.metadata()["world"]) == len(files) for file in files)
+    return {key: torch.cat([file.get_tensor(key) for file in files]) for key in files[0].keys()}
+
+
+def closeness(case: str) -> float:
+    """The softmax is in fp32 whatever the weights are, and rounds otherwise where rows are padded in other company."""
+    return 1e-9 if ranks_worker.CASES[case][3] == 1 else 1e-6
+
+
+def assert_same(found: dict, wanted: dict, limit: float) -> None:
+    assert found.keys() == wanted.keys() and wanted
+    worst = max(((found[name] - wanted[name]).abs().max().item(), name) for name in wanted)
+    assert worst[0] <= limit, worst
+
+
+@pytest.mark.parametrize("case", ranks_worker.CASES)
+def test_ranks_sum_the_same_gradients_as_a_plain_loop(ranks, folders, images, case):
+    """By hand: one row at a time, one backward, one division by the count of the whole batch, one clip. AdamW's first
+    moment after one step is a tenth of the gradient it was given."""
+    policy, loss_of, encode, collate, rows = ranks_worker.prepare(case, str(folders["qwen"].parent), images)
+    counts = []
+    for index in train.global_batch(len(rows), ranks_worker.BATCH, 0, 0):
+        batch = collate([encode(index)], [1.0])
+        loss, count, _ = loss_of(policy(batch), batch)
+        loss.backward()
+        counts.append(count)
+    wanted = {name: p.grad / sum(counts) for name, p in policy.named_parameters() if p.requires_grad}
+    norm = torch.cat([g.flatten() for g in wanted.values()]).norm()
+    wanted = {name: g * min(1.0, 1.0 / norm.item()) for name, g in wanted.items()}
+    moments = {key.split("|")[0]: t for key, t in whole_state(ranks / case / "whole" / "first").items() if key.endswith("|exp_avg")}
+    assert_same({name: m / (1 - train.BETAS[0]) for name, m in moments.items()}, wanted, 1e-5)
+    assert any(g.abs().max() > 1e-3 for g in wanted.values())  # 1e-5 is small beside what is compared
+
+
+@pytest.mark.parametrize("case", ranks_worker.CASES)
+def test_ranks_reach_the_same_weights_as_one(ranks, by_one, folders, case):
+    found = load_file(ranks / case / "weights.safetensors")
+    assert_same(found, by_one(case), closeness(case))
+    started = dict(model.load_policy(folders[ranks_worker.CASES[case][1]]).model.named_parameters())
+    moved = [name for name in found if name not in started or (found[name] - started[name].double()).abs().max() > 1e-4]
+    assert len(moved) > 20  # three steps of 1e-3: not the same because nothing moved
+
+
+@pytest.mark.parametrize("case", ranks_worker.CASES)
+def test_ranks_save_the_same_state_as_one(ranks, by_one, alone, case):
+    by_one(case)
+    found, wanted = (whole_state(folder / case / "whole" / "state" / "step_000002") for folder in (ranks, alone))
+    assert_same(found, wanted, closeness(case))
+
+
+@pytest.mark.parametrize("case", ranks_worker.CASES)
+def test_ranks_log_the_same_losses_as_one(ranks, by_one, alone, case):
+    by_one(case)
+    found, wanted = (train.read_metrics(folder / case / "whole") for folder in (ranks, alone))
+    assert [row["step"] for row in found] == [0, 1, 2]
+    for a, b in zip(found, wanted, strict=True):
+        assert {k: v for k, v in a.items() if k != "seconds"} == pytest.approx({k: v for k, v in b.items() if k != "seconds"}, abs=2e-5)
+
+
+@pytest.mark.parametrize("case", STOPPED)
+def test_a_state_of_one_rank_goes_on_on_several(ranks, by_one, case):
+    assert_same(load_file(ranks / case / "resumed.safetensors"), by_one(case), 1e-9)
+
+
+@pytest.mark.parametrize("case", STOPPED)
+def test_a_state_of_several_ranks_goes_on_on_one(ranks, by_one, folders, images, case):
+    folder = ranks / case / "stopped"
+    assert len(list((folder / "state" / "step_000002").iterdir())) > 1
+    resumed = ranks_worker.run_case(case, str(folders["qwen"].parent), images, folder)
+    assert_same(resumed, by_one(case), 1e-9)
+    assert [row["step"] for row in train.read_metrics(folder)] == [0, 1, 2]
+
+
+def test_a_state_that_lacks_a_rank_is_refused(ranks, folders, images, tmp_path):
+    case = STOPPED[0]
+    source = ranks / case / "whole" / "state" / "step_000002"
+    kept = tmp_path / "state" / "step_000002"
+    kept.mkdir(parents=True)
+    (kept / "rank_00000.safetensors").write_bytes((source / "rank_00000.safetensors").read_bytes())
+    with pytest.raises(RuntimeError, match="1 of .* rank files"):
+        ranks_worker.run_case(case, str(folders["qwen"].parent), images, tmp_path)
+
+
+def test_both_stages_run_on_ranks_and_move_as_on_one(ranks, folders, images, tmp_path):
+    """The commands themselves, in fp32. Adam turns rounding into a step where a gradient is nearly nothing, so the whole
+    update is compared, not each number."""
+    models = str(folders["qwen"].parent)
+    ranks_worker.run_stages(models, images, tmp_path)
+    before = load_file(folders["qwen"] / "model.safetensors")
+    for stage in ("sft", "dpo"):
+        found, wanted = (load_file(folder / stage / "merged" / "model.safetensors") for folder in (ranks, tmp_path))
+        assert found.keys() == wanted.keys()
+        moved = sum((wanted[name] - before[name]).square().sum() for name in wanted).sqrt()
+        apart = sum((wanted[name] - found[name]).square().sum() for name in wanted).sqrt()
+        assert moved > 0.05 and apart < 0.01 * moved, (stage, moved, apart)
+        model.load_policy(ranks / stage / "merged")  # raises on a missing or unexpected weight
+        figures = [json.loads((folder / stage / "stage.json").read_text())["figures"] for folder in (ranks, tmp_path)]
+        assert figures[0] == pytest.approx(figures[1], abs=1e-3)
+        assert not (ranks / stage / "state").exists()
+    assert train.read_metrics(ranks / "dpo")[0]["loss"] == pytest.approx(0.693147, abs=1e-4)
+    assert len(data.resume_jsonl(ranks / "dpo" / "reference.jsonl")) == 7

@@ -1,0 +1,275 @@
+"""Stage I: the loss against Hugging Face's own, packing against rows apart, and the command from demos.jsonl to a merged model."""
+
+import copy
+import json
+
+import pytest
+import torch
+from ranks_worker import demo, draw_images, gradients, plain_inputs
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+
+import data
+import model
+import sft
+import train
+
+PLAIN = dict.fromkeys(data.SPAN_NAMES, 1.0)
+ROWS = {"one text row": [None], "one row with an image": ["film0.png"], "three rows, text and images": [None, "film1.png", "film2.png"]}
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("films")
+    draw_images(folder)
+    return folder
+
+
+def encode(processor, films, images=(None,)) -> list[model.Row]:
+    return [sft.encode_demo(demo(index, image), processor, films) for index, image in enumerate(images)]
+
+
+def assert_close(found: dict, wanted: dict, limit: float = 1e-5) -> None:
+    assert found.keys() == wanted.keys() and any(tensor.any() for tensor in wanted.values())
+    worst = max(((found[name] - wanted[name]).abs().max().item(), name) for name in wanted)
+    assert worst[0] <= limit, worst
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The loss
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_loss_and_every_gradient_equal_hugging_faces_own(folder, policy, processor, films, kind):
+    """Several rows too: a mean over all their tokens, whatever row a token stands in."""
+    rows = encode(processor, films, ROWS[kind])
+    assert len(rows) == 1 or len({len(row[1].ids) for row in rows}) > 1
+    batch = model.collate(rows, processor)
+    loss, count, _ = sft.sft_loss(policy(batch), batch, PLAIN)
+    (loss / count).backward()
+    plain = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    inputs = plain_inputs([prompt.ids + response.ids for prompt, response in rows], [image for row in rows for image in row[0].images], processor)
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    for row, (prompt, _) in zip(labels, rows):
+        row[: len(prompt.ids)] = -100
+    wanted = plain(**inputs, labels=labels).loss
+    wanted.backward()
+    assert count == (labels != -100).sum().item()
+    assert (loss / count).item() == pytest.approx(wanted.item(), abs=1e-5)
+    assert_close(gradients(policy.model), gradients(plain))
+
+
+def hand_made(processor, films) -> tuple[torch.Tensor, model.Batch, dict[int, list[float]]]:
+    """Two rows with log-probabilities -0.01, -0.02, ... and, by loops, which of them stand in which span."""
+    rows = encode(processor, films, [None, None])
+    batch = model.collate(rows, processor)
+    logp = torch.zeros(batch.ids.shape)
+    spans: dict[int, list[float]] = {label: [] for label in data.SPAN_NAMES}
+    for b, (prompt, response) in enumerate(rows):
+        for t, label in enumerate(response.labels):
+            value = (len(spans[1]) + len(spans[2]) + len(spans[3]) + 1) / 100
+            logp[b, len(prompt.ids) + t] = -value
+            spans[label].append(value)
+    assert all(spans.values())
+    return logp, batch, spans
+
+
+def test_the_losses_of_think_answer_and_tag_are_means_over_their_own_tokens(processor, films):
+    logp, batch, spans = hand_made(processor, films)
+    _, count, figures = sft.sft_loss(logp, batch, PLAIN)
+    assert list(figures) == ["think", "answer", "tag"] and count == sum(map(len, spans.values()))
+    for label, name in data.SPAN_NAMES.items():
+        total, tokens = figures[name]
+        assert tokens == len(spans[label]) and total / tokens == pytest.approx(sum(spans[label]) / len(spans[label]), rel=1e-5)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (0.5, 2.0, 0.25), (0.0, 1.0, 0.0)])
+def test_span_weights_weigh_the_sum_and_the_count(processor, films, weights):
+    logp, batch, spans = hand_made(processor, films)
+    loss, count, _ = sft.sft_loss(logp, batch, dict(zip((data.THINK, data.ANSWER, data.TAG), weights)))
+    assert loss.item() == pytest.approx(sum(w * sum(spans[label]) for label, w in zip((1, 2, 3), weights)), rel=1e-5)
+    assert count == pytest.approx(sum(w * len(spans[label]) for label, w in zip((1, 2, 3), weights)))
+
+
+def test_the_end_of_the_turn_is_learnt_and_the_prompt_is_not(processor, films):
+    (prompt, response), *_ = encode(processor, films, ["film0.png"])
+    assert set(prompt.labels) == {data.PROMPT} and data.PROMPT not in response.labels
+    assert response.ids[-1] == processor.tokenizer.convert_tokens_to_ids("<|im_end|>") and response.labels[-1] == data.TAG
+
+
+def test_a_row_of_weight_zero_adds_nothing(policy, processor, films):
+    rows = encode(processor, films, [None, None])
+    found = []
+    for part, weights in ((rows, [1.0, 0.0]), (rows[:1], [1.0])):
+        policy.zero_grad()
+        batch = model.collate(part, processor, weights)
+        loss, count, figures = sft.sft_loss(policy(batch), batch, PLAIN)
+        loss.backward()
+        found.append((loss.item(), count, figures, gradients(policy)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6) and found[0][1] == found[1][1]
+    assert {name: count for name, (_, count) in found[0][2].items()} == {name: count for name, (_, count) in found[1][2].items()}
+    assert_close(found[0][3], found[1][3])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Packing
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_packed_rows_have_the_loss_and_gradients_of_rows_apart(policy, processor, films, shared):
+    rows = encode(processor, films, [None, "film0.png", None, "film3.png"])
+    if not shared:  # one other system turn, and nothing can be shared
+        other = demo(2)
+        other["messages"][0]["content"] = "Another turn."
+        rows[2] = sft.encode_demo(other, processor, films)
+    packed = sft.pack(copy.deepcopy(rows), processor.stop_id)
+    apart = sum(len(segment.ids) for row in rows for segment in row)
+    system = rows[0][0].ids.index(processor.stop_id) + 1
+    assert sum(len(segment.ids) for segment in packed) == apart - (3 * system if shared else 0)
+    found = []
+    for batches in ([[packed]], [[row] for row in rows]):
+        policy.zero_grad()
+        total, tokens = 0.0, 0.0
+        for part in batches:
+            batch = model.collate(part, processor)
+            loss, count, _ = sft.sft_loss(policy(batch), batch, PLAIN)
+            (loss / 50).backward()
+            total, tokens = total + loss.item(), tokens + count
+        found.append((total, tokens, gradients(policy)))
+    assert found[0][:2] == pytest.approx(found[1][:2], rel=1e-5)
+    assert_close(found[0][2], found[1][2])
+
+
+def test_one_row_is_not_packed(processor, films):
+    (row,) = encode(processor, films, ["film0.png"])
+    assert [segment.ids for segment in sft.pack([row], processor.stop_id)] == [row[0].ids, row[1].ids]
+
+
+@pytest.mark.parametrize("limit", [0, 30, 100])
+def test_a_plan_keeps_to_the_limit_and_loses_no_row(limit):
+    lengths = [7, 30, 12, 3, 25, 18, 9, 41, 5, 30]  # 41 is over 30: alone, it is not lost
+    plan = sft.pack_plan(lengths, limit, 5)
+    assert sorted(index for row in plan for index in row) == list(range(len(lengths)))
+    assert all(len(row) == 1 or sum(lengths[index] for index in row) <= limit for row in plan)
+    assert len(plan) == 10 if limit == 0 else len(plan) < 10
+    assert plan == sft.pack_plan(lengths, limit, 5) != sft.pack_plan(lengths, limit, 6)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Files and gates
+
+
+@pytest.mark.parametrize(
+    "spoil, said",
+    [
+        (lambda row: row["messages"].pop(0), "messages: roles are"),
+        (lambda row: row.pop("images"), "missing 'images'"),
+        (lambda row: row["messages"][2].update(content="<answer> A </answer>"), "messages: the assistant turn"),
+        (lambda row: row.update(id=7), "id: expected str"),
+    ],
+)
+def test_a_bad_demonstration_is_named_by_file_line_and_key(tmp_path, spoil, said):
+    rows = [demo(0), demo(1)]
+    spoil(rows[1])
+    data.write_jsonl(tmp_path / "demos.jsonl", rows)
+    with pytest.raises(data.RowError, match=f"demos.jsonl:2: {said}"):
+        sft.read_demos(tmp_path / "demos.jsonl")
+
+
+def test_a_file_without_demonstrations_is_refused(tmp_path):
+    (tmp_path / "demos.jsonl").write_text("")
+    with pytest.raises(data.RowError, match="no demonstration"):
+        sft.read_demos(tmp_path / "demos.jsonl")
+
+
+def test_the_gate_passes_a_right_run_and_refuses_a_wrong_one(policy, processor, films, capsys):
+    row, rows = encode(processor, films, ["film0.png"])[0], [demo(0, "film0.png")]
+    names = sft.lora.inject(policy.model, policy.language_model, 2, 4.0)
+    sft.gate(rows, row, processor, policy, names)
+    assert capsys.readouterr().out.count("gate: ok") == 4
+    with pytest.raises(RuntimeError, match="decode to its response"):
+        sft.gate([demo(1)], row, processor, policy, names)
+    unended = [row[0], model.Segment(row[1].ids[:-1], row[1].labels[:-1], 0)]
+    with pytest.raises(RuntimeError, match="end of the turn"):
+        sft.gate(rows, unended, processor, policy, names)
+    with pytest.raises(RuntimeError, match="image tokens"):
+        sft.gate(rows, [model.Segment(row[0].ids, row[0].labels), row[1]], processor, policy, names)
+    with pytest.raises(RuntimeError, match="LoRA trains exactly"):
+        sft.gate(rows, row, processor, policy, names[:-1])
+    next(policy.vision.parameters()).requires_grad_(True)  # and a tower that would be trained along
+    with pytest.raises(RuntimeError, match="LoRA trains exactly"):
+        sft.gate(rows, row, processor, policy, names)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def run(folder, films, tmp_path, rows: list[dict], *flags: str) -> dict[str, torch.Tensor]:
+    """The merged weights of a run; everything else is in tmp_path/out."""
+    data.write_jsonl(tmp_path / "demos.jsonl", rows)
+    sft.main(["--model", str(folder), "--demos", str(tmp_path / "demos.jsonl"), "--images", str(films), "--out", str(tmp_path / "out"), "--pixels", str(56 * 56), *flags])
+    return load_file(tmp_path / "out" / "merged" / "model.safetensors")
+
+
+def test_the_merged_model_is_base_plus_adapter_and_loads_in_transformers(folder, family, films, tmp_path):
+    rows = [demo(index, "film0.png" if index % 2 else None) for index in range(6)]
+    run(folder, films, tmp_path, rows, "--epochs", "2", "--batch", "4", "--lr", "1e-3", "--rank", "4", "--alpha", "12")
+    out = tmp_path / "out"
+    base, merged = (AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).state_dict() for path in (folder, out / "merged"))
+    adapter = load_file(out / "adapter" / "adapter_model.safetensors")
+    wanted = dict(base)
+    for key in [key for key in adapter if key.endswith("lora_A.weight")]:
+        name = key.removeprefix("base_model.model.").replace(".lora_A.weight", ".weight")
+        low, high = adapter[key], adapter[key.replace("lora_A", "lora_B")]
+        assert low.shape[0] == 4 and high.any()
+        wanted[name] = base[name] + 12 / 4 * high @ low
+    assert len(adapter) == 2 * 7 * len({key.split(".layers.")[1].split(".")[0] for key in adapter})
+    assert_close(merged, wanted, 1e-6)
+    assert sum(not torch.equal(merged[name], base[name]) for name in base) == len(adapter) // 2  # nothing else has moved
+    assert model.Processor(out / "merged", 56 * 56, 1).encode_prompt(rows[0]["messages"][:-1], []).ids == model.Processor(folder, 56 * 56, 1).encode_prompt(rows[0]["messages"][:-1], []).ids
+    metrics = train.read_metrics(out)
+    assert [row["step"] for row in metrics] == [0, 1, 2, 3] and {"loss", "think", "answer", "tag", "lr", "grad_norm"} <= metrics[0].keys()
+    stage = json.loads((out / "stage.json").read_text())
+    assert stage["figures"] == {"rows": 6, "dropped": 0, "steps": 4, "first_loss": metrics[0]["loss"], "last_loss": metrics[-1]["loss"]}
+    assert stage["settings"]["alpha"] == 12 and stage["inputs"][str(tmp_path / "demos.jsonl")] == data.file_hash(tmp_path / "demos.jsonl")
+    assert stage["outputs"] == {"merged": data.file_hash(out / "merged")} and not (out / "state").exists()
+
+
+def test_full_training_moves_everything_but_the_vision_tower(folder, policy, films, tmp_path):
+    run(folder, films, tmp_path, [demo(index, "film0.png" if index % 2 else None) for index in range(4)], "--method", "full", "--batch", "4", "--lr", "1e-3", "--epochs", "1")
+    assert not (tmp_path / "out" / "adapter").exists()
+    trained = model.load_policy(tmp_path / "out" / "merged")
+    frozen = {id(p) for module in (trained.vision, trained.projector) for p in module.parameters()}
+    before = dict(policy.named_parameters())
+    for name, p in trained.named_parameters():
+        assert torch.equal(p, before[name]) == (id(p) in frozen), name
+    assert 0 < len(frozen) < len(before)
+
+
+def test_a_demonstration_that_is_too_long_is_dropped_and_counted_but_never_cut(folders, films, tmp_path, capsys):
+    processor = model.Processor(folders["qwen"], 56 * 56, 1)
+    rows = [demo(index) for index in range(5)]
+    lengths = [sum(len(segment.ids) for segment in sft.encode_demo(row, processor, films)) for row in rows]
+    assert sorted(lengths)[-2] < max(lengths)
+    shorter = [row for row, length in zip(rows, lengths) if length < max(lengths)]
+    flags = ["--epochs", "1", "--lr", "1e-3", "--max-length"]
+    found = run(folders["qwen"], films, tmp_path / "dropped", rows, *flags, str(max(lengths) - 1))
+    assert f"kept 4 of 5 (1 over {max(lengths) - 1} tokens" in capsys.readouterr().out
+    assert json.loads((tmp_path / "dropped" / "out" / "stage.json").read_text())["figures"]["dropped"] == 1
+    wanted = run(folders["qwen"], films, tmp_path / "without", shorter, *flags, str(max(lengths) - 1))
+    whole = run(folders["qwen"], films, tmp_path / "whole", rows, *flags, str(max(lengths)))
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)  # as if it had never been there
+    assert any(not torch.equal(found[name], whole[name]) for name in whole)
+    with pytest.raises(data.RowError, match="every demonstration is over 5 tokens"):
+        run(folders["qwen"], films, tmp_path / "none", rows, *flags, "5")
+
+
+def test_a_packed_run_logs_the_loss_of_a_run_that_is_not_packed(folders, films, tmp_path):
+    rows = [demo(index, "film0.png" if index % 3 else None) for index in range(7)]
+    losses = []
+    for limit in ("0", "300"):
+        run(folders["qwen"], films, tmp_path / limit, rows, "--epochs", "1", "--pack", limit)
+        losses.append(train.read_metrics(tmp_path / limit / "out")[0])
+    for name in ("loss", "think", "answer", "tag", "grad_norm"):
+        assert losses[0][name] == pytest.approx(losses[1][name], abs=2e-4 if name == "grad_norm" else 2e-5)

@@ -1,0 +1,355 @@
+"""The loop: order, schedule and one step by hand, and a run that was killed ends in the very weights of one that was not."""
+
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from ranks_worker import Stop, demo, draw_images, mixed_rows
+from safetensors.torch import load_file
+from torch import nn
+
+import data
+import dpo
+import model
+import sft
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A toy: small enough to write its training out by hand
+
+
+@dataclass
+class Points:
+    x: torch.Tensor
+    y: torch.Tensor
+    weights: torch.Tensor
+
+    def to(self, device) -> "Points":
+        return Points(self.x.to(device), self.y.to(device), self.weights.to(device))
+
+
+class Toy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1))
+
+    def forward(self, batch: Points) -> torch.Tensor:
+        return self.inner(batch.x)[:, 0]
+
+
+def toy_rows(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [(torch.randn(3, generator=generator), 5 * torch.randn((), generator=generator)) for _ in range(count)]
+
+
+def toy_collate(rows: list, weights: list[float]) -> Points:
+    return Points(torch.stack([x for x, _ in rows]), torch.stack([y for _, y in rows]), torch.tensor(weights))
+
+
+def toy_loss(out: torch.Tensor, batch: Points) -> tuple:
+    return ((out - batch.y).square() * batch.weights).sum(), float(batch.weights.sum()), {}
+
+
+def toy_fit(toy: nn.Module, out: Path, encode=None, loss=toy_loss, save_every: int = 0, micro: int = 2, **changes) -> list[dict]:
+    rows = toy_rows(10)
+    settings = dict(learning_rate_peak=0.05, batch=4, micro=micro, epochs=2, warmup=0.4, seed=3, save_every=save_every, print_every=100) | changes
+    return train.fit(toy, loss, encode or (lambda i: rows[i]), toy_collate, len(rows), out=out, device=CPU, **settings)
+
+
+def weights_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in module.named_parameters()}
+
+
+def assert_bits(found: dict, wanted: dict) -> None:
+    assert found.keys() == wanted.keys() and wanted
+    assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Order and schedule
+
+
+@pytest.mark.parametrize("rows, batch", [(10, 4), (8, 4), (3, 5), (1, 1)])
+def test_an_epoch_sees_every_row_once_and_its_last_batch_may_be_smaller(rows, batch):
+    per_epoch = -(-rows // batch)
+    for epoch in range(3):
+        batches = [train.global_batch(rows, batch, 7, epoch * per_epoch + at) for at in range(per_epoch)]
+        assert sorted(index for part in batches for index in part) == list(range(rows))
+        assert [len(part) for part in batches[:-1]] == [batch] * (per_epoch - 1) and len(batches[-1]) == rows - batch * (per_epoch - 1)
+
+
+def test_the_order_depends_on_seed_and_epoch_and_nothing_else():
+    first = train.order(50, 1, 0)
+    random.seed(99)
+    random.random()
+    torch.rand(3)
+    assert train.order(50, 1, 0) == first  # the global generators have no part in it
+    assert first != train.order(50, 2, 0) and first != train.order(50, 1, 1) and first != list(range(50))
+    assert train.global_batch(50, 8, 1, 3) == first[24:32]
+
+
+@pytest.mark.parametrize("count, micro, world", [(7, 2, 3), (8, 1, 4), (1, 4, 8), (5, 3, 2), (64, 1, 8), (9, 4, 2)])
+def test_ranks_get_equally_many_micro_batches_and_each_row_counts_once(count, micro, world):
+    indices = list(range(100, 100 + count))
+    parts = [train.micro_batches(indices, micro, rank, world) for rank in range(world)]
+    assert len({len(part) for part in parts}) == 1
+    rows = [row for part in parts for batch in part for row in batch]
+    assert sorted(index for index, weight in rows if weight == 1.0) == indices
+    assert {weight for _, weight in rows} <= {0.0, 1.0} and all(index in indices for index, _ in rows)
+    assert all(0 < len(batch) <= micro for part in parts for batch in part)
+    assert len(parts[0]) == math.ceil(math.ceil(count / world) / micro)  # no rank works longer than it must
+
+
+def test_the_learning_rate_rises_straight_and_falls_as_a_cosine():
+    rates = [train.learning_rate(step, 10, 2.0, 0.2) for step in range(10)]
+    assert rates[:3] == [1.0, 2.0, 2.0]  # two of ten steps to warm up; the cosine begins at its peak
+    assert rates[4] == pytest.approx(1 + math.cos(math.pi / 4), abs=1e-12)
+    assert rates[6] == pytest.approx(1.0, abs=1e-12)  # half way down
+    assert rates[9] == pytest.approx(1 + math.cos(math.pi * 7 / 8), abs=1e-12)
+    assert train.learning_rate(10, 10, 2.0, 0.2) == pytest.approx(0.0, abs=1e-12)
+    assert train.learning_rate(0, 1, 2.0, 0.1) == 2.0  # a run of one step is not spent on warming up
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The step
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_fit_is_a_plain_adamw_loop_over_means_clipped_at_one(tmp_path, decay):
+    by_hand = Toy()
+    rows, history = toy_rows(10), []
+    optimizer = torch.optim.AdamW(by_hand.parameters(), lr=1.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=decay)
+    for step in range(6):  # ten rows in fours: three steps an epoch, two epochs, two of six to warm up
+        lr = 0.05 * (step + 1) / 2 if step < 2 else 0.05 * (1 + math.cos(math.pi * (step - 2) / 4)) / 2
+        chosen = train.order(10, 3, step // 3)[4 * (step % 3) : 4 * (step % 3) + 4]
+        x, y = torch.stack([rows[i][0] for i in chosen]), torch.stack([rows[i][1] for i in chosen])
+        loss = (by_hand.inner(x)[:, 0] - y).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = math.sqrt(sum(float(p.grad.square().sum()) for p in by_hand.parameters()))
+        for p in by_hand.parameters():
+            p.grad *= min(1.0, 1.0 / norm)
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+        history.append((loss.item(), norm, lr))
+    assert max(norm for _, norm, _ in history) > 2  # the clip had something to do
+    toy = Toy()
+    found = toy_fit(toy, tmp_path, weight_decay=decay)
+    for name, wanted in weights_of(by_hand).items():
+        torch.testing.assert_close(dict(toy.named_parameters())[name], wanted, rtol=0, atol=1e-6)
+    for row, (loss, norm, lr) in zip(found, history, strict=True):
+        assert row["loss"] == pytest.approx(loss, abs=2e-5) and row["grad_norm"] == pytest.approx(norm, abs=1e-3) and row["lr"] == pytest.approx(lr, abs=1e-12)
+
+
+def test_accumulation_takes_the_same_step_as_one_large_batch(folders, tmp_path):
+    """Rows of unequal length: a mean of the micro-batches' means would weigh a token by the company it keeps."""
+    processor = model.Processor(folders["qwen"], 56 * 56, 1)
+    encoded = [sft.encode_demo(demo(index), processor, tmp_path) for index in range(8)]
+    assert len({len(row[1].ids) for row in encoded}) > 3
+    runs = []
+    for micro in (1, 3, 4):
+        policy = model.load_policy(folders["qwen"])
+        policy.freeze_vision()
+        policy.double()
+        train.fit(
+            policy, lambda logp, b: sft.sft_loss(logp, b, dict.fromkeys(data.SPAN_NAMES, 1.0)), lambda i: encoded[i], lambda r, w: model.collate(r, processor, w), 8,
+            out=tmp_path / str(micro), device=CPU, learning_rate_peak=1e-3, batch=4, micro=micro, epochs=1.5, warmup=0.1, seed=0, save_every=0, print_every=100,
+        )  # fmt: skip
+        runs.append(weights_of(policy))
+    for run in runs[1:]:
+        assert max((run[name] - runs[0][name]).abs().max().item() for name in run) < 2e-6  # three steps of up to 1e-3
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_does_harm(tmp_path, bad):
+    toy, calls, before = Toy(), [], {}
+
+    def loss(out, batch):
+        calls.append(1)
+        if len(calls) == 5:  # the third step's first micro-batch
+            before.update(weights_of(toy))
+        total, count, figures = toy_loss(out, batch)
+        return total * (bad if len(calls) == 5 else 1.0), count, figures
+
+    with pytest.raises(FloatingPointError, match="step 2"):
+        toy_fit(toy, tmp_path, loss=loss)
+    assert_bits(weights_of(toy), before)
+    assert not torch.equal(before["inner.0.weight"], Toy().inner[0].weight)  # two good steps were taken
+    assert [row["step"] for row in train.read_metrics(tmp_path)] == [0, 1]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# State
+
+
+def one_step(toy: nn.Module, optimizer: torch.optim.Optimizer, index: int) -> None:
+    batch = toy_collate(toy_rows(10)[index : index + 2], [1.0, 1.0]).to(next(toy.parameters()).device)
+    toy_loss(toy(batch), batch)[0].backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+with_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.parametrize("device, fused", [("cpu", True), ("cpu", False), pytest.param("cuda", True, marks=with_gpu)])
+def test_a_saved_state_comes_back_to_the_last_bit_and_so_does_the_next_step(tmp_path, device, fused):
+    toy = Toy().to(device)
+    optimizer = torch.optim.AdamW(toy.parameters(), lr=0.1, fused=fused)
+    for index in range(3):
+        one_step(toy, optimizer, index)
+    train.save_state(tmp_path, toy, optimizer, 3)
+    other = Toy().to(device)
+    again = torch.optim.AdamW(other.parameters(), lr=0.1, fused=fused)
+    assert train.load_state(tmp_path, other, again) == 3
+    assert_bits(weights_of(other), weights_of(toy))
+    for mine, theirs in zip(toy.parameters(), other.parameters(), strict=True):
+        for kind in ("exp_avg", "exp_avg_sq", "step"):
+            assert torch.equal(optimizer.state[mine][kind], again.state[theirs][kind])
+    one_step(toy, optimizer, 5)
+    one_step(other, again, 5)
+    assert_bits(weights_of(other), weights_of(toy))
+
+
+def test_a_half_written_state_is_passed_over_and_the_next_save_clears_it(tmp_path):
+    toy = Toy()
+    optimizer = torch.optim.AdamW(toy.parameters(), lr=0.1)
+    assert train.load_state(tmp_path / "none", toy, optimizer) == 0
+    one_step(toy, optimizer, 0)
+    train.save_state(tmp_path, toy, optimizer, 2)
+    whole = (tmp_path / "step_000002" / "rank_00000.safetensors").read_bytes()
+    (tmp_path / "step_000004.tmp").mkdir()
+    (tmp_path / "step_000004.tmp" / "rank_00000.safetensors").write_bytes(whole[: len(whole) // 2])
+    assert train.load_state(tmp_path, toy, optimizer) == 2
+    train.save_state(tmp_path, toy, optimizer, 4)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000004"]
+
+
+def test_a_kill_between_two_states_leaves_the_newer_one_in_force(tmp_path):
+    toy = Toy()
+    optimizer = torch.optim.AdamW(toy.parameters(), lr=0.1)
+    one_step(toy, optimizer, 0)
+    train.save_state(tmp_path, toy, optimizer, 2)
+    shutil.copytree(tmp_path / "step_000002", tmp_path / "kept")
+    one_step(toy, optimizer, 1)
+    train.save_state(tmp_path, toy, optimizer, 4)
+    (tmp_path / "kept").rename(tmp_path / "step_000002")  # as if the kill came before the older one was removed
+    other = Toy()
+    assert train.load_state(tmp_path, other, torch.optim.AdamW(other.parameters(), lr=0.1)) == 4
+    assert_bits(weights_of(other), weights_of(toy))
+
+
+@pytest.mark.parametrize("stop", range(6))
+@pytest.mark.parametrize("save_every", [1, 2])
+def test_a_run_stopped_in_any_step_ends_in_the_same_weights_and_logs_each_step_once(tmp_path, stop, save_every):
+    straight, rows, seen = Toy(), toy_rows(10), []
+    wanted = toy_fit(straight, tmp_path / "straight", save_every=save_every)
+
+    def dies(index: int):
+        seen.append(index)
+        if len(seen) == sum(len(train.global_batch(10, 4, 3, step)) for step in range(stop)) + 1:
+            raise Stop
+        return rows[index]
+
+    with pytest.raises(Stop):
+        toy_fit(Toy(), tmp_path / "killed", encode=dies, save_every=save_every)
+    resumed = Toy()
+    found = toy_fit(resumed, tmp_path / "killed", save_every=save_every)
+    assert_bits(weights_of(resumed), weights_of(straight))
+    for history in (found, train.read_metrics(tmp_path / "killed")):
+        assert [{k: v for k, v in row.items() if k != "seconds"} for row in history] == [{k: v for k, v in row.items() if k != "seconds"} for row in wanted]
+
+
+def test_a_resumed_run_never_leaves_its_metrics_empty(tmp_path):
+    """A second name for the file shows whether it is emptied and written again, or replaced whole: a kill in between
+    would lose the figures of every step so far."""
+    rows, seen = toy_rows(10), []
+
+    def dies(index: int):
+        seen.append(index)
+        if len(seen) == 15:
+            raise Stop
+        return rows[index]
+
+    with pytest.raises(Stop):
+        toy_fit(Toy(), tmp_path, encode=dies, save_every=2)
+    os.link(tmp_path / "metrics.jsonl", tmp_path / "second name")
+    toy_fit(Toy(), tmp_path, save_every=2)
+    assert len((tmp_path / "second name").read_text().splitlines()) == 4
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# kill -9 of the commands themselves
+
+
+def command(stage: str, folder: Path, base: Path, out: str) -> list[str]:
+    given = ["--demos", str(folder / "demos.jsonl")] if stage == "sft" else ["--pairs", str(folder / "pairs.jsonl")]
+    return [
+        "--model", str(base), *given, "--images", str(folder), "--out", str(folder / out), "--pixels", str(56 * 56),
+        "--batch", "2", "--epochs", "8", "--lr", "1e-3", "--save-every", "2",
+    ]  # fmt: skip
+
+
+def start(stage: str, arguments: list[str], log: Path) -> subprocess.Popen:
+    with open(log, "w") as file:
+        return subprocess.Popen([sys.executable, str(ROOT / f"{stage}.py"), *arguments], stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def lines(folder: Path) -> list[str]:
+    """Finished lines of a metrics file that another process is writing."""
+    path = folder / "metrics.jsonl"
+    return path.read_text().split("\n")[:-1] if path.exists() else []
+
+
+@pytest.fixture
+def one_thread():
+    """Sums are split by the number of threads, and a sum split otherwise differs in its last bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("stage, base", [("sft", "internvl"), ("dpo", "qwen")])
+def test_kill_minus_nine_at_a_random_moment_changes_nothing_in_the_end(folders, tmp_path, one_thread, stage, base):
+    draw_images(tmp_path)
+    data.write_jsonl(tmp_path / "demos.jsonl", mixed_rows("sft", count=10))
+    data.write_jsonl(tmp_path / "pairs.jsonl", mixed_rows("dpo", count=10))
+    killed, straight = tmp_path / "killed", tmp_path / "straight"
+    running = start(stage, command(stage, tmp_path, folders[base], "killed"), tmp_path / "first.log")
+    deadline, wanted = time.time() + 90, random.randint(3, 20)
+    while len(lines(killed)) < wanted:
+        assert running.poll() is None and time.time() < deadline, (tmp_path / "first.log").read_text()[-2000:]
+        time.sleep(0.005)
+    time.sleep(random.uniform(0, 0.1))
+    os.kill(running.pid, signal.SIGKILL)
+    assert running.wait() == -signal.SIGKILL and not (killed / "merged").exists()
+    state = max(path for path in (killed / "state").iterdir() if path.suffix != ".tmp")
+    step = int(state.name.removeprefix("step_"))
+    torn = killed / "state" / f"step_{step + 2:06d}.tmp"  # and as if the kill had come while it saved
+    torn.mkdir(exist_ok=True)
+    (torn / "rank_00000.safetensors").write_bytes((state / "rank_00000.safetensors").read_bytes()[:1000])
+    again = start(stage, command(stage, tmp_path, folders[base], "killed"), tmp_path / "again.log")
+    {"sft": sft, "dpo": dpo}[stage].main(command(stage, tmp_path, folders[base], "straight"))  # meanwhile, here
+    assert again.wait(120) == 0, (tmp_path / "again.log").read_text()[-2000:]
+    assert f"resumed at step {step} of 40" in (tmp_path / "again.log").read_text()
+    merged = load_file(straight / "merged" / "model.safetensors")
+    assert_bits(load_file(killed / "merged" / "model.safetensors"), merged)
+    assert any(not torch.equal(tensor, merged[name]) for name, tensor in load_file(folders[base] / "model.safetensors").items())
+    found, whole = ([{k: v for k, v in row.items() if k != "seconds"} for row in train.read_metrics(folder)] for folder in (killed, straight))
+    assert found == whole and [row["step"] for row in found] == list(range(40))
+    assert not (killed / "state").exists()
