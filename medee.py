@@ -23,7 +23,7 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import data
@@ -58,10 +58,10 @@ DPO_LORA = {"method": "lora", "lr": 5e-6, "beta": 0.1, "epochs": 1, "batch": 64}
 MINI = dict(  # ours, chosen on development questions: a model this small learns at other rates than a pretrained 7B
     curate={"ngram": 0, "max-tokens": 24},  # questions made from templates share 13 words by construction
     distill={"answer-form": "text", "max-words": 120},  # no option look-up for so small a model
-    sft={"lr": 2e-3, "epochs": 4, "batch": 2, "micro-batch": 2, "rank": 16, "alpha": 32, "pack": 900, "save-every": 25},
+    sft={"lr": 5e-3, "epochs": 4, "batch": 2, "micro-batch": 2, "rank": 16, "alpha": 32, "pack": 900, "save-every": 25},
     rollout={"n": 8, "temperature": 0.7, "top-p": 1.0, "max-tokens": 96},
     pairs={"rule": "all", "cap": 4},
-    dpo={"method": "full", "lr": 3e-5, "beta": 0.1, "epochs": 2, "batch": 16, "micro-batch": 16, "save-every": 25},
+    dpo={"method": "full", "lr": 4e-5, "beta": 0.1, "epochs": 2, "batch": 16, "micro-batch": 16, "save-every": 25},
     evaluate={"n": 16, "n-text": 2, "temperature": 0.5, "max-tokens": 96},
     images={"pixels": 56 * 56},
     engine="hf",
@@ -74,9 +74,17 @@ RECIPES = {
     "mini-qwen": Recipe("taught by clinic.py", **MINI),
     "mini-internvl": Recipe("taught by clinic.py", **{**MINI, "images": {"tiles": 1}}),
 }
-WORLDS = {  # questions of the clinic's bank and tests, steps of the base model's schooling
-    "normal": {"world": {"text": 900, "image": 1100, "dev-image": 200, "dev-text": 50, "test-image": 300, "test-text": 150}, "teach": {"films": 2000, "steps": 260}},
-    "fast": {"world": {"text": 300, "image": 260, "dev-image": 10, "dev-text": 10, "test-image": 60, "test-text": 30}, "teach": {"films": 600, "steps": 90}},
+WORLDS = {  # questions of the clinic's bank and tests, the base model's schooling, and what the small world changes in the recipe
+    "normal": {
+        "world": {"text": 900, "image": 1000, "dev-image": 200, "dev-text": 50, "test-image": 300, "test-text": 150},
+        "teach": {"films": 6000, "eye-epochs": 3, "steps": 240, "batch": 24},
+        "recipe": {},
+    },
+    "fast": {
+        "world": {"text": 240, "image": 160, "dev-image": 10, "dev-text": 10, "test-image": 40, "test-text": 20},
+        "teach": {"films": 1500, "eye-epochs": 4, "steps": 100, "batch": 16, "print-every": 20},
+        "recipe": {"evaluate": {"n": 4, "n-text": 1}},
+    },
 }
 
 
@@ -183,14 +191,15 @@ def method(recipe: Recipe, base: str, run: Path, bank: list[str], images: str, a
 
 def demo_stages(run: Path, family: str, size: str, world: str, seed: int) -> list[Stage]:
     """The miniature: the clinic makes the world and teaches the base model, then the method is the method."""
-    sizes = WORLDS[world]
+    sizes, recipe = WORLDS[world], RECIPES[f"mini-{family}"]
+    recipe = replace(recipe, **{stage: {**getattr(recipe, stage), **flags} for stage, flags in sizes["recipe"].items()})
     made, base = str(run / "world"), str(run / "base")
     before = [
         Stage("world", "clinic.py", ("world", *words({**sizes["world"], "out": made, "seed": seed}))),
         Stage("base", "clinic.py", ("teach", *words({"family": family, "size": size, **sizes["teach"], "out": base, "seed": seed}))),
     ]
     return before + method(
-        RECIPES[f"mini-{family}"], base, run, [f"{made}/bank.jsonl"], made, [f"{made}/dev.jsonl", f"{made}/test.jsonl"], [f"{made}/test.jsonl"],
+        recipe, base, run, [f"{made}/bank.jsonl"], made, [f"{made}/dev.jsonl", f"{made}/test.jsonl"], [f"{made}/test.jsonl"],
         [f"hf:{base}"], ["clinic:expert-a", "clinic:expert-b"], ["clinic:thorough", "clinic:hasty", "clinic:bookish"], "clinic:judge", 0, seed,
     )  # fmt: skip
 

@@ -122,7 +122,8 @@ def prepare(case: str, models: str, images: str, device: torch.device | None = N
         train.shard(policy, device, checkpointing)
     if stage == "sft":
         ones = {label: 1.0 for label in data.SPAN_NAMES}
-        return policy, lambda logp, b: sft.sft_loss(logp, b, ones), lambda i: sft.encode_demo(rows[i], processor, root), lambda r, w: model.collate(r, processor, w), rows
+        encode = lambda i: sft.encode_demo(rows[i], processor, root)  # noqa: E731
+        return policy, lambda logp, b: sft.sft_loss(logp, b, ones), encode, lambda r, w: model.collate(r, processor, w), rows
 
     def encode_row(index: int) -> model.Row:
         return dpo.encode_pair(rows[index], processor, root)
@@ -132,7 +133,8 @@ def prepare(case: str, models: str, images: str, device: torch.device | None = N
         dpo.gate(policy, lambda i: (encode_row(i), values[i]), processor, dpo.BETA, len(rows), device)
     else:
         values = dpo.reference_values(policy, encode_row, processor, list(range(len(rows))), 1, torch.device("cpu"))
-    return policy, lambda logp, b: dpo.pair_loss(logp, b, dpo.BETA), lambda i: (encode_row(i), values[i]), lambda r, w: dpo.collate_pairs(r, w, processor), rows
+    encode = lambda i: (encode_row(i), values[i])  # noqa: E731
+    return policy, lambda logp, b: dpo.pair_loss(logp, b, dpo.BETA), encode, lambda r, w: dpo.collate_pairs(r, w, processor), rows
 
 
 def run_case(case: str, models: str, images: str, out: Path, stop: int | None = None) -> dict[str, torch.Tensor]:
@@ -173,9 +175,10 @@ def run_stages(models: str, images: str, out: Path) -> None:
         data.write_jsonl(out / "demos.jsonl", mixed_rows("sft"))
         data.write_jsonl(out / "pairs.jsonl", mixed_rows("dpo"))
     train.barrier()
-    sft.main(["--model", str(base), "--demos", str(out / "demos.jsonl"), "--out", str(out / "sft"), "--epochs", "2", "--lr", "1e-3", *root])
+    root += ["--epochs", "2", "--lr", "1e-3"]
+    sft.main(["--model", str(base), "--demos", str(out / "demos.jsonl"), "--out", str(out / "sft"), *root])
     train.barrier()
-    dpo.main(["--model", str(out / "sft" / "merged"), "--pairs", str(out / "pairs.jsonl"), "--out", str(out / "dpo"), "--epochs", "2", "--lr", "1e-3", *root])
+    dpo.main(["--model", str(out / "sft" / "merged"), "--pairs", str(out / "pairs.jsonl"), "--out", str(out / "dpo"), *root])
     train.barrier()
 
 

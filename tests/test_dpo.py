@@ -111,7 +111,8 @@ def test_twice_the_length_at_the_same_log_probabilities_is_twice_the_margin(proc
     """Eq. 1 has sums over the response. With means, length would not count at all."""
     margins = []
     for length in (6, 12):
-        row = [processor.encode_prompt([{"role": "user", "content": "?"}], []), processor.encode_tokens([5] * length, 0, dpo.CHOSEN), processor.encode_tokens([7] * length, 0, dpo.REJECTED)]
+        row = [processor.encode_prompt([{"role": "user", "content": "?"}], [])]
+        row += [processor.encode_tokens([which + 4] * length, 0, which) for which in (dpo.CHOSEN, dpo.REJECTED)]
         batch = dpo.collate_pairs([(row, [0.0, 0.0])], [1.0], processor)
         logp = -0.5 * (batch.answer == dpo.CHOSEN) - 0.75 * (batch.answer == dpo.REJECTED)
         loss, _, figures = dpo.pair_loss(logp, batch, 0.1)
@@ -267,7 +268,8 @@ def test_the_gate_refuses_a_policy_that_is_not_its_reference(policy, processor, 
 
 def run(folder, films, tmp_path, rows: list[dict], *flags: str) -> None:
     data.write_jsonl(tmp_path / "pairs.jsonl", rows)
-    dpo.main(["--model", str(folder), "--pairs", str(tmp_path / "pairs.jsonl"), "--images", str(films), "--out", str(tmp_path / "out"), "--pixels", str(56 * 56), *flags])
+    given = ["--model", str(folder), "--pairs", str(tmp_path / "pairs.jsonl"), "--images", str(films)]
+    dpo.main([*given, "--out", str(tmp_path / "out"), "--pixels", str(56 * 56), *flags])
 
 
 def test_a_run_starts_at_ln_2_learns_the_preference_and_leaves_vision_alone(folder, family, policy, processor, films, tmp_path, capsys):
@@ -302,9 +304,9 @@ def test_the_reference_of_a_lora_run_is_the_merged_stage_one_and_not_the_base(fo
     stored = data.resume_jsonl(tmp_path / "out" / "reference.jsonl")
     plain = [AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32) for path in (stage_one, base)]
     for row, values in zip(rows, stored, strict=True):
-        prompt, chosen, rejected = dpo.encode_pair(row, processor, films)
+        prompt, *responses = dpo.encode_pair(row, processor, films)
         with torch.no_grad():
-            by_stage_one, by_base = ([response_logp(network, prompt, response.ids, processor).item() for response in (chosen, rejected)] for network in plain)
+            by_stage_one, by_base = ([response_logp(network, prompt, response.ids, processor).item() for response in responses] for network in plain)
         assert [values["chosen"], values["rejected"]] == pytest.approx(by_stage_one, abs=1e-3)
         assert abs(by_base[0] - by_stage_one[0]) > 0.1
     metrics = train.read_metrics(tmp_path / "out")

@@ -59,8 +59,9 @@ def ranks(request, folders, images, tmp_path_factory) -> Path:
         ranks_worker.run_stopped(case, models, images, Path(folder))
     spec = out / "spec.json"
     spec.write_text(json.dumps({"models": models, "images": images, "out": str(out), "stopped": stopped}))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(request.param), ranks_worker.__file__, str(spec)]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(out)}, capture_output=True, text=True, timeout=600)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(request.param)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(out)}
+    done = subprocess.run([*launch, ranks_worker.__file__, str(spec)], env=environment, capture_output=True, text=True, timeout=600)
     said = [line for line in done.stderr.splitlines() if line.startswith("[rank0]")]
     assert done.returncode == 0, "\n".join(said or done.stderr.splitlines()[-40:])
     return out

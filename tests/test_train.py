@@ -74,6 +74,11 @@ def weights_of(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in module.named_parameters()}
 
 
+def untimed(history: list[dict]) -> list[dict]:
+    """Metrics without the one figure that differs from run to run."""
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in history]
+
+
 def assert_bits(found: dict, wanted: dict) -> None:
     assert found.keys() == wanted.keys() and wanted
     assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
@@ -152,7 +157,8 @@ def test_fit_is_a_plain_adamw_loop_over_means_clipped_at_one(tmp_path, decay):
     for name, wanted in weights_of(by_hand).items():
         torch.testing.assert_close(dict(toy.named_parameters())[name], wanted, rtol=0, atol=1e-6)
     for row, (loss, norm, lr) in zip(found, history, strict=True):
-        assert row["loss"] == pytest.approx(loss, abs=2e-5) and row["grad_norm"] == pytest.approx(norm, abs=1e-3) and row["lr"] == pytest.approx(lr, abs=1e-12)
+        assert row["loss"] == pytest.approx(loss, abs=2e-5) and row["grad_norm"] == pytest.approx(norm, abs=1e-3)
+        assert row["lr"] == pytest.approx(lr, abs=1e-12)
 
 
 def test_accumulation_takes_the_same_step_as_one_large_batch(folders, tmp_path):
@@ -166,8 +172,10 @@ def test_accumulation_takes_the_same_step_as_one_large_batch(folders, tmp_path):
         policy.freeze_vision()
         policy.double()
         train.fit(
-            policy, lambda logp, b: sft.sft_loss(logp, b, dict.fromkeys(data.SPAN_NAMES, 1.0)), lambda i: encoded[i], lambda r, w: model.collate(r, processor, w), 8,
-            out=tmp_path / str(micro), device=CPU, learning_rate_peak=1e-3, batch=4, micro=micro, epochs=1.5, warmup=0.1, seed=0, save_every=0, print_every=100,
+            policy, lambda logp, b: sft.sft_loss(logp, b, dict.fromkeys(data.SPAN_NAMES, 1.0)),
+            lambda i: encoded[i], lambda r, w: model.collate(r, processor, w), len(encoded),
+            out=tmp_path / str(micro), device=CPU, learning_rate_peak=1e-3, batch=4, micro=micro, epochs=1.5, warmup=0.1,
+            seed=0, save_every=0, print_every=100,
         )  # fmt: skip
         runs.append(weights_of(policy))
     for run in runs[1:]:
@@ -271,7 +279,7 @@ def test_a_run_stopped_in_any_step_ends_in_the_same_weights_and_logs_each_step_o
     found = toy_fit(resumed, tmp_path / "killed", save_every=save_every)
     assert_bits(weights_of(resumed), weights_of(straight))
     for history in (found, train.read_metrics(tmp_path / "killed")):
-        assert [{k: v for k, v in row.items() if k != "seconds"} for row in history] == [{k: v for k, v in row.items() if k != "seconds"} for row in wanted]
+        assert untimed(history) == untimed(wanted)
 
 
 def test_a_resumed_run_never_leaves_its_metrics_empty(tmp_path):
@@ -306,7 +314,8 @@ def command(stage: str, folder: Path, base: Path, out: str) -> list[str]:
 
 def start(stage: str, arguments: list[str], log: Path) -> subprocess.Popen:
     with open(log, "w") as file:
-        return subprocess.Popen([sys.executable, str(ROOT / f"{stage}.py"), *arguments], stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.Popen([sys.executable, str(ROOT / f"{stage}.py"), *arguments], stdout=file, stderr=file, env=environment)
 
 
 def lines(folder: Path) -> list[str]:
@@ -350,6 +359,6 @@ def test_kill_minus_nine_at_a_random_moment_changes_nothing_in_the_end(folders, 
     merged = load_file(straight / "merged" / "model.safetensors")
     assert_bits(load_file(killed / "merged" / "model.safetensors"), merged)
     assert any(not torch.equal(tensor, merged[name]) for name, tensor in load_file(folders[base] / "model.safetensors").items())
-    found, whole = ([{k: v for k, v in row.items() if k != "seconds"} for row in train.read_metrics(folder)] for folder in (killed, straight))
+    found, whole = (untimed(train.read_metrics(folder)) for folder in (killed, straight))
     assert found == whole and [row["step"] for row in found] == list(range(40))
     assert not (killed / "state").exists()
