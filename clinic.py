@@ -523,6 +523,7 @@ def teach(args: argparse.Namespace) -> None:
     started, out = time.time(), Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     device = train.init_ranks()
+    train.same_run(out, args, [])
     tokenizer = make_tokenizer(args.family, args.seed)
     network, image_processor = build(args.family, args.size, tokenizer, args.seed)
     network.config.save_pretrained(out)

@@ -345,7 +345,7 @@ def file_hash(path: str | Path) -> str:
     return _HASHES[key]
 
 
-OWN_RECORDS = {"begun.json", "stage.json", "metrics.jsonl"}
+OWN_RECORDS = {"begun.json", "stage.json", "metrics.jsonl", "state.settings.json"}
 _HASHES: dict[tuple, str] = {}  # one process's memory, by path, size and mtime
 
 

@@ -135,7 +135,7 @@ def references(path: Path, policy: model.Policy, rows: int, encode: Callable[[in
     again = known[:: max(1, len(known) // 8)]
     for index, value in zip(again, reference_values(policy, encode, processor, again, micro, device) if again else []):
         worst = max(abs(a - b) for a, b in zip(value, stored[keys[index]]))
-        if worst > tolerance(device) * 10:
+        if not worst <= tolerance(device) * 10:
             raise RuntimeError(f"{path}: the stored reference of pair {index} is off by {worst:.4f}; remove the file to compute it anew")
     missing = [index for index in range(rows) if keys[index] not in stored]
     for index, value in zip(missing, reference_values(policy, encode, processor, missing, micro, device) if missing else []):
@@ -205,6 +205,7 @@ def main(argv: list[str] | None = None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     device = train.init_ranks()
     pairs = read_pairs(args.pairs)
+    train.same_run(out, args, [args.model, args.pairs])
     textual = sum(not (row.get("chosen_token_ids") and row.get("rejected_token_ids")) for row in pairs)
     if textual and args.require_token_ids:
         raise data.RowError(f"{args.pairs}: {textual} pairs have no token ids; sample with an engine that tells them, or drop --require-token-ids")

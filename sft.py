@@ -155,6 +155,7 @@ def main(argv: list[str] | None = None) -> None:
     out, image_root = Path(args.out), Path(args.images)
     device = train.init_ranks()
     rows = read_demos(args.demos)
+    train.same_run(out, args, [args.model, args.demos])
     processor = model.Processor(args.model, args.pixels, args.tiles)
     lengths = [sum(len(segment.ids) for segment in encode_demo(row, processor, image_root)) for row in rows]
     kept = [row for row, length in zip(rows, lengths) if length <= args.max_length]

@@ -23,6 +23,7 @@ Where we depart from the paper, or it is silent:
   4. Batch 64, warm-up 10 %, weight decay 0, clip 1.0 are LLaMA-Factory's; the paper gives learning rates and "cosine".
 """
 
+import argparse
 import json
 import math
 import os
@@ -208,6 +209,15 @@ def save_state(folder: Path, policy: nn.Module, optimizer: torch.optim.Optimizer
     barrier()
 
 
+def same_run(out: Path, args: argparse.Namespace, inputs: list[str | Path]) -> None:
+    """Holds a training run to the settings and inputs it was begun with: a state must not go on under others. Raises RowError."""
+    if rank() == 0:
+        free = ("out", "save_every", "print_every", "micro_batch", "checkpointing", "run")  # change nothing but rounding
+        settings = {key: value for key, value in vars(args).items() if key not in free}
+        data.settle(out / "state", {**settings, "inputs": [data.file_hash(path) for path in inputs]})
+    barrier()
+
+
 def load_state(folder: Path, policy: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Puts the newest whole state back and returns its step, or 0 where there is none. The number of ranks may have
     changed: a sharded tensor is the ranks' parts one after another along its first dimension."""
@@ -308,6 +318,8 @@ def fit(
                     parameter.grad.div_(reduced[0])
             norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP)
             norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+            if not math.isfinite(norm):
+                raise FloatingPointError(f"step {step}: the gradient's norm is {norm}; the weights of step {step - 1} are untouched")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             row = {"step": step, **{name: round(value, 6) for name, value in means.items()}, "lr": now, "grad_norm": round(norm, 4), "seconds": round(time.time() - started, 3)}

@@ -1,5 +1,6 @@
 """The loop: order, schedule and one step by hand, and a run that was killed ends in the very weights of one that was not."""
 
+import argparse
 import math
 import os
 import random
@@ -362,3 +363,19 @@ def test_kill_minus_nine_at_a_random_moment_changes_nothing_in_the_end(folders, 
     found, whole = (untimed(train.read_metrics(folder)) for folder in (killed, straight))
     assert found == whole and [row["step"] for row in found] == list(range(40))
     assert not (killed / "state").exists()
+
+
+def test_a_state_goes_on_only_under_the_settings_it_was_begun_with(tmp_path):
+    source = tmp_path / "rows.jsonl"
+    source.write_text("{}\n")
+    begun = argparse.Namespace(lr=1e-4, seed=0, micro_batch=1, out="x")
+    train.same_run(tmp_path, begun, [source])
+    (tmp_path / "state").mkdir()  # the run was killed after it had saved a state
+    train.same_run(tmp_path, argparse.Namespace(lr=1e-4, seed=0, micro_batch=4, out="x"), [source])  # only rounding changes
+    with pytest.raises(data.RowError, match="lr 0.0001 -> 0.001"):
+        train.same_run(tmp_path, argparse.Namespace(lr=1e-3, seed=0, micro_batch=1, out="x"), [source])
+    source.write_text("{} \n")
+    with pytest.raises(data.RowError, match="inputs"):
+        train.same_run(tmp_path, begun, [source])
+    (tmp_path / "state").rmdir()  # a finished run keeps no state: a new one may begin
+    train.same_run(tmp_path, argparse.Namespace(lr=1e-3, seed=0, micro_batch=1, out="x"), [source])
