@@ -401,6 +401,18 @@ def check_row(row: dict, where: str) -> str:
     return "questions"
 
 
+def read_rows(path: str | Path, kind: str) -> list[dict]:
+    """Every row of a file of one kind ("demos", "pairs", ...), checked before anything is done with any of them."""
+    rows = []
+    for where, row in read_jsonl(path):
+        if (found := check_row(row, where)) != kind:
+            raise RowError(f"{where}: this is a row of {found}, expected {kind}")
+        rows.append(row)
+    if not rows:
+        raise RowError(f"{path}: no row in it; look at what the stage that writes {kind} printed")
+    return rows
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Check the project's JSONL files.")
     commands = parser.add_subparsers(dest="command", required=True)

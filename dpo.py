@@ -80,18 +80,6 @@ def pair_loss(logp: Tensor, batch: model.Batch, beta: float) -> tuple[Tensor, fl
 # Pairs to rows
 
 
-def read_pairs(path: str) -> list[dict]:
-    """Checked pairs. Raises RowError naming file, line and key."""
-    rows = []
-    for where, row in data.read_jsonl(path):
-        if data.check_row(row, where) != "pairs":
-            raise data.RowError(f"{where}: chosen: missing; this is not a pair")
-        rows.append(row)
-    if not rows:
-        raise data.RowError(f"{path}: no pair in it; look at the report of judge.py pairs")
-    return rows
-
-
 def encode_pair(row: dict, processor: model.Processor, image_root: Path) -> model.Row:
     """prompt -> chosen, prompt -> rejected"""
     images = [processor.encode_file(image_root / image) for image in row["images"]]
@@ -204,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
     out, image_root = Path(args.out), Path(args.images)
     out.mkdir(parents=True, exist_ok=True)
     device = train.init_ranks()
-    pairs = read_pairs(args.pairs)
+    pairs = data.read_rows(args.pairs, "pairs")
     train.same_run(out, args, [args.model, args.pairs])
     textual = sum(not (row.get("chosen_token_ids") and row.get("rejected_token_ids")) for row in pairs)
     if textual and args.require_token_ids:

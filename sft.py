@@ -48,18 +48,6 @@ def sft_loss(logp: Tensor, batch: model.Batch, weights: dict[int, float]) -> tup
     return loss, count, spans
 
 
-def read_demos(path: str) -> list[dict]:
-    """Checked demonstrations. Raises RowError naming file, line and key."""
-    rows = []
-    for where, row in data.read_jsonl(path):
-        if data.check_row(row, where) != "demos":
-            raise data.RowError(f"{where}: messages: missing; this is not a demonstration")
-        rows.append(row)
-    if not rows:
-        raise data.RowError(f"{path}: no demonstration in it")
-    return rows
-
-
 def encode_demo(row: dict, processor: model.Processor, image_root: Path) -> model.Row:
     """prompt -> response"""
     images = [processor.encode_file(image_root / image) for image in row["images"]]
@@ -154,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
     args, started = parse(argv), time.time()
     out, image_root = Path(args.out), Path(args.images)
     device = train.init_ranks()
-    rows = read_demos(args.demos)
+    rows = data.read_rows(args.demos, "demos")
     train.same_run(out, args, [args.model, args.demos])
     processor = model.Processor(args.model, args.pixels, args.tiles)
     lengths = [sum(len(segment.ids) for segment in encode_demo(row, processor, image_root)) for row in rows]

@@ -367,10 +367,10 @@ def test_a_bad_pair_is_named_by_file_line_and_key(tmp_path, spoil, said):
     spoil(rows[2])
     data.write_jsonl(tmp_path / "pairs.jsonl", rows)
     with pytest.raises(data.RowError, match=f"pairs.jsonl:3: {said}"):
-        dpo.read_pairs(tmp_path / "pairs.jsonl")
+        data.read_rows(tmp_path / "pairs.jsonl", "pairs")
 
 
 def test_a_file_without_pairs_is_refused(tmp_path):
     (tmp_path / "pairs.jsonl").write_text("")
-    with pytest.raises(data.RowError, match="no pair in it"):
-        dpo.read_pairs(tmp_path / "pairs.jsonl")
+    with pytest.raises(data.RowError, match="no row in it.*pairs"):
+        data.read_rows(tmp_path / "pairs.jsonl", "pairs")

@@ -173,13 +173,13 @@ def test_a_bad_demonstration_is_named_by_file_line_and_key(tmp_path, spoil, said
     spoil(rows[1])
     data.write_jsonl(tmp_path / "demos.jsonl", rows)
     with pytest.raises(data.RowError, match=f"demos.jsonl:2: {said}"):
-        sft.read_demos(tmp_path / "demos.jsonl")
+        data.read_rows(tmp_path / "demos.jsonl", "demos")
 
 
 def test_a_file_without_demonstrations_is_refused(tmp_path):
     (tmp_path / "demos.jsonl").write_text("")
-    with pytest.raises(data.RowError, match="no demonstration"):
-        sft.read_demos(tmp_path / "demos.jsonl")
+    with pytest.raises(data.RowError, match="no row in it.*demos"):
+        data.read_rows(tmp_path / "demos.jsonl", "demos")
 
 
 def test_the_gate_passes_a_right_run_and_refuses_a_wrong_one(policy, processor, films, capsys):
