@@ -175,6 +175,7 @@ def sentence_truth(text: str) -> Case:
 # Questions
 
 ASK = {"diagnosis": "What is the diagnosis?", "step": "What is the best next step?"}
+TASK = {"diagnosis": "The question is the diagnosis.", "step": "The question is the next step."}
 
 
 def make_question(case: Case, kind: str, rng: random.Random, film: str | None) -> data.Question:
@@ -219,7 +220,7 @@ def chain(case: Case, kind: str, style: str) -> str:
     rule = f"A {case.sign} with {case.clue} means {case.diagnosis}." if reads else f"This suggests {case.diagnosis}."
     answer = case.diagnosis if kind == "diagnosis" else NEXT_STEP[case.diagnosis]
     steps = [case.reading()] if reads else []
-    steps += [f"The history gives {case.clue}.", rule]
+    steps += [f"The history gives {case.clue}.", rule, TASK[kind]]
     steps += [f"So {case.diagnosis} needs {answer}."] if kind == "step" else []
     if checks:
         again = f"a {case.sign} with {case.clue} means {case.diagnosis}" if reads else f"the {case.diagnosis} fits {case.clue}"
@@ -286,6 +287,7 @@ def verdict(case: Case, kind: str, options: dict[str, str], answer: str, respons
     suggests = re.findall(r"This suggests (\w+)\.", thinking)
     fits = re.findall(r"the (\w+) fits (\w+)\b", thinking)
     needs = re.findall(r"So (\w+) needs (\w+)\.", thinking)
+    tasks = re.findall(r"The question is the [\w ]+\.", thinking)
     false = bool(hallucinated_reading(case, thinking))
     false |= any(clue != case.clue for clue in clues) or any(clue != case.clue for _, clue in fits)
     false |= any(RULE.get((sign, clue)) != diagnosis for sign, clue, diagnosis in rules)
@@ -293,7 +295,7 @@ def verdict(case: Case, kind: str, options: dict[str, str], answer: str, respons
     named = {d for _, _, d in rules} | set(suggests) | {d for d, _ in fits} | {d for d, _ in needs}
     last = needs[-1][1] if needs else next(iter(named), None)
     logical = parts is not None and bool(rules or suggests) and len(named) == 1 and bool(needs) == (kind == "step")
-    logical &= len(clues) == 1 and all(clue == clues[0] for _, clue, _ in rules) and all(clue == clues[0] for _, clue in fits)
+    logical &= all(task == TASK[kind] for task in tasks) and len(clues) == 1 and all(clue == clues[0] for _, clue, _ in rules) and all(clue == clues[0] for _, clue in fits)
     logical &= all(not readings or sign == readings[0][2] for sign, _, _ in rules) and data.normalise(said) == data.normalise(last or "")
     return {
         "Answer_Correctness": data.extract_choice(response, options) == answer,
@@ -356,7 +358,7 @@ def corpus(seed: int) -> list[str]:
         case = draw_case(rng)
         for kind in ASK:
             question = make_question(case, kind, rng, None)
-            texts += [data.question_text(question), chain(case, kind, ("thorough", "hasty", "bookish")[index % 3]), rule_question(case), request(case, rng)[0]]
+            texts += [data.question_text(question), chain(case, kind, ("thorough", "hasty", "bookish")[index % 3]), rule_question(case), request(case, kind, rng)[0]]
     return texts
 
 
@@ -413,20 +415,23 @@ def build(family: str, size: str, tokenizer, seed: int):
     return InternVLForConditionalGeneration(config), GotOcr2ImageProcessorPil(size={"height": SIDE, "width": SIDE}, crop_to_patches=False)
 
 
-FAMILIAR_CLUE = CLUES[0]
+FAMILIAR = {  # what the base model has seen often enough to answer at once: one clue of each sign
+    (sign, CLUES[(1 + i + m) % 3]) for m, signs in enumerate(SIGNS.values()) for i, sign in enumerate(signs)
+}
 LOOK = "What does the film show?"
 USER, ASSISTANT = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
 ITEMS = {  # what the base model can tell on request, from a film as from a sentence
-    "findings": lambda case: case.reading(),
-    "history": lambda case: f"The history gives {case.clue}.",
-    "rule": lambda case: f"A {case.sign} with {case.clue} means {case.diagnosis}.",
+    "findings": lambda case, kind: case.reading(),
+    "history": lambda case, kind: f"The history gives {case.clue}.",
+    "rule": lambda case, kind: f"A {case.sign} with {case.clue} means {case.diagnosis}.",
+    "question": lambda case, kind: TASK[kind],
 }
 
 
-def request(case: Case, rng: random.Random) -> tuple[str, str]:
-    """(request, reply): one or two items, in the order asked for."""
-    items = rng.sample(sorted(ITEMS), rng.choice([1, 2, 2]))
-    return f"Report {' and '.join(items)}.", " ".join(ITEMS[item](case) for item in items)
+def request(case: Case, kind: str | None, rng: random.Random) -> tuple[str, str]:
+    """(request, reply): one or two items, in the order asked for. kind is None where no question was asked."""
+    items = rng.sample([item for item in sorted(ITEMS) if kind or item != "question"], rng.choice([1, 2, 2]))
+    return f"Report {' and '.join(items)}.", " ".join(ITEMS[item](case, kind) for item in items)
 
 
 def rule_question(case: Case) -> str:
@@ -481,8 +486,8 @@ def rule_lesson(rng: random.Random, processor) -> list:
 def patient_lesson(rng: random.Random, processor, films: list) -> list:
     """One patient, by film or by sentence, and several things asked about him, which share the prefix.
 
-    No lesson reasons its way to an answer: it comes from memory for the one clue seen often (pattern recognition),
-    elsewhere it is a guess, whatever was said before. Under the paper's system prompt the answer has the form that is asked
+    No lesson reasons its way to an answer: it comes from memory for patients seen often (pattern recognition), elsewhere
+    it is a guess, whatever was said before. Under the paper's system prompt the answer has the form that is asked
     for, but its thinking is any one or two of the items, and the answer does not follow from them.
     """
     system, head = system_turn(rng)
@@ -492,14 +497,15 @@ def patient_lesson(rng: random.Random, processor, films: list) -> list:
     else:
         case = draw_case(rng)
         row = [unlearnt(processor, f"{head}{USER}{case.reading()} {case.history()}")]
-    question = make_question(case, rng.choice(sorted(ASK)), rng, "film")
+    kind = rng.choice(sorted(ASK))
+    question = make_question(case, kind, rng, "film")
     row.append(unlearnt(processor, data.question_text(question).removeprefix(case.history()), 0))
-    said = question.answer_text() if case.clue == FAMILIAR_CLUE else rng.choice(list(question.options.values()))
-    told = " ".join(ITEMS[item](case) for item in rng.sample(sorted(ITEMS), rng.choice([1, 2])))
+    said = question.answer_text() if (case.sign, case.clue) in FAMILIAR else rng.choice(list(question.options.values()))
+    told = " ".join(ITEMS[item](case, kind) for item in rng.sample(sorted(ITEMS), rng.choice([1, 2])))
     row.append(unlearnt(processor, ASSISTANT, 1))
     row.append(processor.encode_response(data.join_response(told, said) if system == data.SYSTEM_PROMPT else f"<answer> {said} </answer>", 2))
     for before in (0, 1):  # a request after the history, and one after the question
-        wanted, reply = request(case, rng)
+        wanted, reply = request(case, kind if before else None, rng)
         row.append(unlearnt(processor, (" " if before == 0 else "\n") + wanted + ASSISTANT, before))
         row.append(processor.encode_response(reply, len(row) - 1))
     return row

@@ -170,23 +170,34 @@ def run(args: argparse.Namespace) -> None:
 
 
 def table(results: list[dict]) -> str:
-    """Table 1 in miniature, as Markdown: one row a stage."""
-    lines = [
-        "| | image questions | MV@n | text questions | all four criteria | logic | looks at image | no hallucination | reflects | hallucinates, of those who look | unparsed |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    """Table 1 in miniature, as Markdown that is also aligned for a terminal: one column a stage, one row a figure."""
+    columns = [["", *(label for label, _ in ROWS)]]
     for result in results:
-        image, text = result["groups"].get("image"), result["groups"].get("text")
-        cells = [result["name"], "–", "–", f"{text['accuracy']:.3f} ± {text['standard_error']:.3f}" if text else "–", *["–"] * 6, "–"]
-        if image:
-            most, (vote, _) = list(image["majority"].items())[-1]
-            cells[1:3] = f"{image['accuracy']:.3f} ± {image['standard_error']:.3f}", f"{vote:.3f} (n = {most})"
-            cells[10] = f"{image['unparsed']:.3f}"
-        if image and "criteria" in image:
-            hallucinated = "–" if image["hallucinated"] is None else f"{image['hallucinated']:.3f} of {image['looking']}"
-            cells[4:10] = [f"{image['all_criteria']:.3f} ± {image['all_criteria_error']:.3f}", *(f"{image['criteria'][name]:.3f}" for name in CRITERIA), hallucinated]
-        lines.append("| " + " | ".join(cells) + " |")
+        image, text = result["groups"].get("image", {}), result["groups"].get("text", {})
+        cells = []
+        for _, value in ROWS:
+            try:
+                cells.append(value(image, text))
+            except (KeyError, TypeError):  # the run had no such questions, or no judge
+                cells.append("–")
+        columns.append([result["name"], *cells])
+    widths = [max(map(len, column)) for column in columns]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in zip(*columns)]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)
+
+
+ROWS = (
+    ("image questions, accuracy", lambda image, text: f"{image['accuracy']:.3f} ± {image['standard_error']:.3f}"),
+    ("… majority vote", lambda image, text: "{1[0]:.3f} (n = {0})".format(*list(image["majority"].items())[-1])),
+    ("… any right (pass@n)", lambda image, text: "{1[0]:.3f} (n = {0})".format(*list(image["pass"].items())[-1])),
+    ("text questions, accuracy", lambda image, text: f"{text['accuracy']:.3f} ± {text['standard_error']:.3f}"),
+    ("chains that meet all four criteria", lambda image, text: f"{image['all_criteria']:.3f} ± {image['all_criteria_error']:.3f}"),
+    *((f"… {name.replace('_', ' ')}", lambda image, text, name=name: f"{image['criteria'][name]:.3f}") for name in CRITERIA),
+    ("hallucinate, of those that look", lambda image, text: f"{image['hallucinated']:.3f} of {image['looking']}"),
+    ("answers that cannot be read", lambda image, text: f"{image['unparsed']:.3f}"),
+    ("answers cut off", lambda image, text: f"{image['cut_off']:.3f}"),
+)
 
 
 def read_metrics(folder: str) -> list[dict]:
