@@ -177,15 +177,14 @@ def verdicts(args: argparse.Namespace) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 # Pairs
 
-RULES = ("all", "per-positive", "one", "length-matched", "balanced")
+RULES = ("all", "per-positive", "one", "length-matched")
 
 
 def choose_pairs(positives: list[dict], negatives: list[dict], rule: str, cap: int, rng: random.Random) -> list[tuple[dict, dict]]:
     """(chosen, rejected) of one question. Each candidate has "response".
 
     all: every positive with every negative; per-positive: one negative for each positive; one: a single pair;
-    length-matched: for each positive the unused negative of the nearest length; balanced: like all, but negatives that
-    fail a rarer criterion come first, so that under a cap no criterion is crowded out. cap > 0 bounds the number of pairs.
+    length-matched: for each positive the unused negative of the nearest length. cap > 0 bounds the number of pairs.
     """
     unique = [list({row["response"]: row for row in rows}.values()) for rows in (positives, negatives)]
     good, bad = (rng.sample(rows, len(rows)) for rows in unique)
@@ -194,15 +193,6 @@ def choose_pairs(positives: list[dict], negatives: list[dict], rule: str, cap: i
     if rule == "all":
         pairs = [(g, b) for g in good for b in bad]
         rng.shuffle(pairs)
-    elif rule == "balanced":
-        # each negative counts for the rarest thing that is wrong with it; then one of each kind in turn
-        common = Counter(name for b in bad for name in b["failed"])
-        kinds: dict[str, list[dict]] = {}
-        for b in bad:
-            kinds.setdefault(min(b["failed"], key=lambda name: (common[name], name)), []).append(b)
-        turns = sorted(kinds.values(), key=len)
-        queue = [kind[i] for i in range(max(map(len, turns))) for kind in turns if i < len(kind)]
-        pairs = [(good[(i + shift) % len(good)], b) for shift in range(len(good)) for i, b in enumerate(queue)]
     elif rule == "per-positive":
         pairs = [(g, bad[i % len(bad)]) for i, g in enumerate(good)]
     elif rule == "one":
