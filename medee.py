@@ -211,7 +211,7 @@ def demo_stages(run: Path, family: str, size: str, world: str, seed: int) -> lis
 def run_stages(stages: list[Stage], run: Path, what: str) -> None:
     """Runs what is not done, and remembers the list for `status`."""
     started = time.time()
-    data.write_json(run / "run.json", [[stage.name, stage.script, list(stage.words), stage.ranks] for stage in stages])
+    data.write_json(run / "run.json", {"started_in": os.getcwd(), "stages": [[stage.name, stage.script, list(stage.words), stage.ranks] for stage in stages]})
     for number, stage in enumerate(stages, 1):
         print(f"\n[{number}/{len(stages)}, {time.time() - started:.0f} s]", end="", flush=True)
         stage.run()
@@ -267,7 +267,9 @@ def status(args: argparse.Namespace) -> None:
     folder = Path(args.out)
     if not (folder / "run.json").exists():
         raise SystemExit(f"{folder} holds no run; start one with: python medee.py demo --out {folder}")
-    for name, script, stage_words, ranks in json.loads((folder / "run.json").read_text()):
+    record = json.loads((folder / "run.json").read_text())
+    os.chdir(record["started_in"])  # the commands' paths are relative to it
+    for name, script, stage_words, ranks in record["stages"]:
         stage = Stage(name, script, tuple(stage_words), ranks)
         state, extra = stage.state(), ""
         if state == "done":

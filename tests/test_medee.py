@@ -108,10 +108,11 @@ def test_rollout_training_and_evaluation_use_one_picture_of_an_image():
         assert len(used) == 1
 
 
-def test_status_tells_what_is_done(tmp_path, capsys):
+def test_status_tells_what_is_done(tmp_path, capsys, monkeypatch):
     stages = [world_stage(tmp_path), distill_stage(tmp_path)]
-    data.write_json(tmp_path / "run.json", [[s.name, s.script, list(s.words), s.ranks] for s in stages])
+    data.write_json(tmp_path / "run.json", {"started_in": str(tmp_path), "stages": [[s.name, s.script, list(s.words), s.ranks] for s in stages]})
     stages[0].run()
+    monkeypatch.chdir(ROOT)  # restored after the test: status goes where the run was started
     capsys.readouterr()
     medee.main(["status", "--out", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
