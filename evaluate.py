@@ -211,6 +211,7 @@ def plot_report(results: list[dict], sft: list[dict], dpo: list[dict], path: Pat
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    plt.rcParams["axes.titlesize"] = 10
     results = [result for result in results if "image" in result["groups"]]
     names, shades = [result["name"] for result in results], ["#b0b0b0", "#5b8db8", "#c0504d", "#4f9d69", "#8064a2"] * len(results)
     figure, axes = plt.subplots(2, 3, figsize=(15, 8.5), constrained_layout=True)
@@ -276,14 +277,14 @@ def plot_films(pairs: list[dict], image_root: Path, path: Path) -> None:
     import matplotlib.pyplot as plt
     from PIL import Image
 
-    shown: list[dict] = []
-    for reason in [*CRITERIA, None]:  # one of each failure first, then whatever there is
-        rest = [row for row in pairs if row["id"] not in {r["id"] for r in shown} and row["images"] and (reason is None or reason in row["failed"])]
-        shown += rest[: 1 if reason else 6 - len(shown)]
+    shown: dict[str, dict] = {}  # one pair a question: one of each failure first, then whatever there is
+    for reason in [*CRITERIA, *[None] * (6 - len(CRITERIA))]:
+        rest = (row for row in pairs if row["id"] not in shown and row["images"] and (reason is None or reason in row["failed"]))
+        shown |= {row["id"]: row for row in [next(rest, None)] if row}
     if not shown:
         return
-    figure, axes = plt.subplots(len(shown), 4, figsize=(16, 2.6 * len(shown)), gridspec_kw={"width_ratios": [1, 2, 3, 3]}, constrained_layout=True, squeeze=False)
-    for row, (film, asked, chosen, rejected) in zip(shown, axes):
+    figure, axes = plt.subplots(len(shown), 4, figsize=(16, 2.1 * len(shown)), gridspec_kw={"width_ratios": [1, 2, 3, 3]}, constrained_layout=True, squeeze=False)
+    for row, (film, asked, chosen, rejected) in zip(shown.values(), axes):
         film.imshow(Image.open(image_root / row["images"][0]))
         texts = ((asked, row["prompt"][-1]["content"], "question", "black"), (chosen, row["chosen"], "chosen: meets all four", "#2e7d4f"), (rejected, row["rejected"], "rejected: fails " + ", ".join(row["failed"]), "#b03a2e"))
         for ax, text, title, colour in texts:

@@ -76,7 +76,7 @@ RECIPES = {
 }
 WORLDS = {  # questions of the clinic's bank and tests, the base model's schooling, and what the small world changes in the recipe
     "normal": {
-        "world": {"text": 900, "image": 1000, "dev-image": 200, "dev-text": 50, "test-image": 300, "test-text": 150},
+        "world": {"text": 800, "image": 1000, "dev-image": 200, "dev-text": 50, "test-image": 300, "test-text": 150},
         "teach": {"films": 6000, "eye-epochs": 3, "steps": 240, "batch": 24},
         "recipe": {},
     },
