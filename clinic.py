@@ -222,9 +222,7 @@ def chain(case: Case, kind: str, style: str) -> str:
     steps = [case.reading()] if reads else []
     steps += [f"The history gives {case.clue}.", rule, TASK[kind]]
     steps += [f"So {case.diagnosis} needs {answer}."] if kind == "step" else []
-    if checks:
-        again = f"a {case.sign} with {case.clue} means {case.diagnosis}" if reads else f"the {case.diagnosis} fits {case.clue}"
-        steps.append(f"Wait, let me check: {again}. Yes.")
+    steps += [f"Wait, let me check: {case.diagnosis} fits {case.clue}."] if checks else []
     return data.join_response(" ".join(steps), answer)
 
 
@@ -263,6 +261,15 @@ def answer_as_expert(messages: list[dict], images: list[Path], name: str, rng: r
     return response
 
 
+SENTENCES = re.compile(  # all that a coherent chain is made of; anything else is garbled
+    r"(?:(?:The \w+ shows \w+ \w+ signs on the \w+"
+    r"|The history gives \w+"
+    r"|A \w+ with \w+ means \w+"
+    r"|This suggests \w+"
+    r"|The question is the (?:diagnosis|next step)"
+    r"|So \w+ needs \w+"
+    r"|Wait, let me check: \w+ fits \w+)\.\s*)+"
+)
 MENTION = re.compile(r"The (\w+) shows (\w+) (\w+) signs on the (\w+)\.")
 
 
@@ -285,16 +292,16 @@ def verdict(case: Case, kind: str, options: dict[str, str], answer: str, respons
     clues = re.findall(r"The history gives (\w+)\.", thinking)
     rules = re.findall(r"\b[Aa] (\w+) with (\w+) means (\w+)\b", thinking)
     suggests = re.findall(r"This suggests (\w+)\.", thinking)
-    fits = re.findall(r"the (\w+) fits (\w+)\b", thinking)
+    fits = re.findall(r"check: (\w+) fits (\w+)\b", thinking)
     needs = re.findall(r"So (\w+) needs (\w+)\.", thinking)
     tasks = re.findall(r"The question is the [\w ]+\.", thinking)
     false = bool(hallucinated_reading(case, thinking))
-    false |= any(clue != case.clue for clue in clues) or any(clue != case.clue for _, clue in fits)
+    false |= any(clue != case.clue for clue in clues) or any(pair != (case.diagnosis, case.clue) for pair in fits)
     false |= any(RULE.get((sign, clue)) != diagnosis for sign, clue, diagnosis in rules)
     false |= any(NEXT_STEP.get(diagnosis) != step for diagnosis, step in needs)
     named = {d for _, _, d in rules} | set(suggests) | {d for d, _ in fits} | {d for d, _ in needs}
     last = needs[-1][1] if needs else next(iter(named), None)
-    logical = parts is not None and bool(rules or suggests) and len(named) == 1 and bool(needs) == (kind == "step")
+    logical = parts is not None and bool(SENTENCES.fullmatch(thinking)) and bool(rules or suggests) and len(named) == 1 and bool(needs) == (kind == "step")
     logical &= all(task == TASK[kind] for task in tasks) and len(clues) == 1 and all(clue == clues[0] for _, clue, _ in rules) and all(clue == clues[0] for _, clue in fits)
     logical &= all(not readings or sign == readings[0][2] for sign, _, _ in rules) and data.normalise(said) == data.normalise(last or "")
     return {
