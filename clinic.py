@@ -175,7 +175,7 @@ def sentence_truth(text: str) -> Case:
 # Questions
 
 ASK = {"diagnosis": "What is the diagnosis?", "step": "What is the best next step?"}
-TASK = {"diagnosis": "The question is the diagnosis.", "step": "The question is the next step."}
+TASK = {"diagnosis": "Asked is the diagnosis.", "step": "Asked is the next step."}
 
 
 def make_question(case: Case, kind: str, rng: random.Random, film: str | None) -> data.Question:
@@ -266,7 +266,7 @@ SENTENCES = re.compile(  # all that a coherent chain is made of; anything else i
     r"|The history gives \w+"
     r"|A \w+ with \w+ means \w+"
     r"|This suggests \w+"
-    r"|The question is the (?:diagnosis|next step)"
+    r"|Asked is the (?:diagnosis|next step)"
     r"|So \w+ needs \w+"
     r"|Wait, let me check: \w+ fits \w+)\.\s*)+"
 )
@@ -294,7 +294,7 @@ def verdict(case: Case, kind: str, options: dict[str, str], answer: str, respons
     suggests = re.findall(r"This suggests (\w+)\.", thinking)
     fits = re.findall(r"check: (\w+) fits (\w+)\b", thinking)
     needs = re.findall(r"So (\w+) needs (\w+)\.", thinking)
-    tasks = re.findall(r"The question is the [\w ]+\.", thinking)
+    tasks = re.findall(r"Asked is the [\w ]+\.", thinking)
     false = bool(hallucinated_reading(case, thinking))
     false |= any(clue != case.clue for clue in clues) or any(pair != (case.diagnosis, case.clue) for pair in fits)
     false |= any(RULE.get((sign, clue)) != diagnosis for sign, clue, diagnosis in rules)
