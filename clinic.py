@@ -466,9 +466,9 @@ def lesson(index: int, seed: int, processor, films: list) -> list:
     """Row `index` of the base model's schooling, a tree: films to describe, rules to recite, or one patient."""
     rng = random.Random(f"{seed}/lesson/{index}")
     kind = rng.random()
-    if kind < 0.12:
+    if kind < 0.2:
         return film_lesson(rng, processor, films)
-    return rule_lesson(rng, processor) if kind < 0.27 else patient_lesson(rng, processor, films)
+    return rule_lesson(rng, processor) if kind < 0.33 else patient_lesson(rng, processor, films)
 
 
 def film_lesson(rng: random.Random, processor, films: list) -> list:
