@@ -80,9 +80,9 @@ WORLDS = {  # questions of the clinic's bank and tests, the base model's schooli
         "teach": {"films": 6000, "eye-epochs": 3, "steps": 240, "batch": 24},
         "recipe": {},
     },
-    "fast": {
-        "world": {"text": 240, "image": 160, "dev-image": 10, "dev-text": 10, "test-image": 40, "test-text": 20},
-        "teach": {"films": 1500, "eye-epochs": 4, "steps": 100, "batch": 16, "print-every": 20},
+    "fast": {  # one modality
+        "world": {"text": 160, "image": 150, "dev-image": 10, "dev-text": 10, "test-image": 40, "test-text": 20, "modalities": 1},
+        "teach": {"films": 1200, "eye-epochs": 4, "steps": 90, "batch": 16, "print-every": 20, "modalities": 1},
         "recipe": {"evaluate": {"n": 4, "n-text": 1}},
     },
 }

@@ -313,15 +313,16 @@ def collate(rows: list[Row], processor: Processor, weights: list[float] | None =
 
 class ChunkedLogProbs(torch.autograd.Function):
     """log softmax(h W^T)[target] for N positions without ever holding (N, V): chunks are made, used and dropped, and made
-    again in backward, where  d logp / d logits = onehot(target) - softmax(logits).  The softmax is in fp32."""
+    again in backward, where  d logp / d logits = onehot(target) - softmax(logits).  The softmax is in fp32 (fp64 for fp64)."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
         """hidden (N, D), weight (V, D), targets (N,) -> (N,) float32"""
-        logp, lse = (torch.empty(len(targets), dtype=torch.float32, device=hidden.device) for _ in range(2))
+        exact = torch.promote_types(hidden.dtype, torch.float32)  # bf16 is not enough for sums over thousands of tokens
+        logp, lse = (torch.empty(len(targets), dtype=exact, device=hidden.device) for _ in range(2))
         for at in range(0, len(targets), chunk):
             part = slice(at, at + chunk)
-            logits = (hidden[part] @ weight.T).float()  # (chunk, V)
+            logits = (hidden[part] @ weight.T).to(exact)  # (chunk, V)
             lse[part] = logits.logsumexp(-1)
             logp[part] = logits.gather(1, targets[part, None])[:, 0] - lse[part]
         ctx.save_for_backward(hidden, weight, targets, lse)
@@ -332,17 +333,17 @@ class ChunkedLogProbs(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         hidden, weight, targets, lse = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        grad_weight = torch.zeros_like(weight, dtype=lse.dtype) if ctx.needs_input_grad[1] else None
         for at in range(0, len(targets), ctx.chunk):
             part = slice(at, at + ctx.chunk)
-            g = (hidden[part] @ weight.T).float()  # (chunk, V), turned into the gradient in place
+            g = (hidden[part] @ weight.T).to(lse.dtype)  # (chunk, V), turned into the gradient in place
             g.sub_(lse[part, None]).exp_().mul_(-grad[part, None])
             g.scatter_add_(1, targets[part, None], grad[part, None])
             g = g.to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[part] = g @ weight
             if grad_weight is not None:
-                grad_weight += (g.T @ hidden[part]).float()
+                grad_weight += g.T @ hidden[part]
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
 
 
@@ -446,7 +447,7 @@ class Policy(nn.Module):
         rows, columns = (batch.labels > 0).nonzero(as_tuple=True)  # N supervised tokens
         before = hidden[rows, batch.predecessor[rows, columns]]  # (N, D)
         logp = ChunkedLogProbs.apply(before, self.model.lm_head.weight, batch.ids[rows, columns], LOGIT_CHUNK)
-        out = torch.zeros(batch.ids.shape, dtype=torch.float32, device=logp.device)
+        out = torch.zeros(batch.ids.shape, dtype=logp.dtype, device=logp.device)
         return out.index_put((rows, columns), logp)  # (B, T)
 
 
