@@ -386,7 +386,7 @@ def claims(args: argparse.Namespace) -> None:
     lines = [
         "# What the miniature shows",
         "",
-        f"{len(args.runs)} runs, each with its own seed for world, base model, training and sampling; test questions that no setting was chosen on.",
+        f"Runs: {len(args.runs)}. Each has its own seed for world, base model, training and sampling, and test questions that no setting was chosen on.",
         "Before and after in each run, the mean difference, and its 95 % interval (bootstrap over questions within runs).",
         "",
         "| claim | before → after, run by run | mean difference | 95 % interval | shown |",
