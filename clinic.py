@@ -110,8 +110,8 @@ def blob(x: float, y: float, radius: float) -> np.ndarray:
 
 
 def draw_film(case: Case, rng: np.random.Generator, noise: float = 0.08) -> Image.Image:
-    """A film of the case. A third-of-a-percent of luck aside, only the drawing says what is on it: lesions vary in
-    place, size and contrast, and pixels are noisy, so that reading it stays a skill with errors."""
+    """A film of the case. Lesions vary in place, size and contrast, and pixels are noisy, so that reading it stays a skill
+    with errors."""
     kind = SIGNS[case.modality].index(case.sign)
     if case.modality == "radiograph":
         grey, colour = np.full((SIDE, SIDE), 0.55, np.float32), (1, 1, 1)
@@ -285,7 +285,7 @@ def verdict(case: Case, kind: str, options: dict[str, str], answer: str, respons
     """The five judgements of Appendix A, from the truth.
 
     Image analysis: the film is read. No hallucination: every sign, number, side, clue and rule mentioned is true.
-    Logic: each step follows from the steps before it, and the answer from the last. Reflection: the rule is checked again.
+    Logic: each step follows from the steps before it, and the answer from the last. Reflection: the conclusion is checked.
     """
     parts = data.split_response(response)
     thinking, said = parts if parts else (response, "")

@@ -273,6 +273,11 @@ def read_questions(path: str | Path) -> list[Question]:
     return questions
 
 
+def read_metrics(folder: str | Path) -> list[dict]:
+    """The steps of a training run: loss and figures, one row a step."""
+    return [row for _, row in read_jsonl(Path(folder) / "metrics.jsonl")]
+
+
 def write_jsonl(path: str | Path, rows: Iterable[dict]) -> int:
     """Writes all rows under a temporary name and renames: a reader sees the whole file or none. Returns the count."""
     path = Path(path)

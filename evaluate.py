@@ -200,10 +200,6 @@ ROWS = (
 )
 
 
-def read_metrics(folder: str) -> list[dict]:
-    return [row for _, row in data.read_jsonl(Path(folder) / "metrics.jsonl")]
-
-
 def plot_report(results: list[dict], sft: list[dict], dpo: list[dict], path: Path) -> None:
     """Accuracy and criteria by stage, training curves, majority vote and pass@n."""
     import matplotlib
@@ -306,7 +302,7 @@ def report(args: argparse.Namespace) -> None:
     (out / "table.md").write_text(text + "\n")
     outputs, inputs = [out / "table.md"], [Path(folder) / "results.json" for folder in args.results]
     if args.sft and args.dpo:
-        plot_report(results, read_metrics(args.sft), read_metrics(args.dpo), out / "report.png")
+        plot_report(results, data.read_metrics(args.sft), data.read_metrics(args.dpo), out / "report.png")
         outputs.append(out / "report.png")
     if args.pairs:
         plot_films([row for _, row in data.read_jsonl(Path(args.pairs) / "pairs.jsonl")], Path(args.images), out / "films.png")

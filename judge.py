@@ -127,15 +127,16 @@ def verdict_row(rollout: dict, judge: str, raw: str) -> dict:
 def judge_all(engine: Engine, rollouts: list[dict], questions: dict[str, data.Question], image_root: Path, folder: Path, seed: int) -> list[dict]:
     """A verdict on each rollout. Replies are kept as they come (replies.jsonl), so a kill or a retry asks nothing twice."""
     judged: dict[str, dict] = {}
-    pending = {judge_ask(questions[row["id"]], row, image_root).id: row for row in rollouts}
+    asked = {ask.id: (ask, row) for row in rollouts for ask in [judge_ask(questions[row["id"]], row, image_root)]}
+    pending = list(asked)
     for attempt in range(ATTEMPTS):
-        asks = [replace(judge_ask(questions[row["id"]], row, image_root), samples=(attempt,)) for row in pending.values()]
+        asks = [replace(asked[key][0], samples=(attempt,)) for key in pending]
         title = "verdicts" if attempt == 0 else f"verdicts, attempt {attempt + 1}"
         sampling = Sampling(0.0, 1.0, 4096, seed)  # ours: paper silent; room for a judge that thinks before its JSON
         replies = ask_all(engine, asks, sampling, folder / "replies.jsonl", lambda r: {"id": r.id, "sample": r.sample, "raw": r.text}, title) if asks else []
         for reply in replies:
-            judged[reply["id"]] = verdict_row(pending[reply["id"]], engine.spec, reply["raw"])
-        pending = {key: row for key, row in pending.items() if judged[key]["criteria"] is None}
+            judged[reply["id"]] = verdict_row(asked[reply["id"]][1], engine.spec, reply["raw"])
+        pending = [key for key in pending if judged[key]["criteria"] is None]
         if not pending:
             break
     return list(judged.values())

@@ -23,7 +23,6 @@ Where we depart from the paper, or it is silent:
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields

@@ -24,7 +24,6 @@ Where we depart from the paper, or it is silent:
 """
 
 import argparse
-import json
 import math
 import os
 import random
@@ -350,9 +349,3 @@ def status_line(row: dict, steps: int, device: torch.device) -> str:
     if device.type == "cuda":
         shown.append(f"{torch.cuda.max_memory_allocated() / 2**30:.0f} GB")
     return " | ".join(shown)
-
-
-def read_metrics(folder: str | Path) -> list[dict]:
-    """The metrics of a finished or running fit."""
-    path = Path(folder) / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()] if path.exists() else []

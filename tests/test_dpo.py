@@ -275,7 +275,7 @@ def run(folder, films, tmp_path, rows: list[dict], *flags: str) -> None:
 def test_a_run_starts_at_ln_2_learns_the_preference_and_leaves_vision_alone(folder, family, policy, processor, films, tmp_path, capsys):
     rows = [pair(index, "film0.png" if index % 2 else None, processor if index else None) for index in range(4)]
     run(folder, films, tmp_path, rows, "--batch", "4", "--epochs", "4", "--lr", "1e-3")
-    metrics = train.read_metrics(tmp_path / "out")
+    metrics = data.read_metrics(tmp_path / "out")
     assert metrics[0]["loss"] == pytest.approx(0.693147, abs=1e-4) and metrics[0]["margin"] == pytest.approx(0, abs=1e-4)
     assert metrics[-1]["loss"] < 0.6 and metrics[-1]["margin"] > 0.1 and metrics[-1]["accuracy"] == 1.0
     lengths = [len(segment.ids) for row in rows for segment in dpo.encode_pair(row, processor, films)[1:2]]
@@ -309,7 +309,7 @@ def test_the_reference_of_a_lora_run_is_the_merged_stage_one_and_not_the_base(fo
             by_stage_one, by_base = ([response_logp(network, prompt, response.ids, processor).item() for response in responses] for network in plain)
         assert [values["chosen"], values["rejected"]] == pytest.approx(by_stage_one, abs=1e-3)
         assert abs(by_base[0] - by_stage_one[0]) > 0.1
-    metrics = train.read_metrics(tmp_path / "out")
+    metrics = data.read_metrics(tmp_path / "out")
     assert metrics[0]["loss"] == pytest.approx(0.693147, abs=1e-4) and metrics[-1]["loss"] < metrics[0]["loss"]
     adapter = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
     merged, before = (load_file(path / "model.safetensors") for path in (tmp_path / "out" / "merged", stage_one))
@@ -330,7 +330,7 @@ def test_another_checkpoint_in_the_same_folder_gets_its_own_reference(folders, f
     assert "2 pairs computed, 0 from" in capsys.readouterr().out
     second = data.resume_jsonl(tmp_path / "out" / "reference.jsonl")
     assert all(abs(a["chosen"] - b["chosen"]) > 0.1 for a, b in zip(first, second, strict=True))
-    assert train.read_metrics(tmp_path / "out")[0]["loss"] == pytest.approx(0.693147, abs=1e-4)
+    assert data.read_metrics(tmp_path / "out")[0]["loss"] == pytest.approx(0.693147, abs=1e-4)
 
 
 @pytest.mark.parametrize("missing", ["chosen_token_ids", "rejected_token_ids"])

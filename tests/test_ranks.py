@@ -123,7 +123,7 @@ def test_ranks_save_the_same_state_as_one(ranks, by_one, alone, case):
 @pytest.mark.parametrize("case", ranks_worker.CASES)
 def test_ranks_log_the_same_losses_as_one(ranks, by_one, alone, case):
     by_one(case)
-    found, wanted = (train.read_metrics(folder / case / "whole") for folder in (ranks, alone))
+    found, wanted = (data.read_metrics(folder / case / "whole") for folder in (ranks, alone))
     assert [row["step"] for row in found] == [0, 1, 2]
     for a, b in zip(found, wanted, strict=True):
         assert {k: v for k, v in a.items() if k != "seconds"} == pytest.approx({k: v for k, v in b.items() if k != "seconds"}, abs=2e-5)
@@ -140,7 +140,7 @@ def test_a_state_of_several_ranks_goes_on_on_one(ranks, by_one, folders, images,
     assert len(list((folder / "state" / "step_000002").iterdir())) > 1
     resumed = ranks_worker.run_case(case, str(folders["qwen"].parent), images, folder)
     assert_same(resumed, by_one(case), 1e-9)
-    assert [row["step"] for row in train.read_metrics(folder)] == [0, 1, 2]
+    assert [row["step"] for row in data.read_metrics(folder)] == [0, 1, 2]
 
 
 def test_a_state_that_lacks_a_rank_is_refused(ranks, folders, images, tmp_path):
@@ -169,5 +169,5 @@ def test_both_stages_run_on_ranks_and_move_as_on_one(ranks, folders, images, tmp
         figures = [json.loads((folder / stage / "stage.json").read_text())["figures"] for folder in (ranks, tmp_path)]
         assert figures[0] == pytest.approx(figures[1], abs=1e-3)
         assert not (ranks / stage / "state").exists()
-    assert train.read_metrics(ranks / "dpo")[0]["loss"] == pytest.approx(0.693147, abs=1e-4)
+    assert data.read_metrics(ranks / "dpo")[0]["loss"] == pytest.approx(0.693147, abs=1e-4)
     assert len(data.resume_jsonl(ranks / "dpo" / "reference.jsonl")) == 7

@@ -12,7 +12,6 @@ from transformers import AutoModelForImageTextToText
 import data
 import model
 import sft
-import train
 
 PLAIN = dict.fromkeys(data.SPAN_NAMES, 1.0)
 ROWS = {"one text row": [None], "one row with an image": ["film0.png"], "three rows, text and images": [None, "film1.png", "film2.png"]}
@@ -230,7 +229,7 @@ def test_the_merged_model_is_base_plus_adapter_and_loads_in_transformers(folder,
     assert sum(not torch.equal(merged[name], base[name]) for name in base) == len(adapter) // 2  # nothing else has moved
     prompts = [model.Processor(path, 56 * 56, 1).encode_prompt(rows[0]["messages"][:-1], []).ids for path in (folder, out / "merged")]
     assert prompts[0] == prompts[1]
-    metrics = train.read_metrics(out)
+    metrics = data.read_metrics(out)
     assert [row["step"] for row in metrics] == [0, 1, 2, 3] and {"loss", "think", "answer", "tag", "lr", "grad_norm"} <= metrics[0].keys()
     stage = json.loads((out / "stage.json").read_text())
     assert stage["figures"] == {"rows": 6, "dropped": 0, "steps": 4, "first_loss": metrics[0]["loss"], "last_loss": metrics[-1]["loss"]}
@@ -273,6 +272,6 @@ def test_a_packed_run_logs_the_loss_of_a_run_that_is_not_packed(folders, films, 
     losses = []
     for limit in ("0", "300"):
         run(folders["qwen"], films, tmp_path / limit, rows, "--epochs", "1", "--pack", limit)
-        losses.append(train.read_metrics(tmp_path / limit / "out")[0])
+        losses.append(data.read_metrics(tmp_path / limit / "out")[0])
     for name in ("loss", "think", "answer", "tag", "grad_norm"):
         assert losses[0][name] == pytest.approx(losses[1][name], abs=2e-4 if name == "grad_norm" else 2e-5)

@@ -198,7 +198,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_does_harm(tmp_path, b
         toy_fit(toy, tmp_path, loss=loss)
     assert_bits(weights_of(toy), before)
     assert not torch.equal(before["inner.0.weight"], Toy().inner[0].weight)  # two good steps were taken
-    assert [row["step"] for row in train.read_metrics(tmp_path)] == [0, 1]
+    assert [row["step"] for row in data.read_metrics(tmp_path)] == [0, 1]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -279,7 +279,7 @@ def test_a_run_stopped_in_any_step_ends_in_the_same_weights_and_logs_each_step_o
     resumed = Toy()
     found = toy_fit(resumed, tmp_path / "killed", save_every=save_every)
     assert_bits(weights_of(resumed), weights_of(straight))
-    for history in (found, train.read_metrics(tmp_path / "killed")):
+    for history in (found, data.read_metrics(tmp_path / "killed")):
         assert untimed(history) == untimed(wanted)
 
 
@@ -360,7 +360,7 @@ def test_kill_minus_nine_at_a_random_moment_changes_nothing_in_the_end(folders, 
     merged = load_file(straight / "merged" / "model.safetensors")
     assert_bits(load_file(killed / "merged" / "model.safetensors"), merged)
     assert any(not torch.equal(tensor, merged[name]) for name, tensor in load_file(folders[base] / "model.safetensors").items())
-    found, whole = (untimed(train.read_metrics(folder)) for folder in (killed, straight))
+    found, whole = (untimed(data.read_metrics(folder)) for folder in (killed, straight))
     assert found == whole and [row["step"] for row in found] == list(range(40))
     assert not (killed / "state").exists()
 
