@@ -12,8 +12,8 @@ Nothing else of the method is imitated: curate, distil, SFT, rollout, judge, DPO
 
     base model   a tiny Qwen2.5-VL or InternVL, taught from scratch to see, to know the rules and to answer directly,
                  never to reason. Stage I has to elicit that, from text alone.
-    teachers     thorough (full chain), hasty (no check), bookish (never looks at the film, argues from the history).
-                 The mixture gives Stage II something to prefer.
+    teachers     thorough (full chain), hasty (no check, and writes one sign on the left as he always does), bookish (never
+                 looks at the film, argues from the history). The mixture gives Stage II something to prefer.
     judge        answers the paper's Appendix A prompt with the JSON that the truth dictates. A film carries its truth
                  in a PNG text chunk, which the roles read and no model sees.
 
@@ -30,7 +30,7 @@ import random
 import re
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -216,11 +216,12 @@ def make_questions(count: int, seed: int, name: str, with_film: bool, folder: Pa
 
 
 def chain(case: Case, kind: str, style: str) -> str:
-    """The response of a teacher who makes no mistake."""
+    """The response of a teacher. The hasty one neither checks nor counts: he writes the reading he is used to."""
     reads, checks = style != "bookish", style != "hasty"
+    seen = case if checks else replace(case, number=1, side="left")
     rule = f"A {case.sign} with {case.clue} means {case.diagnosis}." if reads else f"This suggests {case.diagnosis}."
     answer = case.diagnosis if kind == "diagnosis" else NEXT_STEP[case.diagnosis]
-    steps = [case.reading()] if reads else []
+    steps = [seen.reading()] if reads else []
     steps += [f"The history gives {case.clue}.", rule, TASK[kind]]
     steps += [f"So {case.diagnosis} needs {answer}."] if kind == "step" else []
     steps += [f"Wait, let me check: {case.diagnosis} fits {case.clue}."] if checks else []
@@ -433,6 +434,7 @@ ITEMS = {  # what the base model can tell on request, from a film as from a sent
     "history": lambda case, kind: f"The history gives {case.clue}.",
     "rule": lambda case, kind: f"A {case.sign} with {case.clue} means {case.diagnosis}.",
     "question": lambda case, kind: TASK[kind],
+    "plan": lambda case, kind: f"So {case.diagnosis} needs {NEXT_STEP[case.diagnosis]}.",
 }
 
 
@@ -496,7 +498,7 @@ def patient_lesson(rng: random.Random, processor, films: list, modalities: int) 
 
     No lesson reasons its way to an answer: it comes from memory for patients seen often (pattern recognition), elsewhere
     it is a guess, whatever was said before. Under the paper's system prompt the answer has the form that is asked
-    for, but its thinking is any one or two of the items, and the answer does not follow from them.
+    for, but its thinking is some of the items in any order, never checked, and the answer does not follow from them.
     """
     system, head = system_turn(rng)
     if rng.random() < 0.65:
@@ -509,7 +511,7 @@ def patient_lesson(rng: random.Random, processor, films: list, modalities: int) 
     question = make_question(case, kind, rng, "film")
     row.append(unlearnt(processor, data.question_text(question).removeprefix(case.history()), 0))
     said = question.answer_text() if (case.sign, case.clue) in FAMILIAR else rng.choice(list(question.options.values()))
-    told = " ".join(ITEMS[item](case, kind) for item in rng.sample(sorted(ITEMS), rng.choice([1, 2])))
+    told = " ".join(ITEMS[item](case, kind) for item in rng.sample(sorted(ITEMS), rng.randint(1, len(ITEMS))))
     row.append(unlearnt(processor, ASSISTANT, 1))
     row.append(processor.encode_response(data.join_response(told, said) if system == data.SYSTEM_PROMPT else f"<answer> {said} </answer>", 2))
     for before in (0, 1):  # a request after the history, and one after the question

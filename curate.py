@@ -27,7 +27,7 @@ import time
 from pathlib import Path
 
 import data
-from engines import Sampling, ask_all, open_engine, question_asks, reply_row
+from engines import Sampling, add_flags, ask_all, checkpoint, open_engine, question_asks, reply_row, setup_of
 
 ATTEMPTS = 4  # paper 3.1
 NGRAM = 13  # ours: paper silent
@@ -79,7 +79,7 @@ def solved_by(role: str, spec: str, questions: list[data.Question], args: argpar
     path = Path(args.out) / (f"{role}-" + "".join(c if c.isalnum() else "-" for c in spec).strip("-") + ".jsonl")
     sampling = Sampling(temperature, 1.0, args.max_tokens, args.seed)
     data.settle(path, {"engine": spec, **vars(sampling), "pixels": args.pixels, "tiles": args.tiles})
-    engine = open_engine(spec, max_pixels=args.pixels, tiles=args.tiles, batch=args.batch)
+    engine = open_engine(spec, setup_of(args))
     solved = {question.id: False for question in questions}
     by_id = {question.id: question for question in questions}
     for attempt in range(attempts):
@@ -138,7 +138,7 @@ def run(args: argparse.Namespace) -> None:
     data.write_json(out / "funnel.json", funnel)
     print_funnel(funnel)
     specs = [*args.baselines, *args.experts]
-    inputs = [*args.questions, *args.against, *(spec.removeprefix("hf:") for spec in specs if spec.startswith("hf:"))]
+    inputs = [*args.questions, *args.against, *filter(None, map(checkpoint, specs))]
     data.write_stage(out, args, inputs, [out / name for name in ("text.jsonl", "image.jsonl", "rejected.jsonl", "funnel.json")], started)
 
 
@@ -161,9 +161,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     every.add_argument("--ngram", type=int, default=NGRAM, help="words in a row that may not be shared with a benchmark; 0: any may")
     every.add_argument("--out", required=True, help="folder to write")
     every.add_argument("--max-tokens", type=int, default=2048)  # ours: paper silent
-    every.add_argument("--batch", type=int, default=256, help="samples at once")
-    every.add_argument("--pixels", type=int, default=768 * 768, help="largest image, Qwen")
-    every.add_argument("--tiles", type=int, default=1, help="most tiles of an image, InternVL")
+    add_flags(every)
     every.add_argument("--seed", type=int, default=0)
     every.set_defaults(run=run)
     return parser.parse_args(argv)

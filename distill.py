@@ -27,7 +27,7 @@ from collections import Counter
 from pathlib import Path
 
 import data
-from engines import Sampling, ask_all, open_engine, question_asks, reply_row
+from engines import Sampling, add_flags, ask_all, open_engine, question_asks, reply_row, setup_of
 
 LOOP = 8  # ours: words in a row that may not come three times
 
@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
     started, out = time.time(), Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     questions = data.read_questions(args.questions)
-    engines = [open_engine(spec, max_pixels=args.pixels, tiles=args.tiles, batch=args.batch) for spec in args.teachers]
+    engines = [open_engine(spec, setup_of(args)) for spec in args.teachers]
     sampling = Sampling(args.temperature, 1.0, args.max_tokens, args.seed)
     pending, demos, rejected = list(enumerate(questions)), {}, []
     for turn in range(len(engines)):  # whoever's turn it is first; a question that failed goes to the next teacher
@@ -121,9 +121,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-words", type=int, default=4000, help="longest reasoning")  # ours: paper silent
     parser.add_argument("--temperature", type=float, default=1.0)  # ours: paper silent
     parser.add_argument("--max-tokens", type=int, default=8192)  # ours: paper silent
-    parser.add_argument("--batch", type=int, default=64, help="samples or requests at once")
-    parser.add_argument("--pixels", type=int, default=768 * 768, help="largest image, Qwen")
-    parser.add_argument("--tiles", type=int, default=1, help="most tiles of an image, InternVL")
+    add_flags(parser)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 

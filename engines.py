@@ -1,39 +1,61 @@
 """Everything that turns a prompt into text, behind one small interface: y_1 ... y_n ~ M(. | q, I).
 
-    engine = open_engine("hf:runs/demo/sft/merged")
+    engine = open_engine("hf:runs/demo/sft/merged", Setup())
     for replies in engine.answer(asks, Sampling(temperature=0.95, top_p=0.95, max_tokens=4096)): ...
 
-    spec            what answers
-    hf:PATH         a local checkpoint, sampled here: batched, with a KV cache, in plain PyTorch
-    clinic:ROLE     the miniature's teachers, experts and judge
-    vllm:PATH, http(s)://HOST/v1#MODEL, gemini:NAME     refused for now, with a message that says so
+    spec                       what answers
+    hf:PATH                    a local checkpoint, sampled in plain PyTorch (decode.py)
+    vllm:PATH                  a local checkpoint, sampled by vLLM: one process a GPU, or a GPU group (--tensor-parallel)
+    http(s)://HOST/v1#MODEL    any server that speaks OpenAI's chat completions: `vllm serve`, GPT-4o, DeepSeek-R1, Qwen3, ...
+    gemini:NAME                Google's API
+    clinic:ROLE                the miniature's teachers, experts and judge
 
 An Ask names its question and which of its samples are wanted; a Reply carries text, finish reason and, where the engine
-knows them, the token ids. Every sample has a seed of its own, a hash of (seed, question, k): a question's eighth answer
-is the same whether it was asked alone, in a batch, or after a restart.
+knows them, the token ids. Every sample has a seed of its own, a hash of (seed, question, k): with hf: and vllm: a
+question's eighth answer is asked for in the same way whether alone, in a batch, or after a restart.
 
-The hf: engine samples the n answers of a question as one *tree row* (see model.py): the prompt and its images are
-computed once, then every step feeds one token of each of the n branches, and a branch sees the prompt and itself. The
-prompt's keys and values are held once instead of n times.
+What can go wrong with a remote engine is sorted by kind. A busy server (429, 5xx), a broken connection or a garbled reply
+is asked again, after the wait that the server names or else a doubling one; an answer that thinking left no room for,
+with more room; a question that the server refuses is an answer of no text, marked so; a wrong key or model stops the
+run. Whatever was answered by then is on disk, and the same command goes on from there.
+
+Keys come from the environment: GEMINI_API_KEY, or the name of the host: api.openai.com -> OPENAI_API_KEY.
 
 Where we depart from the paper, or it is silent:
-  1. It samples with vLLM, and gives a temperature (0.5) only for majority vote and pass@n. Ours are flags.
-  2. Special tokens other than the end of the turn are never sampled: a sampled image token would break training later.
+  1. Which servers, how often to try again, how many requests at once: ours.
+  2. One picture of an image: hf: and vllm: cut it as training does, and vllm: is held to training's token ids. A remote
+     model gets it upright and no larger than --pixels. `vllm serve` gets it whole and must be started with the settings.
 """
 
+import argparse
+import atexit
+import base64
+import ipaddress
+import json
+import os
+import random
+import re
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, fields, replace
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
+from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
 import data
 
 if TYPE_CHECKING:
-    import torch
-
     import model
+
+TRIES = 8  # ours: of one request; with waits of 1, 2, 4 ... 60 s that sits out an outage of some three minutes
+LONGEST_WAIT = 60.0  # ours: seconds between two tries, unless the server asks for more
+TIMEOUT = 1800.0  # ours: seconds for one answer; a reasoning model may think for many minutes
+MORE_ROOM = 3  # ours: how often an answer that thinking left no room for is asked again with twice the room
 
 
 @dataclass(frozen=True)
@@ -62,8 +84,9 @@ class Ask:
 
 @dataclass(frozen=True)
 class Reply:
-    """One answer. finish_reason is "stop", or "length" where the token limit cut it off; token_ids end with the stop token
-    if there was one, and are None where the engine does not tell them."""
+    """One answer. finish_reason is "stop"; "length" where the token limit cut it off; "blocked" or "refused" where a remote
+    engine would not answer. token_ids end with the stop token if there was one, and are None where the engine does not
+    tell them. reasoning is what a remote engine thought, where it tells that apart from its answer."""
 
     id: str
     sample: int
@@ -71,26 +94,76 @@ class Reply:
     token_ids: list[int] | None
     finish_reason: str
     seed: int
+    reasoning: str = ""
 
 
 class Engine(Protocol):
     spec: str
+    tally: Counter  # what the progress bar shows beside its rate: tokens, requests asked again, ...
 
     def answer(self, asks: list[Ask], sampling: Sampling) -> Iterator[list[Reply]]:
         """Lists of finished replies, in any order, until every sample of every ask is answered."""
 
 
-def open_engine(spec: str, *, max_pixels: int, tiles: int, batch: int) -> Engine:
-    """The engine that a spec names. max_pixels and tiles are the recipe's one picture of an image; batch is how many
-    samples run at once. Raises ValueError for a spec that is unknown or not available."""
+class Unavailable(RuntimeError):
+    """An engine cannot answer, or not any more. What it answered is kept; the same command goes on."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How engines run: the flags that every script with an engine has."""
+
+    pixels: int = 768 * 768  # ours: paper silent, as in model.py
+    tiles: int = 1
+    batch: int = 256
+    replicas: int = 0
+    tensor_parallel: int = 1
+    concurrency: int = 16
+    max_requests: int = 0
+
+
+FLAGS = {
+    "pixels": "largest image, Qwen and remote engines; as in training",
+    "tiles": "most tiles of an image, InternVL; as in training",
+    "batch": "samples at once of a local engine",
+    "replicas": "processes of a local engine, each with its own GPUs; 0: as many as the GPUs allow",
+    "tensor_parallel": "GPUs that share one vllm: engine (72B: 8)",
+    "concurrency": "requests at once to a remote engine",
+    "max_requests": "stop after so many requests to a remote engine; 0: no limit",
+}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    for field in fields(Setup):
+        parser.add_argument("--" + field.name.replace("_", "-"), type=int, default=field.default, help=FLAGS[field.name])
+
+
+def setup_of(args: argparse.Namespace) -> Setup:
+    return Setup(**{field.name: getattr(args, field.name) for field in fields(Setup)})
+
+
+def open_engine(spec: str, setup: Setup) -> Engine:
+    """The engine that a spec names. Raises ValueError for a spec that is unknown or lacks something, with what to do."""
     kind, _, rest = spec.partition(":")
-    if kind == "hf":
-        return HFEngine(spec, rest, max_pixels, tiles, batch)
     if kind == "clinic":
         return ClinicEngine(spec, rest)
-    if kind in ("vllm", "http", "https", "gemini"):
-        raise ValueError(f"{spec}: the {kind}: engine is not available yet; use hf:PATH, which samples the same distribution")
-    raise ValueError(f"{spec}: unknown engine; a spec is hf:PATH, clinic:ROLE, vllm:PATH, http://HOST/v1#MODEL or gemini:NAME")
+    if kind in ("http", "https"):
+        return ChatEngine(spec, setup)
+    if kind == "gemini":
+        return GeminiEngine(spec, rest, setup)
+    if kind not in ("hf", "vllm"):
+        raise ValueError(f"{spec}: unknown engine; a spec is hf:PATH, vllm:PATH, http://HOST/v1#MODEL, gemini:NAME or clinic:ROLE")
+    groups = gpu_groups(setup.tensor_parallel)
+    replicas = setup.replicas or max(1, len(groups))
+    if replicas > 1:
+        return Replicas(spec, replace(setup, replicas=1), (groups or [""] * replicas)[:replicas])
+    return HFEngine(spec, rest, setup) if kind == "hf" else VLLMEngine(spec, rest, setup)
+
+
+def checkpoint(spec: str) -> str | None:
+    """The folder of a local engine's model, to be hashed among a stage's inputs; None for other engines."""
+    kind, _, rest = spec.partition(":")
+    return rest if kind in ("hf", "vllm") else None
 
 
 def ask_all(engine: Engine, asks: list[Ask], sampling: Sampling, path: Path, to_row: Callable[[Reply], dict], title: str) -> list[dict]:
@@ -110,6 +183,7 @@ def ask_all(engine: Engine, asks: list[Ask], sampling: Sampling, path: Path, to_
             new = [to_row(reply) for reply in replies]
             data.append_jsonl(file, new)
             rows |= {(row["id"], row["sample"]): row for row in new}
+            bar.set_postfix(engine.tally, refresh=False)
             bar.update(len(new))
     return [rows[ask.id, k] for ask in asks for k in ask.samples]
 
@@ -136,7 +210,7 @@ class ClinicEngine:
     """The miniature's roles. They reply with text, like any remote engine, and no token ids."""
 
     def __init__(self, spec: str, role: str):
-        self.spec, self.role = spec, role
+        self.spec, self.role, self.tally = spec, role, Counter()
 
     def answer(self, asks: list[Ask], sampling: Sampling) -> Iterator[list[Reply]]:
         import clinic
@@ -146,17 +220,21 @@ class ClinicEngine:
             yield [Reply(ask.id, k, clinic.answer(self.role, ask.messages, ask.images, seed), None, "stop", seed) for k, seed in zip(ask.samples, seeds)]
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# Local checkpoints
+
+
 class HFEngine:
     """A local checkpoint in plain PyTorch and transformers' modules."""
 
-    def __init__(self, spec: str, folder: str, max_pixels: int, tiles: int, batch: int):
+    def __init__(self, spec: str, folder: str, setup: Setup):
         import torch
 
         import model
 
-        self.spec, self.batch = spec, batch
+        self.spec, self.batch, self.tally = spec, setup.batch, Counter()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.processor = model.Processor(folder, max_pixels, tiles)
+        self.processor = model.Processor(folder, setup.pixels, setup.tiles)
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.policy = model.load_policy(folder, dtype).to(self.device)
 
@@ -177,13 +255,15 @@ class HFEngine:
         """All samples of a few questions, together."""
         import torch
 
+        from decode import decode_trees, uniforms
+
         most = max(len(ask.samples) for ask, _ in group)
         # a question that wants fewer samples than its neighbours repeats its last one; the copies are dropped
         wanted = [list(ask.samples) + [ask.samples[-1]] * (most - len(ask.samples)) for ask, _ in group]
         seeds = [[data.sample_seed(sampling.seed, ask.id, k) for k in samples] for (ask, _), samples in zip(group, wanted)]
         draws = torch.stack([torch.stack([uniforms(seed, sampling.max_tokens) for seed in row]) for row in seeds]).to(self.device)
         with torch.inference_mode():
-            tokens = decode_trees(self.policy, self.processor, [segment for _, segment in group], draws, sampling)
+            tokens = decode_trees(self.policy, self.processor, [segment for _, segment in group], draws, sampling.temperature, sampling.top_p)
         replies = []
         for (ask, _), row, row_seeds in zip(group, tokens, seeds):
             for k, ids, seed in zip(ask.samples, row, row_seeds):
@@ -192,123 +272,445 @@ class HFEngine:
         return replies
 
 
-def uniforms(seed: int, count: int) -> "torch.Tensor":
-    """The random numbers of one sample, one a token, in [0, 1): drawn from its seed alone, on the CPU."""
-    import torch
+class VLLMEngine:
+    """A local checkpoint sampled by vLLM. Each sample is a request with its own seed; the samples of a question share its
+    prompt through vLLM's prefix cache. Answers are handed on one by one as they end, so a long one holds nobody up."""
 
-    return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    LENGTH = 32768  # ours: most tokens of prompt and response; the models allow more, at the price of memory
+    IMAGES = 8  # ours: most images of a question; the benchmarks have up to seven
+
+    def __init__(self, spec: str, folder: str, setup: Setup):
+        try:
+            from vllm import EngineArgs, LLMEngine
+        except ImportError:
+            raise ValueError(f"{spec}: vLLM is not installed; pip install -r requirements-gpu.txt, or use hf:{folder}") from None
+        import torch
+
+        import model
+
+        self.spec, self.batch, self.tally = spec, setup.batch, Counter()
+        self.processor = model.Processor(folder, setup.pixels, setup.tiles)
+        if self.processor.family.grid_positions:
+            size = self.processor.images.size
+            cut = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+        else:
+            cut = {"crop_to_patches": setup.tiles > 1, "min_patches": 1, "max_patches": setup.tiles}
+        settings = EngineArgs(
+            model=folder, dtype="bfloat16" if torch.cuda.is_available() else "float32", tensor_parallel_size=setup.tensor_parallel,
+            max_model_len=min(self.LENGTH, self.processor.config.text_config.max_position_embeddings), max_num_seqs=setup.batch,
+            limit_mm_per_prompt={"image": self.IMAGES, "video": 0}, mm_processor_kwargs=cut, disable_log_stats=True,
+            generation_config="vllm",  # a checkpoint's own file would bring a top-k and a repetition penalty along unseen
+        )  # fmt: skip
+        self.engine = LLMEngine.from_engine_args(settings)
+
+    def prompt(self, ask: Ask) -> tuple[dict, list[int]]:
+        """(what vLLM is given, the ids it must make of that): an image stands as a single mark, which vLLM spreads out."""
+        from model import load_image
+
+        images = [load_image(path) for path in ask.images]
+        encoded = self.processor.encode_prompt(ask.messages, [self.processor.encode_image(image) for image in images])
+        marked, left = [], iter(encoded.images)
+        skip = 0
+        for token in encoded.ids:
+            if skip:
+                skip -= 1
+                continue
+            if token == self.processor.image_id:
+                skip = next(left).tokens - 1
+            marked.append(token)
+        if not self.processor.family.grid_positions:  # vLLM writes InternVL's <img> and </img> itself
+            frame = {self.processor.special["<img>"], self.processor.special["</img>"]}
+            marked = [token for token in marked if token not in frame]
+        prompt = {"prompt_token_ids": marked}
+        return (prompt | {"multi_modal_data": {"image": images}} if images else prompt), encoded.ids
+
+    def answer(self, asks: list[Ask], sampling: Sampling) -> Iterator[list[Reply]]:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        never = {index: -100.0 for index in self.processor.special.values() if index != self.processor.stop_id}
+        waiting, running = iter(asks), {}
+        while True:
+            while len(running) < self.batch and (ask := next(waiting, None)):
+                prompt, expected = self.prompt(ask)
+                for k in ask.samples:
+                    seed = data.sample_seed(sampling.seed, ask.id, k)
+                    params = SamplingParams(
+                        temperature=sampling.temperature, top_p=sampling.top_p, max_tokens=sampling.max_tokens, seed=seed % 2**63,
+                        stop_token_ids=[self.processor.stop_id], logit_bias=never, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
+                    )  # fmt: skip
+                    self.engine.add_request(f"{ask.id}/{k}", prompt, params)
+                    running[f"{ask.id}/{k}"] = (ask.id, k, seed, expected)
+            if not running:
+                return
+            replies = []
+            for output in self.engine.step():
+                if not output.finished:
+                    continue
+                id, k, seed, expected = running.pop(output.request_id)
+                if list(output.prompt_token_ids) != expected:
+                    raise Unavailable(f"{self.spec}: vLLM made {len(output.prompt_token_ids)} prompt tokens of question {id}, training makes {len(expected)}: their image settings differ")
+                ids = list(output.outputs[0].token_ids)
+                finish = "stop" if ids and ids[-1] == self.processor.stop_id else "length"
+                self.tally["tokens"] += len(ids)
+                replies.append(Reply(id, k, self.processor.decode(ids), ids, finish, seed))
+            if replies:
+                yield replies
 
 
-def choose(logits: "torch.Tensor", draw: "torch.Tensor", temperature: float, top_p: float) -> "torch.Tensor":
-    """One token of each row by inverting the cumulative distribution. logits (..., V), draw (...) in [0, 1) -> (...).
+def gpu_groups(size: int) -> list[str]:
+    """The visible GPUs in groups of `size`, each as a value of CUDA_VISIBLE_DEVICES; [] on a machine without."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        import torch
 
-    top_p keeps the likeliest tokens whose mass before them is below top_p; the draw is scaled to what is kept.
+        visible = ",".join(str(index) for index in range(torch.cuda.device_count()))
+    gpus = [gpu for gpu in visible.split(",") if gpu]
+    return [",".join(gpus[at : at + size]) for at in range(0, len(gpus) - size + 1, size)]
+
+
+class Replicas:
+    """The same local engine in several processes, each on its own GPUs and with its own share of the questions. Replies come
+    back here as they end, so that there is one file, one progress bar, and one thing to resume."""
+
+    def __init__(self, spec: str, setup: Setup, groups: list[str]):
+        from multiprocessing import get_context
+
+        self.spec, self.tally, self.pipes = spec, Counter(), []
+        context = get_context("spawn")  # CUDA does not survive a fork
+        for group in groups:
+            mine, theirs = context.Pipe()
+            context.Process(target=replica, args=(spec, setup, group, theirs)).start()
+            theirs.close()  # so that the pipe breaks when either side dies, and neither outlives the other
+            self.pipes.append(mine)
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        for pipe in self.pipes:
+            pipe.close()
+
+    def answer(self, asks: list[Ask], sampling: Sampling) -> Iterator[list[Reply]]:
+        from multiprocessing.connection import wait
+
+        for number, pipe in enumerate(self.pipes):
+            pipe.send((asks[number :: len(self.pipes)], sampling))
+        busy = list(self.pipes)
+        while busy:
+            for pipe in wait(busy):
+                try:
+                    message = pipe.recv()
+                except EOFError:
+                    message = "its process died"
+                if message is None:
+                    busy.remove(pipe)
+                elif isinstance(message, str):
+                    raise Unavailable(f"{self.spec}: replica {self.pipes.index(pipe)} of {len(self.pipes)}: {message}; the same command goes on")
+                else:
+                    self.tally["tokens"] += sum(len(reply.token_ids) for reply in message)
+                    yield message
+
+
+def replica(spec: str, setup: Setup, gpus: str, pipe) -> None:
+    """A worker of Replicas. In: (asks, sampling); out: lists of replies, then None, or a text that says what went wrong."""
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus
+    try:
+        engine = open_engine(spec, setup)
+        while True:
+            asks, sampling = pipe.recv()
+            for replies in engine.answer(asks, sampling):
+                pipe.send(replies)
+            pipe.send(None)
+    except (EOFError, BrokenPipeError):
+        pass  # the other side has gone
+    except Exception as error:
+        pipe.send(f"{type(error).__name__}: {error}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Remote engines
+
+
+class Again(Exception):
+    """A reply that is worth asking for again: garbled, or empty."""
+
+
+class NoRoom(Exception):
+    """Thinking used up the token limit: no answer was left."""
+
+
+class RemoteEngine:
+    """A model behind an API: requests in parallel, each tried again by the kind of its failure.
+
+    A subclass says how to ask (`call`), what status a failure has (`status`) and what wait it names (`wait`).
     """
-    import torch
 
-    if temperature == 0:
-        return logits.argmax(-1)
-    mass = torch.softmax(logits.float() / temperature, -1).double()
-    tokens = None
-    if top_p < 1:  # otherwise any order of the tokens will do, and sorting a vocabulary costs more than the rest
-        mass, tokens = mass.sort(dim=-1, descending=True, stable=True)
-    total = mass.cumsum(-1)  # (..., V)
-    kept = ((total - mass) < top_p).sum(-1, keepdim=True) if top_p < 1 else torch.full_like(draw[..., None], logits.shape[-1], dtype=torch.long)
-    ceiling = total.gather(-1, kept - 1)
-    place = torch.searchsorted(total, draw[..., None] * ceiling, right=True).clamp_max(kept - 1)
-    return (place if tokens is None else tokens.gather(-1, place))[..., 0]
+    def __init__(self, spec: str, setup: Setup):
+        self.spec, self.setup, self.tally = spec, setup, Counter()
+        self.lock, self.stopping = threading.Lock(), threading.Event()
 
+    def call(self, ask: Ask, samples: list[int], sampling: Sampling, seed: int) -> list[Reply]:
+        """One request. Replies to the first of `samples`, one at least, all of them where the server can."""
+        raise NotImplementedError
 
-class TreeCache:
-    """Keys and values of every layer in one buffer each, filled from the left; transformers' attention calls `update`."""
+    def status(self, error: Exception) -> int | None:
+        """The HTTP status of a failure; 0 where no whole reply arrived; None for an error that is not the server's."""
+        raise NotImplementedError
 
-    def __init__(self, room: int):
-        self.room, self.used = room, 0
-        self.layers: dict[int, list] = {}
+    def wait(self, error: Exception) -> float | None:
+        """Seconds that the server asks us to wait."""
+        raise NotImplementedError
 
-    def update(self, key: "torch.Tensor", value: "torch.Tensor", layer: int, *_unused) -> "tuple[torch.Tensor, torch.Tensor]":
-        """key, value (rows, heads, new, d) -> all so far (rows, heads, used + new, d)"""
-        if layer not in self.layers:
-            shape = (*key.shape[:2], self.room, key.shape[3])
-            self.layers[layer] = [key.new_empty(shape), value.new_empty(shape)]
-        stop = self.used + key.shape[2]
-        for buffer, new in zip(self.layers[layer], (key, value)):
-            buffer[:, :, self.used : stop] = new
-        return tuple(buffer[:, :, :stop] for buffer in self.layers[layer])
+    def answer(self, asks: list[Ask], sampling: Sampling) -> Iterator[list[Reply]]:
+        """After a failure that stops the run, requests under way still end and are handed on: they are paid for."""
+        failure = None
+        with ThreadPoolExecutor(self.setup.concurrency) as pool:
+            running = [pool.submit(self.all_samples, ask, sampling) for ask in asks]
+            try:
+                for future in as_completed(running):
+                    if future.cancelled():
+                        continue
+                    replies, error = future.result()
+                    if replies:
+                        yield replies
+                    if error and not failure:
+                        failure = error
+                        self.stop(running)
+            finally:  # also where the run is interrupted from outside
+                self.stop(running)
+        if failure:
+            raise failure
 
-    def get_seq_length(self, layer: int = 0) -> int:
-        return self.used
+    def stop(self, running: list) -> None:
+        self.stopping.set()
+        for future in running:
+            future.cancel()
 
-    def keep(self, rows: "torch.Tensor") -> None:
-        """Drops the other rows."""
-        self.layers = {layer: [buffer[rows] for buffer in buffers] for layer, buffers in self.layers.items()}
+    def all_samples(self, ask: Ask, sampling: Sampling) -> tuple[list[Reply], Exception | None]:
+        """(replies to all samples of a question, None), or what was answered before a failure, and the failure."""
+        replies: list[Reply] = []
+        while len(replies) < len(ask.samples):
+            left = list(ask.samples[len(replies) :])  # a server may give fewer answers a request than were asked for
+            try:
+                replies += self.patiently(ask, left, sampling)
+            except Exception as error:
+                return replies, error
+        return replies, None
 
+    def patiently(self, ask: Ask, samples: list[int], sampling: Sampling) -> list[Reply]:
+        """One request, again and again by the kind of its failure."""
+        seed, rooms = data.sample_seed(sampling.seed, ask.id, samples[0]), 0
+        last: Exception | str = "nothing"
+        for attempt in range(TRIES):
+            self.count_request()
+            pause = min(LONGEST_WAIT, 2.0**attempt) * random.uniform(0.5, 1)
+            try:
+                replies = self.call(ask, samples, replace(sampling, max_tokens=sampling.max_tokens * 2**rooms), seed)
+                with self.lock:
+                    self.tally["answers"] += len(replies)
+                return replies
+            except NoRoom:
+                if rooms == MORE_ROOM:
+                    return [Reply(ask.id, samples[0], "", None, "length", seed)]
+                rooms, pause, last = rooms + 1, 0.0, "thinking used up the token limit"
+            except Again as error:
+                last = error
+            except Exception as error:
+                status, last = self.status(error), error
+                if status is None:
+                    raise
+                if status in (401, 403, 404):
+                    raise Unavailable(f"{self.spec}: {error}; check the key, the address and the model's name") from None
+                if 400 <= status < 500 and status not in (408, 409, 425, 429):
+                    if not self.tally["answers"]:  # nothing has worked yet: more likely our request than this question
+                        raise Unavailable(f"{self.spec}: question {ask.id} is refused: {error}") from None
+                    tqdm.write(f"{self.spec}: question {ask.id} is refused: {error}")
+                    return [Reply(ask.id, samples[0], "", None, "refused", seed)]
+                pause = self.wait(error) or pause
+            with self.lock:
+                self.tally["again"] += 1
+            if self.stopping.wait(pause):
+                raise Unavailable(f"{self.spec}: stopped")
+        raise Unavailable(f"{self.spec}: question {ask.id} has no answer after {TRIES} tries; the last: {last}")
 
-def decode_trees(policy: "model.Policy", processor: "model.Processor", prompts: "list[model.Segment]", draws: "torch.Tensor", sampling: Sampling) -> list[list[list[int]]]:
-    """n responses of each prompt. draws (R, n, max_tokens) -> token ids [R][n], ending with the stop token unless cut off.
+    def count_request(self) -> None:
+        with self.lock:
+            if self.setup.max_requests and self.tally["requests"] >= self.setup.max_requests:
+                raise Unavailable(f"{self.spec}: {self.setup.max_requests} requests were made (--max-requests); the same command goes on")
+            self.tally["requests"] += 1
 
-    Rows are padded on the left. At step t a row feeds one token of each of its n branches; the cache then holds, after the
-    prompt, the branches' tokens interleaved: step 0 of branches 0 ... n-1, step 1 of branches 0 ... n-1, and so on.
-    """
-    import torch
-
-    import model
-
-    device, (rows, n, steps) = draws.device, draws.shape
-    longest = max(len(prompt.ids) for prompt in prompts)
-    ids = torch.zeros(rows, longest, dtype=torch.long)
-    positions = torch.zeros(3, rows, longest, dtype=torch.long)
-    real = torch.zeros(rows, longest, dtype=torch.bool)
-    after = torch.zeros(rows, dtype=torch.long)  # the position of the first token sampled
-    for r, prompt in enumerate(prompts):
-        places, end = model.segment_positions(prompt, 0, processor.image_id, processor.family.grid_positions)
-        start = longest - len(prompt.ids)
-        ids[r, start:], real[r, start:], after[r] = torch.tensor(prompt.ids), True, end
-        positions[:, r, start:] = torch.tensor(places).T
-    ids, positions, real, after = (tensor.to(device) for tensor in (ids, positions, real, after))
-    images = [image for prompt in prompts for image in prompt.images]
-    features = None
-    if images:
-        grids = torch.tensor([image.grid for image in images], device=device)
-        features = policy.image_features(torch.cat([image.pixels for image in images]).to(device), grids)
-
-    banned = torch.zeros(policy.model.lm_head.weight.shape[0], dtype=torch.bool, device=device)
-    banned[[index for index in processor.special.values() if index != processor.stop_id]] = True
-    banned[len(processor.tokenizer) :] = True  # rows of the head beyond the vocabulary (padding of the real checkpoints)
-    cache = TreeCache(longest + n * steps)
-
-    def advance(embedded: "torch.Tensor", places: "torch.Tensor", mask: "torch.Tensor") -> "torch.Tensor":
-        """New tokens (rows, new, D) through the language model; their logits' hidden states come back."""
-        state = policy.language_model(
-            inputs_embeds=embedded, position_ids=places if policy.family.grid_positions else places[0],
-            attention_mask={"full_attention": mask}, past_key_values=cache, use_cache=True,
-        ).last_hidden_state  # fmt: skip
-        cache.used += embedded.shape[1]
-        return state
-
-    # a padded query has nothing to look at, which softmax turns into nan: let it look at itself
-    mask = (real[:, None, :] & torch.ones(longest, longest, dtype=torch.bool, device=device).tril()) | torch.eye(longest, dtype=torch.bool, device=device)
-    hidden = advance(policy.embed(ids, features), positions, mask[:, None])[:, -1:].expand(-1, n, -1)  # (R, n, D)
-
-    tokens = torch.full((rows, n, steps), -1, dtype=torch.long, device=device)
-    alive = torch.arange(rows, device=device)  # rows still being sampled, by their first numbering
-    done = torch.zeros(rows, n, dtype=torch.bool, device=device)
-    own = torch.eye(n, dtype=torch.bool, device=device)
-    for step in range(steps):
-        logits = policy.model.lm_head(hidden).masked_fill(banned, float("-inf"))  # (R, n, V)
-        chosen = choose(logits, draws[alive, :, step], sampling.temperature, sampling.top_p)  # (R, n)
-        tokens[alive, :, step] = torch.where(done, -1, chosen)
-        done |= chosen == processor.stop_id
-        going = (~done.all(1)).nonzero()[:, 0]
-        if len(going) == 0:
-            break
-        if len(going) <= 0.75 * len(alive):  # copying the cache costs about a step: do it when it pays
-            cache.keep(going)
-            alive, done, chosen, real, after = alive[going], done[going], chosen[going], real[going], after[going]
-        branch = own.repeat(1, step + 1).expand(len(alive), -1, -1)  # (R, n, n * (step + 1))
-        mask = torch.cat([real[:, None, :].expand(-1, n, -1), branch], -1)[:, None]  # (R, 1, n, longest + n * (step + 1))
-        places = (after + step)[None, :, None].expand(3, -1, n)
-        hidden = advance(policy.language_model.embed_tokens(chosen), places, mask)
-    return [[[token for token in branch if token >= 0] for branch in row] for row in tokens.tolist()]
+    def count_tokens(self, prompt: int | None, answer: int | None) -> None:
+        with self.lock:
+            self.tally["tokens in"] += prompt or 0
+            self.tally["tokens out"] += answer or 0
 
 
+def picture_bytes(path: Path, pixels: int | None) -> bytes:
+    """An image as a remote model gets it: upright RGB, no larger than `pixels`, as PNG."""
+    from PIL import Image
+
+    from model import load_image
+
+    image = load_image(path)
+    if pixels and image.width * image.height > pixels:
+        scale = (pixels / (image.width * image.height)) ** 0.5
+        image = image.resize((max(1, int(image.width * scale)), max(1, int(image.height * scale))), Image.Resampling.BICUBIC)
+    buffer = BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def key_of(host: str) -> tuple[str, str | None]:
+    """(environment variable, key) of a host: api.openai.com -> OPENAI_API_KEY."""
+    try:
+        ipaddress.ip_address(host)
+        name = "LOCAL"
+    except ValueError:
+        name = host.split(".")[-2] if "." in host else "LOCAL"
+    variable = re.sub(r"\W", "_", name).upper() + "_API_KEY"
+    return variable, os.environ.get(variable)
+
+
+class ChatEngine(RemoteEngine):
+    """Any server that speaks OpenAI's chat completions."""
+
+    def __init__(self, spec: str, setup: Setup):
+        try:
+            import openai
+        except ImportError:
+            raise ValueError(f"{spec}: needs the openai package; pip install openai") from None
+        super().__init__(spec, setup)
+        self.openai = openai
+        url, _, self.model = spec.partition("#")
+        if not self.model:
+            raise ValueError(f"{spec}: which model? Write {spec}#MODEL")
+        self.host = urlsplit(url).hostname or ""
+        variable, key = key_of(self.host)
+        if not key and url.startswith("https:"):
+            raise ValueError(f"{spec}: no key; set {variable}")
+        self.client = openai.OpenAI(base_url=url, api_key=key or "none", timeout=TIMEOUT, max_retries=0)
+        self.vllm = self.is_vllm()
+
+    def is_vllm(self) -> bool:
+        """Whether the server is vLLM, which tells token ids and takes settings that others refuse."""
+        try:
+            return any(served.owned_by == "vllm" for served in self.client.models.list())
+        except self.openai.APIStatusError:  # not every server lists its models
+            return False
+        except self.openai.APIConnectionError as error:
+            raise Unavailable(f"{self.spec}: no server answers there ({error.__cause__ or error})") from None
+
+    def call(self, ask: Ask, samples: list[int], sampling: Sampling, seed: int) -> list[Reply]:
+        settings: dict = {"n": len(samples), "max_tokens": sampling.max_tokens, "temperature": sampling.temperature, "top_p": sampling.top_p, "seed": seed % 2**31}
+        if self.host == "api.openai.com":
+            settings["max_completion_tokens"] = settings.pop("max_tokens")
+            if re.match(r"o\d|gpt-5", self.model):  # reasoning models sample as they see fit
+                del settings["temperature"], settings["top_p"]
+        if self.vllm:  # and nothing that a checkpoint's generation_config would bring along
+            settings["extra_body"] = {"return_token_ids": True, "top_k": 0, "repetition_penalty": 1.0, "skip_special_tokens": False}
+        completion = self.client.chat.completions.create(model=self.model, messages=self.messages(ask), **settings)
+        if not completion.choices:
+            raise Again("a reply without choices")
+        if completion.usage:
+            self.count_tokens(completion.usage.prompt_tokens, completion.usage.completion_tokens)
+        return [self.reply(ask.id, k, choice, seed) for k, choice in zip(samples, completion.choices)]
+
+    def messages(self, ask: Ask) -> list[dict]:
+        """Images stand in front of the first user turn's text, as in training."""
+        messages, waiting = [], list(ask.images)
+        for message in ask.messages:
+            content = message["content"]
+            if message["role"] == "user" and waiting:
+                urls = ["data:image/png;base64," + base64.b64encode(picture_bytes(path, None if self.vllm else self.setup.pixels)).decode() for path in waiting]
+                content = [{"type": "image_url", "image_url": {"url": url}} for url in urls] + [{"type": "text", "text": content}]
+                waiting = []
+            messages.append({"role": message["role"], "content": content})
+        return messages
+
+    def reply(self, id: str, sample: int, choice, seed: int) -> Reply:
+        message, text = choice.message, choice.message.content or ""
+        extra = message.model_extra or {}
+        reasoning = extra.get("reasoning_content") or extra.get("reasoning") or ""
+        if choice.finish_reason == "content_filter" or message.refusal:
+            return Reply(id, sample, text, None, "blocked", seed, reasoning)
+        if not text:
+            raise NoRoom if choice.finish_reason == "length" else Again("an empty answer")
+        ids = (choice.model_extra or {}).get("token_ids")
+        if ids and choice.finish_reason == "stop":
+            text = re.sub(r"<\|im_end\|>$", "", text)  # special tokens are asked for, to be seen; this one is the end
+        return Reply(id, sample, text, ids, "length" if choice.finish_reason == "length" else "stop", seed, reasoning)
+
+    def status(self, error: Exception) -> int | None:
+        if isinstance(error, self.openai.APIStatusError):
+            return 401 if error.code == "insufficient_quota" else error.status_code
+        return 0 if isinstance(error, (self.openai.APIError, json.JSONDecodeError)) else None
+
+    def wait(self, error: Exception) -> float | None:
+        header = error.response.headers.get("retry-after", "") if isinstance(error, self.openai.APIStatusError) else ""
+        return float(header) if re.fullmatch(r"\d+(\.\d+)?", header) else None
+
+
+class GeminiEngine(RemoteEngine):
+    """Google's API. A base address other than Google's is read from GOOGLE_GEMINI_BASE_URL by its client."""
+
+    def __init__(self, spec: str, name: str, setup: Setup):
+        try:
+            from google import genai
+        except ImportError:
+            raise ValueError(f"{spec}: needs the google-genai package; pip install google-genai") from None
+        super().__init__(spec, setup)
+        self.name, self.genai = name, genai
+        key = os.environ.get("GEMINI_API_KEY")
+        if not key:
+            raise ValueError(f"{spec}: no key; set GEMINI_API_KEY")
+        self.client = genai.Client(api_key=key, http_options=genai.types.HttpOptions(timeout=int(TIMEOUT * 1000)))
+
+    def call(self, ask: Ask, samples: list[int], sampling: Sampling, seed: int) -> list[Reply]:
+        types = self.genai.types
+        system = "\n".join(message["content"] for message in ask.messages if message["role"] == "system")
+        contents, waiting = [], list(ask.images)
+        for message in ask.messages:
+            if message["role"] == "system":
+                continue
+            parts = [types.Part.from_text(text=message["content"])]
+            if message["role"] == "user" and waiting:
+                parts = [types.Part.from_bytes(data=picture_bytes(path, self.setup.pixels), mime_type="image/png") for path in waiting] + parts
+                waiting = []
+            contents.append(types.Content(role="model" if message["role"] == "assistant" else "user", parts=parts))
+        config = types.GenerateContentConfig(
+            system_instruction=system or None, temperature=sampling.temperature, top_p=sampling.top_p, seed=seed % 2**31,
+            max_output_tokens=sampling.max_tokens, candidate_count=min(8, len(samples)),  # 8: the API's own limit
+        )  # fmt: skip
+        response = self.client.models.generate_content(model=self.name, contents=contents, config=config)
+        if response.usage_metadata:
+            used = response.usage_metadata
+            self.count_tokens(used.prompt_token_count, (used.candidates_token_count or 0) + (used.thoughts_token_count or 0))
+        if response.prompt_feedback and response.prompt_feedback.block_reason:
+            return [Reply(ask.id, samples[0], "", None, "blocked", seed)]
+        if not response.candidates:
+            raise Again("a reply without candidates")
+        return [self.reply(ask.id, k, candidate, seed) for k, candidate in zip(samples, response.candidates)]
+
+    def reply(self, id: str, sample: int, candidate, seed: int) -> Reply:
+        parts = candidate.content.parts or [] if candidate.content else []
+        text = "".join(part.text or "" for part in parts if not part.thought)
+        reasoning = "".join(part.text or "" for part in parts if part.thought)
+        finish = candidate.finish_reason.name if candidate.finish_reason else "none"
+        if finish not in ("STOP", "MAX_TOKENS"):
+            if finish in ("SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII"):
+                return Reply(id, sample, text, None, "blocked", seed, reasoning)
+            raise Again(f"it ended with {finish}")
+        if not text:
+            raise NoRoom if finish == "MAX_TOKENS" else Again("an empty answer")
+        return Reply(id, sample, text, None, "stop" if finish == "STOP" else "length", seed, reasoning)
+
+    def status(self, error: Exception) -> int | None:
+        if isinstance(error, self.genai.errors.APIError):
+            return error.code
+        broken = (json.JSONDecodeError, ValueError, ConnectionError, TimeoutError)  # ValueError: its client's parsing
+        return 0 if isinstance(error, broken) or type(error).__module__.startswith("httpx") else None
+
+    def wait(self, error: Exception) -> float | None:
+        """The retryDelay of google.rpc.RetryInfo, "17s"."""
+        found = re.search(r"'retryDelay': '(\d+(?:\.\d+)?)s'", str(getattr(error, "details", "")))
+        return float(found[1]) if found else None

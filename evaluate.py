@@ -31,7 +31,7 @@ from collections import Counter
 from pathlib import Path
 
 import data
-from engines import Sampling, ask_all, open_engine, question_asks, reply_row
+from engines import Sampling, add_flags, ask_all, checkpoint, open_engine, question_asks, reply_row, setup_of
 from judge import CRITERIA, judge_all, print_report
 
 SUBSETS = 100  # ours: seeded subsets behind MV@n
@@ -128,7 +128,7 @@ def run(args: argparse.Namespace) -> None:
     sampling = Sampling(args.temperature, args.top_p, args.max_tokens, args.seed)
     path = out / "replies.jsonl"
     data.settle(path, {"engine": args.engine, **vars(sampling), "pixels": args.pixels, "tiles": args.tiles})
-    engine = open_engine(args.engine, max_pixels=args.pixels, tiles=args.tiles, batch=args.batch)
+    engine = open_engine(args.engine, setup_of(args))
     rows = []
     for kind in ("image", "text"):  # apart, so that a batch has one number of samples a question
         part = [ask for ask in asks if bool(by_id[ask.id].images) == (kind == "image")]
@@ -141,7 +141,7 @@ def run(args: argparse.Namespace) -> None:
 
     criteria, outputs = {}, [out / "predictions.jsonl", out / "results.json"]
     if args.judge:
-        judge = open_engine(args.judge, max_pixels=args.pixels, tiles=args.tiles, batch=args.batch)
+        judge = open_engine(args.judge, setup_of(args))
         (out / "judge").mkdir(exist_ok=True)
         data.settle(out / "judge" / "replies.jsonl", {"judge": args.judge, "seed": args.seed})
         verdicts = judge_all(judge, [row for row in rows if by_id[row["id"]].images], by_id, image_root, out / "judge", args.seed)
@@ -161,7 +161,7 @@ def run(args: argparse.Namespace) -> None:
     data.write_json(out / "results.json", results)
     for kind, figures in results["groups"].items():
         print(f"{results['name']}: {kind} accuracy {figures['accuracy']:.3f} +- {figures['standard_error']:.3f} on {figures['questions']} questions x {figures['samples']}, unparsed {figures['unparsed']:.3f}, cut off {figures['cut_off']:.3f}")
-    inputs = [*args.questions] + ([args.engine.removeprefix("hf:")] if args.engine.startswith("hf:") else [])
+    inputs = [*args.questions, *filter(None, [checkpoint(args.engine)])]
     data.write_stage(out, args, inputs, outputs, started)
 
 
@@ -410,9 +410,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     one.add_argument("--top-p", type=float, default=1.0)  # ours: paper silent
     one.add_argument("--max-tokens", type=int, default=8192)  # ours: paper silent
     one.add_argument("--judge", default="", help="engine spec; judges every chain on an image question")
-    one.add_argument("--batch", type=int, default=256, help="samples at once")
-    one.add_argument("--pixels", type=int, default=768 * 768, help="largest image, Qwen; as in training")
-    one.add_argument("--tiles", type=int, default=1, help="most tiles of an image, InternVL; as in training")
+    add_flags(one)
     one.add_argument("--seed", type=int, default=0)
     one.set_defaults(run=run)
     many = commands.add_parser("report", help="tables and plots over several results")

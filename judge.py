@@ -33,7 +33,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import data
-from engines import Ask, Engine, Sampling, ask_all, open_engine
+from engines import Ask, Engine, Sampling, add_flags, ask_all, open_engine, setup_of
 
 CRITERIA = ("Logical_Consistency", "Image_Analysis_Involvement", "No_Hallucination", "Reflection_Presence")  # MMRP, paper 3.3
 KEYS = ("Answer_Correctness", *CRITERIA)
@@ -166,7 +166,7 @@ def verdicts(args: argparse.Namespace) -> None:
     rollouts = read_rollouts(args.rollouts, questions)
     right = right_by_rule(rollouts, questions)
     print(f"{len(rollouts)} candidates, {len(right)} right by rule: those go to {args.judge}")
-    engine = open_engine(args.judge, max_pixels=args.pixels, tiles=args.tiles, batch=args.batch)
+    engine = open_engine(args.judge, setup_of(args))
     data.settle(out / "replies.jsonl", {"judge": args.judge, "seed": args.seed})
     rows = judge_all(engine, right, questions, Path(args.images), out, args.seed)
     data.write_jsonl(out / "verdicts.jsonl", rows)
@@ -306,9 +306,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         command.add_argument("--seed", type=int, default=0)
     ask.add_argument("--judge", required=True, help="engine spec of the judge")
     ask.add_argument("--images", default=".", help="image root")
-    ask.add_argument("--batch", type=int, default=64, help="requests at once")
-    ask.add_argument("--pixels", type=int, default=768 * 768, help="largest image, for a local judge")
-    ask.add_argument("--tiles", type=int, default=1, help="most tiles, for a local judge")
+    add_flags(ask)
     ask.set_defaults(run=verdicts)
     cut.add_argument("--verdicts", required=True)
     cut.add_argument("--rule", choices=RULES, default="all")  # ours: paper silent

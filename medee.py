@@ -10,7 +10,7 @@
 
 A stage is done when its folder has a stage.json whose command and input hashes are those asked for now. A stage that was
 killed goes on from its last row or step; one whose settings or inputs changed starts again, and so does all that
-depends on it. Nothing here computes: the miniature differs from the 7B in its recipe, never in its code path.
+depends on it. A change of the code is said, and undoes nothing. Nothing here computes: the miniature differs from the 7B in its recipe, never in its code path.
 
 Where we depart from the paper, or it is silent: see each script; the recipes below say which number is whose.
 """
@@ -18,6 +18,7 @@ Where we depart from the paper, or it is silent: see each script; the recipes be
 import argparse
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -61,7 +62,7 @@ MINI = dict(  # ours, chosen on development questions: a model this small learns
     sft={"lr": 5e-3, "epochs": 4, "batch": 2, "micro-batch": 2, "rank": 16, "alpha": 32, "pack": 900, "save-every": 25},
     rollout={"n": 8, "temperature": 0.7, "top-p": 1.0, "max-tokens": 96},
     pairs={"rule": "all", "cap": 4},
-    dpo={"method": "full", "lr": 3e-5, "beta": 0.1, "epochs": 2, "batch": 16, "micro-batch": 16, "save-every": 25},
+    dpo={"method": "full", "lr": 3e-5, "beta": 0.5, "epochs": 2, "batch": 16, "micro-batch": 16, "save-every": 25},
     evaluate={"n": 16, "n-text": 2, "temperature": 0.5, "max-tokens": 96},
     images={"pixels": 56 * 56},
     engine="hf",
@@ -113,10 +114,28 @@ class Stage:
         """{path: hash} of the files and model folders among the words, own output and image root aside."""
         found = {}
         for before, word in zip(("", *self.words), self.words):
-            path = Path(word.removeprefix("hf:"))
-            if before not in ("--out", "--images") and ("/" in word or word.startswith("hf:")) and path.exists():
+            path = Path(word.removeprefix("hf:").removeprefix("vllm:"))
+            if before not in ("--out", "--images") and ("/" in word or word.startswith(("hf:", "vllm:"))) and path.exists():
                 found[str(path)] = data.file_hash(path)
         return found
+
+    def sources(self) -> dict[str, str]:
+        """{file: hash} of the script and of every file of the project that it imports, directly or not."""
+        found, waiting = {}, [self.script]
+        while waiting:
+            name = waiting.pop()
+            if name not in found and (HERE / name).exists():
+                text = (HERE / name).read_text(encoding="utf-8")
+                found[name] = data.content_hash(text)
+                waiting += [f"{module}.py" for module in re.findall(r"^\s*(?:import|from) (\w+)", text, re.M)]
+        return found
+
+    def edited(self) -> list[str]:
+        """Files of the project that changed since the stage was begun. They do not undo it: a corrected comment must not
+        cost a week of training. Whoever knows that the change matters removes the folder."""
+        now = self.sources()
+        then = json.loads((self.folder / "begun.json").read_text())["sources"]
+        return sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
 
     def state(self) -> str:
         """done, or why not: "to do", "interrupted", or what changed since it was made."""
@@ -141,11 +160,13 @@ class Stage:
         state = self.state()
         print(f"\n== {self.name}: {state}" + ("" if state in ("done", "to do", "interrupted") else "; it starts again"), flush=True)
         print("   $ " + shlex.join(self.command()), flush=True)
+        if state in ("done", "interrupted") and self.edited():
+            print(f"   note: {', '.join(self.edited())} changed since this was begun; if that matters here, remove {self.folder}")
         if state == "done":
             return
         if state != "interrupted":
             shutil.rmtree(self.folder, ignore_errors=True)
-            data.write_json(self.folder / "begun.json", {"command": [self.script, *self.words], "inputs": self.inputs()})
+            data.write_json(self.folder / "begun.json", {"command": [self.script, *self.words], "inputs": self.inputs(), "sources": self.sources()})
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(self.ranks)] if self.ranks else [sys.executable]
         # a busy neighbour slows spinning threads several-fold; waiting threads give way
         environment = {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **os.environ}
@@ -278,6 +299,8 @@ def status(args: argparse.Namespace) -> None:
         elif state == "interrupted":
             rows = sum(len(path.read_text().splitlines()) for path in stage.folder.glob("*.jsonl"))
             extra = f"   {rows} rows so far"
+        if state in ("done", "interrupted") and stage.edited():
+            extra += f"   ({', '.join(stage.edited())} changed since)"
         print(f"{name:<12} {state:<12} {extra}")
 
 

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 import data
-from engines import Sampling, ask_all, open_engine, question_asks, reply_row
+from engines import Sampling, add_flags, ask_all, checkpoint, open_engine, question_asks, reply_row, setup_of
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -32,10 +32,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.95)  # ours: paper silent
     parser.add_argument("--top-p", type=float, default=0.95)  # ours: paper silent
     parser.add_argument("--max-tokens", type=int, default=8192)  # ours: paper silent
-    parser.add_argument("--batch", type=int, default=256, help="samples at once")
-    parser.add_argument("--pixels", type=int, default=768 * 768, help="largest image, Qwen; as in training")
-    parser.add_argument("--tiles", type=int, default=1, help="most tiles of an image, InternVL; as in training")
     parser.add_argument("--seed", type=int, default=0)
+    add_flags(parser)
     return parser.parse_args(argv)
 
 
@@ -47,11 +45,11 @@ def main(argv: list[str] | None = None) -> None:
     asks = question_asks(data.read_questions(args.questions), Path(args.images), args.n)
     sampling = Sampling(args.temperature, args.top_p, args.max_tokens, args.seed)
     data.settle(path, {"engine": args.engine, **vars(sampling), "pixels": args.pixels, "tiles": args.tiles})
-    engine = open_engine(args.engine, max_pixels=args.pixels, tiles=args.tiles, batch=args.batch)
+    engine = open_engine(args.engine, setup_of(args))
     rows = ask_all(engine, asks, sampling, path, lambda reply: reply_row(reply, args.engine), "rollouts")
     cut = sum(row["finish_reason"] != "stop" for row in rows)
     print(f"{len(rows)} answers to {len(asks)} questions, {cut} cut off by --max-tokens {args.max_tokens}")
-    inputs = [args.questions] + ([args.engine.removeprefix("hf:")] if args.engine.startswith("hf:") else [])
+    inputs = [args.questions, *filter(None, [checkpoint(args.engine)])]
     data.write_stage(out, args, inputs, [path], started, answers=len(rows), cut_off=cut)
 
 

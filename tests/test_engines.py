@@ -1,9 +1,10 @@
 """engines.py against Hugging Face's own generate() and against a hand loop that samples one token at a time without a cache."""
 
+import importlib.util
 import json
 import shutil
 from collections import Counter
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 import data
+import decode
 import engines
 import model
 from engines import Ask, Reply, Sampling
@@ -82,7 +84,7 @@ def pictures(tmp_path_factory):
 
 
 def engine_of(folder, batch: int = 64) -> engines.HFEngine:
-    return engines.open_engine(f"hf:{folder}", max_pixels=56 * 56, tiles=1, batch=batch)
+    return engines.open_engine(f"hf:{folder}", engines.Setup(pixels=56 * 56, batch=batch))
 
 
 def turns(text: str) -> list[dict]:
@@ -285,10 +287,10 @@ def test_the_policy_agrees_with_what_was_sampled(talking, family, pictures):
 def test_choose_inverts_the_cumulative_distribution():
     logits = torch.tensor([0.5, 0.3, 0.2]).log()
     for draw, token in [(0.0, 0), (0.49, 0), (0.51, 1), (0.79, 1), (0.81, 2), (0.999999, 2)]:
-        assert engines.choose(logits, torch.tensor(draw, dtype=torch.float64), 1.0, 1.0) == token
+        assert decode.choose(logits, torch.tensor(draw, dtype=torch.float64), 1.0, 1.0) == token
     # at temperature 1/2 the masses are squared: 0.25, 0.09, 0.04 of 0.38
     for draw, token in [(0.65, 0), (0.67, 1), (0.88, 1), (0.9, 2)]:
-        assert engines.choose(logits, torch.tensor(draw, dtype=torch.float64), 0.5, 1.0) == token
+        assert decode.choose(logits, torch.tensor(draw, dtype=torch.float64), 0.5, 1.0) == token
 
 
 def test_top_p_keeps_the_fewest_likeliest_tokens_that_reach_it():
@@ -296,7 +298,7 @@ def test_top_p_keeps_the_fewest_likeliest_tokens_that_reach_it():
     draws = torch.linspace(0, 1, 1001, dtype=torch.float64)[:-1]
 
     def shares(top_p: float) -> list[float]:
-        return (engines.choose(logits.expand(1000, 3), draws, 1.0, top_p).bincount(minlength=3) / 1000).tolist()
+        return (decode.choose(logits.expand(1000, 3), draws, 1.0, top_p).bincount(minlength=3) / 1000).tolist()
 
     for top_p, expected in [
         (0.01, [0, 1, 0]), (0.49, [0, 1, 0]), (0.51, [0, 5 / 8, 3 / 8]), (0.79, [0, 5 / 8, 3 / 8]), (0.81, [0.2, 0.5, 0.3]), (1.0, [0.2, 0.5, 0.3])
@@ -308,7 +310,7 @@ def test_temperature_zero_is_argmax_and_tiny_temperature_too():
     generator = torch.Generator().manual_seed(0)
     logits, draws = torch.randn(50, 30, generator=generator), torch.rand(50, generator=generator, dtype=torch.float64)
     for temperature in (0.0, 1e-4):
-        assert torch.equal(engines.choose(logits, draws, temperature, 1.0), logits.argmax(-1))
+        assert torch.equal(decode.choose(logits, draws, temperature, 1.0), logits.argmax(-1))
 
 
 def test_a_banned_token_is_not_chosen_by_the_last_draw():
@@ -317,22 +319,22 @@ def test_a_banned_token_is_not_chosen_by_the_last_draw():
     logits[..., ::7] = logits[..., -3:] = float("-inf")
     for top_p in (1.0, 0.999999):
         for draw in (last, torch.zeros_like(last)):
-            chosen = engines.choose(logits, draw.repeat(20, 5), 1.0, top_p)
+            chosen = decode.choose(logits, draw.repeat(20, 5), 1.0, top_p)
             assert logits.gather(-1, chosen[..., None]).isfinite().all()
 
 
 def test_frequencies_follow_the_softmax():
     logits, count, temperature = torch.randn(12, generator=torch.Generator().manual_seed(1)), 40_000, 0.7
-    chosen = engines.choose(logits.expand(count, -1), engines.uniforms(11, count), temperature, 1.0)
+    chosen = decode.choose(logits.expand(count, -1), decode.uniforms(11, count), temperature, 1.0)
     expected = (logits.double() / temperature).softmax(-1).numpy() * count
     chi_square = ((np.bincount(chosen.numpy(), minlength=12) - expected) ** 2 / expected).sum()
     assert chi_square < 31.3  # the 99.9 % point for eleven degrees of freedom
 
 
 def test_a_samples_random_numbers_come_from_its_seed_alone():
-    assert torch.equal(engines.uniforms(3, 8), engines.uniforms(3, 20)[:8])
-    assert not torch.equal(engines.uniforms(3, 8), engines.uniforms(4, 8))
-    assert ((engines.uniforms(3, 1000) >= 0) & (engines.uniforms(3, 1000) < 1)).all()
+    assert torch.equal(decode.uniforms(3, 8), decode.uniforms(3, 20)[:8])
+    assert not torch.equal(decode.uniforms(3, 8), decode.uniforms(4, 8))
+    assert ((decode.uniforms(3, 1000) >= 0) & (decode.uniforms(3, 1000) < 1)).all()
     # the hash tells questions, samples and run seeds apart
     seeds = {data.sample_seed(seed, key, k) for seed in range(3) for key in ("a", "b") for k in range(8)}
     assert len(seeds) == 48
@@ -347,7 +349,7 @@ class Scribe:
     spec = "scribe"
 
     def __init__(self, breath: int = 10**9):
-        self.asked, self.breath = Counter(), breath
+        self.asked, self.breath, self.tally = Counter(), breath, Counter()
 
     def answer(self, asks, sampling):
         for ask in reversed(asks):  # in any order
@@ -394,12 +396,54 @@ def test_a_resumed_hf_run_writes_what_an_unbroken_one_writes(stopping, pictures,
     assert run("resumed.jsonl") == rows
 
 
-@pytest.mark.parametrize("spec", ["vllm:some/path", "http://host:1/v1#m", "https://host/v1#m", "gemini:some-model", "nonsense:x", "no-colon"])
-def test_engines_that_are_not_there_are_refused_by_name(spec):
-    with pytest.raises(ValueError, match="engine") as refused:
-        engines.open_engine(spec, max_pixels=1, tiles=1, batch=1)
-    assert str(refused.value).startswith(spec)
-    assert "hf:PATH" in str(refused.value)  # and what can be used instead
+@pytest.mark.parametrize(
+    "spec, remedy",
+    [
+        ("nonsense:x", "hf:PATH"), ("no-colon", "hf:PATH"), ("http://host:1/v1", "#MODEL"),
+        ("https://api.example.com/v1#m", "EXAMPLE_API_KEY"), ("gemini:some-model", "GEMINI_API_KEY"),
+    ],
+)  # fmt: skip
+def test_a_spec_that_lacks_something_is_refused_with_what_to_do(spec, remedy, monkeypatch):
+    for variable in ("GEMINI_API_KEY", "EXAMPLE_API_KEY"):
+        monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(ValueError) as refused:
+        engines.open_engine(spec, engines.Setup())
+    assert str(refused.value).startswith(spec) and remedy in str(refused.value)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
+def test_vllm_is_refused_with_what_to_install_where_it_is_missing(folders):
+    with pytest.raises(ValueError, match="requirements-gpu.txt"):
+        engines.open_engine(f"vllm:{folders['qwen']}", engines.Setup())
+
+
+def test_every_flag_of_an_engine_is_explained_and_read():
+    assert engines.FLAGS.keys() == {field.name for field in fields(engines.Setup)}
+
+
+def test_replicas_answer_what_one_engine_answers(stopping, pictures):
+    """two processes, each with a share of the questions"""
+    asks = asks_of(pictures, samples=2)
+    alone = ids_by_sample(engine_of(stopping["qwen"]), asks, WARM)
+    both = engines.open_engine(f"hf:{stopping['qwen']}", engines.Setup(pixels=56 * 56, batch=64, replicas=2))
+    assert isinstance(both, engines.Replicas)
+    assert ids_by_sample(both, asks, WARM) == alone
+    assert ids_by_sample(both, asks[:1], GREEDY) == ids_by_sample(engine_of(stopping["qwen"]), asks[:1], GREEDY)  # one has nothing to do
+    both.close()
+
+
+def test_a_replica_that_cannot_start_says_why():
+    broken = engines.open_engine("hf:/nowhere", engines.Setup(replicas=2))
+    with pytest.raises(engines.Unavailable, match="hf:/nowhere: replica"):
+        list(broken.answer([Ask("a", turns("What?"), [], (0,))] * 2, GREEDY))
+    broken.close()
+
+
+def test_gpus_are_grouped_for_engines_that_need_several(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,5,6")
+    assert engines.gpu_groups(1) == ["0", "1", "2", "5", "6"] and engines.gpu_groups(2) == ["0,1", "2,5"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert engines.gpu_groups(1) == []
 
 
 def test_a_missing_image_is_refused_before_anything_is_asked(tmp_path):
@@ -425,7 +469,7 @@ def test_an_image_that_cannot_be_cut_into_patches_is_refused_by_name(folders, fa
 def test_the_clinics_engine_answers_each_sample_by_its_own_seed(world):
     questions = [question for question in data.read_questions(world / "bank.jsonl") if question.images][:3]
     asks = engines.question_asks(questions, world, 4)
-    engine = engines.open_engine("clinic:thorough", max_pixels=1, tiles=1, batch=1)
+    engine = engines.open_engine("clinic:thorough", engines.Setup())
     said = {(reply.id, reply.sample): reply.text for replies in engine.answer(asks, WARM) for reply in replies}
     alone = {(r.id, r.sample): r.text for ask in asks for k in (3, 1) for rs in engine.answer([replace(ask, samples=(k,))], WARM) for r in rs}
     assert alone.items() <= said.items() and len(said) == 12

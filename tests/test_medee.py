@@ -73,6 +73,20 @@ def test_a_stage_without_stage_json_is_interrupted_and_goes_on(tmp_path):
     assert stage.state() == "done" and (stage.folder / "demos.jsonl").read_bytes() == demos
 
 
+def test_a_change_of_the_code_is_said_and_undoes_nothing(tmp_path, capsys):
+    stage = world_stage(tmp_path)
+    assert {"clinic.py", "data.py", "model.py", "train.py"} <= stage.sources().keys()  # what it imports, and what that imports
+    assert "evaluate.py" not in stage.sources() and "random.py" not in stage.sources()
+    stage.run()
+    begun = json.loads((stage.folder / "begun.json").read_text())
+    begun["sources"]["data.py"] = "as it was then"
+    (stage.folder / "begun.json").write_text(json.dumps(begun))
+    capsys.readouterr()
+    stage.run()
+    assert stage.state() == "done" and stage.edited() == ["data.py"]
+    assert "data.py changed since this was begun" in capsys.readouterr().out
+
+
 def test_a_failing_stage_stops_the_run_and_names_itself(tmp_path):
     stage = medee.Stage("distill", "distill.py", ("--questions", f"{tmp_path}/none.jsonl", "--teachers", "clinic:thorough", "--out", f"{tmp_path}/distill"))
     with pytest.raises(SystemExit, match="distill stopped with exit code"):
