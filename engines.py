@@ -299,6 +299,7 @@ class VLLMEngine:
             model=folder, dtype="bfloat16" if torch.cuda.is_available() else "float32", tensor_parallel_size=setup.tensor_parallel,
             max_model_len=min(self.LENGTH, self.processor.config.text_config.max_position_embeddings), max_num_seqs=setup.batch,
             limit_mm_per_prompt={"image": self.IMAGES, "video": 0}, mm_processor_kwargs=cut, disable_log_stats=True,
+            enforce_eager=not torch.cuda.is_available(),  # on a CPU compiling takes minutes and gains nothing
             generation_config="vllm",  # a checkpoint's own file would bring a top-k and a repetition penalty along unseen
         )  # fmt: skip
         self.engine = LLMEngine.from_engine_args(settings)

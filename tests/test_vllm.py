@@ -1,0 +1,138 @@
+"""The real vLLM against our own encoding and log-probabilities. Runs where vLLM is installed, on a GPU or with its CPU build:
+
+    VLLM_CPU_KVCACHE_SPACE=1 python -m pytest -m vllm tests/test_vllm.py
+"""
+
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import engines
+import model
+from engines import Ask, Sampling
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (requirements-gpu.txt)"),
+]
+WARM = Sampling(temperature=0.9, top_p=1.0, max_tokens=24, seed=3)
+SETUP = engines.Setup(pixels=112 * 112, tiles=1, batch=8)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Noise of three shapes: one as large as allowed, one larger, one to be turned upright"""
+    base, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for name, shape in (("a", (112, 112, 3)), ("b", (150, 290, 3)), ("c", (84, 56, 3))):
+        exif = Image.Exif()
+        exif[0x0112] = 6 if name == "c" else 1
+        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(base / f"{name}.png", exif=exif)
+    return [base / f"{name}.png" for name in "abc"]
+
+
+def asks_of(pictures, samples: int) -> list[Ask]:
+    def turns(text):
+        return [{"role": "system", "content": data.SYSTEM_PROMPT}, {"role": "user", "content": text}]
+
+    return [
+        Ask(f"q{number}", turns(f"Question {number}?\nWhat does it show?"), images, tuple(range(samples)))
+        for number, images in enumerate(([], pictures[:1], pictures[1:2], pictures[2:], pictures))
+    ]
+
+
+@pytest.fixture(scope="module", params=["qwen", "internvl"])
+def opened(request, folders):
+    """(folder, engine) of a family; vLLM's processes end with the module"""
+    folder = folders[request.param]
+    engine = engines.open_engine(f"vllm:{folder}", SETUP)
+    yield folder, engine
+    engine.engine.engine_core.shutdown()
+
+
+def policy_logprobs(folder, processor, ask: Ask, ids: list[int]) -> list[float]:
+    """log pi of every token of a response, by our Policy in fp32."""
+    policy = model.load_policy(folder)
+    prompt = processor.encode_prompt(ask.messages, [processor.encode_file(path) for path in ask.images])
+    batch = model.collate([[prompt, processor.encode_tokens(ids)]], processor)
+    with torch.no_grad():
+        return policy(batch)[0][batch.labels[0] > 0].tolist()
+
+
+def test_vllm_answers_every_sample_from_prompts_of_our_own_ids(opened, pictures):
+    folder, engine = opened
+    asks = asks_of(pictures, 3)
+    replies = [reply for part in engine.answer(asks, WARM) for reply in part]  # raises where a prompt's ids are not ours
+    assert {(reply.id, reply.sample) for reply in replies} == {(ask.id, k) for ask in asks for k in range(3)}
+    special = set(engine.processor.special.values())
+    for reply in replies:
+        assert reply.finish_reason == ("stop" if reply.token_ids[-1] == engine.processor.stop_id else "length")
+        assert not special & set(reply.token_ids[:-1]) and len(reply.token_ids) <= WARM.max_tokens
+        assert reply.text == engine.processor.decode(reply.token_ids)
+    again = [reply for part in engine.answer([Ask(asks[1].id, asks[1].messages, asks[1].images, (2,))], WARM) for reply in part]
+    assert again[0].token_ids == next(r.token_ids for r in replies if (r.id, r.sample) == (asks[1].id, 2))  # a seed of its own
+
+
+def test_vllms_log_probabilities_are_our_policys(opened, pictures):
+    from vllm import SamplingParams
+
+    folder, engine = opened
+    differences = []
+    for ask in asks_of(pictures, 1):
+        prompt, expected = engine.prompt(ask)
+        engine.engine.add_request(f"logprobs/{ask.id}", prompt, SamplingParams(temperature=1.0, max_tokens=16, seed=1, logprobs=0))
+        done = []
+        while not done:
+            done = [output for output in engine.engine.step() if output.finished]
+        assert list(done[0].prompt_token_ids) == expected
+        answer = done[0].outputs[0]
+        theirs = [told[token].logprob for token, told in zip(answer.token_ids, answer.logprobs)]
+        ours = policy_logprobs(folder, engine.processor, ask, list(answer.token_ids))
+        differences += [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
+    mean, worst = sum(differences) / len(differences), max(differences)
+    print(f"\nlog-probabilities of {len(differences)} tokens, vLLM against Policy: mean difference {mean:.2e}, largest {worst:.2e}")
+    bf16 = torch.cuda.is_available()
+    assert mean <= (5e-2 if bf16 else 1e-3)
+
+
+def test_vllm_serve_answers_over_http_with_token_ids_of_our_own_prompt(folders, pictures, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processor = model.Processor(folders["qwen"], SETUP.pixels)
+    size = processor.images.size
+    cut = f'{{"min_pixels": {size["shortest_edge"]}, "max_pixels": {size["longest_edge"]}}}'
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folders["qwen"]), "--served-model-name", "mini", "--port", str(port), "--host", "127.0.0.1", "--mm-processor-kwargs", cut, "--max-model-len", "4096", "--enforce-eager"]
+    command += [] if torch.cuda.is_available() else ["--dtype", "float32"]
+    with open(tmp_path / "server.log", "w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    try:
+        for _ in range(300):
+            assert server.poll() is None, (tmp_path / "server.log").read_text()[-3000:]
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
+                break
+            except OSError:
+                time.sleep(1)
+        engine = engines.open_engine(f"http://127.0.0.1:{port}/v1#mini", SETUP)
+        assert engine.vllm
+        asks = asks_of(pictures, 3)
+        replies = [reply for part in engine.answer(asks, WARM) for reply in part]
+        assert {(reply.id, reply.sample) for reply in replies} == {(ask.id, k) for ask in asks for k in range(3)}
+        assert all(reply.token_ids and processor.decode(reply.token_ids) == reply.text for reply in replies)
+        for ask in asks:  # and what it made of the prompt is what training makes
+            completion = engine.client.chat.completions.create(model="mini", messages=engine.messages(ask), max_tokens=1, extra_body={"return_token_ids": True})
+            ours = processor.encode_prompt(ask.messages, [processor.encode_file(path) for path in ask.images]).ids
+            assert completion.model_extra["prompt_token_ids"] == ours
+    finally:
+        server.terminate()
+        server.wait(60)
