@@ -110,11 +110,11 @@ class Stage:
         return [*launcher, self.script, *self.words]
 
     def inputs(self) -> dict[str, str]:
-        """{path: hash} of the files and model folders among the words, own output and image root aside."""
+        """{path: hash} of the files and model folders among the words, own output, cache and image root aside."""
         found = {}
         for before, word in zip(("", *self.words), self.words):
             path = Path(word.removeprefix("hf:"))
-            if before not in ("--out", "--images") and ("/" in word or word.startswith("hf:")) and path.exists():
+            if before not in ("--out", "--cache", "--images") and ("/" in word or word.startswith("hf:")) and path.exists():
                 found[str(path)] = data.file_hash(path)
         return found
 
@@ -177,7 +177,7 @@ def method(recipe: Recipe, base: str, run: Path, bank: list[str], images: str, a
         stage("distill", "distill.py", "", {"questions": f"{at['curate']}/text.jsonl", "teachers": teachers, **recipe.distill, "seed": seed}),
         stage("sft", "sft.py", "", {"model": base, "demos": f"{at['distill']}/demos.jsonl", **shared, **recipe.sft, "seed": seed}, ranks),
         stage("rollout", "rollout.py", "", {"engine": f"{recipe.engine}:{at['sft']}/merged", "questions": f"{at['curate']}/image.jsonl", **shared, **recipe.rollout, "seed": seed}),
-        stage("verdicts", "judge.py", "verdicts", {"judge": judge, **rollouts, **shared, "seed": seed}),
+        stage("verdicts", "judge.py", "verdicts", {"judge": judge, **rollouts, **shared, "cache": str(run / "judge-cache"), "seed": seed}),
         stage("pairs", "judge.py", "pairs", {"verdicts": f"{at['verdicts']}/verdicts.jsonl", **rollouts, **recipe.pairs, "seed": seed}),
         stage("dpo", "dpo.py", "", {"model": f"{at['sft']}/merged", "pairs": f"{at['pairs']}/pairs.jsonl", **shared, **recipe.dpo, "seed": seed}, ranks),
     ]
