@@ -142,9 +142,8 @@ def run(args: argparse.Namespace) -> None:
     criteria, outputs = {}, [out / "predictions.jsonl", out / "results.json"]
     if args.judge:
         judge = open_engine(args.judge, setup_of(args))
-        (out / "judge").mkdir(exist_ok=True)
-        data.settle(out / "judge" / "replies.jsonl", {"judge": args.judge, "seed": args.seed})
-        verdicts = judge_all(judge, [row for row in rows if by_id[row["id"]].images], by_id, image_root, out / "judge", args.seed)
+        settings = {"seed": args.seed, "pixels": args.pixels, "tiles": args.tiles}
+        verdicts = judge_all(judge, [row for row in rows if by_id[row["id"]].images], by_id, image_root, out / "judge", settings)
         data.write_jsonl(out / "verdicts.jsonl", verdicts)
         criteria = {(row["id"], row["sample"]): row["criteria"] for row in verdicts}
         outputs.append(out / "verdicts.jsonl")

@@ -6,12 +6,16 @@
     pairs = some of Y_p x Y_n, question by question
 
 The judge gets the images and the prompt of the paper's Appendix A, and replies with JSON. A reply that cannot be read is
-no verdict: asked again up to three times, then stored with its error, counted, and left out of both sides.
+no verdict: asked again up to three times, then stored with its error, counted, and left out of both sides. Replies are kept
+by a hash of what was asked: the same text on the same question is never judged twice, whichever rollout it came from.
 
     python judge.py verdicts --judge clinic:judge --rollouts rollouts.jsonl --questions questions.jsonl --images . --out out/verdicts
     python judge.py pairs --verdicts out/verdicts/verdicts.jsonl --rollouts ... --questions ... --out out/pairs
+    python judge.py sample -n 1000 --verdicts ... --rollouts ... --questions ... --images . --out out/human    a sheet for humans
+    python judge.py agree --human sheet.csv --key out/human/key.jsonl --verdicts ... --out out/agree           Figure 3
 
-reads questions.jsonl, rollouts.jsonl; writes verdicts.jsonl, then pairs.jsonl with a report (report.json, printed)
+reads questions.jsonl, rollouts.jsonl; writes verdicts.jsonl, then pairs.jsonl with a report (report.json, printed);
+sample writes OUT/sheet (CSV and images, for the raters) and OUT/key.jsonl (not for them); agree writes agreement.json and .png
 
 Where we depart from the paper, or it is silent:
   1. The judge also returns Answer_Correctness, which the rule has settled. Where it says No, rule and judge contradict
@@ -19,18 +23,28 @@ Where we depart from the paper, or it is silent:
   2. How pairs are chosen is not said. All of Y_p x Y_n is our default: with 8 samples at 40 to 45 % accuracy it gives
      about the paper's 4,432 and 5,224 pairs from 2,000 questions, which one negative a positive does not.
   3. An answer cut off by the token limit counts as wrong, so it is never a negative. Samples of one text are one.
+  4. --criteria cuts pairs under fewer than the four. A chain is then positive if it meets those.
+  5. The paper compares "scores" of humans and judge and names no scale. Ours is the number of criteria met, 0 to 4, a mean
+     over the raters where there are several. It finds 68.9 % within +-SD, which is 1.02, and does not say of what: whole
+     numbers cannot give that around 0 unless the mean is 0.45 or more off. We report both, around 0 and around the mean.
 """
 
 import argparse
+import csv
 import json
+import math
 import random
 import re
+import shutil
 import statistics
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 import data
 from engines import Ask, Engine, Sampling, add_flags, ask_all, open_engine, setup_of
@@ -106,12 +120,33 @@ def parse_verdict(reply: str) -> dict[str, bool]:
     return verdict
 
 
+def ground_truth(question: data.Question) -> str:
+    """The answer as judge and raters see it: "B. MRI", or the reference text of an open-ended question."""
+    return f"{question.answer}. {question.answer_text()}" if question.options else question.answer
+
+
+def image_paths(question: data.Question, image_root: Path) -> list[Path]:
+    """Raises RowError for an image that is not there."""
+    for image in question.images:
+        if not (image_root / image).is_file():
+            raise data.RowError(f"question {question.id}: image {image} is not below {image_root}; check --images")
+    return [image_root / image for image in question.images]
+
+
 def judge_ask(question: data.Question, rollout: dict, image_root: Path) -> Ask:
-    """The Appendix A prompt about one rollout, with the question's images."""
-    truth = f"{question.answer}. {question.answer_text()}" if question.options else question.answer
-    prompt = JUDGE_PROMPT % (data.question_text(question), truth, rollout["response"])
-    key = f"{rollout['id']}/{rollout['sample']}/{rollout['response_sha']}"
-    return Ask(key, [{"role": "user", "content": prompt}], [image_root / image for image in question.images], (0,))
+    """The Appendix A prompt about one rollout, with the question's images. Its id is a hash of all of that, so two rollouts
+    of one text are one ask."""
+    prompt = JUDGE_PROMPT % (data.question_text(question), ground_truth(question), rollout["response"])
+    images = image_paths(question, image_root)
+    content = data.content_hash([prompt, [data.file_hash(image) for image in images]])[:16]
+    return Ask(f"{question.id}/{content}", [{"role": "user", "content": prompt}], images, (0,))
+
+
+def readable(reply: str) -> bool:
+    try:
+        return bool(parse_verdict(reply))
+    except ValueError:
+        return False
 
 
 def verdict_row(rollout: dict, judge: str, raw: str) -> dict:
@@ -124,22 +159,23 @@ def verdict_row(rollout: dict, judge: str, raw: str) -> dict:
     return {**row, "verdict_sha": data.content_hash(row)[:16]}
 
 
-def judge_all(engine: Engine, rollouts: list[dict], questions: dict[str, data.Question], image_root: Path, folder: Path, seed: int) -> list[dict]:
-    """A verdict on each rollout. Replies are kept as they come (replies.jsonl), so a kill or a retry asks nothing twice."""
-    judged: dict[str, dict] = {}
-    asked = {ask.id: (ask, row) for row in rollouts for ask in [judge_ask(questions[row["id"]], row, image_root)]}
-    pending = list(asked)
+def judge_all(engine: Engine, rollouts: list[dict], questions: dict[str, data.Question], image_root: Path, cache: Path, settings: dict) -> list[dict]:
+    """A verdict on each rollout, in their order. Replies are kept in the folder `cache` as they come, one file for each judge
+    and its settings ("seed" and whatever changes what it sees), so a kill, a retry or new rollouts ask nothing twice."""
+    path = cache / f"replies-{data.content_hash([engine.spec, settings])[:8]}.jsonl"
+    cache.mkdir(parents=True, exist_ok=True)
+    data.settle(path, {"judge": engine.spec, **settings})
+    asks = [judge_ask(questions[row["id"]], row, image_root) for row in rollouts]
+    by_id, said = {ask.id: ask for ask in asks}, {}
+    pending = list(by_id)
     for attempt in range(ATTEMPTS):
-        asks = [replace(asked[key][0], samples=(attempt,)) for key in pending]
+        again = [replace(by_id[key], samples=(attempt,)) for key in pending]
         title = "verdicts" if attempt == 0 else f"verdicts, attempt {attempt + 1}"
-        sampling = Sampling(0.0, 1.0, 4096, seed)  # ours: paper silent; room for a judge that thinks before its JSON
-        replies = ask_all(engine, asks, sampling, folder / "replies.jsonl", lambda r: {"id": r.id, "sample": r.sample, "raw": r.text}, title) if asks else []
-        for reply in replies:
-            judged[reply["id"]] = verdict_row(asked[reply["id"]][1], engine.spec, reply["raw"])
-        pending = [key for key in pending if judged[key]["criteria"] is None]
-        if not pending:
-            break
-    return list(judged.values())
+        sampling = Sampling(0.0, 1.0, 4096, settings["seed"])  # ours: paper silent; room for a judge that thinks before its JSON
+        replies = ask_all(engine, again, sampling, path, lambda r: {"id": r.id, "sample": r.sample, "raw": r.text}, title) if again else []
+        said |= {reply["id"]: reply["raw"] for reply in replies}
+        pending = [key for key in pending if not readable(said[key])]
+    return [verdict_row(row, engine.spec, said[ask.id]) for row, ask in zip(rollouts, asks)]
 
 
 def right_by_rule(rollouts: list[dict], questions: dict[str, data.Question]) -> list[dict]:
@@ -167,8 +203,8 @@ def verdicts(args: argparse.Namespace) -> None:
     right = right_by_rule(rollouts, questions)
     print(f"{len(rollouts)} candidates, {len(right)} right by rule: those go to {args.judge}")
     engine = open_engine(args.judge, setup_of(args))
-    data.settle(out / "replies.jsonl", {"judge": args.judge, "seed": args.seed})
-    rows = judge_all(engine, right, questions, Path(args.images), out, args.seed)
+    settings = {"seed": args.seed, "pixels": args.pixels, "tiles": args.tiles}
+    rows = judge_all(engine, right, questions, Path(args.images), Path(args.cache or out), settings)
     data.write_jsonl(out / "verdicts.jsonl", rows)
     unread = sum(row["criteria"] is None for row in rows)
     print(f"{len(rows)} verdicts, {unread} unreadable and left out")
@@ -223,11 +259,14 @@ def mean(values: list[float]) -> float | None:
     return round(statistics.fmean(values), 3) if values else None
 
 
-def make_pairs(rollouts: list[dict], verdict_rows: list[dict], questions: dict[str, data.Question], rule: str, cap: int, seed: int) -> tuple[list[dict], dict]:
-    """(pairs.jsonl rows, report). The report follows every candidate to where it ended."""
+def make_pairs(
+    rollouts: list[dict], verdict_rows: list[dict], questions: dict[str, data.Question], rule: str, cap: int, seed: int, criteria: Sequence[str] = CRITERIA
+) -> tuple[list[dict], dict]:
+    """(pairs.jsonl rows, report). A chain that meets all of `criteria` is positive, one that fails any of them negative.
+    The report follows every candidate to where it ended."""
     right = right_by_rule(rollouts, questions)
     by_key = {(row["id"], row["sample"], row["response_sha"]): row for row in verdict_rows}
-    report = {"candidates": len(rollouts), "cut_off": sum(r["finish_reason"] != "stop" for r in rollouts), "correct": len(right), "no_verdict": 0, "rule_and_judge_disagree": 0}
+    report = {"criteria": list(criteria), "candidates": len(rollouts), "cut_off": sum(r["finish_reason"] != "stop" for r in rollouts), "correct": len(right), "no_verdict": 0, "rule_and_judge_disagree": 0}
     sides: dict[str, tuple[list, list]] = {}
     failed_by: Counter = Counter()
     for rollout in right:
@@ -235,11 +274,11 @@ def make_pairs(rollouts: list[dict], verdict_rows: list[dict], questions: dict[s
         if judged is None or judged["criteria"] is None:
             report["no_verdict"] += 1
             continue
-        criteria = judged["criteria"]
-        if not criteria["Answer_Correctness"]:
+        met = judged["criteria"]
+        if not met["Answer_Correctness"]:
             report["rule_and_judge_disagree"] += 1
             continue
-        failed = [name for name in CRITERIA if not criteria[name]]
+        failed = [name for name in criteria if not met[name]]
         failed_by.update(failed)
         candidate = {**rollout, "failed": failed, "verdict": judged["verdict_sha"]}
         sides.setdefault(rollout["id"], ([], []))[bool(failed)].append(candidate)
@@ -261,11 +300,11 @@ def make_pairs(rollouts: list[dict], verdict_rows: list[dict], questions: dict[s
     report |= {
         "positive": sum(len(good) for good, _ in sides.values()),
         "negative": sum(len(bad) for _, bad in sides.values()),
-        "negatives_failing": {name: failed_by[name] for name in CRITERIA},
+        "negatives_failing": {name: failed_by[name] for name in criteria},
         "questions": len({row["id"] for row in rollouts}),
         "questions_with_pairs": with_pairs,
         "pairs": len(rows),
-        "pairs_failing": {name: sum(name in row["failed"] for row in rows) for name in CRITERIA},
+        "pairs_failing": {name: sum(name in row["failed"] for row in rows) for name in criteria},
         "words": {side: mean([len(row[side].split()) for row in rows]) for side in ("chosen", "rejected")},
         "first_look": {side: mean([look for row in rows if (look := first_look(row[side])) is not None]) for side in ("chosen", "rejected")},
         "never_looks": {side: sum(first_look(row[side]) is None for row in rows) for side in ("chosen", "rejected")},
@@ -274,6 +313,8 @@ def make_pairs(rollouts: list[dict], verdict_rows: list[dict], questions: dict[s
 
 
 def print_report(report: dict) -> None:
+    if len(report["criteria"]) < len(CRITERIA):
+        print("positive is a chain that meets " + ", ".join(report["criteria"]))
     print("candidates -> correct -> judged -> positive / negative -> questions with pairs -> pairs")
     judged = report["correct"] - report["no_verdict"] - report["rule_and_judge_disagree"]
     print(f"{report['candidates']} -> {report['correct']} -> {judged} -> {report['positive']} / {report['negative']} -> {report['questions_with_pairs']} of {report['questions']} -> {report['pairs']}")
@@ -286,32 +327,206 @@ def pairs(args: argparse.Namespace) -> None:
     started, out = time.time(), Path(args.out)
     questions = {question.id: question for question in data.read_questions(args.questions)}
     rollouts = read_rollouts(args.rollouts, questions)
-    judged = [row for _, row in data.read_jsonl(args.verdicts)]
-    rows, report = make_pairs(rollouts, judged, questions, args.rule, args.cap, args.seed)
+    judged = data.read_rows(args.verdicts, "verdicts")
+    criteria = [name for name in CRITERIA if name in args.criteria]
+    rows, report = make_pairs(rollouts, judged, questions, args.rule, args.cap, args.seed, criteria)
     data.write_jsonl(out / "pairs.jsonl", rows)
     data.write_json(out / "report.json", report)
     print_report(report)
     data.write_stage(out, args, [args.rollouts, args.questions, args.verdicts], [out / "pairs.jsonl"], started, **{k: v for k, v in report.items() if isinstance(v, int)})
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# Agreement with humans (paper §3.3, Fig. 3)
+
+RESAMPLES = 2000  # ours: bootstrap over cases
+SHEET = ("id", "question", "options", "answer", "response", "images", *CRITERIA)  # the raters fill in the last four
+
+
+def sample(args: argparse.Namespace) -> None:
+    """Draws chains with a readable verdict, each text once, and lays them out for raters who must not know the verdicts."""
+    started, out, image_root = time.time(), Path(args.out), Path(args.images)
+    questions = {question.id: question for question in data.read_questions(args.questions)}
+    chains = {(row["id"], row["response_sha"]): row for row in read_rollouts(args.rollouts, questions)}
+    judged = {(row["id"], row["response_sha"]) for row in data.read_rows(args.verdicts, "verdicts") if row["criteria"]}
+    if missing := judged - chains.keys():
+        raise data.RowError(f"{args.verdicts}: {len(missing)} verdicts are on texts that {args.rollouts} does not have; give the file they were made from")
+    if len(judged) < args.n:
+        raise data.RowError(f"{args.verdicts}: {len(judged)} chains have a readable verdict, fewer than -n {args.n}; ask for fewer")
+    drawn = random.Random(args.seed).sample(sorted(judged), args.n)
+    sheet, key = [], []
+    if (out / "sheet").exists():
+        raise data.RowError(f"{out / 'sheet'}: is there already, and may be half filled in; move it away, or write to another folder")
+    (out / "sheet" / "images").mkdir(parents=True)
+    for number, (question_id, response_sha) in enumerate(drawn, 1):
+        question, case, copies = questions[question_id], f"case-{number:04d}", []
+        for index, image in enumerate(image_paths(question, image_root), 1):  # under new names: a file's own may tell the answer
+            copies.append(f"{case}-{index}{image.suffix}")
+            shutil.copyfile(image, out / "sheet" / "images" / copies[-1])
+        options = "\n".join(f"({letter}) {text}" for letter, text in question.options.items())
+        told = (case, question.question, options, ground_truth(question), chains[question_id, response_sha]["response"], " ".join(copies))
+        sheet.append([*told, *[""] * len(CRITERIA)])
+        key.append({"case": case, "id": question_id, "response_sha": response_sha})
+    with open(out / "sheet" / "sheet.csv", "w", newline="", encoding="utf-8-sig") as file:  # spreadsheets tell UTF-8 by the mark
+        csv.writer(file).writerows([SHEET, *sheet])
+    data.write_jsonl(out / "key.jsonl", key)
+    print(f"{args.n} of {len(judged)} judged chains. {out / 'sheet'} is for the raters: Yes or No in the columns {', '.join(CRITERIA)}.")
+    print(f"Each rater fills in a copy of sheet.csv. Keep {out / 'key.jsonl'} to yourself: it says which chain is which.")
+    data.write_stage(out, args, [args.verdicts, args.rollouts, args.questions], [out / "sheet" / "sheet.csv", out / "key.jsonl"], started, cases=args.n)
+
+
+def read_sheet(path: str, cases: Sequence[str]) -> dict[str, dict[str, bool]]:
+    """{case: {criterion: met}} from a sheet that a rater filled in. Raises RowError that lists every mistake by row and
+    column: a sheet counts whole or not at all."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise data.RowError(f"{path}: cannot be read ({error}); save the filled-in sheet as CSV in UTF-8") from None
+    if lacking := [name for name in ("id", *CRITERIA) if not rows or name not in rows[0]]:
+        raise data.RowError(f"{path}: no column {lacking[0]!r}; save the filled-in sheet as CSV with commas, its first line unchanged")
+    found, mistakes = {}, []
+    for number, row in enumerate(rows, 2):  # as a spreadsheet numbers them: the first row is the header
+        where, case = f"row {number} ({row['id']})", row["id"]
+        if case not in cases:
+            mistakes.append(f"{where}, column id: is not a case of the key; rows must keep the id they were given")
+        elif case in found:
+            mistakes.append(f"{where}, column id: is there twice; remove one of the rows")
+        found[case] = {}
+        for name in CRITERIA:
+            word = (row[name] or "").strip().casefold()
+            if word not in ("yes", "y", "1", "true", "no", "n", "0", "false"):
+                mistakes.append(f"{where}, column {name}: " + (f"{row[name]!r} is neither Yes nor No" if word else "is empty; every criterion needs Yes or No"))
+            found[case][name] = word in ("yes", "y", "1", "true")
+    mistakes += [f"{case} is missing; every case of the key needs its row" for case in cases if case not in found]
+    if mistakes:
+        more = f"\n  ... and {len(mistakes) - 20} more" if len(mistakes) > 20 else ""
+        raise data.RowError(f"{path}: {len(mistakes)} mistakes; nothing was computed\n  " + "\n  ".join(mistakes[:20]) + more)
+    return found
+
+
+def kappa(first: np.ndarray, second: np.ndarray) -> float | None:
+    """Cohen's kappa of two raters' answers, bool (N,): (p_o - p_e) / (1 - p_e), the agreement beyond what their shares of Yes
+    give by chance. None where both always say the same one thing: chance then explains all."""
+    chance = first.mean() * second.mean() + (1 - first.mean()) * (1 - second.mean())
+    return float(((first == second).mean() - chance) / (1 - chance)) if chance < 1 else None
+
+
+def differences(cases: np.ndarray) -> np.ndarray:
+    """Human score minus judge's score, (C,). A score is the number of criteria met; several raters are averaged."""
+    return cases[:, :-1].sum(2).mean(1) - cases[:, -1].sum(1)
+
+
+def agreement(cases: np.ndarray) -> dict[str, float | None]:
+    """Every figure of the study, from bool (C cases, raters and then the judge, four criteria). Criteria are compared rater by
+    rater with the judge; "all" is whether all four are met."""
+    scores = differences(cases)
+    mean, spread = scores.mean(), scores.std(ddof=1)
+    within = {"within_sd_of_0": np.abs(scores), "within_sd_of_mean": np.abs(scores - mean)}
+    figures = {"mean": mean, "sd": spread, **{name: (away <= spread + 1e-9).mean() for name, away in within.items()}}  # 1e-9: a third is not exact
+    for name, met in [*zip(CRITERIA, np.moveaxis(cases, 2, 0)), ("all", cases.all(2))]:  # met: (C, raters and the judge)
+        human, judge = met[:, :-1].ravel(), np.repeat(met[:, -1], met.shape[1] - 1)
+        figures |= {f"{name}.human_yes": human.mean(), f"{name}.judge_yes": judge.mean(), f"{name}.accuracy": (human == judge).mean(), f"{name}.kappa": kappa(human, judge)}
+    return {name: None if value is None else float(value) for name, value in figures.items()}
+
+
+def bootstrap(cases: np.ndarray, figures_of: Callable[[np.ndarray], dict[str, float | None]], resamples: int, seed: int) -> dict[str, tuple[float, float] | None]:
+    """The 95 % percentile interval of each figure over cases drawn anew with replacement; None for a figure that no draw has."""
+    rng, intervals = np.random.default_rng(seed), {}
+    draws = [figures_of(cases[rng.integers(len(cases), size=len(cases))]) for _ in range(resamples)]
+    for name in draws[0]:
+        values = sorted(draw[name] for draw in draws if draw[name] is not None)
+        intervals[name] = (values[int(0.025 * len(values))], values[math.ceil(0.975 * len(values)) - 1]) if values else None
+    return intervals
+
+
+def plot_agreement(cases: np.ndarray, figures: dict, path: Path) -> None:
+    """The paper's Figure 3: how many cases have which difference of scores, and the band of one SD."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams["axes.titlesize"] = 10
+    step = 1 / (cases.shape[1] - 1)  # a mean over so many raters
+    counts = Counter(round(difference / step) for difference in differences(cases))
+    mean, spread = figures["mean"], figures["sd"]
+    figure, ax = plt.subplots(figsize=(7, 4.5), constrained_layout=True)
+    ax.axvspan(-spread, spread, color="#5b8db8", alpha=0.15, lw=0, label=f"0 ± SD: {figures['within_sd_of_0']:.1%} of cases")
+    for edge, label in ((mean - spread, f"mean ± SD: {figures['within_sd_of_mean']:.1%}"), (mean + spread, None)):
+        ax.axvline(edge, color="#c0504d", ls="--", lw=1, label=label)
+    bars = ax.bar([k * step for k in counts], list(counts.values()), 0.85 * step, color="#5b8db8", edgecolor="white")
+    ax.bar_label(bars, padding=3, fontsize=8 if step == 1 else 6)
+    ax.axvline(mean, color="#c0504d", lw=1.2, label=f"mean {mean:+.2f}, SD {spread:.2f}")
+    ax.set(title=f"criteria met, humans minus judge ({len(cases)} cases)", xlabel="difference of scores", ylabel="cases", xticks=range(-4, 5), xlim=(-4.5, 4.5))
+    ax.margins(y=0.12)
+    ax.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def agree(args: argparse.Namespace) -> None:
+    started, out = time.time(), Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    key = {row["case"]: (row["id"], row["response_sha"]) for _, row in data.read_jsonl(args.key)}
+    sheets = [read_sheet(path, list(key)) for path in args.human]
+    verdict_of = {(row["id"], row["response_sha"]): row["criteria"] for row in data.read_rows(args.verdicts, "verdicts")}
+    if lacking := [case for case, chain in key.items() if chain not in verdict_of]:
+        raise data.RowError(f"{args.verdicts}: no verdict on {len(lacking)} of {len(key)} cases, the first is {lacking[0]}; give the verdicts of the same rollouts")
+    told = [[*(sheet[case] for sheet in sheets), verdict_of[chain]] for case, chain in key.items() if verdict_of[chain]]
+    cases = np.array([[[said[name] for name in CRITERIA] for said in row] for row in told], dtype=bool)  # (C, raters and the judge, 4)
+    if len(cases) < 2:
+        raise data.RowError(f"{args.verdicts}: {len(cases)} cases have a readable verdict; agreement needs two or more")
+    figures = agreement(cases)
+    intervals = bootstrap(cases, agreement, RESAMPLES, args.seed)
+
+    def shown(name: str, form: str) -> str:
+        if figures[name] is None:
+            return "none (one answer only)"
+        low, high = intervals[name]
+        return f"{figures[name]:{form}} ({low:{form}} to {high:{form}})"
+
+    print(f"{len(cases)} cases, {len(sheets)} raters, {len(key) - len(cases)} left out for an unreadable verdict; in brackets 95 %, bootstrap over cases")
+    print(f"score, human minus judge: mean {shown('mean', '+.2f')}, SD {shown('sd', '.2f')}")
+    print(f"within ±SD of 0 {shown('within_sd_of_0', '.1%')}, of the mean {shown('within_sd_of_mean', '.1%')}")
+    for name in (*CRITERIA, "all"):
+        rates = f"Yes: human {figures[f'{name}.human_yes']:.2f}, judge {figures[f'{name}.judge_yes']:.2f}"
+        print(f"{name:<27} {rates}   accuracy {shown(f'{name}.accuracy', '.3f')}   kappa {shown(f'{name}.kappa', '.3f')}")
+    data.write_json(out / "agreement.json", {"cases": len(cases), "raters": len(sheets), "figures": figures, "intervals": intervals})
+    plot_agreement(cases, figures, out / "agreement.png")
+    data.write_stage(out, args, [*args.human, args.key, args.verdicts], [out / "agreement.json", out / "agreement.png"], started, cases=len(cases), raters=len(sheets))
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Judge rollouts against the four criteria and build preference pairs.")
+    parser = argparse.ArgumentParser(description="Judge rollouts against the four criteria, build preference pairs, compare the judge with humans.")
     commands = parser.add_subparsers(dest="command", required=True)
     ask = commands.add_parser("verdicts", help="ask the judge about every rollout that is right by rule")
     cut = commands.add_parser("pairs", help="pair all-criteria chains with any-failed ones")
-    for command in (ask, cut):
+    draw = commands.add_parser("sample", help="draw the blinded sheet that humans fill in")
+    compare = commands.add_parser("agree", help="compare filled-in sheets with the verdicts")
+    for command in (ask, cut, draw):
         command.add_argument("--rollouts", required=True)
         command.add_argument("--questions", required=True)
+    for command in (cut, draw, compare):
+        command.add_argument("--verdicts", required=True, help="verdicts.jsonl")
+    for command in (ask, cut, draw, compare):
         command.add_argument("--out", required=True, help="folder to write")
         command.add_argument("--seed", type=int, default=0)
     ask.add_argument("--judge", required=True, help="engine spec of the judge")
-    ask.add_argument("--images", default=".", help="image root")
+    for command in (ask, draw):
+        command.add_argument("--images", default=".", help="image root")
+    ask.add_argument("--cache", default="", help="folder of the judge's replies, to share between runs; default: --out")
     add_flags(ask)
     ask.set_defaults(run=verdicts)
-    cut.add_argument("--verdicts", required=True)
+    cut.add_argument("--criteria", nargs="+", choices=CRITERIA, default=list(CRITERIA), help="what a positive must meet")  # paper 3.3: all four
     cut.add_argument("--rule", choices=RULES, default="all")  # ours: paper silent
     cut.add_argument("--cap", type=int, default=0, help="most pairs of one question; 0 keeps all")  # ours: paper silent
     cut.set_defaults(run=pairs)
+    draw.add_argument("-n", type=int, default=1000, help="cases")  # paper 3.3
+    draw.set_defaults(run=sample)
+    compare.add_argument("--human", nargs="+", required=True, help="filled-in sheets, one a rater")
+    compare.add_argument("--key", required=True, help="key.jsonl of the sample")
+    compare.set_defaults(run=agree)
     return parser.parse_args(argv)
 
 

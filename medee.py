@@ -6,6 +6,7 @@
     python medee.py demo --fast                  the same chain in a smaller world
     python medee.py run qwen2.5-vl-7b ...        the same stages at the paper's size; --dry prints the commands
     python medee.py status                       which stages of a run are done
+    python medee.py plan qwen2.5-vl-7b --gpus 8  will it fit? memory of a GPU in both stages, term by term
     python medee.py claims                       the demo over several seeds, and what it shows with intervals
 
 A stage is done when its folder has a stage.json whose command and input hashes are those asked for now. A stage that was
@@ -111,11 +112,11 @@ class Stage:
         return [*launcher, self.script, *self.words]
 
     def inputs(self) -> dict[str, str]:
-        """{path: hash} of the files and model folders among the words, own output and image root aside."""
+        """{path: hash} of the files and model folders among the words, own output, cache and image root aside."""
         found = {}
         for before, word in zip(("", *self.words), self.words):
             path = Path(word.removeprefix("hf:").removeprefix("vllm:"))
-            if before not in ("--out", "--images") and ("/" in word or word.startswith(("hf:", "vllm:"))) and path.exists():
+            if before not in ("--out", "--cache", "--images") and ("/" in word or word.startswith(("hf:", "vllm:"))) and path.exists():
                 found[str(path)] = data.file_hash(path)
         return found
 
@@ -198,7 +199,7 @@ def method(recipe: Recipe, base: str, run: Path, bank: list[str], images: str, a
         stage("distill", "distill.py", "", {"questions": f"{at['curate']}/text.jsonl", "teachers": teachers, **recipe.distill, "seed": seed}),
         stage("sft", "sft.py", "", {"model": base, "demos": f"{at['distill']}/demos.jsonl", **shared, **recipe.sft, "seed": seed}, ranks),
         stage("rollout", "rollout.py", "", {"engine": f"{recipe.engine}:{at['sft']}/merged", "questions": f"{at['curate']}/image.jsonl", **shared, **recipe.rollout, "seed": seed}),
-        stage("verdicts", "judge.py", "verdicts", {"judge": judge, **rollouts, **shared, "seed": seed}),
+        stage("verdicts", "judge.py", "verdicts", {"judge": judge, **rollouts, **shared, "cache": str(run / "judge-cache"), "seed": seed}),
         stage("pairs", "judge.py", "pairs", {"verdicts": f"{at['verdicts']}/verdicts.jsonl", **rollouts, **recipe.pairs, "seed": seed}),
         stage("dpo", "dpo.py", "", {"model": f"{at['sft']}/merged", "pairs": f"{at['pairs']}/pairs.jsonl", **shared, **recipe.dpo, "seed": seed}, ranks),
     ]
@@ -274,6 +275,24 @@ def run(args: argparse.Namespace) -> None:
     run_stages(stages, folder, args.recipe)
 
 
+def plan(args: argparse.Namespace) -> None:
+    from transformers import AutoConfig
+
+    from lora import RANK
+    from plan import ROOM, SIZES, config_of, image_bytes, report, shapes
+
+    recipe = RECIPES[args.recipe]
+    config = AutoConfig.from_pretrained(args.base, trust_remote_code=False, local_files_only=True) if args.base else config_of(SIZES[args.recipe])
+    print(f"{args.recipe} on {args.gpus} GPUs of {args.memory:.0f} GB, rows of {args.len} tokens; shapes of {args.base or 'the published config, from memory (--base FOLDER reads yours)'}")
+    for stage in [args.stage] if args.stage else ["sft", "dpo"]:
+        flags = getattr(recipe, stage)
+        method, count = ("lora", 0) if stage == "sft" else (flags["method"], args.images)
+        policy = shapes(config, method, flags.get("rank", RANK))
+        images = count * image_bytes(policy, recipe.images.get("pixels", 0), recipe.images.get("tiles", 1))
+        title = f"\n{'Stage I, sft.py' if stage == 'sft' else 'Stage II, dpo.py'} ({method}; images a row: {count})"
+        print(report(title, policy, args.gpus, args.len, stage == "dpo", images, ROOM * args.memory, max(1, flags["batch"] // args.gpus)))
+
+
 def claims(args: argparse.Namespace) -> None:
     folder = Path(args.out)
     for seed in args.seeds:
@@ -336,6 +355,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     several.add_argument("--family", choices=["qwen", "internvl"], default="qwen")
     several.add_argument("--write", default="CLAIMS.md", help="file for the table")
     several.set_defaults(act=claims)
+    fits = commands.add_parser("plan", help="will it fit? memory of a GPU, term by term, and the micro-batch for it")
+    fits.add_argument("recipe", choices=[name for name in RECIPES if not name.startswith("mini")])
+    fits.add_argument("--gpus", type=int, default=8, help="that share the weights")
+    fits.add_argument("--len", type=int, default=8192, help="tokens of the longest row: prompt, images, and in Stage II both responses")
+    fits.add_argument("--stage", choices=["sft", "dpo"], default="", help="default: both")
+    fits.add_argument("--images", type=int, default=1, help="images of a row in Stage II")
+    fits.add_argument("--memory", type=float, default=80, help="GB of a GPU")
+    fits.add_argument("--base", default="", help="local model folder whose config.json is read, instead of the published shapes")
+    fits.set_defaults(act=plan)
     state = commands.add_parser("status", help="which stages of a run are done")
     state.add_argument("--out", default="runs/demo", help="run folder")
     state.set_defaults(act=status)

@@ -83,6 +83,8 @@ def test_judge_prompt_has_the_papers_words(piece):
 
 def test_judge_sees_question_truth_whole_response_and_images_in_their_slots(tmp_path):
     asked = data.Question("Is 5 % enough?", OPTIONS, "B", ["films/a.png"], id="q")
+    (tmp_path / "films").mkdir()
+    (tmp_path / "films" / "a.png").write_bytes(b"a film")
     ask = judge.judge_ask(asked, candidate("q", 3, "100 % sure"), tmp_path)
     (message,) = ask.messages
     assert message["role"] == "user" and ask.images == [tmp_path / "films/a.png"]
@@ -93,9 +95,24 @@ def test_judge_sees_question_truth_whole_response_and_images_in_their_slots(tmp_
     )
 
 
-def test_verdicts_are_kept_apart_by_question_sample_and_text(tmp_path):
-    rows = [candidate("q", 0, "a"), candidate("q", 1, "a"), candidate("r", 0, "a"), candidate("q", 0, "b")]
-    assert len({judge.judge_ask(question(row["id"]), row, tmp_path).id for row in rows}) == 4
+def test_an_ask_is_known_by_question_images_truth_and_text_whichever_sample_it_was(tmp_path):
+    def ask_id(row: dict, asked: data.Question) -> str:
+        return judge.judge_ask(asked, row, tmp_path).id
+
+    (tmp_path / "a.png").write_bytes(b"one film")
+    asked = data.Question("Which one?", OPTIONS, "B", ["a.png"], id="q")
+    first = ask_id(candidate("q", 0, "a"), asked)
+    assert ask_id({**candidate("q", 5, "a"), "engine": "hf:another"}, asked) == first
+    others = [ask_id(candidate("q", 0, "b"), asked), ask_id(candidate("q", 0, "a"), data.Question("Which two?", OPTIONS, "B", ["a.png"], id="q"))]
+    others.append(ask_id(candidate("q", 0, "a"), data.Question("Which one?", OPTIONS, "C", ["a.png"], id="q")))
+    (tmp_path / "a.png").write_bytes(b"another film")
+    others.append(ask_id(candidate("q", 0, "a"), asked))
+    assert len({first, *others}) == 5
+
+
+def test_a_missing_image_is_named_with_its_question(tmp_path):
+    with pytest.raises(data.RowError, match="question q: image films/none.png is not below"):
+        judge.judge_ask(data.Question("Which?", OPTIONS, "B", ["films/none.png"], id="q"), candidate("q", 0, "a"), tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -185,7 +202,7 @@ def test_unreadable_reply_is_asked_again_up_to_three_times_then_stored_with_its_
     no = reply(No_Hallucination="No")
     scripts = [[no], ["", no], ["", "{}", no], ["", "", "hm", no]]  # the last would be readable at a fourth ask
     double = RemoteJudge({row["response"]: script for row, script in zip(rows, scripts)})
-    verdicts = judge.judge_all(double, rows, {"q": question()}, tmp_path, tmp_path, seed=0)
+    verdicts = judge.judge_all(double, rows, {"q": question()}, tmp_path, tmp_path, {"seed": 0})
     expected = [(row["response"], k) for row, count in ((at_once, 1), (second, 2), (third, 3), (never, 3)) for k in range(count)]
     assert sorted(double.asked) == sorted(expected)
     by_sample = {row["sample"]: row for row in verdicts}
@@ -197,9 +214,33 @@ def test_unreadable_reply_is_asked_again_up_to_three_times_then_stored_with_its_
 def test_judged_again_asks_nothing_and_says_the_same(tmp_path):
     rows = [candidate("q", 0, "one"), candidate("q", 1, "two")]
     script = {rows[0]["response"]: ["", reply()], rows[1]["response"]: ["", "", ""]}
-    first = judge.judge_all(RemoteJudge(script), rows, {"q": question()}, tmp_path, tmp_path, seed=0)
+    first = judge.judge_all(RemoteJudge(script), rows, {"q": question()}, tmp_path, tmp_path, {"seed": 0})
     again = RemoteJudge(script)
-    assert judge.judge_all(again, rows, {"q": question()}, tmp_path, tmp_path, seed=0) == first
+    assert judge.judge_all(again, rows, {"q": question()}, tmp_path, tmp_path, {"seed": 0}) == first
+    assert again.asked == []
+
+
+def test_rollouts_made_again_are_asked_about_only_where_their_text_is_new(tmp_path):
+    old = [candidate("q", 0, "one"), candidate("q", 1, "two"), candidate("q", 2, "one")]  # a text that came twice is asked once
+    new = [candidate("q", 0, "two"), candidate("q", 1, "three"), candidate("q", 7, "one")]
+    script = {row["response"]: [reply(No_Hallucination=answer)] for row, answer in zip([old[0], old[1], new[1]], ("Yes", "No", "Yes"))}
+    before, after = RemoteJudge(script), RemoteJudge(script)
+    judge.judge_all(before, old, {"q": question()}, tmp_path, tmp_path, {"seed": 0})
+    verdicts = judge.judge_all(after, new, {"q": question()}, tmp_path, tmp_path, {"seed": 0})
+    assert [text for text, _ in before.asked] == [old[0]["response"], old[1]["response"]]
+    assert [text for text, _ in after.asked] == [new[1]["response"]]
+    assert [(row["sample"], row["criteria"]["No_Hallucination"]) for row in verdicts] == [(0, False), (1, True), (7, True)]
+    assert [row["response_sha"] for row in verdicts] == [row["response_sha"] for row in new]
+
+
+def test_another_judge_or_other_settings_are_asked_anew_and_the_first_replies_stay(tmp_path):
+    row = candidate("q", 0, "one")
+    doubles = [RemoteJudge({row["response"]: [reply(No_Hallucination=said)]}, spec) for said, spec in (("Yes", "double:a"), ("No", "double:b"), ("No", "double:a"))]
+    for double, settings in zip(doubles, ({"seed": 0}, {"seed": 0}, {"seed": 0, "pixels": 56})):
+        (verdict,) = judge.judge_all(double, [row], {"q": question()}, tmp_path, tmp_path, settings)
+        assert len(double.asked) == 1 and verdict["judge"] == double.spec and verdict["criteria"]["No_Hallucination"] == (double is doubles[0])
+    again = RemoteJudge({}, "double:a")
+    assert judge.judge_all(again, [row], {"q": question()}, tmp_path, tmp_path, {"seed": 0})[0]["criteria"]["No_Hallucination"]
     assert again.asked == []
 
 
@@ -241,6 +282,23 @@ def test_five_judgements_decide_positive_negative_or_excluded(bits):
     for pair in pairs:
         if pair["rejected"] == x["response"]:
             assert pair["failed"] == [name for name, met in zip(judge.CRITERIA, criteria) if not met]
+
+
+@pytest.mark.parametrize("count", range(1, 5))
+def test_pairs_are_cut_again_under_any_subset_of_the_criteria(count):
+    """Sixteen chains, one for each truth table of the four; the sides of every subset against plain counting."""
+    tables = list(itertools.product([True, False], repeat=4))
+    rows = [candidate("q", k, f"chain {k}") for k in range(16)]
+    verdicts = [judged(row, **dict(zip(judge.CRITERIA, table))) for row, table in zip(rows, tables)]
+    for wanted in itertools.combinations(range(4), count):
+        names = [judge.CRITERIA[i] for i in wanted]
+        pairs, report = judge.make_pairs(rows, verdicts, {"q": question()}, "all", 0, 0, names)
+        positive = 2 ** (4 - count)  # the criteria left out may be met or not
+        assert (report["positive"], report["negative"], len(pairs)) == (positive, 16 - positive, positive * (16 - positive))
+        assert report["criteria"] == names and list(report["negatives_failing"]) == list(report["pairs_failing"]) == names
+        for pair in pairs:
+            assert all(tables[pair["chosen_sample"]][i] for i in wanted)
+            assert pair["failed"] == [judge.CRITERIA[i] for i in wanted if not tables[pair["rejected_sample"]][i]] != []
 
 
 EXCLUDED = {
@@ -508,6 +566,11 @@ def verdicts(world, rollouts, tmp_path_factory) -> Path:
     return out
 
 
+def replies_of(folder: Path) -> Path:
+    (path,) = folder.glob("replies-*.jsonl")
+    return path
+
+
 def right_by_hand(world: Path, rollouts: Path) -> dict[tuple, dict]:
     """Rollouts whose text behind the thinking names the right option: teachers write its text, and nothing more."""
     truth = {question.id: question.options[question.answer] for question in data.read_questions(world / "test.jsonl")}
@@ -517,8 +580,8 @@ def right_by_hand(world: Path, rollouts: Path) -> dict[tuple, dict]:
 
 def test_exactly_the_right_answers_are_judged(world, rollouts, verdicts):
     right = right_by_hand(world, rollouts)
-    asked = [row["id"].split("/")[:2] for _, row in data.read_jsonl(verdicts / "replies.jsonl")]
-    assert {(key, int(sample)) for key, sample in asked} == set(right)
+    asked = [row["id"] for _, row in data.read_jsonl(replies_of(verdicts))]
+    assert len(set(asked)) == len(asked) == len({(key, row["response"]) for (key, _), row in right.items()})
     assert {(row["id"], row["sample"]) for _, row in data.read_jsonl(verdicts / "verdicts.jsonl")} == set(right)
     assert 0 < len(right) < 120  # some teacher did slip, so the claim is not empty
 
@@ -565,21 +628,14 @@ def test_pairs_join_thorough_chains_with_lacking_ones_and_the_report_adds_up(wor
 
 
 def test_killed_and_resumed_judge_says_the_same_and_asks_nothing_twice(world, rollouts, verdicts, tmp_path):
-    whole = (verdicts / "replies.jsonl").read_bytes()
+    path = replies_of(verdicts)
+    whole = path.read_bytes()
     kept = whole[: len(whole) // 2]
     assert not kept.endswith(b"\n")  # killed in the middle of a line
-    (tmp_path / "replies.jsonl").write_bytes(kept)
-    (tmp_path / "replies.jsonl.settings.json").write_bytes((verdicts / "replies.jsonl.settings.json").read_bytes())
+    (tmp_path / path.name).write_bytes(kept)
     run_verdicts(world, rollouts, tmp_path)
     assert (tmp_path / "verdicts.jsonl").read_bytes() == (verdicts / "verdicts.jsonl").read_bytes()
-    assert (tmp_path / "replies.jsonl").read_bytes() == whole
-
-
-def test_another_judge_may_not_go_on_with_the_replies_of_the_first(world, rollouts, verdicts, tmp_path):
-    (tmp_path / "replies.jsonl").write_bytes((verdicts / "replies.jsonl").read_bytes())
-    (tmp_path / "replies.jsonl.settings.json").write_text(json.dumps({"judge": "clinic:another", "seed": 0}))
-    with pytest.raises(data.RowError, match="clinic:another"):
-        run_verdicts(world, rollouts, tmp_path)
+    assert (tmp_path / path.name).read_bytes() == whole
 
 
 def test_rollout_of_an_unknown_question_is_refused_by_file_and_line(tmp_path):
