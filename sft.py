@@ -101,16 +101,18 @@ def gate(rows: list[dict], row: model.Row, processor: model.Processor, policy: m
 
 def save(out: Path, policy: model.Policy, processor: model.Processor, adapter: tuple[int, float, str] | None) -> None:
     """OUT/adapter and OUT/merged, or OUT/merged alone after full training. adapter: (rank, alpha, base). A collective."""
+    tensors = train.whole_tensors(policy)  # they stream: gathered, merged and written one by one, never the whole model
     if adapter:
         rank, alpha, base = adapter
         matrices = dict(train.whole_tensors(policy, lambda name: name.endswith((".lora_A", ".lora_B"))))
         if train.rank() == 0:
             lora.save_adapter(out / "adapter", matrices, rank, alpha, base)
-        state = dict(lora.merge_state(train.whole_tensors(policy), alpha / rank))
-    else:
-        state = dict(train.whole_tensors(policy))
+        tensors = lora.merge_state(tensors, alpha / rank)
     if train.rank() == 0:
-        model.save_policy(out / "merged", policy, processor, state)
+        model.save_policy(out / "merged", policy, processor, tensors)
+    else:
+        for _ in tensors:  # the other ranks give their shards
+            pass
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -133,6 +135,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--pixels", type=int, default=model.MAX_PIXELS, help="largest image, Qwen")
     parser.add_argument("--tiles", type=int, default=model.TILES, help="most tiles of an image, InternVL")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in backward: less memory, a third more time")
+    parser.add_argument("--replicas", type=int, default=1, help="copies of the model, each sharded over its part of the ranks: the number of nodes, or 1")
     parser.add_argument("--save-every", type=int, default=50, help="steps between states to resume from")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
@@ -152,13 +155,13 @@ def main(argv: list[str] | None = None) -> None:
         raise data.RowError(f"{args.demos}: every demonstration is over {args.max_length} tokens; raise --max-length")
     plan = pack_plan([length for length in lengths if length <= args.max_length], args.pack, args.seed)
 
-    policy = model.load_policy(args.model)
+    policy = model.meta_policy(args.model)
     policy.freeze_vision()
     names = lora.inject(policy.model, policy.language_model, args.rank, args.alpha, args.seed) if args.method == "lora" else []
     count = sum(p.numel() for p in train.trained(policy).values())
     train.print0(f"training {count:,} of {sum(p.numel() for p in policy.parameters()):,} parameters ({args.method})")
     gate(kept, encode_demo(kept[0], processor, image_root), processor, policy, names)
-    train.shard(policy, device, args.checkpointing)
+    train.shard(policy, device, args.checkpointing, args.replicas)
 
     weights = dict(zip((data.THINK, data.ANSWER, data.TAG), args.weights))
     history = train.fit(

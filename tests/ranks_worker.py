@@ -90,16 +90,18 @@ def gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Cases: stage, family, method, micro-batch, recomputation in backward
+# Cases: stage, family, method, micro-batch, recomputation in backward, replicas
 
 CASES = {
-    "sft-full-qwen": ("sft", "qwen", "full", 1, False),
-    "sft-lora-qwen": ("sft", "qwen", "lora", 1, False),
-    "dpo-full-qwen": ("dpo", "qwen", "full", 1, False),
-    "dpo-lora-qwen": ("dpo", "qwen", "lora", 1, False),
-    "sft-full-internvl": ("sft", "internvl", "full", 1, False),
-    "dpo-full-internvl": ("dpo", "internvl", "full", 1, False),
-    "sft-full-qwen-micro2-recomputed": ("sft", "qwen", "full", 2, True),
+    "sft-full-qwen": ("sft", "qwen", "full", 1, False, 1),
+    "sft-lora-qwen": ("sft", "qwen", "lora", 1, False, 1),
+    "dpo-full-qwen": ("dpo", "qwen", "full", 1, False, 1),
+    "dpo-lora-qwen": ("dpo", "qwen", "lora", 1, False, 1),
+    "sft-full-internvl": ("sft", "internvl", "full", 1, False, 1),
+    "dpo-full-internvl": ("dpo", "internvl", "full", 1, False, 1),
+    "sft-full-qwen-micro2-recomputed": ("sft", "qwen", "full", 2, True, 1),
+    "dpo-full-internvl-replicas": ("dpo", "internvl", "full", 1, False, 2),
+    "sft-lora-qwen-replicas": ("sft", "qwen", "lora", 1, False, 2),
 }
 BATCH, PEAK = 5, 1e-3  # seven rows in batches of five: a full batch and a smaller one
 
@@ -109,17 +111,17 @@ def prepare(case: str, models: str, images: str, device: torch.device | None = N
 
     Without a device nothing is sharded and DPO has no reference yet: the pieces for a computation by hand.
     """
-    stage, family, method, micro, checkpointing = CASES[case]
+    stage, family, method, micro, checkpointing, replicas = CASES[case]
     folder, root = Path(models) / family, Path(images)
     processor = model.Processor(folder, 56 * 56, 1)
-    policy = model.load_policy(folder)
+    policy = model.meta_policy(folder) if device else model.load_policy(folder)
     policy.freeze_vision()
     if method == "lora":
         lora.inject(policy.model, policy.language_model, 4, 8.0, 0)
     policy.double()
     rows = mixed_rows(stage, processor)
     if device:
-        train.shard(policy, device, checkpointing)
+        train.shard(policy, device, checkpointing, replicas if train.world() > 1 else 1)
     if stage == "sft":
         ones = {label: 1.0 for label in data.SPAN_NAMES}
         encode = lambda i: sft.encode_demo(rows[i], processor, root)  # noqa: E731
