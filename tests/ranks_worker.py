@@ -170,6 +170,19 @@ def run_stopped(case: str, models: str, images: str, out: Path) -> None:
     raise AssertionError("the run was not stopped")
 
 
+def measured(action) -> tuple[int, object]:
+    """(most bytes that torch's CPU allocator held during an action beyond those held before it, what the action returned)"""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        returned = action()
+    held, peak = 0, 0
+    for event in sorted((e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak, returned
+
+
 def run_stages(models: str, images: str, out: Path) -> None:
     """Both stages by their own main: LoRA, then DPO over all parameters on what it merged."""
     base, root = Path(models) / "qwen", ["--images", images, "--pixels", str(56 * 56), "--batch", "5"]
