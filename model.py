@@ -42,7 +42,7 @@ import data
 MAX_PIXELS = 768 * 768  # ours: paper silent (LLaMA-Factory's image_max_pixels)
 TILES = 1  # ours: paper silent (LLaMA-Factory trains InternVL on one tile an image)
 LOGIT_CHUNK = 1024  # supervised positions whose logits exist at one time
-SHARD_BYTES = 5_000_000_000  # ours: a weight file of a checkpoint is at most so large, and so is what saving holds (the hub's own checkpoints: 5 GB)
+SHARD_BYTES = 5_000_000_000  # ours: a weight file is at most so large, as on the hub, and so is what saving holds
 
 
 @dataclass(frozen=True)
@@ -470,7 +470,7 @@ class Checkpoint:
     """
 
     def __init__(self, folder: str | Path, model: nn.Module):
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import rename_source_key
 
@@ -483,7 +483,10 @@ class Checkpoint:
         renamings, modules = get_model_conversion_mapping(model), model.state_dict()
         self.stored = {}  # a parameter's name -> its slice: a place in a file, without its numbers
         for file in files:
-            opened = safe_open(folder / file, framework="pt")
+            try:
+                opened = safe_open(folder / file, framework="pt")
+            except SafetensorError as error:
+                raise ValueError(f"{folder / file}: not a whole safetensors file ({error}); copy or download it again") from None
             for key in opened.keys():
                 name, _ = rename_source_key(key, renamings, [], model.base_model_prefix, modules)
                 self.stored[name] = opened.get_slice(key)

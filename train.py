@@ -11,8 +11,8 @@ The same command runs as one process on a CPU, on 8 GPUs, and on several nodes: 
 
     torchrun --nproc_per_node 8 sft.py ...            bf16 compute, fp32 master weights, sharded by FSDP2 (ZeRO-3)
 
-No process ever holds a whole model of several ranks: it is built on the `meta` device, sharded there, each rank reads the
-rows of its own shards from the files, and saving gathers one tensor at a time.
+Where there are several ranks, none ever holds the whole model: it is built on the `meta` device and sharded there, each
+rank reads the rows of its own shards from the files, and saving gathers one tensor at a time.
 
 Resume is exact: the order of rows is a pure function of (seed, epoch), and weights, optimizer and step are saved together,
 so a run that was killed goes on to the very weights of a run that was not.
@@ -23,7 +23,7 @@ Where we depart from the paper, or it is silent:
      any exchange for it.
   3. --replicas N keeps N copies, each sharded over the ranks of one node or of a few (HSDP): the large exchanges then stay
      inside a node. The default, one copy over all ranks, needs the least memory.
-  4. A step's state is stored as safetensors, one file a rank, rather than torch.distributed.checkpoint's format, whose
+  4. A step's state is stored as safetensors, one file a shard, rather than torch.distributed.checkpoint's format, whose
      index is a pickle.
   5. Batch 64, warm-up 10 %, weight decay 0, clip 1.0 are LLaMA-Factory's; the paper gives learning rates and "cosine".
 """
@@ -132,8 +132,8 @@ def shard(policy: nn.Module, device: torch.device, checkpointing: bool = False, 
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if device.type == "cuda" else MixedPrecisionPolicy()
         # the frozen tower is ignored: every rank holds it whole. Parameters only: its frequencies (buffers) stay in fp32
         frozen = {p for module in (policy.vision, policy.projector) for p in module.parameters() if not p.requires_grad}
-        for parameter in frozen:
-            parameter.data = parameter.data.to(torch.bfloat16 if device.type == "cuda" else parameter.dtype)
+        for parameter in frozen if device.type == "cuda" else ():
+            parameter.data = parameter.data.to(torch.bfloat16)
         for layer in layers:
             fully_shard(layer, mesh=mesh, mp_policy=precision)
         # the root too gives its whole weights up after a forward: without a backward (DPO's reference) they would stay, and
@@ -213,7 +213,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The state of a run: safetensors, one file a rank
+# The state of a run: safetensors, one file a shard
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -99,6 +99,14 @@ def test_a_missing_weight_file_is_named(folder, tmp_path):
         model.load_policy(tmp_path)
 
 
+def test_a_cut_off_weight_file_is_named(folder, tmp_path):
+    network_of(folder).save_pretrained(tmp_path)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="model.safetensors: not a whole safetensors file"):
+        model.load_policy(tmp_path)
+
+
 # --- the real sizes: (width, layers, heads, heads of keys and values, width of the MLP, vocabulary), and the tower's.
 # From memory of the published configs and of the published index files' names.
 
