@@ -1,6 +1,6 @@
 """Several ranks take the same step as one: train.fit under torchrun (gloo, FSDP2 on CPUs) against the same fit in this process.
 
-All runs of the ranks come from one launch of ranks_worker.py; each test reads its part of what that left behind.
+Runs of the ranks come from one launch of ranks_worker.py, and each test reads its part of what that left behind; the kills have their own.
 """
 
 import json

@@ -1,30 +1,23 @@
-"""The loop: order, schedule and one step by hand, and a run that was killed ends in the very weights of one that was not."""
+"""The loop: order, schedule and one step by hand, and a run that was stopped ends in the very weights of one that was not."""
 
 import argparse
 import math
 import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from ranks_worker import Stop, demo, draw_images, mixed_rows
-from safetensors.torch import load_file
+from ranks_worker import Stop, demo
 from torch import nn
 
 import data
-import dpo
 import model
 import sft
 import train
 
-ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 
 
