@@ -612,7 +612,7 @@ def teach(args: argparse.Namespace) -> None:
         out=out, learning_rate_peak=args.lr, batch=args.batch, micro=args.batch, epochs=1, save_every=args.save_every, **common,
     )  # fmt: skip
     if train.rank() == 0:
-        model.save_policy(out, policy, processor, dict(train.whole_tensors(policy)))
+        model.save_policy(out, policy, processor, train.whole_tensors(policy))
         data.write_stage(out, args, [], [path for path in out.glob("*.safetensors")], started)
     train.forget_state(out)
 

@@ -176,12 +176,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=float, default=1)  # ours: paper silent
     parser.add_argument("--batch", type=int, default=64, help="pairs a step, over all ranks")  # ours: paper silent
     parser.add_argument("--micro-batch", type=int, default=1, help="pairs at once on one rank")
-    parser.add_argument("--warmup", type=float, default=0.1, help="share of the steps")  # ours: paper silent
     parser.add_argument("--max-length", type=int, default=MAX_LENGTH, help="longer pairs are dropped and counted")
     parser.add_argument("--require-token-ids", action="store_true", help="refuse pairs without the rollout's token ids")
     parser.add_argument("--pixels", type=int, default=model.MAX_PIXELS, help="largest image, Qwen; as in the rollouts")
     parser.add_argument("--tiles", type=int, default=model.TILES, help="most tiles of an image, InternVL")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in backward")
+    parser.add_argument("--replicas", type=int, default=1, help="copies of the model, each sharded over its part of the ranks: the number of nodes, or 1")
     parser.add_argument("--save-every", type=int, default=50, help="steps between states to resume from")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
@@ -203,17 +203,18 @@ def main(argv: list[str] | None = None) -> None:
     if not kept:
         raise data.RowError(f"{args.pairs}: every pair is over {args.max_length} tokens; raise --max-length")
 
-    policy = model.load_policy(args.model)
+    policy = model.meta_policy(args.model)
     policy.freeze_vision()
     if args.method == "lora":
         lora.inject(policy.model, policy.language_model, args.rank, args.alpha, args.seed)
     train.print0(f"training {sum(p.numel() for p in train.trained(policy).values()):,} of {sum(p.numel() for p in policy.parameters()):,} parameters ({args.method})")
-    train.shard(policy, device, args.checkpointing)
+    train.shard(policy, device, args.checkpointing, args.replicas)
 
     def encode_row(index: int) -> model.Row:
         return encode_pair(kept[index], processor, image_root)
 
-    values = references(out / "reference.jsonl", policy, len(kept), encode_row, processor, data.file_hash(args.model), args.micro_batch, device)
+    (checkpoint,) = train.gather_rows([data.file_hash(args.model)] if train.rank() == 0 else [])  # a 72B takes minutes: once, not on every rank
+    values = references(out / "reference.jsonl", policy, len(kept), encode_row, processor, checkpoint, args.micro_batch, device)
 
     def encode(index: int) -> tuple[model.Row, list[float]]:
         return encode_row(index), values[index]
@@ -226,7 +227,7 @@ def main(argv: list[str] | None = None) -> None:
         lambda rows, w: collate_pairs(rows, w, processor),
         len(kept),
         out=out, device=device, learning_rate_peak=args.lr, batch=args.batch, micro=args.micro_batch, epochs=args.epochs,
-        warmup=args.warmup, seed=args.seed, save_every=args.save_every,
+        seed=args.seed, save_every=args.save_every,
     )  # fmt: skip
     save(out, policy, processor, (args.rank, args.alpha, args.model) if args.method == "lora" else None)
     train.forget_state(out)

@@ -40,14 +40,13 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.base = base
         self.scale = alpha / rank
-        place = dict(device=base.weight.device, dtype=torch.float32)
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **place))  # (r, in)
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **place))  # (out, r), zero: the identity at the start
-        if not self.lora_A.is_meta:
-            # PEFT's initialisation of A, drawn on the CPU so that every device and every rank gets the same numbers
-            bound = math.sqrt(6 / ((1 + 5) * base.in_features))
-            start = torch.empty(rank, base.in_features).uniform_(-bound, bound, generator=generator)
-            self.lora_A.data.copy_(start)
+        # real numbers also where the base's are still on `meta`: no file holds them, and they are few. PEFT's initialisation
+        # of A, drawn on the CPU, so that every device and every rank, however many there are, gets the same
+        device = "cpu" if base.weight.is_meta else base.weight.device
+        bound = math.sqrt(6 / ((1 + 5) * base.in_features))
+        start = torch.empty(rank, base.in_features, device="cpu").uniform_(-bound, bound, generator=generator)
+        self.lora_A = nn.Parameter(start.to(device))  # (r, in)
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))  # (out, r), zero: the identity at the start
 
     def forward(self, x: Tensor) -> Tensor:
         low = x @ self.lora_A.T.to(x.dtype)  # (..., r)
@@ -97,6 +96,11 @@ def merge(language_model: nn.Module) -> int:
     return len(adapted)
 
 
+def plain_name(name: str) -> str:
+    """A parameter's name in the model without adapters: "...q_proj.base.weight" is "...q_proj.weight"."""
+    return name.replace(".base.", ".")
+
+
 def merge_state(tensors: Iterator[tuple[str, Tensor]], scale: float) -> Iterator[tuple[str, Tensor]]:
     """`merge` for a state that streams by, one (name, whole tensor) at a time, as a sharded model gives it up.
 
@@ -107,13 +111,11 @@ def merge_state(tensors: Iterator[tuple[str, Tensor]], scale: float) -> Iterator
         parent, _, leaf = name.rpartition(".")
         if leaf in ("lora_A", "lora_B"):
             held[name] = tensor
-        elif parent.endswith(".base"):
-            linear = parent.removesuffix(".base")
-            if leaf == "weight":
-                tensor = merged_weight(tensor, held.pop(f"{linear}.lora_A"), held.pop(f"{linear}.lora_B"), scale)
-            yield f"{linear}.{leaf}", tensor
         else:
-            yield name, tensor
+            linear = parent.removesuffix(".base")
+            if linear != parent and leaf == "weight":
+                tensor = merged_weight(tensor, held.pop(f"{linear}.lora_A"), held.pop(f"{linear}.lora_B"), scale)
+            yield plain_name(name), tensor
     if held:
         raise ValueError(f"adapter matrices without a base weight: {sorted(held)[:3]}")
 

@@ -23,8 +23,12 @@ Where we depart from the paper, or it is silent:
 """
 
 import argparse
+import json
+import math
+import os
+import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -38,6 +42,7 @@ import data
 MAX_PIXELS = 768 * 768  # ours: paper silent (LLaMA-Factory's image_max_pixels)
 TILES = 1  # ours: paper silent (LLaMA-Factory trains InternVL on one tile an image)
 LOGIT_CHUNK = 1024  # supervised positions whose logits exist at one time
+SHARD_BYTES = 5_000_000_000  # ours: a weight file is at most so large, as on the hub, and so is what saving holds
 
 
 @dataclass(frozen=True)
@@ -378,6 +383,7 @@ class Policy(nn.Module):
         self.model = model
         self.family = family_of(model.config)
         self.image_id = model.config.image_token_id
+        self.checkpoint: Checkpoint | None = None  # where the numbers of parameters on `meta` are (meta_policy)
         if self.family.grid_positions:
             from transformers import AttentionInterface
 
@@ -454,27 +460,146 @@ class Policy(nn.Module):
 # Folders
 
 
-def load_policy(folder: str | Path, dtype: torch.dtype = torch.float32) -> Policy:
-    """A policy from a Hugging Face folder, on the CPU. Raises ValueError on a missing or unexpected weight."""
-    from transformers import AutoModelForImageTextToText
+class Checkpoint:
+    """The weights in a Hugging Face folder, by the names that `model` gives its parameters. Nothing is read before it is
+    asked for, and then only the rows asked for: of a 72B, a rank that holds an eighth of each weight reads an eighth.
+
+    The hub's checkpoints carry older names ("visual.blocks.0...", "model.layers.0..."). transformers maps them as it loads,
+    by the table that is used here, and back as it saves (`save_policy`).
+    Raises ValueError that names what is missing, unexpected or of another shape, before anything is read.
+    """
+
+    def __init__(self, folder: str | Path, model: nn.Module):
+        from safetensors import SafetensorError, safe_open
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import rename_source_key
+
+        folder = Path(folder)
+        index = folder / "model.safetensors.index.json"
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
+        absent = [file for file in files if not (folder / file).exists()]
+        if absent:
+            raise ValueError(f"{folder}: {len(absent)} of {len(files)} weight files are not there ({absent[0]}); copy or download the folder again")
+        renamings, modules = get_model_conversion_mapping(model), model.state_dict()
+        self.stored = {}  # a parameter's name -> its slice: a place in a file, without its numbers
+        for file in files:
+            try:
+                opened = safe_open(folder / file, framework="pt")
+            except SafetensorError as error:
+                raise ValueError(f"{folder / file}: not a whole safetensors file ({error}); copy or download it again") from None
+            for key in opened.keys():
+                name, _ = rename_source_key(key, renamings, [], model.base_model_prefix, modules)
+                self.stored[name] = opened.get_slice(key)
+        wanted = {name: list(tensor.shape) for name, tensor in [*model.named_parameters(), *model.named_buffers()] if name in modules}
+        found = {name: stored.get_shape() for name, stored in self.stored.items()}
+        faults = {
+            "missing": wanted.keys() - found.keys(),
+            "unexpected": found.keys() - modules.keys(),  # a tied head's own copy of the embedding is neither
+            "of another shape": {name for name in wanted.keys() & found.keys() if wanted[name] != found[name]},
+        }
+        if any(faults.values()):
+            said = "; ".join(f"{len(names)} {fault}: {', '.join(sorted(names)[:3])}" for fault, names in faults.items() if names)
+            raise ValueError(f"{folder}: the weights do not fit the model of its config.json: {said}")
+
+    def read(self, name: str, rows: slice = slice(None)) -> Tensor:
+        """Those rows of a weight in the dtype of the file: a view of the mapped file. Copy it, or the weight is the file."""
+        return self.stored[name][rows]
+
+
+def meta_policy(folder: str | Path, dtype: torch.dtype = torch.float32) -> Policy:
+    """A policy from a Hugging Face folder with its parameters on the `meta` device: shapes without memory, so that a 72B can
+    be built, adapted and sharded in every process. `policy.checkpoint` has their numbers; `fill` or train.shard puts them in.
+
+    Raises ValueError for a folder that is no model of a known family or whose weights do not fit it.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
 
     if (Path(folder) / "adapter_config.json").exists():
         raise ValueError(f"{folder} is a LoRA adapter; give the merged checkpoint beside it")
-    model, report = AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True, attn_implementation="sdpa"
-    )
-    faults = {key: sorted(report[key])[:3] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[key]}
-    if faults:
-        raise ValueError(f"{folder}: the weights do not fit the model: {faults}")
-    return Policy(model)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    family_of(config)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    if (Path(folder) / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    # Buffers that no file holds (the frequencies of rotary positions) were computed on meta too, and so not at all.
+    # They are a few numbers: transformers' own initialisation, as in from_pretrained, computes them again on the CPU.
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.full_like(buffer, math.nan, device="cpu"))
+        if any(True for _ in module.buffers(recurse=False)):
+            model._init_weights(module)
+    left = [name for name, buffer in model.named_buffers() if buffer.isnan().any()]
+    if left:
+        raise ValueError(f"{folder}: this version of transformers does not initialise {left[0]}")
+    policy = Policy(model)
+    policy.checkpoint = Checkpoint(folder, model)
+    return policy
 
 
-def save_policy(folder: str | Path, policy: Policy, processor: Processor, state: dict[str, Tensor]) -> None:
-    """Writes a folder that transformers and vLLM load: weights by `state` (whole tensors, Hugging Face module names, which
-    are stored under the hub's names), config, tokenizer, image processor."""
+def fill(policy: Policy, read: Callable[[str, nn.Parameter], Tensor]) -> None:
+    """Gives every parameter that is still on `meta` its numbers: read(name in the Hugging Face model, parameter) -> tensor."""
+    state = {name: read(name, parameter) for name, parameter in policy.model.named_parameters() if parameter.is_meta}
+    if state:
+        policy.model.load_state_dict(state, strict=False, assign=True)
+        policy.model.tie_weights()  # a head that shares the embedding's weight: only the embedding was assigned
+
+
+def load_policy(folder: str | Path, dtype: torch.dtype = torch.float32) -> Policy:
+    """A whole policy from a Hugging Face folder, on the CPU. Raises ValueError as `meta_policy` does."""
+    policy = meta_policy(folder, dtype)
+    fill(policy, lambda name, parameter: policy.checkpoint.read(name).to(parameter.dtype, copy=True))
+    return policy
+
+
+def save_policy(folder: str | Path, policy: Policy, processor: Processor, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> None:
+    """Writes a folder that transformers and vLLM load: weights, config, tokenizer, image processor.
+
+    tensors: (name in the Hugging Face model, whole tensor), one at a time; a tied weight once. Only the tensors of the file
+    being filled are held. All is written to FOLDER/saving.tmp and then moved, the file that makes the weights loadable last:
+    a kill at any moment leaves no checkpoint that loads and is not whole.
+    """
+    from safetensors.torch import save_file
+    from transformers.core_model_loading import revert_weight_conversion
+
     folder = Path(folder)
-    policy.model.save_pretrained(folder, state_dict=state, max_shard_size="5GB")
-    processor.save(folder)
+    making = folder / "saving.tmp"
+    shutil.rmtree(making, ignore_errors=True)
+    making.mkdir(parents=True)
+    held: dict[str, Tensor] = {}
+    files: list[list[str]] = []  # the keys of each file
+    total = 0
+
+    def write() -> None:
+        stored = revert_weight_conversion(policy.model, held)  # names as the hub's checkpoints have them
+        save_file(stored, making / f"{len(files)}", metadata={"format": "pt"})
+        files.append(list(stored))
+        held.clear()
+
+    for name, tensor in tensors:
+        if held and sum(t.nbytes for t in held.values()) + tensor.nbytes > shard_bytes:
+            write()
+        held[name] = tensor.detach().cpu().contiguous()
+        total += tensor.nbytes
+        del tensor  # or the loop's variable would hold it while the next is made
+    write()
+    config = policy.model.config
+    config.architectures, config.dtype = [type(policy.model).__name__], str(policy.model.dtype).removeprefix("torch.")
+    config.save_pretrained(making)
+    policy.model.generation_config.save_pretrained(making)
+    processor.save(making)
+    names = [f"model-{at + 1:05d}-of-{len(files):05d}.safetensors" for at in range(len(files))] if len(files) > 1 else ["model.safetensors"]
+    for at, name in enumerate(names):
+        os.replace(making / f"{at}", making / name)
+    last = names[0]
+    if len(files) > 1:
+        last = "model.safetensors.index.json"
+        data.write_json(making / last, {"metadata": {"total_size": total}, "weight_map": {key: name for name, keys in zip(names, files) for key in keys}})
+    for older in [*folder.glob("model.safetensors*"), *folder.glob("model-*-of-*.safetensors")]:
+        older.unlink()
+    for path in sorted(making.iterdir(), key=lambda path: path.name == last):
+        os.replace(path, folder / path.name)
+    making.rmdir()
 
 
 def iter_rows(rows: list[dict], processor: Processor) -> Iterator[tuple[str, Segment, list[Segment]]]:

@@ -101,16 +101,18 @@ def gate(rows: list[dict], row: model.Row, processor: model.Processor, policy: m
 
 def save(out: Path, policy: model.Policy, processor: model.Processor, adapter: tuple[int, float, str] | None) -> None:
     """OUT/adapter and OUT/merged, or OUT/merged alone after full training. adapter: (rank, alpha, base). A collective."""
+    tensors = train.whole_tensors(policy)  # they stream: gathered, merged and written one by one, never the whole model
     if adapter:
         rank, alpha, base = adapter
         matrices = dict(train.whole_tensors(policy, lambda name: name.endswith((".lora_A", ".lora_B"))))
         if train.rank() == 0:
             lora.save_adapter(out / "adapter", matrices, rank, alpha, base)
-        state = dict(lora.merge_state(train.whole_tensors(policy), alpha / rank))
-    else:
-        state = dict(train.whole_tensors(policy))
+        tensors = lora.merge_state(tensors, alpha / rank)
     if train.rank() == 0:
-        model.save_policy(out / "merged", policy, processor, state)
+        model.save_policy(out / "merged", policy, processor, tensors)
+    else:
+        for _ in tensors:  # the other ranks give their shards
+            pass
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -126,13 +128,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=float, default=3)  # ours: paper silent (LLaMA-Factory example)
     parser.add_argument("--batch", type=int, default=64, help="rows a step, over all ranks")  # ours: paper silent (the same)
     parser.add_argument("--micro-batch", type=int, default=1, help="rows at once on one rank")
-    parser.add_argument("--warmup", type=float, default=0.1, help="share of the steps")  # ours: paper silent (the same)
     parser.add_argument("--max-length", type=int, default=MAX_LENGTH, help="longer rows are dropped and counted")
     parser.add_argument("--pack", type=int, default=0, help="pack demonstrations into rows of up to this many tokens")
     parser.add_argument("--weights", type=float, nargs=3, default=[1.0, 1.0, 1.0], metavar=("THINK", "ANSWER", "TAG"))
     parser.add_argument("--pixels", type=int, default=model.MAX_PIXELS, help="largest image, Qwen")
     parser.add_argument("--tiles", type=int, default=model.TILES, help="most tiles of an image, InternVL")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in backward: less memory, a third more time")
+    parser.add_argument("--replicas", type=int, default=1, help="copies of the model, each sharded over its part of the ranks: the number of nodes, or 1")
     parser.add_argument("--save-every", type=int, default=50, help="steps between states to resume from")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
@@ -152,13 +154,13 @@ def main(argv: list[str] | None = None) -> None:
         raise data.RowError(f"{args.demos}: every demonstration is over {args.max_length} tokens; raise --max-length")
     plan = pack_plan([length for length in lengths if length <= args.max_length], args.pack, args.seed)
 
-    policy = model.load_policy(args.model)
+    policy = model.meta_policy(args.model)
     policy.freeze_vision()
     names = lora.inject(policy.model, policy.language_model, args.rank, args.alpha, args.seed) if args.method == "lora" else []
     count = sum(p.numel() for p in train.trained(policy).values())
     train.print0(f"training {count:,} of {sum(p.numel() for p in policy.parameters()):,} parameters ({args.method})")
     gate(kept, encode_demo(kept[0], processor, image_root), processor, policy, names)
-    train.shard(policy, device, args.checkpointing)
+    train.shard(policy, device, args.checkpointing, args.replicas)
 
     weights = dict(zip((data.THINK, data.ANSWER, data.TAG), args.weights))
     history = train.fit(
@@ -168,7 +170,7 @@ def main(argv: list[str] | None = None) -> None:
         lambda rows, w: model.collate(rows, processor, w),
         len(plan),
         out=out, device=device, learning_rate_peak=args.lr, batch=args.batch, micro=args.micro_batch, epochs=args.epochs,
-        warmup=args.warmup, seed=args.seed, save_every=args.save_every,
+        seed=args.seed, save_every=args.save_every,
     )  # fmt: skip
     save(out, policy, processor, (args.rank, args.alpha, args.model) if names else None)
     train.forget_state(out)

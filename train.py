@@ -11,6 +11,9 @@ The same command runs as one process on a CPU, on 8 GPUs, and on several nodes: 
 
     torchrun --nproc_per_node 8 sft.py ...            bf16 compute, fp32 master weights, sharded by FSDP2 (ZeRO-3)
 
+Where there are several ranks, none ever holds the whole model: it is built on the `meta` device and sharded there, each
+rank reads the rows of its own shards from the files, and saving gathers one tensor at a time.
+
 Resume is exact: the order of rows is a pure function of (seed, epoch), and weights, optimizer and step are saved together,
 so a run that was killed goes on to the very weights of a run that was not.
 
@@ -18,9 +21,11 @@ Where we depart from the paper, or it is silent:
   1. FSDP2 instead of DeepSpeed ZeRO-3: the same sharding of weights, gradients and optimizer, in plain PyTorch.
   2. The frozen vision tower is not sharded: every rank holds it whole, so a rank whose rows have no image need not join
      any exchange for it.
-  3. A step's state is stored as safetensors, one file a rank, rather than torch.distributed.checkpoint's format, whose
+  3. --replicas N keeps N copies, each sharded over the ranks of one node or of a few (HSDP): the large exchanges then stay
+     inside a node. The default, one copy over all ranks, needs the least memory.
+  4. A step's state is stored as safetensors, one file a shard, rather than torch.distributed.checkpoint's format, whose
      index is a pickle.
-  4. Batch 64, warm-up 10 %, weight decay 0, clip 1.0 are LLaMA-Factory's; the paper gives learning rates and "cosine".
+  5. Batch 64, warm-up 10 %, weight decay 0, clip 1.0 are LLaMA-Factory's; the paper gives learning rates and "cosine".
 """
 
 import argparse
@@ -31,6 +36,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -40,9 +46,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import data
+import lora
+import model
 
 BETAS, EPS, WEIGHT_DECAY = (0.9, 0.999), 1e-8, 0.0  # ours: paper silent (LLaMA-Factory / transformers defaults)
+WARMUP = 0.1  # ours: paper silent (LLaMA-Factory's examples); share of the steps
 CLIP = 1.0  # ours: paper silent (transformers' max_grad_norm)
+PATIENCE = timedelta(hours=1)  # ours: the other ranks wait while the first hashes or writes a large checkpoint (torch's default is 10 minutes)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -55,7 +65,7 @@ def init_ranks() -> torch.device:
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
     elif cuda and not dist.is_initialized():  # alone on one GPU: a group of one, so that bf16 compute works the same way
         dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
@@ -97,9 +107,11 @@ def gather_rows(rows: list) -> list:
     return [row for part in parts for row in part]
 
 
-def shard(policy: nn.Module, device: torch.device, checkpointing: bool = False) -> nn.Module:
+def shard(policy: nn.Module, device: torch.device, checkpointing: bool = False, replicas: int = 1) -> nn.Module:
     """Puts a policy on its device and, where there are ranks, shards it block by block (FSDP2). The model is mutated from
-    outside: it knows nothing of ranks. `checkpointing` recomputes each block's activations in backward.
+    outside: it knows nothing of ranks. Parameters on `meta` (model.meta_policy) are read from the checkpoint afterwards,
+    each rank its own rows. `checkpointing` recomputes each block's activations in backward; `replicas` is the number of
+    copies (HSDP), a divisor of the number of ranks.
 
     On a GPU compute is bf16 with fp32 master weights and fp32 gradient sums; on a CPU everything is fp32.
     """
@@ -107,33 +119,63 @@ def shard(policy: nn.Module, device: torch.device, checkpointing: bool = False) 
     if checkpointing:
         for layer in layers:
             layer.forward = partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
-    if not dist.is_initialized():
-        return policy.to(device)
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    if world() % replicas:
+        raise ValueError(f"--replicas {replicas} does not divide the number of ranks, {world()}; one replica a node is usual")
+    if dist.is_initialized():
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    mesh = init_device_mesh(device.type, (world(),))
-    precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if device.type == "cuda" else MixedPrecisionPolicy()
-    frozen = {p for module in (policy.vision, policy.projector) for p in module.parameters() if not p.requires_grad}
-    for module in (policy.vision, policy.projector):
-        module.to(device)  # ignored parameters are not moved by fully_shard
-        if device.type == "cuda" and frozen:
-            module.to(torch.bfloat16)
-    for layer in layers:
-        fully_shard(layer, mesh=mesh, mp_policy=precision)
-    # the root too gives its whole weights up after a forward: without a backward (DPO's reference) they would stay, and
-    # the optimizer would then be handed those copies instead of the shards
-    fully_shard(policy, mesh=mesh, mp_policy=precision, reshard_after_forward=True, ignored_params=frozen)
-    return policy
+        # torchrun numbers the ranks node by node: with one replica a node, the sharded (last) dimension stays inside a node
+        if replicas == 1:
+            mesh = init_device_mesh(device.type, (world(),))
+        else:
+            mesh = init_device_mesh(device.type, (replicas, world() // replicas), mesh_dim_names=("replica", "shard"))
+        precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if device.type == "cuda" else MixedPrecisionPolicy()
+        # the frozen tower is ignored: every rank holds it whole. Parameters only: its frequencies (buffers) stay in fp32
+        frozen = {p for module in (policy.vision, policy.projector) for p in module.parameters() if not p.requires_grad}
+        for parameter in frozen if device.type == "cuda" else ():
+            parameter.data = parameter.data.to(torch.bfloat16)
+        for layer in layers:
+            fully_shard(layer, mesh=mesh, mp_policy=precision)
+        # the root too gives its whole weights up after a forward: without a backward (DPO's reference) they would stay, and
+        # the optimizer would then be handed those copies instead of the shards
+        fully_shard(policy, mesh=mesh, mp_policy=precision, reshard_after_forward=True, ignored_params=frozen)
+
+    def read(name: str, parameter: nn.Parameter) -> Tensor:
+        rows = policy.checkpoint.read(lora.plain_name(name), own_rows(parameter)).to(device, parameter.dtype, copy=True)
+        if not isinstance(parameter, DTensor):
+            return rows
+        return DTensor.from_local(rows, parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride())
+
+    model.fill(policy, read)
+    return policy.to(device)  # what was neither sharded nor read: buffers, and parameters that were real before
+
+
+def place(tensor: Tensor) -> tuple[int, int]:
+    """(which shard of a tensor this rank holds, how many there are); (0, 1) for a tensor that is whole."""
+    if not isinstance(tensor, DTensor):
+        return 0, 1
+    mesh = tensor.device_mesh  # (shards,) or (replicas, shards)
+    return mesh.get_local_rank(mesh.ndim - 1), mesh.size(mesh.ndim - 1)
+
+
+def own_rows(tensor: Tensor) -> slice:
+    """The rows of the whole tensor that this rank holds. FSDP cuts the first dimension as torch.chunk does: into equal parts
+    but for the last ones, which may be smaller or empty."""
+    index, count = place(tensor)
+    length = math.ceil(len(tensor) / count)
+    return slice(min(index * length, len(tensor)), min((index + 1) * length, len(tensor)))
 
 
 def whole_tensors(policy: nn.Module, only: Callable[[str], bool] = lambda name: True) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole tensor on the CPU), one at a time, by Hugging Face module names; a tied weight once. A collective: every
-    rank must iterate."""
-    for name, tensor in policy.model.named_parameters():
+    """(name, whole tensor), one at a time, by Hugging Face module names; a tied weight once. A collective: every rank must
+    iterate to the end. The first rank gets the tensors, on the CPU; the others empty ones on `meta`."""
+    for name, parameter in policy.model.named_parameters():
         if only(name):
-            tensor = tensor.detach()
-            yield name, (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+            whole = parameter.detach()
+            if isinstance(whole, DTensor):
+                whole = whole.full_tensor()
+            yield name, whole.to("cpu" if rank() == 0 else "meta")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -172,7 +214,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The state of a run: safetensors, one file a rank
+# The state of a run: safetensors, one file a shard
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -184,8 +226,8 @@ def trained(policy: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def save_state(folder: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Writes the trained weights and AdamW's moments of this rank beside the older state, then makes it the one to resume
-    from: a kill at any moment leaves one whole state or the other."""
+    """Writes the trained weights and AdamW's moments beside the older state, a file for each shard, then makes it the one to
+    resume from: a kill at any moment leaves one whole state or the other."""
     from safetensors.torch import save_file
 
     making = folder / f"step_{step:06d}.tmp"
@@ -193,12 +235,13 @@ def save_state(folder: Path, policy: nn.Module, optimizer: torch.optim.Optimizer
         shutil.rmtree(making, ignore_errors=True)
         making.mkdir(parents=True)
     barrier()
-    tensors = {}
+    tensors, shards = {}, 1
     for name, parameter in trained(policy).items():
-        moments = optimizer.state[parameter]
+        moments, (_, shards) = optimizer.state[parameter], place(parameter)
         for kind, tensor in (("weight", parameter), ("exp_avg", moments["exp_avg"]), ("exp_avg_sq", moments["exp_avg_sq"])):
-            tensors[f"{name}|{kind}"] = local(tensor).detach().cpu().contiguous().clone()
-    save_file(tensors, making / f"rank_{rank():05d}.safetensors", metadata={"step": str(step), "world": str(world())})
+            tensors[f"{name}|{kind}"] = local(tensor).detach().cpu().contiguous()
+    if rank() < shards:  # the ranks of the first replica; the other replicas hold the same
+        save_file(tensors, making / f"rank_{rank():05d}.safetensors", metadata={"step": str(step), "shards": str(shards)})
     barrier()
     if rank() == 0:
         os.replace(making, folder / f"step_{step:06d}")
@@ -211,35 +254,39 @@ def save_state(folder: Path, policy: nn.Module, optimizer: torch.optim.Optimizer
 def same_run(out: Path, args: argparse.Namespace, inputs: list[str | Path]) -> None:
     """Holds a training run to the settings and inputs it was begun with: a state must not go on under others. Raises RowError."""
     if rank() == 0:
-        free = ("out", "save_every", "print_every", "micro_batch", "checkpointing", "run")  # change nothing but rounding
+        free = ("out", "save_every", "print_every", "micro_batch", "checkpointing", "replicas", "run")  # change nothing but rounding
         settings = {key: value for key, value in vars(args).items() if key not in free}
         data.settle(out / "state", {**settings, "inputs": [data.file_hash(path) for path in inputs]})
     barrier()
 
 
 def load_state(folder: Path, policy: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Puts the newest whole state back and returns its step, or 0 where there is none. The number of ranks may have
-    changed: a sharded tensor is the ranks' parts one after another along its first dimension."""
+    """Puts the newest whole state back and returns its step, or 0 where there is none. The number of ranks and of replicas
+    may have changed: a sharded tensor is the files' parts one after another along its first dimension, and each rank reads
+    from them the rows that are now its own."""
     from safetensors import safe_open
 
     states = sorted(path for path in folder.glob("step_*") if path.suffix != ".tmp") if folder.exists() else []
     if not states:
         return 0
     files = [safe_open(path, framework="pt") for path in sorted(states[-1].glob("rank_*.safetensors"))]
-    step, ranks = int(files[0].metadata()["step"]), int(files[0].metadata()["world"])
-    if len(files) != ranks:
-        raise RuntimeError(f"{states[-1]}: {len(files)} of {ranks} rank files; remove the folder to start again")
+    step, shards = int(files[0].metadata()["step"]), int(files[0].metadata()["shards"])
+    if len(files) != shards:
+        raise RuntimeError(f"{states[-1]}: {len(files)} of {shards} rank files; remove the folder to start again")
     with torch.no_grad():
         for name, parameter in trained(policy).items():
-            moments = optimizer.state[parameter]
+            moments, rows = optimizer.state[parameter], own_rows(parameter)
             moments["step"] = torch.tensor(float(step), device=parameter.device)  # where the fused kernel looks for it
             for kind in ("weight", "exp_avg", "exp_avg_sq"):
                 target = parameter if kind == "weight" else moments.setdefault(kind, torch.zeros_like(parameter))
-                whole = torch.cat([file.get_tensor(f"{name}|{kind}") for file in files]) if ranks > 1 else files[0].get_tensor(f"{name}|{kind}")
-                if isinstance(target, DTensor):
-                    begin = sum(len(part) for part in torch.chunk(torch.empty(len(whole)), world())[: rank()])
-                    whole = whole[begin : begin + len(local(target))]
-                local(target).copy_(whole)
+                at = 0  # the first row of the file's part
+                for file in files:
+                    part = file.get_slice(f"{name}|{kind}")
+                    end = at + part.get_shape()[0]
+                    if max(at, rows.start) < min(end, rows.stop):
+                        taken = slice(max(at, rows.start), min(end, rows.stop))
+                        local(target)[taken.start - rows.start : taken.stop - rows.start].copy_(part[taken.start - at : taken.stop - at])
+                    at = end
     return step
 
 
@@ -262,9 +309,9 @@ def fit(
     batch: int,
     micro: int,
     epochs: float,
-    warmup: float,
     seed: int,
     save_every: int,
+    warmup: float = WARMUP,
     print_every: int = 1,
     betas: tuple[float, float] = BETAS,
     weight_decay: float = WEIGHT_DECAY,

@@ -6,7 +6,9 @@ It also holds the small demonstrations and pairs that the tests of both stages t
 """
 
 import json
+import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -90,16 +92,18 @@ def gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Cases: stage, family, method, micro-batch, recomputation in backward
+# Cases: stage, family, method, micro-batch, recomputation in backward, replicas
 
 CASES = {
-    "sft-full-qwen": ("sft", "qwen", "full", 1, False),
-    "sft-lora-qwen": ("sft", "qwen", "lora", 1, False),
-    "dpo-full-qwen": ("dpo", "qwen", "full", 1, False),
-    "dpo-lora-qwen": ("dpo", "qwen", "lora", 1, False),
-    "sft-full-internvl": ("sft", "internvl", "full", 1, False),
-    "dpo-full-internvl": ("dpo", "internvl", "full", 1, False),
-    "sft-full-qwen-micro2-recomputed": ("sft", "qwen", "full", 2, True),
+    "sft-full-qwen": ("sft", "qwen", "full", 1, False, 1),
+    "sft-lora-qwen": ("sft", "qwen", "lora", 1, False, 1),
+    "dpo-full-qwen": ("dpo", "qwen", "full", 1, False, 1),
+    "dpo-lora-qwen": ("dpo", "qwen", "lora", 1, False, 1),
+    "sft-full-internvl": ("sft", "internvl", "full", 1, False, 1),
+    "dpo-full-internvl": ("dpo", "internvl", "full", 1, False, 1),
+    "sft-full-qwen-micro2-recomputed": ("sft", "qwen", "full", 2, True, 1),
+    "dpo-full-internvl-replicas": ("dpo", "internvl", "full", 1, False, 2),
+    "sft-lora-qwen-replicas": ("sft", "qwen", "lora", 1, False, 2),
 }
 BATCH, PEAK = 5, 1e-3  # seven rows in batches of five: a full batch and a smaller one
 
@@ -109,17 +113,17 @@ def prepare(case: str, models: str, images: str, device: torch.device | None = N
 
     Without a device nothing is sharded and DPO has no reference yet: the pieces for a computation by hand.
     """
-    stage, family, method, micro, checkpointing = CASES[case]
+    stage, family, method, micro, checkpointing, replicas = CASES[case]
     folder, root = Path(models) / family, Path(images)
     processor = model.Processor(folder, 56 * 56, 1)
-    policy = model.load_policy(folder)
+    policy = model.meta_policy(folder) if device else model.load_policy(folder)
     policy.freeze_vision()
     if method == "lora":
         lora.inject(policy.model, policy.language_model, 4, 8.0, 0)
     policy.double()
     rows = mixed_rows(stage, processor)
     if device:
-        train.shard(policy, device, checkpointing)
+        train.shard(policy, device, checkpointing, replicas if train.world() > 1 else 1)
     if stage == "sft":
         ones = {label: 1.0 for label in data.SPAN_NAMES}
         encode = lambda i: sft.encode_demo(rows[i], processor, root)  # noqa: E731
@@ -168,6 +172,19 @@ def run_stopped(case: str, models: str, images: str, out: Path) -> None:
     raise AssertionError("the run was not stopped")
 
 
+def measured(action) -> tuple[int, object]:
+    """(most bytes that torch's CPU allocator held during an action beyond those held before it, what the action returned)"""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        returned = action()
+    held, peak = 0, 0
+    for event in sorted((e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak, returned
+
+
 def run_stages(models: str, images: str, out: Path) -> None:
     """Both stages by their own main: LoRA, then DPO over all parameters on what it merged."""
     base, root = Path(models) / "qwen", ["--images", images, "--pixels", str(56 * 56), "--batch", "5"]
@@ -182,22 +199,69 @@ def run_stages(models: str, images: str, out: Path) -> None:
     train.barrier()
 
 
+def run_memory(models: str, out: Path) -> None:
+    """OUT/memory_RANK.json: the most bytes held beyond what was there while this rank loads its shards, and while it saves."""
+    folder, limit = Path(models) / "qwen", 400_000
+    policy = model.meta_policy(folder)
+    policy.freeze_vision()
+    sizes = [p.nbytes for p in policy.model.parameters()]
+    load, _ = measured(lambda: train.shard(policy, torch.device("cpu")))
+    own = sum(train.local(p).nbytes for p in policy.parameters())
+    tensors = train.whole_tensors(policy)
+    if train.rank() == 0:
+        save, _ = measured(lambda: model.save_policy(out / "saved", policy, model.Processor(folder), tensors, limit))
+    else:
+        save, _ = measured(lambda: [None for _ in tensors])
+    frozen = sum(p.nbytes for module in (policy.vision, policy.projector) for p in module.parameters())
+    figures = {"whole": sum(sizes), "frozen": frozen, "largest": max(sizes), "own": own, "load": load, "limit": limit, "save": save}
+    (out / f"memory_{train.rank()}.json").write_text(json.dumps(figures))
+
+
+def die_while_saving(place: str) -> None:
+    """From now on the process kills itself (-9) when half of a file whose path contains `place` is written."""
+    import safetensors.torch
+
+    real = safetensors.torch.save_file
+
+    def save_file(tensors: dict, path: Path, metadata: dict) -> None:
+        real(tensors, path, metadata)
+        if place in str(path):
+            os.truncate(path, os.path.getsize(path) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    safetensors.torch.save_file = save_file
+
+
 def main(path: str) -> None:
+    """SPEC: {"mains": [[stage, its arguments]], "pids": folder, "die": [rank, path]}, {"resume": {case: folder}}, or all cases."""
     from safetensors.torch import save_file
 
     spec = json.loads(Path(path).read_text())
+    if "mains" in spec:
+        rank = int(os.environ.get("RANK", 0))
+        (Path(spec["pids"]) / f"pid_{rank}").write_text(str(os.getpid()))
+        if spec["die"] and spec["die"][0] == rank:
+            die_while_saving(spec["die"][1])
+        for stage, *arguments in spec["mains"]:
+            {"sft": sft, "dpo": dpo}[stage].main(arguments)
+        return
     models, images, out = spec["models"], spec["images"], Path(spec["out"])
     train.init_ranks()
-    for case in CASES:
-        weights = run_case(case, models, images, out / case / "whole")
+
+    def keep(case: str, name: str, weights: dict[str, torch.Tensor]) -> None:
         if train.rank() == 0:
-            save_file({name: tensor.contiguous().clone() for name, tensor in weights.items()}, out / case / "weights.safetensors")
+            save_file({name: tensor.contiguous().clone() for name, tensor in weights.items()}, out / case / f"{name}.safetensors")
+
+    for case, folder in spec.get("resume", {}).items():
+        keep(case, "fewer", run_case(case, models, images, Path(folder)))
+    for case in CASES if "resume" not in spec else ():
+        keep(case, "weights", run_case(case, models, images, out / case / "whole"))
         if case in spec["stopped"]:
             run_stopped(case, models, images, out / case / "stopped")
-            resumed = run_case(case, models, images, Path(spec["stopped"][case]))
-            if train.rank() == 0:
-                save_file({name: tensor.contiguous().clone() for name, tensor in resumed.items()}, out / case / "resumed.safetensors")
-    run_stages(models, images, out)
+            keep(case, "resumed", run_case(case, models, images, Path(spec["stopped"][case])))
+    if "resume" not in spec:
+        run_stages(models, images, out)
+        run_memory(models, out)
     train.barrier()
     torch.distributed.destroy_process_group()
 

@@ -298,7 +298,7 @@ def test_the_reference_of_a_lora_run_is_the_merged_stage_one_and_not_the_base(fo
         if name.endswith("lora_B"):
             p.data.normal_(std=0.05, generator=torch.Generator().manual_seed(len(name)))
     lora.merge(policy.language_model)
-    model.save_policy(stage_one, policy, processor, dict(train.whole_tensors(policy)))
+    model.save_policy(stage_one, policy, processor, train.whole_tensors(policy))
     rows = [pair(index, "film0.png" if index else None, processor) for index in range(2)]
     run(stage_one, films, tmp_path, rows, "--method", "lora", "--rank", "4", "--alpha", "8", "--batch", "2", "--epochs", "3", "--lr", "1e-3")
     stored = data.resume_jsonl(tmp_path / "out" / "reference.jsonl")

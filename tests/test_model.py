@@ -546,7 +546,7 @@ def test_a_saved_policy_loads_in_transformers_with_no_key_missing_and_equal_logi
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)) * 0.02)
-    model.save_policy(tmp_path, policy, processor, dict(policy.model.named_parameters(remove_duplicate=False)))
+    model.save_policy(tmp_path, policy, processor, policy.model.named_parameters())
     network, report = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
     if tied:  # the names on disk are those that transformers itself writes

@@ -1,12 +1,16 @@
 """Several ranks take the same step as one: train.fit under torchrun (gloo, FSDP2 on CPUs) against the same fit in this process.
 
-All runs of the ranks come from one launch of ranks_worker.py; each test reads its part of what that left behind.
+Runs of the ranks come from one launch of ranks_worker.py, and each test reads its part of what that left behind; the kills have their own.
 """
 
 import json
 import os
+import random
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +23,7 @@ import model
 import ranks_worker
 import train
 
-STOPPED = ("sft-lora-qwen", "dpo-full-qwen")  # cases whose state also crosses between one rank and several
+STOPPED = ("sft-lora-qwen", "dpo-full-qwen", "dpo-full-internvl-replicas")  # cases whose state also crosses between one rank and several
 eight = pytest.mark.skipif(os.environ.get("MEDEE_RANKS") != "8", reason="set MEDEE_RANKS=8 to run on eight ranks")
 
 
@@ -49,6 +53,22 @@ def by_one(folders, images, alone):
     return run
 
 
+def start(count: int, spec: dict, folder: Path, log: str = "log") -> subprocess.Popen:
+    """ranks_worker.py on `count` ranks under torchrun; one rank is a plain process."""
+    (folder / f"{log}.json").write_text(json.dumps(spec))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)] if count > 1 else [sys.executable]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
+    with open(folder / f"{log}.txt", "w") as file:
+        return subprocess.Popen([*launch, ranks_worker.__file__, str(folder / f"{log}.json")], env=environment, stdout=file, stderr=file)
+
+
+def finish(running: subprocess.Popen, folder: Path, log: str = "log") -> str:
+    """What it printed. Fails with the first rank's last words."""
+    code, said = running.wait(600), (folder / f"{log}.txt").read_text()
+    assert code == 0, "\n".join([line for line in said.splitlines() if line.startswith("[rank0]")] or said.splitlines()[-40:])
+    return said
+
+
 @pytest.fixture(scope="session", params=[pytest.param(2, id="two"), pytest.param(8, id="eight", marks=eight)])
 def ranks(request, folders, images, tmp_path_factory) -> Path:
     """The one launch. Each case of STOPPED goes on from a state that this process, one rank, left at step 2."""
@@ -57,20 +77,14 @@ def ranks(request, folders, images, tmp_path_factory) -> Path:
     stopped = {case: str(out / case / "from_one") for case in STOPPED}
     for case, folder in stopped.items():
         ranks_worker.run_stopped(case, models, images, Path(folder))
-    spec = out / "spec.json"
-    spec.write_text(json.dumps({"models": models, "images": images, "out": str(out), "stopped": stopped}))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(request.param)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(out)}
-    done = subprocess.run([*launch, ranks_worker.__file__, str(spec)], env=environment, capture_output=True, text=True, timeout=600)
-    said = [line for line in done.stderr.splitlines() if line.startswith("[rank0]")]
-    assert done.returncode == 0, "\n".join(said or done.stderr.splitlines()[-40:])
+    finish(start(request.param, {"models": models, "images": images, "out": str(out), "stopped": stopped}, out), out)
     return out
 
 
 def whole_state(folder: Path) -> dict[str, torch.Tensor]:
-    """A saved state with the ranks' parts put together: FSDP shards along the first dimension, in rank order."""
+    """A saved state with the shards put together: FSDP shards along the first dimension, in rank order."""
     files = [safe_open(path, "pt") for path in sorted(folder.glob("rank_*"))]
-    assert files and all(int(file.metadata()["world"]) == len(files) for file in files)
+    assert files and all(int(file.metadata()["shards"]) == len(files) for file in files)
     return {key: torch.cat([file.get_tensor(key) for file in files]) for key in files[0].keys()}
 
 
@@ -137,10 +151,21 @@ def test_a_state_of_one_rank_goes_on_on_several(ranks, by_one, case):
 @pytest.mark.parametrize("case", STOPPED)
 def test_a_state_of_several_ranks_goes_on_on_one(ranks, by_one, folders, images, case):
     folder = ranks / case / "stopped"
-    assert len(list((folder / "state" / "step_000002").iterdir())) > 1
+    count, replicas = len(list((folder / "state" / "step_000002").iterdir())), ranks_worker.CASES[case][5]
+    assert count > 1 or replicas > 1  # a file for each shard; two ranks of two replicas have one
     resumed = ranks_worker.run_case(case, str(folders["qwen"].parent), images, folder)
     assert_same(resumed, by_one(case), 1e-9)
     assert [row["step"] for row in data.read_metrics(folder)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("ranks", [pytest.param(8, id="eight", marks=eight)], indirect=True)
+def test_a_state_of_eight_ranks_goes_on_on_four(ranks, by_one, folders, images, tmp_path):
+    for case in STOPPED:
+        shutil.copytree(ranks / case / "stopped", tmp_path / case)
+    resume = {case: str(tmp_path / case) for case in STOPPED}
+    finish(start(4, {"models": str(folders["qwen"].parent), "images": images, "out": str(tmp_path), "resume": resume}, tmp_path), tmp_path)
+    for case in STOPPED:
+        assert_same(load_file(tmp_path / case / "fewer.safetensors"), by_one(case), 1e-9)
 
 
 def test_a_state_that_lacks_a_rank_is_refused(ranks, folders, images, tmp_path):
@@ -171,3 +196,75 @@ def test_both_stages_run_on_ranks_and_move_as_on_one(ranks, folders, images, tmp
         assert not (ranks / stage / "state").exists()
     assert data.read_metrics(ranks / "dpo")[0]["loss"] == pytest.approx(0.693147, abs=1e-4)
     assert len(data.resume_jsonl(ranks / "dpo" / "reference.jsonl")) == 7
+
+
+def test_no_rank_ever_holds_the_whole_model(ranks):
+    """Bytes of torch's allocator. Loading: the rank's own shards (the vision tower whole) and a weight on its way; saving:
+    on the first rank a file and a weight on its way, on the others a weight on its way."""
+    figures = [json.loads(path.read_text()) for path in sorted(ranks.glob("memory_*.json"))]
+    for rank, at in enumerate(figures):
+        assert at["own"] <= at["frozen"] + 1.02 * (at["whole"] - at["frozen"]) / len(figures)  # a last shard may be smaller
+        assert at["own"] <= at["load"] <= at["own"] + at["largest"], at
+        assert at["save"] <= (at["limit"] if rank == 0 else 0) + 3 * at["largest"] < at["whole"], at
+    model.load_policy(ranks / "saved")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# kill -9 of the commands themselves
+
+
+def command(stage: str, folder: Path, base: Path, out: str) -> list[str]:
+    given = ["--demos", str(folder / "demos.jsonl")] if stage == "sft" else ["--pairs", str(folder / "pairs.jsonl")]
+    return [
+        stage, "--model", str(base), *given, "--images", str(folder), "--out", str(folder / out), "--pixels", str(56 * 56),
+        "--batch", "2", "--epochs", "5", "--lr", "1e-3", "--save-every", "2",
+    ]  # fmt: skip
+
+
+def lines(folder: Path) -> list[str]:
+    """Finished lines of a metrics file that another process is writing."""
+    path = folder / "metrics.jsonl"
+    return path.read_text().split("\n")[:-1] if path.exists() else []
+
+
+def newest(folder: Path) -> int:
+    """The step of the state in force."""
+    return max(int(path.name.removeprefix("step_")) for path in (folder / "state").glob("step_*[0-9]"))
+
+
+@pytest.mark.parametrize("count, stage, base", [(1, "dpo", "qwen"), (2, "sft", "internvl"), pytest.param(8, "dpo", "qwen", marks=eight)])
+def test_kill_minus_nine_at_a_random_step_and_while_saving_changes_no_bit(folders, images, tmp_path, count, stage, base):
+    """One run killed three times: at a random moment, half-way through a state's file, half-way through the checkpoint's."""
+    for film in Path(images).iterdir():
+        shutil.copy(film, tmp_path)
+    data.write_jsonl(tmp_path / "demos.jsonl", ranks_worker.mixed_rows("sft", count=10))
+    data.write_jsonl(tmp_path / "pairs.jsonl", ranks_worker.mixed_rows("dpo", count=10))
+    killed, straight = (command(stage, tmp_path, folders[base], name) for name in ("killed", "straight"))
+    out, spec = tmp_path / "killed", {"mains": [killed], "pids": str(tmp_path), "die": None}
+
+    running = start(count, spec, tmp_path, "first")
+    deadline, wanted = time.time() + 400, random.randint(3, 12)
+    while len(lines(out)) < wanted:
+        assert running.poll() is None and time.time() < deadline, (tmp_path / "first.txt").read_text()[-2000:]
+        time.sleep(0.005)
+    time.sleep(random.uniform(0, 0.1))
+    for path in tmp_path.glob("pid_*"):
+        os.kill(int(path.read_text()), signal.SIGKILL)
+    assert running.wait(120) != 0 and not (out / "merged").exists()
+
+    begun = [newest(out)]
+    for log, die in (("state", [count - 1, f"step_{begun[0] + 4:06d}.tmp"]), ("checkpoint", [0, "merged/saving.tmp"])):
+        assert start(count, spec | {"die": die}, tmp_path, log).wait(400) != 0
+        assert f"resumed at step {begun[-1]} of 25" in (tmp_path / f"{log}.txt").read_text()
+        begun.append(newest(out))
+    assert begun == [begun[0], begun[0] + 2, 24] and (out / "state" / f"step_{begun[0] + 4:06d}.tmp").exists() is False
+    assert (out / "merged" / "saving.tmp").exists() and not list((out / "merged").glob("*.safetensors"))
+
+    said = finish(start(count, spec | {"mains": [killed, straight]}, tmp_path, "last"), tmp_path, "last")
+    assert "resumed at step 24 of 25" in said and not (out / "merged" / "saving.tmp").exists()
+    found, wanted = (load_file(tmp_path / name / "merged" / "model.safetensors") for name in ("killed", "straight"))
+    assert found.keys() == wanted.keys() and [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
+    assert any(not torch.equal(tensor, wanted[name]) for name, tensor in load_file(folders[base] / "model.safetensors").items())
+    metrics = [[{k: v for k, v in row.items() if k != "seconds"} for row in data.read_metrics(tmp_path / name)] for name in ("killed", "straight")]
+    assert metrics[0] == metrics[1] and [row["step"] for row in metrics[0]] == list(range(25))
+    assert not (out / "state").exists()

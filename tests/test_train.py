@@ -1,30 +1,23 @@
-"""The loop: order, schedule and one step by hand, and a run that was killed ends in the very weights of one that was not."""
+"""The loop: order, schedule and one step by hand, and a run that was stopped ends in the very weights of one that was not."""
 
 import argparse
 import math
 import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from ranks_worker import Stop, demo, draw_images, mixed_rows
-from safetensors.torch import load_file
+from ranks_worker import Stop, demo
 from torch import nn
 
 import data
-import dpo
 import model
 import sft
 import train
 
-ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 
 
@@ -299,70 +292,6 @@ def test_a_resumed_run_never_leaves_its_metrics_empty(tmp_path):
     os.link(tmp_path / "metrics.jsonl", tmp_path / "second name")
     toy_fit(Toy(), tmp_path, save_every=2)
     assert len((tmp_path / "second name").read_text().splitlines()) == 4
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# kill -9 of the commands themselves
-
-
-def command(stage: str, folder: Path, base: Path, out: str) -> list[str]:
-    given = ["--demos", str(folder / "demos.jsonl")] if stage == "sft" else ["--pairs", str(folder / "pairs.jsonl")]
-    return [
-        "--model", str(base), *given, "--images", str(folder), "--out", str(folder / out), "--pixels", str(56 * 56),
-        "--batch", "2", "--epochs", "8", "--lr", "1e-3", "--save-every", "2",
-    ]  # fmt: skip
-
-
-def start(stage: str, arguments: list[str], log: Path) -> subprocess.Popen:
-    with open(log, "w") as file:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.Popen([sys.executable, str(ROOT / f"{stage}.py"), *arguments], stdout=file, stderr=file, env=environment)
-
-
-def lines(folder: Path) -> list[str]:
-    """Finished lines of a metrics file that another process is writing."""
-    path = folder / "metrics.jsonl"
-    return path.read_text().split("\n")[:-1] if path.exists() else []
-
-
-@pytest.fixture
-def one_thread():
-    """Sums are split by the number of threads, and a sum split otherwise differs in its last bit."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("stage, base", [("sft", "internvl"), ("dpo", "qwen")])
-def test_kill_minus_nine_at_a_random_moment_changes_nothing_in_the_end(folders, tmp_path, one_thread, stage, base):
-    draw_images(tmp_path)
-    data.write_jsonl(tmp_path / "demos.jsonl", mixed_rows("sft", count=10))
-    data.write_jsonl(tmp_path / "pairs.jsonl", mixed_rows("dpo", count=10))
-    killed, straight = tmp_path / "killed", tmp_path / "straight"
-    running = start(stage, command(stage, tmp_path, folders[base], "killed"), tmp_path / "first.log")
-    deadline, wanted = time.time() + 90, random.randint(3, 20)
-    while len(lines(killed)) < wanted:
-        assert running.poll() is None and time.time() < deadline, (tmp_path / "first.log").read_text()[-2000:]
-        time.sleep(0.005)
-    time.sleep(random.uniform(0, 0.1))
-    os.kill(running.pid, signal.SIGKILL)
-    assert running.wait() == -signal.SIGKILL and not (killed / "merged").exists()
-    state = max(path for path in (killed / "state").iterdir() if path.suffix != ".tmp")
-    step = int(state.name.removeprefix("step_"))
-    torn = killed / "state" / f"step_{step + 2:06d}.tmp"  # and as if the kill had come while it saved
-    torn.mkdir(exist_ok=True)
-    (torn / "rank_00000.safetensors").write_bytes((state / "rank_00000.safetensors").read_bytes()[:1000])
-    again = start(stage, command(stage, tmp_path, folders[base], "killed"), tmp_path / "again.log")
-    {"sft": sft, "dpo": dpo}[stage].main(command(stage, tmp_path, folders[base], "straight"))  # meanwhile, here
-    assert again.wait(120) == 0, (tmp_path / "again.log").read_text()[-2000:]
-    assert f"resumed at step {step} of 40" in (tmp_path / "again.log").read_text()
-    merged = load_file(straight / "merged" / "model.safetensors")
-    assert_bits(load_file(killed / "merged" / "model.safetensors"), merged)
-    assert any(not torch.equal(tensor, merged[name]) for name, tensor in load_file(folders[base] / "model.safetensors").items())
-    found, whole = (untimed(data.read_metrics(folder)) for folder in (killed, straight))
-    assert found == whole and [row["step"] for row in found] == list(range(40))
-    assert not (killed / "state").exists()
 
 
 def test_a_state_goes_on_only_under_the_settings_it_was_begun_with(tmp_path):

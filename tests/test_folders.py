@@ -1,0 +1,314 @@
+"""Loading and saving at any size: names against the hub's and transformers' own, numbers against from_pretrained, memory by torch's allocator."""
+
+import copy
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from ranks_worker import measured
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import lora
+import model
+import train
+
+
+def network_of(folder: Path, tied: bool = True):
+    """The folder's model as transformers loads it; untied: with a head of its own, as the published 7B and 8B have."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    if tied:
+        return AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="sdpa")
+    config = AutoConfig.from_pretrained(folder)
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
+    torch.manual_seed(1)
+    return AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa")
+
+
+def keys_of(folder: Path) -> dict[str, list[int]]:
+    """{key: shape} over all weight files of a folder"""
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            found |= {key: file.get_slice(key).get_shape() for key in file.keys()}
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Loading
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_parameter_and_buffer_is_that_of_from_pretrained(folder, tmp_path, tied, dtype):
+    network_of(folder, tied).save_pretrained(tmp_path, max_shard_size="500KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    theirs = type(network_of(folder)).from_pretrained(tmp_path, dtype=dtype, attn_implementation="sdpa")
+    empty = model.meta_policy(tmp_path, dtype)
+    assert all(p.is_meta for p in empty.parameters()) and not any(b.is_meta for b in empty.buffers())
+    ours = model.load_policy(tmp_path, dtype).model
+    for kind in ("named_parameters", "named_buffers"):
+        found, wanted = (dict(getattr(network, kind)()) for network in (ours, theirs))
+        assert found.keys() == wanted.keys() and wanted
+        assert [name for name in wanted if not torch.equal(found[name], wanted[name]) or found[name].dtype != wanted[name].dtype] == []
+    assert (ours.lm_head.weight is ours.model.language_model.embed_tokens.weight) == tied
+    assert ours.generation_config.to_dict() == theirs.generation_config.to_dict()
+
+
+def test_a_loaded_weight_is_no_view_of_its_file(folder, tmp_path):
+    """The file is mapped, not read: a weight that stayed a view of it would change with it."""
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    policy = model.load_policy(tmp_path)
+    before = {name: p.detach().clone() for name, p in policy.named_parameters()}
+    with open(tmp_path / "model.safetensors", "r+b") as file:
+        file.seek(100_000)
+        file.write(b"\x00" * 1_000_000)
+    assert all(torch.equal(p, before[name]) for name, p in policy.named_parameters())
+
+
+def spoil(folder: Path, out: Path, change) -> Path:
+    network_of(folder).save_pretrained(out)
+    weights = load_file(out / "model.safetensors")
+    change(weights)
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda w: [w.pop(key) for key in list(w) if "layers.1.mlp" in key], r"3 missing: model\.language_model\.layers\.1\.mlp\.down_proj\.weight"),
+        (lambda w: w.update(stranger=torch.ones(2)), "1 unexpected: .*stranger"),
+        (lambda w: w.update({key: w[key][:-1].clone() for key in w if key.endswith("layers.0.self_attn.k_proj.bias")}), r"1 of another shape: .*k_proj\.bias"),
+    ],
+)
+def test_weights_that_do_not_fit_are_named(folder, tmp_path, change, said):
+    with pytest.raises(ValueError, match=said):
+        model.meta_policy(spoil(folder, tmp_path, change))
+
+
+def test_a_missing_weight_file_is_named(folder, tmp_path):
+    network_of(folder).save_pretrained(tmp_path, max_shard_size="500KB")
+    files = sorted(tmp_path.glob("model-*.safetensors"))
+    files[1].unlink()
+    with pytest.raises(ValueError, match=f"1 of {len(files)} weight files are not there .{files[1].name}"):
+        model.load_policy(tmp_path)
+
+
+def test_a_cut_off_weight_file_is_named(folder, tmp_path):
+    network_of(folder).save_pretrained(tmp_path)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="model.safetensors: not a whole safetensors file"):
+        model.load_policy(tmp_path)
+
+
+# --- the real sizes: (width, layers, heads, heads of keys and values, width of the MLP, vocabulary), and the tower's.
+# From memory of the published configs and of the published index files' names.
+
+REAL = {
+    "qwen2.5-vl-7b": ("qwen", 3584, 28, 28, 4, 18944, 152064, 3420),
+    "qwen2.5-vl-32b": ("qwen", 5120, 64, 40, 8, 27648, 152064, 3456),
+    "qwen2.5-vl-72b": ("qwen", 8192, 80, 64, 8, 29568, 152064, 3456),
+    "internvl3-8b": ("internvl", 3584, 28, 28, 4, 18944, 151674, 4096),
+}
+
+
+def linear(name: str, rows: int, columns: int, bias: bool = True) -> dict[str, list[int]]:
+    return {f"{name}.weight": [rows, columns]} | ({f"{name}.bias": [rows]} if bias else {})
+
+
+def hub_weights(name: str) -> dict[str, list[int]]:
+    """{key: shape} of a published checkpoint"""
+    family, width, layers, heads, kv, ff, vocab, vision_ff = REAL[name]
+    text, head = ("model", "lm_head") if family == "qwen" else ("language_model.model", "language_model.lm_head")
+    found = {f"{text}.embed_tokens.weight": [vocab, width], f"{text}.norm.weight": [width], f"{head}.weight": [vocab, width]}
+    for at in range(layers):
+        layer, few = f"{text}.layers.{at}", kv * width // heads
+        found |= {f"{layer}.{norm}.weight": [width] for norm in ("input_layernorm", "post_attention_layernorm")}
+        found |= linear(f"{layer}.self_attn.q_proj", width, width) | linear(f"{layer}.self_attn.o_proj", width, width, False)
+        found |= linear(f"{layer}.self_attn.k_proj", few, width) | linear(f"{layer}.self_attn.v_proj", few, width)
+        found |= linear(f"{layer}.mlp.gate_proj", ff, width, False) | linear(f"{layer}.mlp.up_proj", ff, width, False)
+        found |= linear(f"{layer}.mlp.down_proj", width, ff, False)
+    if family == "qwen":
+        found |= {"visual.patch_embed.proj.weight": [1280, 3, 2, 14, 14], "visual.merger.ln_q.weight": [1280]}
+        found |= linear("visual.merger.mlp.0", 5120, 5120) | linear("visual.merger.mlp.2", width, 5120)
+        for at in range(32):
+            block = f"visual.blocks.{at}"
+            found |= {f"{block}.norm1.weight": [1280], f"{block}.norm2.weight": [1280]}
+            found |= linear(f"{block}.attn.qkv", 3840, 1280) | linear(f"{block}.attn.proj", 1280, 1280)
+            found |= linear(f"{block}.mlp.gate_proj", vision_ff, 1280) | linear(f"{block}.mlp.up_proj", vision_ff, 1280)
+            found |= linear(f"{block}.mlp.down_proj", 1280, vision_ff)
+        return found
+    found |= {"vision_tower.embeddings.cls_token": [1, 1, 1024], "vision_tower.embeddings.position_embeddings": [1, 1025, 1024]}
+    found |= {"vision_tower.embeddings.patch_embeddings.projection.weight": [1024, 3, 14, 14], "vision_tower.embeddings.patch_embeddings.projection.bias": [1024]}
+    found |= {f"multi_modal_projector.layer_norm.{leaf}": [4096] for leaf in ("weight", "bias")}
+    found |= linear("multi_modal_projector.linear_1", width, 4096) | linear("multi_modal_projector.linear_2", width, width)
+    for at in range(24):
+        layer = f"vision_tower.encoder.layer.{at}"
+        found |= {f"{layer}.{scale}": [1024] for scale in ("lambda_1", "lambda_2")}
+        found |= {f"{layer}.{norm}.{leaf}": [1024] for norm in ("layernorm_before", "layernorm_after") for leaf in ("weight", "bias")}
+        for map_ in ("q_proj", "k_proj", "v_proj", "projection_layer"):
+            found |= linear(f"{layer}.attention.{map_}", 1024, 1024)
+        found |= linear(f"{layer}.mlp.fc1", 4096, 1024) | linear(f"{layer}.mlp.fc2", 1024, 4096)
+    return found
+
+
+def real_config(name: str):
+    from transformers import InternVLConfig, Qwen2_5_VLConfig
+
+    family, width, layers, heads, kv, ff, vocab, vision_ff = REAL[name]
+    text = dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv, intermediate_size=ff, vocab_size=vocab)
+    if family == "qwen":
+        text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+        vision = dict(depth=32, hidden_size=1280, num_heads=16, intermediate_size=vision_ff, out_hidden_size=width, window_size=112, fullatt_block_indexes=[7, 15, 23, 31])
+        return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, architectures=["Qwen2_5_VLForConditionalGeneration"])
+    vision = dict(num_hidden_layers=24, hidden_size=1024, num_attention_heads=16, intermediate_size=vision_ff, image_size=[448, 448], patch_size=[14, 14], attention_bias=True)
+    return InternVLConfig(text_config={"model_type": "qwen2", **text}, vision_config=vision, tie_word_embeddings=False, architectures=["InternVLForConditionalGeneration"])
+
+
+def sparse_folder(name: str, folder: Path, limit: int = 5_000_000_000) -> Path:
+    """A checkpoint of the real size that takes no room: bf16 files with true headers, and holes where the numbers would be."""
+    real_config(name).save_pretrained(folder)
+    files, size = [{}], 0
+    for key, shape in hub_weights(name).items():
+        length = 2 * torch.Size(shape).numel()
+        if size + length > limit:
+            files.append({})
+            size = 0
+        files[-1][key] = {"dtype": "BF16", "shape": shape, "data_offsets": [size, size + length]}
+        size += length
+    where = {}
+    for at, entries in enumerate(files):
+        file = f"model-{at + 1:05d}-of-{len(files):05d}.safetensors"
+        header = json.dumps({"__metadata__": {"format": "pt"}} | entries).encode()
+        with open(folder / file, "wb") as out:
+            out.write(struct.pack("<Q", len(header)) + header)
+            out.truncate(out.tell() + max(entry["data_offsets"][1] for entry in entries.values()))
+        where |= dict.fromkeys(entries, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return folder
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_a_published_checkpoint_of_the_real_size_is_opened_adapted_and_read_by_rows(tmp_path, name):
+    from transformers.core_model_loading import revert_weight_conversion
+
+    wanted = hub_weights(name)
+    policy = model.meta_policy(sparse_folder(name, tmp_path))  # raises unless every name and shape has its place
+    shapes = {key: p for key, p in policy.model.named_parameters()}
+    assert len(shapes) == len(wanted) == len(policy.checkpoint.stored)
+    stored = revert_weight_conversion(policy.model, dict(shapes))  # as save_policy names them
+    assert {key: list(p.shape) for key, p in stored.items()} == wanted
+    names = lora.inject(policy.model, policy.language_model)
+    assert len(names) == 7 * REAL[name][2]
+    for key, parameter in policy.model.named_parameters():
+        if parameter.is_meta:
+            assert lora.plain_name(key) in policy.checkpoint.stored
+    last = f"model.language_model.layers.{REAL[name][2] - 1}.mlp.down_proj.weight"
+    assert policy.checkpoint.read(last, slice(7, 9)).shape == (2, REAL[name][5])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Saving
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("limit", [400_000, model.SHARD_BYTES])
+def test_saved_names_numbers_and_shards_are_those_of_save_pretrained(folder, processor, tmp_path, tied, limit):
+    network = network_of(folder, tied)
+    network.save_pretrained(tmp_path / "theirs", max_shard_size=limit)
+    policy = model.load_policy(tmp_path / "theirs")
+    with torch.no_grad():
+        policy.model.model.language_model.norm.weight.add_(0.5)
+    model.save_policy(tmp_path / "ours", policy, processor, policy.model.named_parameters(), limit)
+    assert keys_of(tmp_path / "ours") == keys_of(tmp_path / "theirs")
+    again, report = type(network).from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(report.values()), report
+    for name, parameter in policy.model.named_parameters():
+        assert torch.equal(parameter, dict(again.named_parameters())[name])
+    files = list((tmp_path / "ours").glob("*.safetensors"))
+    largest = max(p.nbytes for p in policy.parameters())
+    assert all(path.stat().st_size < max(limit, largest) + 100_000 for path in files)  # what is beyond is the header
+    if limit == model.SHARD_BYTES:
+        assert [path.name for path in files] == ["model.safetensors"]
+    else:
+        index, wanted = (json.loads((tmp_path / who / "model.safetensors.index.json").read_text()) for who in ("ours", "theirs"))
+        assert len(files) > 1 and index["weight_map"].keys() == wanted["weight_map"].keys()
+        assert index["metadata"]["total_size"] == wanted["metadata"]["total_size"]
+    ours, theirs = (json.loads((tmp_path / who / "config.json").read_text()) for who in ("ours", "theirs"))
+    assert ours == theirs
+
+
+def test_a_save_that_is_cut_off_leaves_the_older_checkpoint_and_the_next_one_clears_up(folder, processor, tmp_path):
+    policy = model.load_policy(folder)
+    model.save_policy(tmp_path, policy, processor, policy.model.named_parameters(), 400_000)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def torn():
+        for at, (name, parameter) in enumerate(policy.model.named_parameters()):
+            if at == 40:
+                raise KeyboardInterrupt
+            yield name, parameter + 1
+
+    with pytest.raises(KeyboardInterrupt):
+        model.save_policy(tmp_path, policy, processor, torn(), 400_000)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+    model.load_policy(tmp_path)
+    model.save_policy(tmp_path, policy, processor, ((name, p + 1) for name, p in policy.model.named_parameters()), 900_000)
+    assert not (tmp_path / "saving.tmp").exists()
+    files = {path.name for path in tmp_path.glob("*.safetensors")}
+    assert files == set(json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"].values())
+    for name, parameter in model.load_policy(tmp_path).model.named_parameters():
+        assert torch.equal(parameter, dict(policy.model.named_parameters())[name] + 1)
+
+
+@pytest.mark.parametrize("move", [0, 1, 6, 13, 20, 99])
+def test_no_moment_of_the_last_moves_shows_a_checkpoint_that_is_not_whole(folder, processor, tmp_path, monkeypatch, move):
+    """The renames at the end, cut off after each of them: what loads is whole."""
+    policy, count, real = model.load_policy(folder), [], model.os.replace
+    changed = copy.deepcopy(policy.model)
+    with torch.no_grad():
+        for parameter in changed.parameters():
+            parameter.add_(1)
+    model.save_policy(tmp_path, policy, processor, policy.model.named_parameters(), 900_000)
+
+    def replace(source, target):
+        if Path(target).parent == tmp_path:
+            if len(count) == move:
+                raise KeyboardInterrupt
+            count.append(target)
+        real(source, target)
+
+    monkeypatch.setattr(model.os, "replace", replace)
+    try:
+        model.save_policy(tmp_path, policy, processor, changed.named_parameters(), 400_000)
+    except KeyboardInterrupt:
+        with pytest.raises(ValueError, match="not there"):
+            model.load_policy(tmp_path)
+    else:
+        assert len(count) <= move
+        assert all(torch.equal(p, dict(changed.named_parameters())[name]) for name, p in model.load_policy(tmp_path).model.named_parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Memory: bytes that torch's allocator holds. Mapped files are no allocations; the process's own size would say little.
+
+
+def test_one_process_loads_and_saves_with_little_beside_the_model(folder, processor, tmp_path):
+    network_of(folder).to(torch.bfloat16).save_pretrained(tmp_path / "base", max_shard_size="300KB")
+    policy = model.meta_policy(tmp_path / "base")
+    whole = sum(4 * p.numel() for p in policy.parameters())
+    largest = max(4 * p.numel() for p in policy.parameters())
+    assert whole > 4 * largest
+    peak, _ = measured(lambda: train.shard(policy, torch.device("cpu")))
+    assert whole <= peak <= whole + largest, (peak, whole, largest)
+    limit = 400_000
+    lora.inject(policy.model, policy.language_model, 4, 8.0)
+    tensors = lora.merge_state(train.whole_tensors(policy), 2.0)
+    peak, _ = measured(lambda: model.save_policy(tmp_path / "saved", policy, processor, tensors, limit))
+    assert peak <= limit + 3 * largest < whole, (peak, limit, largest, whole)  # a file, and a merge on its way
