@@ -54,9 +54,9 @@ def build(tokenizer) -> Qwen2_5_VLForConditionalGeneration:
 
 
 def draw_pair(shape: tuple[int, int, int]) -> list[list[int]]:
-    """Token ids of a prompt, a chosen and a rejected answer; below 1,000, where no token is special"""
+    """Token ids of a prompt, a chosen and a rejected answer; below 200, where there are letters, and no token is special"""
     generator = torch.Generator().manual_seed(0)
-    return [torch.randint(1000, (length,), generator=generator).tolist() for length in shape]
+    return [torch.randint(200, (length,), generator=generator).tolist() for length in shape]
 
 
 def tree_row(pair: list[list[int]], processor: model.Processor) -> model.Row:
