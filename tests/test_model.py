@@ -460,11 +460,13 @@ def test_chunked_logprobs_of_a_bf16_model_are_summed_in_fp32():
     assert logp.dtype == torch.float32
     torch.testing.assert_close(logp, expected, atol=1e-4, rtol=1e-5)
     logp.sum().backward()
-    exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
-    (exact[0] @ exact[1].T).log_softmax(-1)[torch.arange(50), targets].sum().backward()
-    for rounded, wanted in zip((hidden, weight), exact):
-        assert rounded.grad.dtype == torch.bfloat16
-        assert (rounded.grad - wanted.grad).abs().max() < 0.01 * wanted.grad.abs().max()
+    ours, exact = [hidden.grad, weight.grad], [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
+    hidden.grad = weight.grad = None
+    for h, w in ((hidden, weight), exact):
+        (h @ w.T).double().log_softmax(-1)[torch.arange(50), targets].sum().backward()
+    for found, plain, wanted in zip(ours, (hidden.grad, weight.grad), (tensor.grad for tensor in exact)):
+        assert found.dtype == torch.bfloat16  # and no further from the truth than rounded logits put the plain computation
+        assert (found - wanted).norm() < 1.2 * (plain - wanted).norm()
 
 
 @pytest.mark.parametrize("head", ["trained", "frozen"])
