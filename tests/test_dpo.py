@@ -426,7 +426,7 @@ def test_pairs_without_ids_are_refused_where_ids_are_required(folders, films, tm
 def test_a_pair_that_is_too_long_is_dropped_and_counted(folders, films, tmp_path, capsys):
     processor = model.Processor(folders["qwen"], 56 * 56, 1)
     rows = [pair(index, None, processor) for index in range(3)]
-    rows[1]["rejected_token_ids"] = [5] * 300
+    rows[1] |= {"rejected_token_ids": [5] * 300, "rejected": processor.decode([5] * 300)}
     longest = max(sum(len(segment.ids) for segment in dpo.encode_pair(row, processor, films)) for row in rows[::2])
     run(folders["qwen"], films, tmp_path, rows, "--max-length", str(longest))
     assert f"kept 2 of 3 (1 over {longest} tokens" in capsys.readouterr().out
