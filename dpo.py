@@ -39,7 +39,7 @@ import data
 import lora
 import model
 import train
-from sft import save
+from sft import check, gate_policy, gate_rows, save
 
 BETA = 0.1  # ours: paper silent (LLaMA-Factory default; the DPO paper uses 0.1 to 0.5)
 CHOSEN, REJECTED = 1, 2  # Segment.answer of a pair's two responses
@@ -143,17 +143,21 @@ def tolerance(device: torch.device) -> float:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def gate(policy: model.Policy, encode: Callable[[int], model.Row], processor: model.Processor, beta: float, pairs: int, device: torch.device) -> None:
-    """Refuses to train wrong: a batch of real pairs must have the reference's log-probabilities and a loss of ln 2."""
-    with torch.no_grad():
-        rows = [encode(index) for index in range(min(pairs, 4 * train.world()))][train.rank() :: train.world()] or [encode(0)]
-        batch = collate_pairs(rows, [1.0] * len(rows), processor).to(device)
-        loss, count, figures = pair_loss(policy(batch), batch, beta)
-    loss, count, margin = train.total([loss.item(), count, figures["margin"][0]], device)
-    first = loss / count
-    train.print0(f"  gate: first loss {first:.6f}, margin {margin / count:+.6f}; ln 2 is {math.log(2):.6f}")
-    if not abs(first - math.log(2)) <= tolerance(device):
-        raise RuntimeError(f"gate: the first loss is {first:.6f}, not ln 2 = {math.log(2):.6f}: policy and reference differ before any update; remove reference.jsonl")
+def gate_reference(policy: model.Policy, encode: Callable[[int], tuple[model.Row, list[float]]], processor: model.Processor, beta: float, pairs: int, micro: int, device: torch.device) -> None:
+    """The gate's last part (the others are in sft.py): the first pairs, as they will be trained, must have the reference's
+    log-probabilities and a loss of ln 2. A collective."""
+    loss, count, differences = 0.0, 0.0, []
+    for part in train.micro_batches(list(range(min(pairs, 4 * train.world()))), micro, train.rank(), train.world()):
+        batch = collate_pairs([encode(index) for index, _ in part], [weight for _, weight in part], processor).to(device)
+        with torch.no_grad():
+            logp = policy(batch)
+            losses, weight, _ = pair_loss(logp, batch, beta)
+        loss, count = loss + losses.item(), count + weight
+        differences.append((torch.stack(response_sums(logp, batch), 1) - batch.reference).abs().max().item())
+    differences, (loss, count) = train.gather_rows(differences), train.total([loss, count], device)
+    limit, first = tolerance(device), loss / count
+    check("policy equals reference", all(value <= 10 * limit for value in differences), f"log-probabilities differ by up to {max(differences):.4f}; remove reference.jsonl")
+    check(f"first loss {first:.6f} is ln 2 = {math.log(2):.6f}", abs(first - math.log(2)) <= limit, "policy and reference differ before any update")
 
 
 def collate_pairs(rows: list[tuple[model.Row, list[float]]], weights: list[float], processor: model.Processor) -> model.Batch:
@@ -198,7 +202,8 @@ def main(argv: list[str] | None = None) -> None:
     if textual and args.require_token_ids:
         raise data.RowError(f"{args.pairs}: {textual} pairs have no token ids; sample with an engine that tells them, or drop --require-token-ids")
     processor = model.Processor(args.model, args.pixels, args.tiles)
-    kept = [row for row in pairs if sum(len(segment.ids) for segment in encode_pair(row, processor, image_root)) <= args.max_length]
+    lengths = gate_rows(args.pairs, pairs, lambda row: encode_pair(row, processor, image_root), lambda row: [row["chosen"], row["rejected"]], processor)
+    kept = [row for row, length in zip(pairs, lengths) if length <= args.max_length]
     train.print0(f"pairs: kept {len(kept)} of {len(pairs)} ({len(pairs) - len(kept)} over {args.max_length} tokens: --max-length), {textual} tokenised from text")
     if not kept:
         raise data.RowError(f"{args.pairs}: every pair is over {args.max_length} tokens; raise --max-length")
@@ -209,6 +214,8 @@ def main(argv: list[str] | None = None) -> None:
         lora.inject(policy.model, policy.language_model, args.rank, args.alpha, args.seed)
     train.print0(f"training {sum(p.numel() for p in train.trained(policy).values()):,} of {sum(p.numel() for p in policy.parameters()):,} parameters ({args.method})")
     train.shard(policy, device, args.checkpointing, args.replicas)
+    seen = next((encode_pair(row, processor, image_root) for row in kept if row["images"]), None)
+    gate_policy(policy, seen, args.method == "lora", device)
 
     def encode_row(index: int) -> model.Row:
         return encode_pair(kept[index], processor, image_root)
@@ -219,7 +226,7 @@ def main(argv: list[str] | None = None) -> None:
     def encode(index: int) -> tuple[model.Row, list[float]]:
         return encode_row(index), values[index]
 
-    gate(policy, encode, processor, args.beta, len(kept), device)
+    gate_reference(policy, encode, processor, args.beta, len(kept), args.micro_batch, device)
     history = train.fit(
         policy,
         lambda logp, batch: pair_loss(logp, batch, args.beta),

@@ -41,7 +41,7 @@ import data
 
 MAX_PIXELS = 768 * 768  # ours: paper silent (LLaMA-Factory's image_max_pixels)
 TILES = 1  # ours: paper silent (LLaMA-Factory trains InternVL on one tile an image)
-LOGIT_CHUNK = 1024  # supervised positions whose logits exist at one time
+LOGIT_CHUNK = 512  # supervised positions whose logits exist at one time: 311 MB in fp32 for 152k tokens
 SHARD_BYTES = 5_000_000_000  # ours: a weight file is at most so large, as on the hub, and so is what saving holds
 
 
@@ -316,39 +316,56 @@ def collate(rows: list[Row], processor: Processor, weights: list[float] | None =
 
 
 class ChunkedLogProbs(torch.autograd.Function):
-    """log softmax(h W^T)[target] for N positions without ever holding (N, V): chunks are made, used and dropped, and made
-    again in backward, where  d logp / d logits = onehot(target) - softmax(logits).  The softmax is in fp32 (fp64 for fp64)."""
+    """log softmax(h W^T)[target] for N positions without ever holding (N, V): chunks are made, used and dropped.
+
+        d logp / d logits = onehot(target) - softmax(logits)             d logp / d h = (onehot - softmax) W
+
+    The second is one (N, D) whatever comes back later: forward makes it while it has the chunk. Only a head that is
+    trained makes the chunks again in backward, for its own gradient. The softmax is in fp32 (fp64 for fp64).
+    """
+
+    @staticmethod
+    def residual(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """log p of n targets (n,) and onehot - softmax (n, V). In place, since V is too wide for a second copy."""
+        logits = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))  # bf16 is not enough for sums over V
+        top = logits.amax(-1, keepdim=True)
+        at_target = logits.gather(1, targets[:, None]) - top
+        total = logits.sub_(top).exp_().sum(-1, keepdim=True)
+        return (at_target - total.log())[:, 0], logits.div_(-total).scatter_add_(1, targets[:, None], torch.ones_like(total))
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
         """hidden (N, D), weight (V, D), targets (N,) -> (N,) float32"""
-        exact = torch.promote_types(hidden.dtype, torch.float32)  # bf16 is not enough for sums over thousands of tokens
-        logp, lse = (torch.empty(len(targets), dtype=exact, device=hidden.device) for _ in range(2))
+        logp = hidden.new_empty(len(targets), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None  # d logp / d h, (N, D)
         for at in range(0, len(targets), chunk):
             part = slice(at, at + chunk)
-            logits = (hidden[part] @ weight.T).to(exact)  # (chunk, V)
-            lse[part] = logits.logsumexp(-1)
-            logp[part] = logits.gather(1, targets[part, None])[:, 0] - lse[part]
-        ctx.save_for_backward(hidden, weight, targets, lse)
+            logp[part], g = ChunkedLogProbs.residual(hidden[part], weight, targets[part])
+            if slope is not None:
+                slope[part] = g.to(weight.dtype) @ weight
+            del g  # or the next chunk would be made beside it
+        ctx.save_for_backward(slope, *(hidden, weight, targets) if ctx.needs_input_grad[1] else ())
         ctx.chunk = chunk
         return logp
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        hidden, weight, targets, lse = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=lse.dtype) if ctx.needs_input_grad[1] else None
+        slope, *head = ctx.saved_tensors
+        grad_hidden = None if slope is None else (slope * grad[:, None]).to(slope.dtype)
+        if not head:
+            return grad_hidden, None, None, None
+        hidden, weight, targets = head
+        grad_weight = torch.zeros_like(weight, dtype=grad.dtype)
         for at in range(0, len(targets), ctx.chunk):
             part = slice(at, at + ctx.chunk)
-            g = (hidden[part] @ weight.T).to(lse.dtype)  # (chunk, V), turned into the gradient in place
-            g.sub_(lse[part, None]).exp_().mul_(-grad[part, None])
-            g.scatter_add_(1, targets[part, None], grad[part, None])
-            g = g.to(hidden.dtype)
-            if grad_hidden is not None:
-                grad_hidden[part] = g @ weight
-            if grad_weight is not None:
-                grad_weight += g.T @ hidden[part]
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
+            _, g = ChunkedLogProbs.residual(hidden[part], weight, targets[part])
+            scaled = (hidden[part] * grad[part, None]).to(hidden.dtype)
+            if grad.dtype == weight.dtype:
+                grad_weight.addmm_(g.T, scaled)  # without a second (V, D)
+            else:
+                grad_weight += g.to(weight.dtype).T @ scaled
+            del g
+        return grad_hidden, grad_weight.to(weight.dtype), None, None
 
 
 def segment_attention(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **_unused):

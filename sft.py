@@ -23,9 +23,12 @@ Where we depart from the paper, or it is silent:
 import argparse
 import sys
 import time
+import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 import data
 import lora
@@ -81,22 +84,52 @@ def pack_plan(lengths: list[int], limit: int, seed: int) -> list[list[int]]:
     return plan
 
 
-def gate(rows: list[dict], row: model.Row, processor: model.Processor, policy: model.Policy, names: list[str]) -> None:
-    """Refuses to train wrong: one line a check, before the first step."""
-    response = rows[0]["messages"][-1]["content"]
-    decoded = processor.decode(row[1].ids)
-    checks = [
-        ("the first row's supervised tokens decode to its response", decoded == response, f"{decoded[:60]!r} instead of {response[:60]!r}"),
-        ("supervision ends with the end of the turn", row[1].ids[-1] == processor.stop_id, "the model would not learn to stop"),
-        ("image tokens equal image features", row[0].ids.count(processor.image_id) == sum(image.tokens for image in row[0].images), "check the pixel settings"),
-    ]
-    if names:
-        learnt = {name.removeprefix("model.model.language_model.").rpartition(".")[0] for name in train.trained(policy)}
-        checks.append((f"LoRA trains exactly {len(names)} linear maps of the language model", learnt == set(names), f"found {len(learnt)}: {sorted(learnt)[:2]}"))
-    for claim, holds, otherwise in checks:
-        train.print0(f"  gate: {'ok ' if holds else 'NOT'} {claim}")
-        if not holds:
-            raise RuntimeError(f"gate: {claim}: not so; {otherwise}")
+# ---------------------------------------------------------------------------------------------------------------
+# The gate, before the first step of either stage: what is trained wrong looks like training
+
+
+def check(claim: str, holds: bool, otherwise: str) -> None:
+    """One line of the gate. Raises RuntimeError where the claim does not hold."""
+    train.print0(f"  gate: {'ok ' if holds else 'NOT'} {claim}")
+    if not holds:
+        raise RuntimeError(f"gate: {claim}: not so; {otherwise}")
+
+
+def gate_rows(path: str, rows: list[dict], encode: Callable[[dict], model.Row], responses: Callable[[dict], list[str]], processor: model.Processor) -> list[int]:
+    """Encodes every row once, and reads its supervised tokens back. Returns the rows' lengths in tokens."""
+    lengths, invalid, different = [], [], []
+    for row in rows:
+        try:
+            encoded = encode(row)
+        except data.RowError as error:
+            invalid.append(f"{row['id']}: {error}")
+            continue
+        lengths.append(sum(len(segment.ids) for segment in encoded))
+        for segment, wanted in zip(encoded[1:], responses(row), strict=True):
+            found, wanted = (unicodedata.normalize("NFC", text) for text in (processor.decode(segment.ids), wanted))  # as the tokenizers do
+            if found != wanted:
+                different.append(f"{row['id']}: {found[:60]!r} instead of {wanted[:60]!r}")
+    check(f"all {len(rows)} rows are valid", not invalid, f"{path}: {len(invalid)} are not: {'; '.join(invalid[:3])}")
+    check("supervised tokens decode to the responses", not different, f"{path}: {len(different)} do not: {'; '.join(different[:3])}")
+    return lengths
+
+
+def gate_policy(policy: model.Policy, row: model.Row | None, with_lora: bool, device: torch.device) -> None:
+    """row: one that has images, if there is any. The policy is where it will be trained."""
+    if row:
+        images = row[0].images
+        with torch.no_grad():
+            features = len(policy.image_features(torch.cat([image.pixels for image in images]).to(device), torch.tensor([image.grid for image in images], device=device)))
+        tokens = row[0].ids.count(policy.image_id)
+        check("image tokens equal image features", tokens == features, f"{tokens} tokens, {features} features; use the pixel settings and the processor of this checkpoint")
+    if with_lora:
+        language = next(name for name, module in policy.named_modules() if module is policy.language_model)
+        linears = {f"{language}.{name.removesuffix('.base')}" for name, module in policy.language_model.named_modules() if isinstance(module, nn.Linear)}
+        learnt = {name.rpartition(".")[0] for name in train.trained(policy)}
+        check(f"LoRA trains the {len(linears)} linear maps of the language model and nothing else", learnt == linears, f"these differ: {sorted(learnt ^ linears)[:3]}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def save(out: Path, policy: model.Policy, processor: model.Processor, adapter: tuple[int, float, str] | None) -> None:
@@ -147,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = data.read_rows(args.demos, "demos")
     train.same_run(out, args, [args.model, args.demos])
     processor = model.Processor(args.model, args.pixels, args.tiles)
-    lengths = [sum(len(segment.ids) for segment in encode_demo(row, processor, image_root)) for row in rows]
+    lengths = gate_rows(args.demos, rows, lambda row: encode_demo(row, processor, image_root), lambda row: [row["messages"][-1]["content"]], processor)
     kept = [row for row, length in zip(rows, lengths) if length <= args.max_length]
     train.print0(f"demonstrations: kept {len(kept)} of {len(rows)} ({len(rows) - len(kept)} over {args.max_length} tokens: --max-length)")
     if not kept:
@@ -156,11 +189,13 @@ def main(argv: list[str] | None = None) -> None:
 
     policy = model.meta_policy(args.model)
     policy.freeze_vision()
-    names = lora.inject(policy.model, policy.language_model, args.rank, args.alpha, args.seed) if args.method == "lora" else []
+    if args.method == "lora":
+        lora.inject(policy.model, policy.language_model, args.rank, args.alpha, args.seed)
     count = sum(p.numel() for p in train.trained(policy).values())
     train.print0(f"training {count:,} of {sum(p.numel() for p in policy.parameters()):,} parameters ({args.method})")
-    gate(kept, encode_demo(kept[0], processor, image_root), processor, policy, names)
     train.shard(policy, device, args.checkpointing, args.replicas)
+    seen = next((encode_demo(row, processor, image_root) for row in kept if row["images"]), None)
+    gate_policy(policy, seen, args.method == "lora", device)
 
     weights = dict(zip((data.THINK, data.ANSWER, data.TAG), args.weights))
     history = train.fit(
@@ -172,7 +207,7 @@ def main(argv: list[str] | None = None) -> None:
         out=out, device=device, learning_rate_peak=args.lr, batch=args.batch, micro=args.micro_batch, epochs=args.epochs,
         seed=args.seed, save_every=args.save_every,
     )  # fmt: skip
-    save(out, policy, processor, (args.rank, args.alpha, args.model) if names else None)
+    save(out, policy, processor, (args.rank, args.alpha, args.model) if args.method == "lora" else None)
     train.forget_state(out)
     if train.rank() == 0:
         figures = {"rows": len(kept), "dropped": len(rows) - len(kept), "steps": len(history), "first_loss": history[0]["loss"], "last_loss": history[-1]["loss"]}

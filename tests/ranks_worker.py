@@ -134,7 +134,7 @@ def prepare(case: str, models: str, images: str, device: torch.device | None = N
 
     if device:
         values = dpo.references(out / "reference.jsonl", policy, len(rows), encode_row, processor, "checkpoint", micro, device)
-        dpo.gate(policy, lambda i: (encode_row(i), values[i]), processor, dpo.BETA, len(rows), device)
+        dpo.gate_reference(policy, lambda i: (encode_row(i), values[i]), processor, dpo.BETA, len(rows), micro, device)
     else:
         values = dpo.reference_values(policy, encode_row, processor, list(range(len(rows))), 1, torch.device("cpu"))
     encode = lambda i: (encode_row(i), values[i])  # noqa: E731

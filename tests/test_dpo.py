@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -140,6 +141,32 @@ def test_a_pair_has_the_loss_and_gradients_of_two_separate_rows_in_hugging_faces
     assert_close(gradients(policy.model), gradients(plain))
 
 
+def test_text_pairs_have_trls_loss_and_gradients(folder, policy, processor, tmp_path):
+    """TRL makes its own token ids of the same texts, its own log-probabilities, and its own reference values."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    plain, other = (AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32) for _ in range(2))
+    with torch.no_grad():  # a reference that is not the policy, so that the margins are not 0
+        for parameter in other.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.02)
+    pairs = [pair(index) for index in range(3)]
+    texts = [{"prompt": processor.render(row["prompt"], []), "chosen": row["chosen"], "rejected": row["rejected"]} for row in pairs]
+    settings = trl.DPOConfig(
+        output_dir=str(tmp_path), use_cpu=True, bf16=False, gradient_checkpointing=False, per_device_train_batch_size=3, max_length=None, beta=0.1, report_to="none",
+    )  # fmt: skip
+    trainer = trl.DPOTrainer(model=plain, ref_model=other, args=settings, processing_class=processor.tokenizer, train_dataset=datasets.Dataset.from_list(texts))
+    wanted = trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
+    wanted.backward()
+
+    rows = [dpo.encode_pair(row, processor, tmp_path) for row in pairs]
+    assert [[theirs[key] for key in ("prompt_ids", "chosen_ids", "rejected_ids")] for theirs in trainer.train_dataset] == [[segment.ids for segment in row] for row in rows]
+    values = dpo.reference_values(model.Policy(other), lambda index: rows[index], processor, [0, 1, 2], 2, CPU)
+    batch = dpo.collate_pairs(list(zip(rows, values)), [1.0] * 3, processor)
+    loss, count, _ = dpo.pair_loss(policy(batch), batch, 0.1)
+    (loss / count).backward()
+    assert (loss / count).item() == pytest.approx(wanted.item(), abs=1e-5) and abs(wanted.item() - math.log(2)) > 1e-3
+    assert_close(gradients(policy.model), gradients(plain))
+
+
 def test_two_pairs_with_different_images_in_one_batch_are_two_batches_of_one(policy, processor, films):
     rows = [(row, [-60.0 - index, -70.0]) for index, row in enumerate(encode(processor, films, ["film0.png", "film1.png"]))]
     found = []
@@ -251,15 +278,68 @@ def test_a_corrupted_reference_value_stops_the_run(policy, processor, films, tmp
         refer(tmp_path, policy, rows, processor)
 
 
-def test_the_gate_refuses_a_policy_that_is_not_its_reference(policy, processor, films):
-    (row,) = encode(processor, films)
-    with torch.no_grad():
-        batch = model.collate([row], processor)
-        values = [value.item() for value in dpo.response_sums(policy(batch), batch)]
-    dpo.gate(policy, lambda _: (row, values), processor, 0.1, 1, CPU)
-    for wrong in ([values[0] + 0.1, values[1]], [math.nan, values[1]]):
-        with pytest.raises(RuntimeError, match="not ln 2"):
-            dpo.gate(policy, lambda _: (row, wrong), processor, 0.1, 1, CPU)
+def test_a_run_prints_the_gate_line_by_line(folder, films, tmp_path, capsys):
+    run(folder, films, tmp_path, [pair(0), pair(1, "film0.png")], "--method", "lora", "--epochs", "1")
+    assert [line.removeprefix("  gate: ok  ") for line in capsys.readouterr().out.splitlines() if "gate:" in line] == [
+        "all 2 rows are valid",
+        "supervised tokens decode to the responses",
+        "image tokens equal image features",
+        "LoRA trains the 21 linear maps of the language model and nothing else",
+        "policy equals reference",
+        "first loss 0.693147 is ln 2 = 0.693147",
+    ]
+
+
+def refused(claim: str, otherwise: str, folder, films, tmp_path, capsys, rows: list[dict], *flags: str) -> None:
+    """The run stops at one line of the gate, says why, and trains nothing."""
+    with pytest.raises(RuntimeError, match=re.escape(f"gate: {claim}: not so; ") + ".*" + otherwise):
+        run(folder, films, tmp_path, rows, *flags)
+    assert [line for line in capsys.readouterr().out.splitlines() if "gate:" in line][-1] == f"  gate: NOT {claim}"
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_the_gate_refuses_pairs_that_cannot_be_encoded_and_names_them(folder, films, tmp_path, capsys):
+    refused("all 2 rows are valid", "pairs.jsonl: 1 are not: p1: .*no film.png", folder, films, tmp_path, capsys, [pair(0), pair(1, "no film.png")])
+
+
+def test_the_gate_refuses_token_ids_of_another_answer(folder, processor, films, tmp_path, capsys):
+    rows = [pair(index, None, processor) for index in range(3)]
+    rows[1]["rejected_token_ids"] = rows[2]["rejected_token_ids"]
+    refused("supervised tokens decode to the responses", "pairs.jsonl: 1 do not: p1: .* instead of", folder, films, tmp_path, capsys, rows)
+
+
+def test_the_gate_takes_an_answer_that_was_cut_off(processor, films):
+    row = pair(0, None, processor)
+    row["rejected_token_ids"] = row["rejected_token_ids"][:-4]
+    row["rejected"] = processor.decode(row["rejected_token_ids"])
+    dpo.gate_rows("pairs.jsonl", [row], lambda row: dpo.encode_pair(row, processor, films), lambda row: [row["chosen"], row["rejected"]], processor)
+
+
+def test_the_gate_refuses_image_tokens_that_are_not_the_towers_features(folder, films, tmp_path, capsys, monkeypatch):
+    image_features = model.Policy.image_features
+    monkeypatch.setattr(model.Policy, "image_features", lambda self, pixels, grids: image_features(self, pixels, grids)[:-1])
+    refused("image tokens equal image features", "4 tokens, 3 features", folder, films, tmp_path, capsys, [pair(0, "film0.png")])
+
+
+def test_the_gate_refuses_lora_on_other_than_the_language_models_linears(folders, films, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(lora, "TARGETS", lora.TARGETS[1:])
+    claim = "LoRA trains the 21 linear maps of the language model and nothing else"
+    refused(claim, "layers.0.self_attn.q_proj", folders["qwen"], films, tmp_path, capsys, [pair(0)], "--method", "lora")
+
+
+@pytest.mark.parametrize("shift", [(0.1, 0.0), (0.1, 0.1), (0.0, math.nan)])
+def test_the_gate_refuses_a_policy_that_is_not_its_reference(folders, films, tmp_path, capsys, monkeypatch, shift):
+    """Where both log-probabilities are off by the same, the loss is ln 2 all the same."""
+    references = dpo.references
+    monkeypatch.setattr(dpo, "references", lambda *given: [[value + off for value, off in zip(values, shift)] for values in references(*given)])
+    said = "log-probabilities differ by up to (0.1000|nan); remove reference.jsonl"
+    refused("policy equals reference", said, folders["qwen"], films, tmp_path, capsys, [pair(0), pair(1)], "--micro-batch", "2")
+
+
+def test_the_gate_refuses_a_first_loss_that_is_not_ln_2(folders, films, tmp_path, capsys, monkeypatch):
+    dpo_loss = dpo.dpo_loss
+    monkeypatch.setattr(dpo, "dpo_loss", lambda *given: (2 * dpo_loss(*given)[0], *dpo_loss(*given)[1:]))
+    refused("first loss 1.386294 is ln 2 = 0.693147", "policy and reference differ", folders["qwen"], films, tmp_path, capsys, [pair(0)])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -346,7 +426,7 @@ def test_pairs_without_ids_are_refused_where_ids_are_required(folders, films, tm
 def test_a_pair_that_is_too_long_is_dropped_and_counted(folders, films, tmp_path, capsys):
     processor = model.Processor(folders["qwen"], 56 * 56, 1)
     rows = [pair(index, None, processor) for index in range(3)]
-    rows[1]["rejected_token_ids"] = [5] * 300
+    rows[1] |= {"rejected_token_ids": [5] * 300, "rejected": processor.decode([5] * 300)}
     longest = max(sum(len(segment.ids) for segment in dpo.encode_pair(row, processor, films)) for row in rows[::2])
     run(folders["qwen"], films, tmp_path, rows, "--max-length", str(longest))
     assert f"kept 2 of 3 (1 over {longest} tokens" in capsys.readouterr().out

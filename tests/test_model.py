@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from bench.logprobs import peak_bytes
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -454,10 +455,33 @@ def test_chunked_logprobs_of_a_bf16_model_are_summed_in_fp32():
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, 16, generator=generator, dtype=torch.bfloat16) for n in (50, 300))
     targets = torch.randint(300, (50,), generator=generator)
-    logp = model.ChunkedLogProbs.apply(hidden, weight, targets, 7)
+    logp = model.ChunkedLogProbs.apply(hidden.requires_grad_(), weight.requires_grad_(), targets, 7)
     expected = (hidden @ weight.T).float().log_softmax(-1)[torch.arange(50), targets]
     assert logp.dtype == torch.float32
     torch.testing.assert_close(logp, expected, atol=1e-4, rtol=1e-5)
+    logp.sum().backward()
+    ours, exact = [hidden.grad, weight.grad], [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
+    hidden.grad = weight.grad = None
+    for h, w in ((hidden, weight), exact):
+        (h @ w.T).double().log_softmax(-1)[torch.arange(50), targets].sum().backward()
+    for found, plain, wanted in zip(ours, (hidden.grad, weight.grad), (tensor.grad for tensor in exact)):
+        assert found.dtype == torch.bfloat16  # and no further from the truth than rounded logits put the plain computation
+        assert (found - wanted).norm() < 1.2 * (plain - wanted).norm()
+
+
+@pytest.mark.parametrize("head", ["trained", "frozen"])
+def test_chunked_logprobs_never_hold_the_logits_of_more_than_a_chunk(head):
+    positions, vocabulary, chunk = 64, 20_000, 4
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(positions, 8, generator=generator, requires_grad=True), torch.randn(vocabulary, 8, generator=generator)
+    weight.requires_grad_(head == "trained")
+    targets = torch.randint(vocabulary, (positions,), generator=generator)
+    logits = 4 * positions * vocabulary  # bytes
+    whole = peak_bytes(lambda: (hidden @ weight.T).log_softmax(-1)[torch.arange(positions), targets].sum().backward())
+    hidden.grad = weight.grad = None
+    chunked = peak_bytes(lambda: model.ChunkedLogProbs.apply(hidden, weight, targets, chunk).sum().backward())
+    own = weight.nbytes if head == "trained" else 0  # the gradient that both must return
+    assert whole - own > 2 * logits and chunked - own < 1.1 * logits * chunk / positions
 
 
 def test_the_policy_gives_the_same_whatever_its_chunk(processor, policy, monkeypatch):

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 import data
+import lora
 import model
 import sft
 
@@ -56,6 +59,25 @@ def test_loss_and_every_gradient_equal_hugging_faces_own(folder, policy, process
     assert count == (labels != -100).sum().item()
     assert (loss / count).item() == pytest.approx(wanted.item(), abs=1e-5)
     assert_close(gradients(policy.model), gradients(plain))
+
+
+T, A, G = data.THINK, data.ANSWER, data.TAG
+FIGURES = [  # labels, -log p, weights of the rows, weights of think / answer / tag -> sum, count, the mean that is descended
+    # 0.5 + 0.25 + 2.0 + 0.125 = 2.875 over 4 tokens
+    ([[0, 0, T, T, A, G]], [[0, 0, 0.5, 0.25, 2.0, 0.125]], [1], (1, 1, 1), 2.875, 4, 0.71875),
+    # 1.0 + 3.0 + 0.5 and 0.25 + 0.25: 5.0 over 5 tokens; a mean of the rows' means, 1.5 and 0.25, would be 0.875
+    ([[0, T, A, G], [0, A, G, 0]], [[0, 1.0, 3.0, 0.5], [0, 0.25, 0.25, 0]], [1, 1], (1, 1, 1), 5.0, 5, 1.0),
+    # think at a half, answer at two, tags at none, the second row not counted: (0.5 * (1.0 + 2.0) + 2 * 0.75) / (0.5 * 2 + 2 * 1)
+    ([[0, T, T, A, G], [0, T, A, G, 0]], [[0, 1.0, 2.0, 0.75, 9.0], [0, 7.0, 7.0, 7.0, 0]], [1, 0], (0.5, 2, 0), 3.0, 3, 1.0),
+]
+
+
+@pytest.mark.parametrize("labels, surprise, rows, weights, total, count, mean", FIGURES)
+def test_the_loss_has_the_figures_worked_out_by_hand(processor, films, labels, surprise, rows, weights, total, count, mean):
+    batch = model.collate(encode(processor, films), processor)
+    batch = replace(batch, labels=torch.tensor(labels), weights=torch.tensor(rows, dtype=torch.float))
+    found, over, _ = sft.sft_loss(-torch.tensor(surprise), batch, dict(zip((T, A, G), weights)))
+    assert (found.item(), over, found.item() / over) == (total, count, mean)
 
 
 def hand_made(processor, films) -> tuple[torch.Tensor, model.Batch, dict[int, list[float]]]:
@@ -181,23 +203,77 @@ def test_a_file_without_demonstrations_is_refused(tmp_path):
         data.read_rows(tmp_path / "demos.jsonl", "demos")
 
 
-def test_the_gate_passes_a_right_run_and_refuses_a_wrong_one(policy, processor, films, capsys):
-    row, rows = encode(processor, films, ["film0.png"])[0], [demo(0, "film0.png")]
-    names = sft.lora.inject(policy.model, policy.language_model, 2, 4.0)
-    sft.gate(rows, row, processor, policy, names)
-    assert capsys.readouterr().out.count("gate: ok") == 4
-    with pytest.raises(RuntimeError, match="decode to its response"):
-        sft.gate([demo(1)], row, processor, policy, names)
-    unended = [row[0], model.Segment(row[1].ids[:-1], row[1].labels[:-1], 0)]
-    with pytest.raises(RuntimeError, match="end of the turn"):
-        sft.gate(rows, unended, processor, policy, names)
-    with pytest.raises(RuntimeError, match="image tokens"):
-        sft.gate(rows, [model.Segment(row[0].ids, row[0].labels), row[1]], processor, policy, names)
-    with pytest.raises(RuntimeError, match="LoRA trains exactly"):
-        sft.gate(rows, row, processor, policy, names[:-1])
-    next(policy.vision.parameters()).requires_grad_(True)  # and a tower that would be trained along
-    with pytest.raises(RuntimeError, match="LoRA trains exactly"):
-        sft.gate(rows, row, processor, policy, names)
+GATE = [
+    "all 2 rows are valid",
+    "supervised tokens decode to the responses",
+    "image tokens equal image features",
+    "LoRA trains the 21 linear maps of the language model and nothing else",  # seven in each of three layers
+]
+
+
+def test_a_run_prints_the_gate_line_by_line(folder, films, tmp_path, capsys):
+    run(folder, films, tmp_path, [demo(0), demo(1, "film0.png")], "--epochs", "1")
+    assert [line.removeprefix("  gate: ok  ") for line in capsys.readouterr().out.splitlines() if "gate:" in line] == GATE
+
+
+def refused(claim: str, otherwise: str, folder, films, tmp_path, capsys, rows: list[dict]) -> None:
+    """The run stops at one line of the gate, says why, and trains nothing."""
+    with pytest.raises(RuntimeError, match=re.escape(f"gate: {claim}: not so; ") + ".*" + otherwise):
+        run(folder, films, tmp_path, rows)
+    assert [line for line in capsys.readouterr().out.splitlines() if "gate:" in line][-1] == f"  gate: NOT {claim}"
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_the_gate_refuses_rows_that_cannot_be_encoded_and_names_them(folder, films, tmp_path, capsys):
+    rows = [demo(0), demo(1, "film0.png"), demo(2, "no such film.png"), demo(3)]
+    rows[3]["messages"][2]["content"] = "<think> <|im_end|> </think> <answer> A </answer>"
+    said = "demos.jsonl: 2 are not: d2: .*no such film.png.*; d3: the response contains the special token"
+    refused("all 4 rows are valid", said, folder, films, tmp_path, capsys, rows)
+
+
+def test_the_gate_refuses_supervised_tokens_that_are_not_the_response(folder, films, tmp_path, capsys, monkeypatch):
+    encode_response = model.Processor.encode_response
+    monkeypatch.setattr(model.Processor, "encode_response", lambda self, text, *place: encode_response(self, text.replace("nodule", "mass"), *place))
+    with_nodule = [index for index in range(4) if "nodule" in demo(index)["messages"][2]["content"]]
+    assert 0 < len(with_nodule) < 4
+    said = f"demos.jsonl: {len(with_nodule)} do not: d{with_nodule[0]}: .*mass.* instead of .*nodule"
+    refused("supervised tokens decode to the responses", said, folder, films, tmp_path, capsys, [demo(index) for index in range(4)])
+
+
+def test_the_gate_takes_decomposed_letters_for_what_the_tokenizer_makes_of_them(processor, films):
+    row = demo(0)
+    row["messages"][2]["content"] = "<think> cafe\u0301 </think> <answer> A </answer>"
+    assert "\u00e9" in processor.decode(sft.encode_demo(row, processor, films)[1].ids)
+    sft.gate_rows("demos.jsonl", [row], lambda row: sft.encode_demo(row, processor, films), lambda row: [row["messages"][2]["content"]], processor)
+
+
+def test_the_gate_refuses_image_tokens_that_are_not_the_towers_features(folder, films, tmp_path, capsys, monkeypatch):
+    encode_image = model.Processor.encode_image
+
+    def twice(self, image):  # as two tiles or films would be, where the prompt was written for one
+        made = encode_image(self, image)
+        return replace(made, pixels=torch.cat([made.pixels, made.pixels]), grid=(2 * made.grid[0], *made.grid[1:]))
+
+    monkeypatch.setattr(model.Processor, "encode_image", twice)
+    refused("image tokens equal image features", "4 tokens, 8 features", folder, films, tmp_path, capsys, [demo(0), demo(1, "film0.png")])
+
+
+@pytest.mark.parametrize("fault", ["a map left out", "the vision tower trained along", "the head trained along"])
+def test_the_gate_refuses_lora_on_other_than_the_language_models_linears(folder, family, films, tmp_path, capsys, monkeypatch, fault):
+    inject = lora.inject
+
+    def faulty(network, language_model, *settings):
+        if fault == "a map left out":
+            monkeypatch.setattr(lora, "TARGETS", lora.TARGETS[:-1])
+        inject(network, language_model, *settings)
+        if fault == "the vision tower trained along":
+            next(network.get_submodule(model.FAMILIES[network.config.model_type].vision).parameters()).requires_grad_(True)
+        if fault == "the head trained along":
+            network.lm_head.weight.requires_grad_(True)
+
+    monkeypatch.setattr(lora, "inject", faulty)
+    said = {"a map left out": "layers.0.mlp.down_proj", "the vision tower trained along": "embed", "the head trained along": "embed_tokens"}[fault]
+    refused(GATE[3], said, folder, films, tmp_path, capsys, [demo(0), demo(1)])
 
 
 # ---------------------------------------------------------------------------------------------------------------
