@@ -114,9 +114,12 @@ def judge_ask(question: data.Question, rollout: dict, image_root: Path) -> Ask:
     return Ask(key, [{"role": "user", "content": prompt}], [image_root / image for image in question.images], (0,))
 
 
-def verdict_row(rollout: dict, judge: str, raw: str) -> dict:
-    """A row of verdicts.jsonl: the parsed criteria, or null and the error."""
+def verdict_row(rollout: dict, judge: str, raw: str, finish_reason: str) -> dict:
+    """A row of verdicts.jsonl: the parsed criteria, or null and the error. Only a finished reply is a verdict: one that was
+    cut off may have been about to correct itself."""
     try:
+        if finish_reason != "stop":
+            raise ValueError(f"the reply is not finished: {finish_reason}")
         criteria, error = parse_verdict(raw), None
     except ValueError as reason:
         criteria, error = None, str(reason)
@@ -133,9 +136,9 @@ def judge_all(engine: Engine, rollouts: list[dict], questions: dict[str, data.Qu
         asks = [replace(asked[key][0], samples=(attempt,)) for key in pending]
         title = "verdicts" if attempt == 0 else f"verdicts, attempt {attempt + 1}"
         sampling = Sampling(0.0, 1.0, 4096, seed)  # ours: paper silent; room for a judge that thinks before its JSON
-        replies = ask_all(engine, asks, sampling, folder / "replies.jsonl", lambda r: {"id": r.id, "sample": r.sample, "raw": r.text}, title) if asks else []
+        replies = ask_all(engine, asks, sampling, folder / "replies.jsonl", lambda r: {"id": r.id, "sample": r.sample, "raw": r.text, "finish_reason": r.finish_reason}, title) if asks else []
         for reply in replies:
-            judged[reply["id"]] = verdict_row(asked[reply["id"]][1], engine.spec, reply["raw"])
+            judged[reply["id"]] = verdict_row(asked[reply["id"]][1], engine.spec, reply["raw"], reply["finish_reason"])
         pending = [key for key in pending if judged[key]["criteria"] is None]
         if not pending:
             break

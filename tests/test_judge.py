@@ -206,13 +206,13 @@ def test_judged_again_asks_nothing_and_says_the_same(tmp_path):
 def test_verdict_carries_a_hash_of_all_it_says():
     row = candidate("q", 0, "x")
     verdicts = [
-        judge.verdict_row(row, "a", reply()),
-        judge.verdict_row(row, "a", reply(No_Hallucination="No")),
-        judge.verdict_row({**row, "sample": 1}, "a", reply()),
-        judge.verdict_row(row, "b", reply()),
+        judge.verdict_row(row, "a", reply(), "stop"),
+        judge.verdict_row(row, "a", reply(No_Hallucination="No"), "stop"),
+        judge.verdict_row({**row, "sample": 1}, "a", reply(), "stop"),
+        judge.verdict_row(row, "b", reply(), "stop"),
     ]
     assert len({verdict["verdict_sha"] for verdict in verdicts}) == 4
-    assert judge.verdict_row(row, "a", reply()) == verdicts[0]
+    assert judge.verdict_row(row, "a", reply(), "stop") == verdicts[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------
