@@ -16,8 +16,9 @@ question's eighth answer is asked for in the same way whether alone, in a batch,
 
 What can go wrong with a remote engine is sorted by kind. A busy server (429, 5xx), a broken connection or a garbled reply
 is asked again, after the wait that the server names or else a doubling one; an answer that thinking left no room for,
-with more room; a question that the server refuses is an answer of no text, marked so; a wrong key or model stops the
-run. Whatever was answered by then is on disk, and the same command goes on from there.
+with more room; a question that the server refuses, or has nothing to say to, is an answer of no text, marked so. A wrong
+key or model stops the run, and so do a server that stays down or that refuses one question after the other. Whatever was
+answered by then is on disk, and the same command goes on from there.
 
 Keys come from the environment: GEMINI_API_KEY, or the name of the host: api.openai.com -> OPENAI_API_KEY.
 
@@ -180,6 +181,8 @@ def ask_all(engine: Engine, asks: list[Ask], sampling: Sampling, path: Path, to_
         missing = tuple(k for k in ask.samples if (ask.id, k) not in rows)
         if missing:
             pending.append(replace(ask, samples=missing))
+    if rows and isinstance(engine, RemoteEngine):
+        engine.answers += 1  # in an earlier run: what it refuses now is then the question's fault, not the request's
     wanted = sum(len(ask.samples) for ask in asks)
     with open(path, "a", encoding="utf-8") as file, tqdm(total=wanted, initial=wanted - sum(len(ask.samples) for ask in pending), desc=title, unit="answer") as bar:
         for replies in engine.answer(pending, sampling):
@@ -457,7 +460,10 @@ class RemoteEngine:
         self.tally = Counter({"requests": 0, "again": 0, "tokens in": 0, "tokens out": 0})
         self.lock, self.stopping = threading.Lock(), threading.Event()
         self.groups = True  # whether several samples may be asked for in one request
-        self.answers, self.strikes, self.complaint = 0, 0, ""  # questions in a row without an answer, and why the last has none
+        self.answers = 0  # requests that were answered
+        self.strikes, self.complaint = 0, ""  # questions in a row without an answer, and why the last one has none
+        self.failure: Exception | None = None  # what stopped the run
+        self.later: list[Unanswered] = []
 
     def call(self, ask: Ask, samples: list[int], sampling: Sampling, seed: int) -> list[Reply]:
         """One request. Replies to some of `samples`: one at least, all of them where the server can."""
@@ -505,7 +511,7 @@ class RemoteEngine:
         replies: list[Reply] = []
         left = list(ask.samples)
         try:
-            while left and not self.stopping.is_set():  # a server may give fewer answers a request than were asked for
+            while left:  # a server may give fewer answers a request than were asked for
                 replies += self.patiently(ask, left, sampling)
                 left = [k for k in left if k not in {reply.sample for reply in replies}]
         except Unanswered as error:
@@ -519,8 +525,12 @@ class RemoteEngine:
     def patiently(self, ask: Ask, samples: list[int], sampling: Sampling) -> list[Reply]:
         """One request, again and again by the kind of its failure."""
         seed, room, group = data.sample_seed(sampling.seed, ask.id, samples[0]), 1, self.groups
-        last, answers = None, self.answers
+        last, pause, answers = None, 0.0, self.answers
         for attempt in range(TRIES):
+            if attempt:
+                with self.lock:
+                    self.tally["again"] += 1
+                self.stopping.wait(pause)
             self.count_request()
             pause = min(LONGEST_WAIT, 2.0**attempt) * random.uniform(0.5, 1)
             try:
@@ -549,9 +559,6 @@ class RemoteEngine:
                         return self.nothing(ask, samples, sampling, "refused", error)
                     group, pause = False, 0.0  # perhaps the server takes the question, but not so many samples at once
                 pause = self.wait(error) or pause
-            with self.lock:
-                self.tally["again"] += 1
-            self.stopping.wait(pause)
         if isinstance(last, (Again, NoRoom)):
             return self.nothing(ask, samples, sampling, "empty", last)
         text = f"{self.spec}: question {ask.id} has no answer after {TRIES} tries; the last: {self.said(last)}"

@@ -172,7 +172,8 @@ class Gemini:
         return status, {"error": {"code": status, "message": text, "status": names.get(status, "UNKNOWN"), "details": details}}, {}
 
     # what is left out when thinking used up everything: no parts at all
-    no_room = 200, {"candidates": [{"content": {"role": "model"}, "finishReason": "MAX_TOKENS", "index": 0}], "usageMetadata": {"promptTokenCount": 11, "thoughtsTokenCount": 7}}, {}
+    usage = {"promptTokenCount": 11, "thoughtsTokenCount": 7}
+    no_room = 200, {"candidates": [{"content": {"role": "model"}, "finishReason": "MAX_TOKENS", "index": 0}], "usageMetadata": usage}, {}
 
 
 APIS = {"chat": Chat, "gemini": Gemini}
@@ -366,8 +367,10 @@ def test_waits_double_up_to_the_longest_unless_the_server_names_one(api, serve):
 
 def test_a_server_that_stays_down_stops_the_run(api, serve):
     server = serve(lambda question, time, body: api.bad(503, "overloaded"))
-    replies, stopped = until_it_stops(open_at(api, server, concurrency=1), [ask("a"), ask("b")])
-    assert not replies and server.asked == {"a": engines.TRIES} and "question a has no answer after 8 tries" in str(stopped) and "overloaded" in str(stopped)
+    engine = open_at(api, server, concurrency=1)
+    replies, stopped = until_it_stops(engine, [ask("a"), ask("b")])
+    assert not replies and server.asked == {"a": engines.TRIES} and len(engine.stopping.pauses) == engines.TRIES - 1
+    assert "question a has no answer after 8 tries" in str(stopped) and "overloaded" in str(stopped)
 
 
 def test_a_question_that_alone_breaks_the_server_holds_nobody_up(api, serve):
@@ -449,7 +452,7 @@ def test_a_server_that_refuses_everything_stops_the_run_and_marks_nothing(api, s
 
 @pytest.mark.parametrize("reason, what", [("refused", lambda api: api.bad(400, "too large")), ("empty", lambda api: api.good(""))])
 def test_a_question_without_an_answer_is_kept_and_counted_even_if_it_is_the_first(api, serve, reason, what, tmp_path, capsys):
-    server = serve(lambda question, time, body: what(api) if question in ("q0", "q7") else api.good("yes"))
+    server = serve(lambda question, time, body: what(api) if question in ("q0", "q7", "new") else api.good("yes"))
     engine, asks, path = open_at(api, server, concurrency=1), [ask(f"q{i}") for i in range(10)], tmp_path / "rollouts.jsonl"
     rows = engines.ask_all(engine, asks, WARM, path, lambda reply: engines.reply_row(reply, engine.spec), "test")
     assert [(row["response"], row["finish_reason"]) for row in rows] == [("", reason) if i in (0, 7) else ("yes", "stop") for i in range(10)]
@@ -457,6 +460,8 @@ def test_a_question_without_an_answer_is_kept_and_counted_even_if_it_is_the_firs
     before = len(server.requests)
     assert engines.ask_all(open_at(api, server), asks, WARM, path, lambda reply: engines.reply_row(reply, engine.spec), "test") == rows
     assert len(server.requests) == before  # not asked again
+    # nor does a run stop, that was killed with only such a question left
+    assert engines.ask_all(open_at(api, server), [ask("new")], WARM, path, lambda reply: engines.reply_row(reply, engine.spec), "test")[0]["finish_reason"] == reason
 
 
 def test_a_server_that_begins_to_refuse_everything_stops_the_run_and_marks_nothing(api, serve):
@@ -467,7 +472,8 @@ def test_a_server_that_begins_to_refuse_everything_stops_the_run_and_marks_nothi
 
 
 FATAL = {
-    "401": lambda api: api.bad(401, "bad key"), "402": lambda api: api.bad(402, "Insufficient Balance"), "403": lambda api: api.bad(403, "not yours"), "404": lambda api: api.bad(404, "no such model"),
+    "401": lambda api: api.bad(401, "bad key"), "402": lambda api: api.bad(402, "Insufficient Balance"),
+    "403": lambda api: api.bad(403, "not yours"), "404": lambda api: api.bad(404, "no such model"),
     "no money": lambda api: api.bad(429, "You exceeded your current quota", code="insufficient_quota"),
     "Google's wrong key": lambda api: api.bad(400, "API key not valid. Please pass a valid API key.", code="API_KEY_INVALID"),
 }  # fmt: skip
@@ -657,7 +663,10 @@ def test_a_killed_run_goes_on_and_asks_nothing_twice(stage, serve, tmp_path):
         return Chat.good(*[json.dumps(YES)] * body["n"])
 
     server, questions = serve(play), questions_file(tmp_path, names)
-    words = ["rollout.py", "--engine", Chat.spec(server), "-n", "2"] if stage == "rollout" else ["judge.py", "verdicts", "--judge", Chat.spec(server), "--rollouts", str(rollouts_file(tmp_path, names))]
+    if stage == "rollout":
+        words = ["rollout.py", "--engine", Chat.spec(server), "-n", "2"]
+    else:
+        words = ["judge.py", "verdicts", "--judge", Chat.spec(server), "--rollouts", str(rollouts_file(tmp_path, names))]
     words += ["--questions", str(questions), "--out", str(tmp_path / "out"), "--concurrency", "3"]
     kept = tmp_path / "out" / ("rollouts.jsonl" if stage == "rollout" else "replies.jsonl")
     first = script(tmp_path, *words)
