@@ -46,8 +46,9 @@ PROMPT, THINK, ANSWER, TAG = 0, 1, 2, 3
 SPAN_NAMES = {THINK: "think", ANSWER: "answer", TAG: "tag"}
 
 
-class RowError(ValueError):
-    """A row that cannot be used; the text says where it is, what is wrong and what to do."""
+class RowError(SystemExit, ValueError):
+    """A row that cannot be used; the text says where it is, what is wrong and what to do. Uncaught, a script ends with that
+    text and exit code 1, without a traceback."""
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -142,20 +142,21 @@ def judge_ask(question: data.Question, rollout: dict, image_root: Path) -> Ask:
     return Ask(f"{question.id}/{content}", [{"role": "user", "content": prompt}], images, (0,))
 
 
-def readable(reply: str) -> bool:
+def read_reply(reply: dict) -> tuple[dict[str, bool] | None, str | None]:
+    """(criteria, None), or (None, why there are none). Only a finished reply is a verdict: one that was cut off may have been
+    about to correct itself."""
+    if reply["finish_reason"] != "stop":
+        return None, f"the reply is not finished: {reply['finish_reason']}"
     try:
-        return bool(parse_verdict(reply))
-    except ValueError:
-        return False
-
-
-def verdict_row(rollout: dict, judge: str, raw: str) -> dict:
-    """A row of verdicts.jsonl: the parsed criteria, or null and the error."""
-    try:
-        criteria, error = parse_verdict(raw), None
+        return parse_verdict(reply["raw"]), None
     except ValueError as reason:
-        criteria, error = None, str(reason)
-    row = {"id": rollout["id"], "sample": rollout["sample"], "response_sha": rollout["response_sha"], "criteria": criteria, "error": error, "judge": judge, "raw": raw}
+        return None, str(reason)
+
+
+def verdict_row(rollout: dict, judge: str, reply: dict) -> dict:
+    """A row of verdicts.jsonl: the parsed criteria, or null and the error."""
+    criteria, error = read_reply(reply)
+    row = {"id": rollout["id"], "sample": rollout["sample"], "response_sha": rollout["response_sha"], "criteria": criteria, "error": error, "judge": judge, "raw": reply["raw"]}
     return {**row, "verdict_sha": data.content_hash(row)[:16]}
 
 
@@ -172,9 +173,9 @@ def judge_all(engine: Engine, rollouts: list[dict], questions: dict[str, data.Qu
         again = [replace(by_id[key], samples=(attempt,)) for key in pending]
         title = "verdicts" if attempt == 0 else f"verdicts, attempt {attempt + 1}"
         sampling = Sampling(0.0, 1.0, 4096, settings["seed"])  # ours: paper silent; room for a judge that thinks before its JSON
-        replies = ask_all(engine, again, sampling, path, lambda r: {"id": r.id, "sample": r.sample, "raw": r.text}, title) if again else []
-        said |= {reply["id"]: reply["raw"] for reply in replies}
-        pending = [key for key in pending if not readable(said[key])]
+        replies = ask_all(engine, again, sampling, path, lambda r: {"id": r.id, "sample": r.sample, "raw": r.text, "finish_reason": r.finish_reason}, title) if again else []
+        said |= {reply["id"]: reply for reply in replies}
+        pending = [key for key in pending if read_reply(said[key])[0] is None]
     return [verdict_row(row, engine.spec, said[ask.id]) for row, ask in zip(rollouts, asks)]
 
 

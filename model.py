@@ -457,10 +457,13 @@ class Policy(nn.Module):
     def hidden_states(self, batch: Batch) -> Tensor:
         """The language model's last hidden states. (B, T, D)"""
         features = None if batch.pixels is None else self.image_features(batch.pixels, batch.grids)
+        embedded, mask = self.embed(batch.ids, features), batch.mask
+        if mask is not None:  # as numbers, once: attention would turn a boolean mask into numbers in every block, and keep them all
+            mask = torch.zeros(mask.shape, dtype=embedded.dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
         return self.language_model(
-            inputs_embeds=self.embed(batch.ids, features),
+            inputs_embeds=embedded,
             position_ids=batch.positions if self.family.grid_positions else batch.positions[0],
-            attention_mask={"full_attention": batch.mask},
+            attention_mask={"full_attention": mask},
             use_cache=False,
         ).last_hidden_state
 

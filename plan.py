@@ -119,8 +119,8 @@ def block_activations(policy: model.Policy, load: Load, c: int) -> int:
     """Bytes that autograd keeps of one block, for a micro-batch. c: bytes of a number in compute, 2 for bf16.
 
     Norms compute in fp32 and keep their input so; their product is kept where their weight is trained. A linear map keeps its
-    input, attention its q, k, v, output and log-sums, SwiGLU gate, silu(gate), up and their product. A branching row's mask is
-    made a number a pair of tokens, and k and v are repeated for every head.
+    input, attention its q, k, v, output and log-sums, SwiGLU gate, silu(gate), up and their product. Where rows branch, and
+    attention has a mask, k and v are repeated for every head.
     """
     text, layer = policy.model.config.text_config, policy.language_model.layers[0]
     width, heads, head = text.hidden_size, text.num_attention_heads, text.hidden_size // text.num_attention_heads
@@ -129,7 +129,7 @@ def block_activations(policy: model.Policy, load: Load, c: int) -> int:
     attention = c * head * (2 * heads + 2 * (heads if load.tree else text.num_key_value_heads)) + 4 * heads
     low = sum(c * len(module.lora_A) for module in layer.modules() if isinstance(module, lora.LoRALinear))
     token = norms + attention + 4 * c * text.intermediate_size + low
-    return load.rows * (load.length * token + load.tree * c * load.length**2)
+    return load.rows * load.length * token
 
 
 def memory(policy: model.Policy, load: Load, gpus: int, mixed: bool = True) -> dict[str, dict[str, float]]:
@@ -149,17 +149,16 @@ def memory(policy: model.Policy, load: Load, gpus: int, mixed: bool = True) -> d
     logits = min(model.LOGIT_CHUNK, supervised) * vocabulary
     one = block_activations(policy, load, c)
     kept = len(blocks) * (c * tokens * width if load.checkpointing else one)
-    shared = 2 * c * tokens * (width // text.num_attention_heads) + load.rows * load.tree * load.length**2  # rotations, mask
-    above = tokens * width * (4 + c * bool(around_trained)) + 2 * c * supervised * width  # last norm; positions and their gradient
+    shared = 2 * c * tokens * (width // text.num_attention_heads) + load.rows * load.tree * (1 + c) * load.length**2  # rotations; the mask, boolean and as numbers
+    above = tokens * width * (4 + c * bool(around_trained)) + (2 + head_trained) * c * supervised * width  # last norm; positions, d logp / d h, and its product with the gradient
     backward = c * tokens * (2 * wide + width)  # gradients inside SwiGLU and along the residual
 
     static = {"weights": 4 * sharded / gpus + c * tower, "gradients": 4 * trained / gpus, "optimizer": 8 * trained / gpus, "reference": 0}
     images = {"images": load.rows * load.image_bytes * (1 + (c < 4) / 2)}  # as they came, and as the tower takes them
-    head_gradient, several = vocabulary * width * head_trained, supervised > model.LOGIT_CHUNK
-    chunk = (4 + c * (c < 4)) * logits  # fp32, and its bf16 twin; where there are several, one is held until the next is made
-    forward, backward_head = chunk + 4 * several * logits, chunk + c * several * logits + 4 * head_gradient
+    head_gradient = vocabulary * width * head_trained
+    twice = 4 + c * (c < 4)  # fp32, and its bf16 twin: of a chunk of logits, and of the head's gradient
     moments = {
-        "head": {"activations": kept + shared + above, "logits": max(forward, backward_head, c * logits + (4 + c) * head_gradient), **images},
+        "head": {"activations": kept + shared + above, "logits": twice * (logits + head_gradient), **images},
         "block": {"activations": kept + shared + load.checkpointing * one + backward, "logits": 0, **images},
     }
     moments = {name: {**static, **moment} for name, moment in moments.items()}

@@ -16,6 +16,7 @@ Where we depart from the paper, or it is silent:
 import argparse
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import data
@@ -47,10 +48,11 @@ def main(argv: list[str] | None = None) -> None:
     data.settle(path, {"engine": args.engine, **vars(sampling), "pixels": args.pixels, "tiles": args.tiles})
     engine = open_engine(args.engine, setup_of(args))
     rows = ask_all(engine, asks, sampling, path, lambda reply: reply_row(reply, args.engine), "rollouts")
-    cut = sum(row["finish_reason"] != "stop" for row in rows)
-    print(f"{len(rows)} answers to {len(asks)} questions, {cut} cut off by --max-tokens {args.max_tokens}")
+    ends = Counter(row["finish_reason"] for row in rows)
+    cut, none = ends.pop("length", 0), {reason: count for reason, count in sorted(ends.items()) if reason != "stop"}
+    print(f"{len(rows)} answers to {len(asks)} questions, {cut} cut off by --max-tokens {args.max_tokens}" + "".join(f", {count} {reason}" for reason, count in none.items()))
     inputs = [args.questions, *filter(None, [checkpoint(args.engine)])]
-    data.write_stage(out, args, inputs, [path], started, answers=len(rows), cut_off=cut)
+    data.write_stage(out, args, inputs, [path], started, answers=len(rows), cut_off=cut, unanswered=sum(none.values()))
 
 
 if __name__ == "__main__":

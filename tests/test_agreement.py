@@ -107,7 +107,7 @@ def study(tmp_path_factory) -> Path:
             row = {"id": question.id, "sample": k, "response": response, "finish_reason": "stop", "token_ids": None, "response_sha": data.content_hash(response)[:16]}
             said = {"Answer_Correctness": "Yes", **{name: "Yes" if rng.random() < JUDGE_YES[name] else "No" for name in judge.CRITERIA}}
             rollouts += [row, {**row, "sample": k + 4}] if number % 5 == 0 else [row]  # some texts came twice
-            verdicts += [judge.verdict_row(row, "double:judge", json.dumps(said) if (number, k) != (0, 0) else "no verdict") for row in rollouts[len(verdicts) :]]
+            verdicts += [judge.verdict_row(row, "double:judge", {"raw": json.dumps(said) if (number, k) != (0, 0) else "no verdict", "finish_reason": "stop"}) for row in rollouts[len(verdicts) :]]
     data.write_jsonl(folder / "questions.jsonl", questions)
     data.write_jsonl(folder / "rollouts.jsonl", rollouts)
     data.write_jsonl(folder / "verdicts.jsonl", verdicts)

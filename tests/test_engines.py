@@ -406,14 +406,14 @@ def test_a_resumed_hf_run_writes_what_an_unbroken_one_writes(stopping, pictures,
 def test_a_spec_that_lacks_something_is_refused_with_what_to_do(spec, remedy, monkeypatch):
     for variable in ("GEMINI_API_KEY", "EXAMPLE_API_KEY"):
         monkeypatch.delenv(variable, raising=False)
-    with pytest.raises(ValueError) as refused:
+    with pytest.raises(engines.Unavailable) as refused:
         engines.open_engine(spec, engines.Setup())
     assert str(refused.value).startswith(spec) and remedy in str(refused.value)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
 def test_vllm_is_refused_with_what_to_install_where_it_is_missing(folders):
-    with pytest.raises(ValueError, match="requirements-gpu.txt"):
+    with pytest.raises(engines.Unavailable, match="requirements-gpu.txt"):
         engines.open_engine(f"vllm:{folders['qwen']}", engines.Setup())
 
 

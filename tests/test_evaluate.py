@@ -267,7 +267,10 @@ def test_criteria_show_what_each_teacher_lacks(stages):
     for engine, lacking in (("bookish", "Image_Analysis_Involvement"), ("hasty", "Reflection_Presence"), ("thorough", None)):
         image = json.loads((stages[engine] / "results.json").read_text())["groups"]["image"]
         for name, share in image["criteria"].items():
-            assert share == 0 if name == lacking else share > 0.7
+            if (engine, name) == ("hasty", "No_Hallucination"):
+                assert share < 0.5  # always one sign on the left: true of one film in six
+            else:
+                assert share == 0 if name == lacking else share > 0.7
         assert image["all_criteria"] == 0 if lacking else image["all_criteria"] > 0.7
         assert image["looking"] == (0 if engine == "bookish" else 48)
 

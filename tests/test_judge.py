@@ -247,13 +247,13 @@ def test_another_judge_or_other_settings_are_asked_anew_and_the_first_replies_st
 def test_verdict_carries_a_hash_of_all_it_says():
     row = candidate("q", 0, "x")
     verdicts = [
-        judge.verdict_row(row, "a", reply()),
-        judge.verdict_row(row, "a", reply(No_Hallucination="No")),
-        judge.verdict_row({**row, "sample": 1}, "a", reply()),
-        judge.verdict_row(row, "b", reply()),
+        judge.verdict_row(row, "a", {"raw": reply(), "finish_reason": "stop"}),
+        judge.verdict_row(row, "a", {"raw": reply(No_Hallucination="No"), "finish_reason": "stop"}),
+        judge.verdict_row({**row, "sample": 1}, "a", {"raw": reply(), "finish_reason": "stop"}),
+        judge.verdict_row(row, "b", {"raw": reply(), "finish_reason": "stop"}),
     ]
     assert len({verdict["verdict_sha"] for verdict in verdicts}) == 4
-    assert judge.verdict_row(row, "a", reply()) == verdicts[0]
+    assert judge.verdict_row(row, "a", {"raw": reply(), "finish_reason": "stop"}) == verdicts[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------
