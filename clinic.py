@@ -345,6 +345,14 @@ SIZES = {  # width, layers, heads, ff of the language model; width, layers of th
     "small": (192, 4, 4, 512, 128, 2),
 }
 EOS, PAD = "<|im_end|>", "<|endoftext|>"
+SPECIAL = {
+    "qwen": ["<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"],
+    "internvl": ["<|im_start|>", "<img>", "</img>", "<IMG_CONTEXT>", "<video>"],
+}
+NAMED = {  # special tokens that the family's own processor, which vLLM uses, looks up by name
+    "qwen": {},
+    "internvl": {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"},
+}
 TEMPLATE = {  # the families' chat formats in Jinja, written from their published descriptions, for servers that want one
     "qwen": """{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system
 You are a helpful assistant.<|im_end|>
@@ -382,9 +390,8 @@ def make_tokenizer(family: str, seed: int):
     learnt = tokenizer.backend_tokenizer
     learnt.train_from_iterator(corpus(seed), trainer)
     learnt = json.loads(learnt.to_str())["model"]
-    tokenizer = Qwen2Tokenizer(vocab=learnt["vocab"], merges=[tuple(merge) for merge in learnt["merges"]], eos_token=EOS, pad_token=PAD, unk_token=PAD)
-    special = {"qwen": ["<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"], "internvl": ["<|im_start|>", "<img>", "</img>", "<IMG_CONTEXT>"]}
-    tokenizer.add_tokens([AddedToken(token, special=True) for token in special[family]])
+    tokenizer = Qwen2Tokenizer(vocab=learnt["vocab"], merges=[tuple(merge) for merge in learnt["merges"]], eos_token=EOS, pad_token=PAD, unk_token=PAD, extra_special_tokens=NAMED[family])
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in SPECIAL[family]])
     tokenizer.chat_template = TEMPLATE[family]
     return tokenizer
 
@@ -422,6 +429,14 @@ def build(family: str, size: str, tokenizer, seed: int):
     vision = dict(hidden_size=vision_width, num_hidden_layers=vision_layers, num_attention_heads=4, intermediate_size=2 * vision_width, image_size=[SIDE, SIDE], patch_size=[14, 14])
     config = InternVLConfig(text_config={"model_type": "qwen2", **text}, vision_config=vision, image_token_id=token("<IMG_CONTEXT>"), image_seq_length=4, tie_word_embeddings=True)
     return InternVLForConditionalGeneration(config), GotOcr2ImageProcessorPil(size={"height": SIDE, "width": SIDE}, crop_to_patches=False)
+
+
+def save_processors(folder: Path, family: str, tokenizer, image_processor) -> None:
+    """Tokenizer and image processor as in a checkpoint of the family."""
+    tokenizer.save_pretrained(folder)
+    image_processor.save_pretrained(folder)
+    if family == "internvl":  # image tokens of a tile, which its own processor does not work out
+        data.write_json(folder / "processor_config.json", {"processor_class": "InternVLProcessor", "image_seq_length": 4})
 
 
 FAMILIAR = {  # what the base model has seen often enough to answer at once: one clue of each sign
@@ -543,8 +558,7 @@ def teach(args: argparse.Namespace) -> None:
     tokenizer = make_tokenizer(args.family, args.seed)
     network, image_processor = build(args.family, args.size, tokenizer, args.seed)
     network.config.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    image_processor.save_pretrained(out)
+    save_processors(out, args.family, tokenizer, image_processor)
     processor, policy = model.Processor(out, max_pixels=SIDE * SIDE), model.Policy(network)
 
     rng, noise = random.Random(f"{args.seed}/school"), np.random.default_rng([args.seed, 1])

@@ -226,7 +226,7 @@ def plot_report(results: list[dict], sft: list[dict], dpo: list[dict], path: Pat
         if "criteria" in image:
             values = [image["criteria"][name] for name in CRITERIA] + [image["all_criteria"]]
             ax.bar([x + (i - 1) * 0.27 for x in range(len(labels))], values, 0.25, color=shades[i], label=result["name"])
-    ax.set(title="share of chains meeting each criterion (image questions)", xticks=range(len(labels)), xticklabels=[name.replace("_", "\n") for name in labels], ylim=(0, 1.05))
+    ax.set(title="share of chains meeting each criterion (image questions)", xticks=range(len(labels)), xticklabels=[name.replace("_", "\n") for name in labels], ylim=(0, 1.15))
     ax.tick_params(axis="x", labelsize=8)
     ax.legend(frameon=False, loc="upper center", ncol=3, fontsize=8)
     ax = axes[0, 2]

@@ -215,6 +215,9 @@ class Processor:
     def save(self, folder: str | Path) -> None:
         self.tokenizer.save_pretrained(folder)
         self.images.save_pretrained(folder)
+        for name in ("processor_config.json", "video_preprocessor_config.json", "chat_template.json"):  # others may want them
+            if (Path(self.folder) / name).exists():
+                shutil.copyfile(Path(self.folder) / name, Path(folder) / name)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -17,8 +17,7 @@ def build_folder(family: str, folder: Path, seed: int = 0) -> Path:
     tokenizer = clinic.make_tokenizer(family, 0)
     network, image_processor = clinic.build(family, "tiny", tokenizer, seed)
     network.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    image_processor.save_pretrained(folder)
+    clinic.save_processors(folder, family, tokenizer, image_processor)
     return folder
 
 
