@@ -64,17 +64,17 @@ def tree_row(pair: list[list[int]], processor: model.Processor) -> model.Row:
     return [model.Segment(prompt, [0] * len(prompt)), processor.encode_tokens(chosen, 0, dpo.CHOSEN), processor.encode_tokens(rejected, 0, dpo.REJECTED)]
 
 
-def ours(network, processor: model.Processor, pair: list[list[int]], reference: list[float], steps: int) -> list[tuple[float, float]]:
+def ours(network, processor: model.Processor, pair: list[list[int]], reference: list[float], steps: int, checkpointing: bool) -> list[tuple[float, float]]:
     """(seconds, loss) of each step of train.fit."""
-    row = tree_row(pair, processor)
+    row, cpu = tree_row(pair, processor), torch.device("cpu")
     with tempfile.TemporaryDirectory() as out:
         history = train.fit(
-            model.Policy(network),
+            train.shard(model.Policy(network), cpu, checkpointing),
             lambda logp, batch: dpo.pair_loss(logp, batch, BETA),
             lambda index: (row, reference),
             lambda part, weights: dpo.collate_pairs(part, weights, processor),
             steps,
-            out=Path(out), device=torch.device("cpu"), learning_rate_peak=LEARNING_RATE, batch=1, micro=1, epochs=1, warmup=0, seed=0, save_every=0,
+            out=Path(out), device=cpu, learning_rate_peak=LEARNING_RATE, batch=1, micro=1, epochs=1, warmup=0, seed=0, save_every=0,
         )  # fmt: skip
     return [(row["seconds"], row["loss"]) for row in history]
 
@@ -139,8 +139,9 @@ def main(argv: list[str] | None = None) -> None:
             batch = model.collate([tree_row(pair, processor)], processor)
             reference = [float(value) for value in dpo.response_sums(model.Policy(network)(batch), batch)]
         loops = {
-            "ours": lambda: ours(network, processor, pair, reference, args.steps),
+            "ours": lambda: ours(network, processor, pair, reference, args.steps, False),
             "TRL": lambda: trl(network, tokenizer, pair, reference, args.steps, False),
+            "ours, checkpointing": lambda: ours(network, processor, pair, reference, args.steps, True),
             "TRL, checkpointing": lambda: trl(network, tokenizer, pair, reference, args.steps, True),
         }
         seconds, peaks, losses = ({name: [] for name in loops} for _ in range(3))
@@ -149,8 +150,10 @@ def main(argv: list[str] | None = None) -> None:
                 with torch.no_grad():
                     for parameter, value in zip(network.parameters(), start.values(), strict=True):
                         parameter.copy_(value)
-                network.forward = forward  # TRL leaves its own in its place
+                network.forward = forward  # TRL leaves its own in its place, and train.shard in the layers
                 network.gradient_checkpointing_disable()
+                for layer in network.model.language_model.layers:
+                    layer.__dict__.pop("forward", None)
                 steps = []
                 with contextlib.redirect_stdout(io.StringIO()):
                     peaks[name].append(peak_bytes(lambda: steps.extend(loop())) - moments)
@@ -159,8 +162,9 @@ def main(argv: list[str] | None = None) -> None:
         middle = {name: statistics.median(times) for name, times in seconds.items()}
         print(f"prompt {shape[0]}, answers {shape[1]} + {shape[2]}   (targets: {faster} times faster, {share} of the peak)")
         for name in loops:
-            compared = "" if name == "ours" else f": ours {middle[name] / middle['ours']:.2f} times faster, peak {peaks['ours'][0] / peaks[name][0]:.2f} of it"
-            print(f"  {name:18} {middle[name]:6.2f} s a step, {peaks[name][0] / 1e6:6,.0f} MB, last loss {losses[name][-1]:.5f}{compared}", flush=True)
+            us = name.replace("TRL", "ours")
+            compared = f": ours {middle[name] / middle[us]:.2f} times faster, peak {peaks[us][0] / peaks[name][0]:.2f} of it" if us != name else ""
+            print(f"  {name:19} {middle[name]:6.2f} s a step, {peaks[name][0] / 1e6:6,.0f} MB, last loss {losses[name][-1]:.5f}{compared}", flush=True)
 
 
 if __name__ == "__main__":
