@@ -296,6 +296,7 @@ class VLLMEngine:
 
         self.spec, self.batch, self.tally = spec, setup.batch, Counter()
         self.processor = model.Processor(folder, setup.pixels, setup.tiles)
+        self.never = {index: -100.0 for index in self.processor.special.values() if index != self.processor.stop_id}
         if self.processor.family.grid_positions:
             size = self.processor.images.size
             cut = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
@@ -335,7 +336,6 @@ class VLLMEngine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        never = {index: -100.0 for index in self.processor.special.values() if index != self.processor.stop_id}
         waiting, running = iter(asks), {}
         while True:
             while len(running) < self.batch and (ask := next(waiting, None)):
@@ -344,7 +344,7 @@ class VLLMEngine:
                     seed = data.sample_seed(sampling.seed, ask.id, k)
                     params = SamplingParams(
                         temperature=sampling.temperature, top_p=sampling.top_p, max_tokens=sampling.max_tokens, seed=seed % 2**63,
-                        stop_token_ids=[self.processor.stop_id], logit_bias=never, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
+                        stop_token_ids=[self.processor.stop_id], logit_bias=self.never, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
                     )  # fmt: skip
                     self.engine.add_request(f"{ask.id}/{k}", prompt, params)
                     running[f"{ask.id}/{k}"] = (ask.id, k, seed, expected)

@@ -89,7 +89,7 @@ def test_vllms_log_probabilities_are_our_policys(opened, pictures):
     differences = []
     for ask in asks_of(pictures, 1):
         prompt, expected = engine.prompt(ask)
-        engine.engine.add_request(f"logprobs/{ask.id}", prompt, SamplingParams(temperature=1.0, max_tokens=16, seed=1, logprobs=0))
+        engine.engine.add_request(f"logprobs/{ask.id}", prompt, SamplingParams(temperature=1.0, max_tokens=16, seed=1, logprobs=0, logit_bias=engine.never))
         done = []
         while not done:
             done = [output for output in engine.engine.step() if output.finished]
@@ -111,7 +111,7 @@ def test_vllm_serve_answers_over_http_with_token_ids_of_our_own_prompt(folders, 
     processor = model.Processor(folders["qwen"], SETUP.pixels)
     size = processor.images.size
     cut = f'{{"min_pixels": {size["shortest_edge"]}, "max_pixels": {size["longest_edge"]}}}'
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folders["qwen"]), "--served-model-name", "mini", "--port", str(port), "--host", "127.0.0.1", "--mm-processor-kwargs", cut, "--max-model-len", "4096", "--enforce-eager"]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folders["qwen"]), "--served-model-name", "mini", "--port", str(port), "--host", "127.0.0.1", "--mm-processor-kwargs", cut, "--max-model-len", "4096", "--enforce-eager"]
     command += [] if torch.cuda.is_available() else ["--dtype", "float32"]
     with open(tmp_path / "server.log", "w") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "HF_HUB_OFFLINE": "1"})
@@ -128,7 +128,9 @@ def test_vllm_serve_answers_over_http_with_token_ids_of_our_own_prompt(folders, 
         asks = asks_of(pictures, 3)
         replies = [reply for part in engine.answer(asks, WARM) for reply in part]
         assert {(reply.id, reply.sample) for reply in replies} == {(ask.id, k) for ask in asks for k in range(3)}
-        assert all(reply.token_ids and processor.decode(reply.token_ids) == reply.text for reply in replies)
+        for reply in replies:
+            assert reply.token_ids and len(reply.token_ids) <= WARM.max_tokens
+            assert reply.text == processor.decode(reply.token_ids).rstrip("\ufffd")  # the server holds a last half character back
         for ask in asks:  # and what it made of the prompt is what training makes
             completion = engine.client.chat.completions.create(model="mini", messages=engine.messages(ask), max_tokens=1, extra_body={"return_token_ids": True})
             ours = processor.encode_prompt(ask.messages, [processor.encode_file(path) for path in ask.images]).ids
