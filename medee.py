@@ -83,9 +83,9 @@ WORLDS = {  # questions of the clinic's bank and tests, the base model's schooli
         "recipe": {},
     },
     "fast": {  # one modality
-        "world": {"text": 160, "image": 150, "dev-image": 10, "dev-text": 10, "test-image": 40, "test-text": 20, "modalities": 1},
-        "teach": {"films": 1200, "eye-epochs": 4, "steps": 90, "batch": 16, "print-every": 20, "modalities": 1},
-        "recipe": {"evaluate": {"n": 4, "n-text": 1}},
+        "world": {"text": 160, "image": 100, "dev-image": 10, "dev-text": 10, "test-image": 20, "test-text": 10, "modalities": 1},
+        "teach": {"films": 1200, "eye-epochs": 4, "steps": 150, "batch": 8, "print-every": 20, "modalities": 1},
+        "recipe": {"sft": {"batch": 1, "micro-batch": 1}, "evaluate": {"n": 2, "n-text": 1}},
     },
 }
 
