@@ -335,8 +335,11 @@ def settle(path: str | Path, settings: dict) -> None:
 
 
 def file_hash(path: str | Path) -> str:
-    """SHA-256 of a file's bytes; of a folder, of its files' names and hashes (our own records and logs left out)."""
+    """SHA-256 of a file's bytes; of a folder, of its files' names and hashes (our own records and logs left out). Raises
+    RowError where there is neither."""
     path = Path(path)
+    if not path.exists():
+        raise RowError(f"{path}: no such file or folder")
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file() and p.name not in OWN_RECORDS)
         return content_hash([[str(p.relative_to(path)), file_hash(p)] for p in files])

@@ -50,13 +50,13 @@ class Recipe:
 
 
 FULL = dict(
-    sft={"lr": 1e-4, "epochs": 3, "batch": 64, "rank": 8, "alpha": 16},  # paper App. C: lr; the rest ours
+    sft={"lr": 1e-4, "epochs": 3, "batch": 64, "rank": 8, "alpha": 16, "checkpointing": True},  # paper App. C: lr; the rest ours
     rollout={"n": 8, "temperature": 0.95, "top-p": 0.95, "max-tokens": 8192},  # paper 3.3: n; the rest ours
     pairs={"rule": "all"},  # ours
     evaluate={"n": 32, "temperature": 0.5, "max-tokens": 8192},  # paper 4.3
 )
-DPO_FULL = {"method": "full", "lr": 1e-6, "beta": 0.1, "epochs": 1, "batch": 64}  # paper App. C: method, lr; the rest ours
-DPO_LORA = {"method": "lora", "lr": 5e-6, "beta": 0.1, "epochs": 1, "batch": 64}  # paper App. C: method; the rest ours
+DPO_FULL = {"method": "full", "lr": 1e-6, "beta": 0.1, "epochs": 1, "batch": 64, "checkpointing": True}  # paper App. C: method, lr; the rest ours
+DPO_LORA = {"method": "lora", "lr": 5e-6, "beta": 0.1, "epochs": 1, "batch": 64, "checkpointing": True}  # paper App. C: method; the rest ours
 MINI = dict(  # ours, chosen on development questions: a model this small learns at other rates than a pretrained 7B
     curate={"ngram": 0, "max-tokens": 24},  # questions made from templates share 13 words by construction
     distill={"answer-form": "text", "max-words": 120},  # no option look-up for so small a model
@@ -68,11 +68,18 @@ MINI = dict(  # ours, chosen on development questions: a model this small learns
     images={"pixels": 56 * 56},
     engine="hf",
 )
+
+
+def sampled_on(gpus: int) -> dict:
+    """FULL with so many GPUs for each vLLM: weights in bf16 and room for keys and values."""
+    return {**FULL, **{stage: {**FULL[stage], "tensor-parallel": gpus} for stage in ("rollout", "evaluate")}}
+
+
 RECIPES = {
-    "qwen2.5-vl-7b": Recipe("Qwen/Qwen2.5-VL-7B-Instruct", **FULL, dpo=DPO_FULL, images={"pixels": 768 * 768}),
-    "internvl3-8b": Recipe("OpenGVLab/InternVL3-8B-hf", **FULL, dpo=DPO_FULL, images={"tiles": 1}),
-    "qwen2.5-vl-32b": Recipe("Qwen/Qwen2.5-VL-32B-Instruct", **FULL, dpo=DPO_LORA, images={"pixels": 768 * 768}),
-    "qwen2.5-vl-72b": Recipe("Qwen/Qwen2.5-VL-72B-Instruct", **FULL, dpo=DPO_LORA, images={"pixels": 768 * 768}),
+    "qwen2.5-vl-7b": Recipe("models/Qwen2.5-VL-7B-Instruct", **FULL, dpo=DPO_FULL, images={"pixels": 768 * 768}),
+    "internvl3-8b": Recipe("models/InternVL3-8B-hf", **FULL, dpo=DPO_FULL, images={"tiles": 1}),
+    "qwen2.5-vl-32b": Recipe("models/Qwen2.5-VL-32B-Instruct", **sampled_on(2), dpo=DPO_LORA, images={"pixels": 768 * 768}),
+    "qwen2.5-vl-72b": Recipe("models/Qwen2.5-VL-72B-Instruct", **sampled_on(4), dpo=DPO_LORA, images={"pixels": 768 * 768}),
     "mini-qwen": Recipe("taught by clinic.py", **MINI),
     "mini-internvl": Recipe("taught by clinic.py", **{**MINI, "images": {"tiles": 1}}),
 }
@@ -177,11 +184,12 @@ class Stage:
 
 
 def words(flags: dict) -> list[str]:
-    """{"lr": 1e-4, "n": 8} -> ["--lr", "0.0001", "-n", "8"]"""
+    """{"lr": 1e-4, "n": 8, "checkpointing": True} -> ["--lr", "0.0001", "-n", "8", "--checkpointing"]"""
     out = []
     for name, value in flags.items():
         out.append(("-" if len(name) == 1 else "--") + name)
-        out += [str(part) for part in value] if isinstance(value, (list, tuple)) else [str(value)]
+        if value is not True:
+            out += [str(part) for part in value] if isinstance(value, (list, tuple)) else [str(value)]
     return out
 
 
@@ -335,7 +343,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     small.set_defaults(act=demo)
     real = commands.add_parser("run", help="the method on your questions, with a recipe of the paper's size")
     real.add_argument("recipe", choices=[name for name in RECIPES if not name.startswith("mini")])
-    real.add_argument("--base", default="", help="model folder, if not the recipe's hub name")
+    real.add_argument("--base", default="", help="model folder, if not models/NAME")
     real.add_argument("--questions", nargs="+", required=True, help="the question bank")
     real.add_argument("--test", nargs="+", required=True, help="benchmark questions: evaluated on, and kept out of training")
     real.add_argument("--images", default=".", help="image root of all of them")

@@ -122,6 +122,8 @@ class Processor:
     def __init__(self, folder: str | Path, max_pixels: int = MAX_PIXELS, tiles: int = TILES):
         from transformers import AutoConfig, AutoTokenizer
 
+        if not (Path(folder) / "config.json").exists():
+            raise data.RowError(f"{folder} is not a model's folder: it has no config.json; nothing is downloaded here, see README")
         self.folder = str(folder)
         self.config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         self.family = family_of(self.config)

@@ -611,3 +611,8 @@ def test_check_counts_every_mistake_of_a_file(tmp_path, capsys):
     assert data.main(["check", str(path)]) == 1
     said = capsys.readouterr().out
     assert f"{path}:1: " in said and f"{path}:3: " in said and "2 mistakes" in said and "1 questions" in said
+
+
+def test_hash_of_what_is_not_there_is_refused_by_name(tmp_path):
+    with pytest.raises(data.RowError, match="gone: no such file or folder"):
+        data.file_hash(tmp_path / "gone")

@@ -108,6 +108,10 @@ def test_every_command_of_every_recipe_parses_with_its_own_script():
         importlib.import_module(stage.script.removesuffix(".py")).parse(list(stage.words))
 
 
+def test_words_of_a_command_carry_switches_lists_and_numbers():
+    assert medee.words({"lr": 1e-4, "n": 8, "checkpointing": True, "test": ["a", "b"]}) == ["--lr", "0.0001", "-n", "8", "--checkpointing", "--test", "a", "b"]
+
+
 def test_recipes_carry_the_numbers_that_the_paper_gives():
     full = medee.RECIPES["qwen2.5-vl-7b"]
     assert full.sft["lr"] == 1e-4 and full.dpo["lr"] == 1e-6 and full.dpo["method"] == "full" and full.rollout["n"] == 8 and full.evaluate["n"] == 32

@@ -629,3 +629,8 @@ def test_show_prints_the_text_and_the_counts_of_supervised_tokens(processor, fol
     assert printed.count(f"think {think}, answer {answer}, tag {len(starts) + 1 - think - answer} tokens") == 2
     assert printed.count(GOOD + "<|im_end|>") == 2 and printed.count(POOR + "<|im_end|>") == 1
     assert "q1: prompt" in printed and "1 images" in printed and "q3" not in printed
+
+
+def test_a_folder_without_a_model_is_refused_by_name(tmp_path):
+    with pytest.raises(data.RowError, match="is not a model's folder: it has no config.json"):
+        model.Processor(tmp_path)
