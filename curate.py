@@ -27,7 +27,8 @@ import time
 from pathlib import Path
 
 import data
-from engines import Sampling, add_flags, ask_all, checkpoint, open_engine, question_asks, reply_row, setup_of
+from asking import Sampling, add_flags, ask_all, question_asks, reply_row, setup_of
+from engines import checkpoint, open_engine
 
 ATTEMPTS = 4  # paper 3.1
 NGRAM = 13  # ours: paper silent

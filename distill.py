@@ -27,7 +27,8 @@ from collections import Counter
 from pathlib import Path
 
 import data
-from engines import Sampling, add_flags, ask_all, open_engine, question_asks, reply_row, setup_of
+from asking import Sampling, add_flags, ask_all, question_asks, reply_row, setup_of
+from engines import open_engine
 
 LOOP = 8  # ours: words in a row that may not come three times
 

@@ -47,7 +47,8 @@ from pathlib import Path
 import numpy as np
 
 import data
-from engines import Ask, Engine, Sampling, add_flags, ask_all, open_engine, setup_of
+from asking import Ask, Engine, Sampling, add_flags, ask_all, setup_of
+from engines import open_engine
 
 CRITERIA = ("Logical_Consistency", "Image_Analysis_Involvement", "No_Hallucination", "Reflection_Presence")  # MMRP, paper 3.3
 KEYS = ("Answer_Correctness", *CRITERIA)

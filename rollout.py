@@ -20,7 +20,8 @@ from collections import Counter
 from pathlib import Path
 
 import data
-from engines import Sampling, add_flags, ask_all, checkpoint, open_engine, question_asks, reply_row, setup_of
+from asking import Sampling, add_flags, ask_all, question_asks, reply_row, setup_of
+from engines import checkpoint, open_engine
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -18,7 +18,7 @@ import clinic
 import curate
 import data
 import distill
-import engines
+import asking
 
 OPTIONS = {"A": "biopsy", "B": "surgery", "C": "rest", "D": "steroids"}
 LONG = "one two three four five six seven eight nine ten eleven twelve thirteen"  # 13 words
@@ -489,5 +489,5 @@ def test_distillation_refuses_to_go_on_with_other_sampling(distilled, tmp_path):
 
 def test_unknown_teacher_is_refused_by_name(tmp_path):
     questions = write(tmp_path / "questions.jsonl", [q("Question?", "k")])
-    with pytest.raises(engines.Unavailable, match="oracle:x"):
+    with pytest.raises(asking.Unavailable, match="oracle:x"):
         distill.main(["--questions", str(questions), "--teachers", "oracle:x", "--out", str(tmp_path / "out")])

@@ -13,9 +13,10 @@ from PIL import Image
 
 import data
 import decode
+import asking
 import engines
 import model
-from engines import Ask, Reply, Sampling
+from asking import Ask, Reply, Sampling
 
 GREEDY = Sampling(temperature=0.0, top_p=1.0, max_tokens=10)
 WARM = Sampling(temperature=0.8, top_p=0.9, max_tokens=12, seed=5)
@@ -84,7 +85,7 @@ def pictures(tmp_path_factory):
 
 
 def engine_of(folder, batch: int = 64) -> engines.HFEngine:
-    return engines.open_engine(f"hf:{folder}", engines.Setup(pixels=56 * 56, batch=batch))
+    return engines.open_engine(f"hf:{folder}", asking.Setup(pixels=56 * 56, batch=batch))
 
 
 def turns(text: str) -> list[dict]:
@@ -242,7 +243,7 @@ def test_replies_carry_text_finish_reason_and_the_seed_of_their_own(stopping, fa
             assert reply.token_ids[-1] == stop and len(reply.token_ids) <= WARM.max_tokens
         else:
             assert len(reply.token_ids) == WARM.max_tokens
-        row = json.loads(json.dumps(engines.reply_row(reply, engine.spec)))
+        row = json.loads(json.dumps(asking.reply_row(reply, engine.spec)))
         assert data.check_row(row, "here") == "rollouts" and row["engine"] == engine.spec and row["token_ids"] == reply.token_ids
 
 
@@ -364,7 +365,7 @@ def test_asking_resumes_after_a_kill_and_asks_nothing_twice(tmp_path):
     path, asks = tmp_path / "rollouts.jsonl", [Ask(name, turns(name), [], (0, 1, 2)) for name in "abcd"]
 
     def ask(scribe, asks=asks):
-        return engines.ask_all(scribe, asks, WARM, path, lambda reply: engines.reply_row(reply, "scribe"), "test")
+        return asking.ask_all(scribe, asks, WARM, path, lambda reply: asking.reply_row(reply, "scribe"), "test")
 
     first, second, third, fourth = Scribe(breath=7), Scribe(), Scribe(), Scribe()
     with pytest.raises(KeyboardInterrupt):
@@ -388,7 +389,7 @@ def test_a_resumed_hf_run_writes_what_an_unbroken_one_writes(stopping, pictures,
     engine, asks = engine_of(stopping["qwen"]), asks_of(pictures, samples=3)
 
     def run(name):
-        return engines.ask_all(engine, asks, WARM, tmp_path / name, lambda reply: engines.reply_row(reply, "hf"), "test")
+        return asking.ask_all(engine, asks, WARM, tmp_path / name, lambda reply: asking.reply_row(reply, "hf"), "test")
 
     rows = run("whole.jsonl")
     lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
@@ -406,26 +407,26 @@ def test_a_resumed_hf_run_writes_what_an_unbroken_one_writes(stopping, pictures,
 def test_a_spec_that_lacks_something_is_refused_with_what_to_do(spec, remedy, monkeypatch):
     for variable in ("GEMINI_API_KEY", "EXAMPLE_API_KEY"):
         monkeypatch.delenv(variable, raising=False)
-    with pytest.raises(engines.Unavailable) as refused:
-        engines.open_engine(spec, engines.Setup())
+    with pytest.raises(asking.Unavailable) as refused:
+        engines.open_engine(spec, asking.Setup())
     assert str(refused.value).startswith(spec) and remedy in str(refused.value)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
 def test_vllm_is_refused_with_what_to_install_where_it_is_missing(folders):
-    with pytest.raises(engines.Unavailable, match="requirements-gpu.txt"):
-        engines.open_engine(f"vllm:{folders['qwen']}", engines.Setup())
+    with pytest.raises(asking.Unavailable, match="requirements-gpu.txt"):
+        engines.open_engine(f"vllm:{folders['qwen']}", asking.Setup())
 
 
 def test_every_flag_of_an_engine_is_explained_and_read():
-    assert engines.FLAGS.keys() == {field.name for field in fields(engines.Setup)}
+    assert asking.FLAGS.keys() == {field.name for field in fields(asking.Setup)}
 
 
 def test_replicas_answer_what_one_engine_answers(stopping, pictures):
     """two processes, each with a share of the questions"""
     asks = asks_of(pictures, samples=2)
     alone = ids_by_sample(engine_of(stopping["qwen"]), asks, WARM)
-    both = engines.open_engine(f"hf:{stopping['qwen']}", engines.Setup(pixels=56 * 56, batch=64, replicas=2))
+    both = engines.open_engine(f"hf:{stopping['qwen']}", asking.Setup(pixels=56 * 56, batch=64, replicas=2))
     assert isinstance(both, engines.Replicas)
     assert ids_by_sample(both, asks, WARM) == alone
     assert ids_by_sample(both, asks[:1], GREEDY) == ids_by_sample(engine_of(stopping["qwen"]), asks[:1], GREEDY)  # one has nothing to do
@@ -433,8 +434,8 @@ def test_replicas_answer_what_one_engine_answers(stopping, pictures):
 
 
 def test_a_replica_that_cannot_start_says_why():
-    broken = engines.open_engine("hf:/nowhere", engines.Setup(replicas=2))
-    with pytest.raises(engines.Unavailable, match="hf:/nowhere: replica"):
+    broken = engines.open_engine("hf:/nowhere", asking.Setup(replicas=2))
+    with pytest.raises(asking.Unavailable, match="hf:/nowhere: replica"):
         list(broken.answer([Ask("a", turns("What?"), [], (0,))] * 2, GREEDY))
     broken.close()
 
@@ -450,8 +451,8 @@ def test_a_missing_image_is_refused_before_anything_is_asked(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "here.png")
     questions = [data.Question("What?", {}, "x", images, id=name) for name, images in [("q1", ["here.png"]), ("q2", ["here.png", "gone.png"])]]
     with pytest.raises(data.RowError, match="q2.*gone.png"):
-        engines.question_asks(questions, tmp_path, 2)
-    (ask,) = engines.question_asks(questions[:1], tmp_path, 2)
+        asking.question_asks(questions, tmp_path, 2)
+    (ask,) = asking.question_asks(questions[:1], tmp_path, 2)
     assert ask.images == [tmp_path / "here.png"] and ask.samples == (0, 1)
     assert [turn["role"] for turn in ask.messages] == ["system", "user"] and ask.messages[0]["content"] == data.SYSTEM_PROMPT
 
@@ -468,8 +469,8 @@ def test_an_image_that_cannot_be_cut_into_patches_is_refused_by_name(folders, fa
 
 def test_the_clinics_engine_answers_each_sample_by_its_own_seed(world):
     questions = [question for question in data.read_questions(world / "bank.jsonl") if question.images][:3]
-    asks = engines.question_asks(questions, world, 4)
-    engine = engines.open_engine("clinic:thorough", engines.Setup())
+    asks = asking.question_asks(questions, world, 4)
+    engine = engines.open_engine("clinic:thorough", asking.Setup())
     said = {(reply.id, reply.sample): reply.text for replies in engine.answer(asks, WARM) for reply in replies}
     alone = {(r.id, r.sample): r.text for ask in asks for k in (3, 1) for rs in engine.answer([replace(ask, samples=(k,))], WARM) for r in rs}
     assert alone.items() <= said.items() and len(said) == 12

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # each file may import only files before it
-TABLE = ["data", "lora", "model", "train", "clinic", "decode", "engines", "curate", "distill", "sft", "rollout", "judge", "dpo", "evaluate", "plan", "medee"]
+TABLE = ["data", "lora", "model", "train", "clinic", "decode", "asking", "remote", "engines", "curate", "distill", "sft", "rollout", "judge", "dpo", "evaluate", "plan", "medee"]
 STAGES = ["data", "model", "clinic", "curate", "distill", "sft", "rollout", "judge", "dpo", "evaluate", "medee"]
 
 
@@ -94,8 +94,8 @@ def parsers(name: str) -> list[argparse.ArgumentParser]:
 def test_every_flag_is_read_and_there_are_at_most_twenty_one(name):
     text = source(name)
     read = set(re.findall(r"\bargs\.(\w+)", text)) | set(re.findall(r"\bargs\.(\w+)", source("curate") if name == "curate" else ""))
-    if "setup_of(args)" in text:  # the flags of every engine, which engines.py reads
-        read |= set(re.findall(r"\bsetup\.(\w+)", source("engines")))
+    if "setup_of(args)" in text:  # the flags of every engine, which engines.py and remote.py read
+        read |= set(re.findall(r"\bsetup\.(\w+)", source("engines") + source("remote")))
     for parser in parsers(name):
         flags = [action for action in parser._actions if action.dest != "help"]
         assert len(flags) <= 20, f"{name}: {len(flags)} flags"

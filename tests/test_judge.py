@@ -14,7 +14,7 @@ import clinic
 import data
 import judge
 import rollout
-from engines import Reply
+from asking import Reply
 
 YES = dict.fromkeys(judge.KEYS, True)
 OPTIONS = {"A": "CT", "B": "MRI", "C": "PET", "D": "none"}

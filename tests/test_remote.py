@@ -20,9 +20,11 @@ import pytest
 from PIL import Image
 
 import data
+import asking
 import engines
+import remote
 import judge
-from engines import Ask, Sampling
+from asking import Ask, Sampling
 
 ROOT = Path(__file__).resolve().parent.parent
 KEY = "sk-very-secret-0123456789"
@@ -219,7 +221,7 @@ class Clock(threading.Event):
 
 
 def open_at(api, server, **setup):
-    engine = engines.open_engine(api.spec(server), engines.Setup(**setup))
+    engine = engines.open_engine(api.spec(server), asking.Setup(**setup))
     engine.stopping = Clock()
     return engine
 
@@ -232,10 +234,10 @@ def all_replies(engine, asks, sampling=WARM) -> list:
     return [reply for replies in engine.answer(asks, sampling) for reply in replies]
 
 
-def until_it_stops(engine, asks) -> tuple[list, engines.Unavailable]:
+def until_it_stops(engine, asks) -> tuple[list, asking.Unavailable]:
     """(what was answered, why it stopped)"""
     replies = []
-    with pytest.raises(engines.Unavailable) as stopped:
+    with pytest.raises(asking.Unavailable) as stopped:
         for group in engine.answer(asks, WARM):
             replies += group
     return replies, stopped.value
@@ -317,11 +319,11 @@ def test_a_server_that_is_not_there_or_not_ready_is_said_at_once(serve):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         spec = f"http://127.0.0.1:{free.getsockname()[1]}/v1#m"
-    with pytest.raises(engines.Unavailable, match="no server answers there.*refused"):
-        engines.open_engine(spec, engines.Setup())
+    with pytest.raises(asking.Unavailable, match="no server answers there.*refused"):
+        engines.open_engine(spec, asking.Setup())
     busy = serve(None, (503, {"error": {"message": "loading"}}, {"Retry-After": "0.01"}))
-    with pytest.raises(engines.Unavailable, match="loading.*until the server is ready"):
-        engines.open_engine(Chat.spec(busy), engines.Setup())
+    with pytest.raises(asking.Unavailable, match="loading.*until the server is ready"):
+        engines.open_engine(Chat.spec(busy), asking.Setup())
 
 
 # --- failures that pass
@@ -346,7 +348,7 @@ PASSING = {
 @pytest.mark.parametrize("name", PASSING)
 @pytest.mark.filterwarnings("ignore:NEVER_HEARD_OF")
 def test_a_failure_that_passes_is_asked_again(api, serve, name, monkeypatch):
-    monkeypatch.setattr(engines, "TIMEOUT", 0.4 if name == "time-out" else 20)
+    monkeypatch.setattr(remote, "TIMEOUT", 0.4 if name == "time-out" else 20)
     server = serve(lambda question, time, body: PASSING[name](api) if time == 1 else api.good("yes"))
     engine = open_at(api, server)
     (reply,) = all_replies(engine, [ask("a")])
@@ -362,14 +364,14 @@ def test_waits_double_up_to_the_longest_unless_the_server_names_one(api, serve):
     all_replies(engine, [ask("a")])
     first, named, third, short, *rest = engine.stopping.pauses
     assert (named, short) == (7, 0.25) and 0.5 <= first <= 1 and 2 <= third <= 4
-    assert [8 <= rest[0] <= 16, 16 <= rest[1] <= 32, 30 <= rest[2] <= engines.LONGEST_WAIT == 60] == [True] * 3
+    assert [8 <= rest[0] <= 16, 16 <= rest[1] <= 32, 30 <= rest[2] <= remote.LONGEST_WAIT == 60] == [True] * 3
 
 
 def test_a_server_that_stays_down_stops_the_run(api, serve):
     server = serve(lambda question, time, body: api.bad(503, "overloaded"))
     engine = open_at(api, server, concurrency=1)
     replies, stopped = until_it_stops(engine, [ask("a"), ask("b")])
-    assert not replies and server.asked == {"a": engines.TRIES} and len(engine.stopping.pauses) == engines.TRIES - 1
+    assert not replies and server.asked == {"a": remote.TRIES} and len(engine.stopping.pauses) == remote.TRIES - 1
     assert "question a has no answer after 8 tries" in str(stopped) and "overloaded" in str(stopped)
 
 
@@ -445,7 +447,7 @@ def test_a_server_that_refuses_everything_stops_the_run_and_marks_nothing(api, s
     server = serve(lambda question, time, body: api.bad(400, "this model takes no pictures"))
     replies, stopped = until_it_stops(open_at(api, server, concurrency=2), [ask(f"q{i}", 2) for i in range(40)])
     assert not replies and "this model takes no pictures" in str(stopped) and "8 questions in a row" in str(stopped)
-    assert len(server.asked) <= engines.STRIKES + 1 and len(server.requests) <= 2 * (engines.STRIKES + 1)
+    assert len(server.asked) <= remote.STRIKES + 1 and len(server.requests) <= 2 * (remote.STRIKES + 1)
     replies, stopped = until_it_stops(open_at(api, server), [ask("a")])  # and so does the only one
     assert not replies and "not one question was answered" in str(stopped) and "this model takes no pictures" in str(stopped)
 
@@ -454,21 +456,21 @@ def test_a_server_that_refuses_everything_stops_the_run_and_marks_nothing(api, s
 def test_a_question_without_an_answer_is_kept_and_counted_even_if_it_is_the_first(api, serve, reason, what, tmp_path, capsys):
     server = serve(lambda question, time, body: what(api) if question in ("q0", "q7", "new") else api.good("yes"))
     engine, asks, path = open_at(api, server, concurrency=1), [ask(f"q{i}") for i in range(10)], tmp_path / "rollouts.jsonl"
-    rows = engines.ask_all(engine, asks, WARM, path, lambda reply: engines.reply_row(reply, engine.spec), "test")
+    rows = asking.ask_all(engine, asks, WARM, path, lambda reply: asking.reply_row(reply, engine.spec), "test")
     assert [(row["response"], row["finish_reason"]) for row in rows] == [("", reason) if i in (0, 7) else ("yes", "stop") for i in range(10)]
     assert engine.tally[reason] == 2 and "question q7 is " + reason in capsys.readouterr().out
     before = len(server.requests)
-    assert engines.ask_all(open_at(api, server), asks, WARM, path, lambda reply: engines.reply_row(reply, engine.spec), "test") == rows
+    assert asking.ask_all(open_at(api, server), asks, WARM, path, lambda reply: asking.reply_row(reply, engine.spec), "test") == rows
     assert len(server.requests) == before  # not asked again
     # nor does a run stop, that was killed with only such a question left
-    assert engines.ask_all(open_at(api, server), [ask("new")], WARM, path, lambda reply: engines.reply_row(reply, engine.spec), "test")[0]["finish_reason"] == reason
+    assert asking.ask_all(open_at(api, server), [ask("new")], WARM, path, lambda reply: asking.reply_row(reply, engine.spec), "test")[0]["finish_reason"] == reason
 
 
 def test_a_server_that_begins_to_refuse_everything_stops_the_run_and_marks_nothing(api, serve):
     server = serve(lambda question, time, body: api.good("yes") if int(question[1:]) < 5 else api.bad(400, "no more"))
     replies, stopped = until_it_stops(open_at(api, server, concurrency=1), [ask(f"q{i}") for i in range(40)])
     assert {reply.id for reply in replies} == {f"q{i}" for i in range(5)} and {reply.finish_reason for reply in replies} == {"stop"}
-    assert "no more" in str(stopped) and len(server.requests) == 5 + engines.STRIKES
+    assert "no more" in str(stopped) and len(server.requests) == 5 + remote.STRIKES
 
 
 FATAL = {
@@ -522,10 +524,10 @@ def test_a_cap_on_requests_stops_with_all_answers_kept_and_the_same_command_goes
 
     def run():
         engine = open_at(api, server, max_requests=4, concurrency=3)
-        return engines.ask_all(engine, asks, WARM, tmp_path / "rows.jsonl", lambda reply: engines.reply_row(reply, "x"), "test")
+        return asking.ask_all(engine, asks, WARM, tmp_path / "rows.jsonl", lambda reply: asking.reply_row(reply, "x"), "test")
 
     for requests in (4, 8):
-        with pytest.raises(engines.Unavailable, match="4 requests were made .--max-requests.; the same command goes on"):
+        with pytest.raises(asking.Unavailable, match="4 requests were made .--max-requests.; the same command goes on"):
             run()
         assert len(server.requests) == requests and 0 <= requests - 1 - len(list(data.read_jsonl(tmp_path / "rows.jsonl"))) <= 1
     assert [row["id"] for row in run()] == [f"q{i}" for i in range(10)]
@@ -571,14 +573,14 @@ def test_no_message_shows_the_key_even_if_the_server_repeats_all_it_was_sent(api
 def test_a_key_that_no_header_carries_is_refused_unseen(api, serve, key, monkeypatch):
     for variable in ("LOCAL_API_KEY", "GEMINI_API_KEY"):
         monkeypatch.setenv(variable, key)
-    with pytest.raises(engines.Unavailable) as refused:
+    with pytest.raises(asking.Unavailable) as refused:
         open_at(api, serve(None))
     assert "_API_KEY" in str(refused.value) and KEY[:9] not in str(refused.value)
 
 
 def test_the_key_is_named_after_the_host():
     hosts = {"api.openai.com": "OPENAI", "api.deepseek.com": "DEEPSEEK", "dash-scope.aliyuncs.com": "ALIYUNCS", "localhost": "LOCAL", "127.0.0.1": "LOCAL", "::1": "LOCAL"}
-    assert {host: engines.key_variable(host) for host in hosts} == {host: f"{name}_API_KEY" for host, name in hosts.items()}
+    assert {host: remote.key_variable(host) for host in hosts} == {host: f"{name}_API_KEY" for host, name in hosts.items()}
 
 
 # --- whole scripts
@@ -626,7 +628,7 @@ def verdict_of(said):
 
 
 def test_every_verdict_is_read_or_asked_again_or_left_out_and_counted(serve, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(engines, "LONGEST_WAIT", 0.001)
+    monkeypatch.setattr(remote, "LONGEST_WAIT", 0.001)
     server = serve(lambda question, time, body: verdict_of(VERDICTS[question][0][min(time, len(VERDICTS[question][0])) - 1]))
     questions, rollouts = questions_file(tmp_path, VERDICTS), rollouts_file(tmp_path, VERDICTS)
     command = ["verdicts", "--judge", Chat.spec(server), "--rollouts", str(rollouts), "--questions", str(questions), "--out", str(tmp_path / "out")]

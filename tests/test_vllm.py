@@ -17,16 +17,17 @@ import torch
 from PIL import Image
 
 import data
+import asking
 import engines
 import model
-from engines import Ask, Sampling
+from asking import Ask, Sampling
 
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed (requirements-gpu.txt)"),
 ]
 WARM = Sampling(temperature=0.9, top_p=1.0, max_tokens=24, seed=3)
-SETUP = engines.Setup(pixels=112 * 112, tiles=1, batch=8)
+SETUP = asking.Setup(pixels=112 * 112, tiles=1, batch=8)
 
 
 @pytest.fixture(scope="module")

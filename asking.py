@@ -1,0 +1,149 @@
+"""What is asked of an engine, what comes back, and how nothing is asked twice.
+
+    Ask (question, images, which samples)  ->  engine.answer  ->  Reply (text, token ids, why it ended)  ->  a row of JSONL
+
+Every sample has a seed of its own, a hash of (seed, question, k). `ask_all` writes each reply as it comes and, started
+again, asks only what its file does not hold: a killed rollout of a week goes on where it was, and a remote model is paid
+once. Which engines there are stands in engines.py; they all run by the flags of Setup.
+
+Where we depart from the paper, or it is silent: how models are asked is all ours.
+"""
+
+import argparse
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Protocol
+
+from tqdm import tqdm
+
+import data
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature 0 is greedy; top_p 1 keeps the whole distribution; max_tokens bounds the response, stop token included."""
+
+    temperature: float
+    top_p: float
+    max_tokens: int
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.max_tokens < 1:
+            raise ValueError(f"{self}: temperature must be 0 or more, top_p above 0 and at most 1, max_tokens at least 1")
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One question to an engine: messages up to the response, images as files, and the numbers of the samples wanted."""
+
+    id: str
+    messages: list[dict]
+    images: list[Path]
+    samples: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One answer. finish_reason is "stop"; "length" where the token limit cut it off; of a remote engine also "blocked" (by
+    a safety filter), "refused" (the request was), "empty" (nothing to be read, however often it was asked). token_ids end
+    with the stop token if there was one, and are None where the engine does not tell them. reasoning is what a remote
+    engine thought, where it tells that apart from its answer."""
+
+    id: str
+    sample: int
+    text: str
+    token_ids: list[int] | None
+    finish_reason: str
+    seed: int
+    reasoning: str = ""
+
+
+class Engine(Protocol):
+    spec: str
+    proven: bool  # it answered in an earlier run: what a remote one refuses now is the question's fault, not the request's
+    tally: Counter  # what the progress bar shows beside its rate: tokens, requests asked again, ...
+
+    def answer(self, asks: list[Ask], sampling: Sampling) -> Iterator[list[Reply]]:
+        """Lists of finished replies, in any order, until every sample of every ask is answered."""
+
+
+class Unavailable(SystemExit, RuntimeError):
+    """An engine cannot answer, or not any more. What it answered is kept; the same command goes on. Uncaught, a script
+    ends with the message and exit code 1, without a traceback."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How engines run: the flags that every script with an engine has."""
+
+    pixels: int = 768 * 768  # ours: paper silent, as in model.py
+    tiles: int = 1
+    batch: int = 256
+    replicas: int = 0
+    tensor_parallel: int = 1
+    concurrency: int = 16
+    max_requests: int = 0
+
+
+FLAGS = {
+    "pixels": "largest image, Qwen and remote engines; as in training",
+    "tiles": "most tiles of an image, InternVL; as in training",
+    "batch": "samples at once of a local engine",
+    "replicas": "processes of a local engine, each with its own GPUs; 0: as many as the GPUs allow",
+    "tensor_parallel": "GPUs that share one vllm: engine (72B: 8)",
+    "concurrency": "requests at once to a remote engine",
+    "max_requests": "stop after so many requests to a remote engine; 0: no limit",
+}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    for field in fields(Setup):
+        parser.add_argument("--" + field.name.replace("_", "-"), type=int, default=field.default, help=FLAGS[field.name])
+
+
+def setup_of(args: argparse.Namespace) -> Setup:
+    return Setup(**{field.name: getattr(args, field.name) for field in fields(Setup)})
+
+
+def ask_all(engine: Engine, asks: list[Ask], sampling: Sampling, path: Path, to_row: Callable[[Reply], dict], title: str) -> list[dict]:
+    """Asks whatever `path` does not hold yet, appending a row for each reply as it comes, with a progress bar.
+
+    Rows carry `id` and `sample`; a killed run asks nothing twice. Returns the rows of these asks, in their order.
+    """
+    rows = {(row["id"], row["sample"]): row for row in data.resume_jsonl(path)}
+    pending = []
+    for ask in asks:
+        missing = tuple(k for k in ask.samples if (ask.id, k) not in rows)
+        if missing:
+            pending.append(replace(ask, samples=missing))
+    engine.proven = bool(rows)
+    wanted = sum(len(ask.samples) for ask in asks)
+    with open(path, "a", encoding="utf-8") as file, tqdm(total=wanted, initial=wanted - sum(len(ask.samples) for ask in pending), desc=title, unit="answer") as bar:
+        for replies in engine.answer(pending, sampling):
+            new = [to_row(reply) for reply in replies]
+            data.append_jsonl(file, new)
+            rows |= {(row["id"], row["sample"]): row for row in new}
+            bar.set_postfix(engine.tally, refresh=False)
+            bar.update(len(new))
+    return [rows[ask.id, k] for ask in asks for k in ask.samples]
+
+
+def reply_row(reply: Reply, spec: str) -> dict:
+    """A reply as a row of rollouts.jsonl."""
+    return {
+        "id": reply.id, "sample": reply.sample, "engine": spec, "response": reply.text, "token_ids": reply.token_ids,
+        "finish_reason": reply.finish_reason, "seed": reply.seed, "response_sha": data.content_hash(reply.text)[:16],
+    }  # fmt: skip
+
+
+def question_asks(questions: list[data.Question], image_root: Path, samples: int) -> list[Ask]:
+    """Each question as it is put to every engine: the paper's system prompt, the images, the question. Checks that every
+    image is there before anything is asked. Raises RowError naming the first that is not."""
+    for question in questions:
+        for image in question.images:
+            if not (image_root / image).is_file():
+                raise data.RowError(f"question {question.id}: image {image} is not below {image_root}; check --images")
+    return [Ask(q.id, data.prompt_messages(q), [image_root / image for image in q.images], tuple(range(samples))) for q in questions]

@@ -1,0 +1,404 @@
+"""Engines behind an API: OpenAI's chat completions, which most servers speak, and Gemini.
+
+    http(s)://HOST/v1#MODEL    `vllm serve`, GPT-4o, o1, DeepSeek-R1, Qwen3, gpt-oss, ...
+    gemini:NAME                Google's API
+
+What can go wrong is sorted by kind. A busy server (429, 5xx), a broken connection or a garbled reply is asked again, after
+the wait that the server names or else a doubling one; an answer that thinking left no room for, with more room; a
+question that the server refuses, or has nothing to say to, is an answer of no text, marked so. A wrong key or model stops
+the run, and so do a server that stays down or that refuses one question after the other. Whatever was answered by then is
+on disk, and the same command goes on from there. Nothing that went wrong is ever an answer.
+
+Keys come from the environment: GEMINI_API_KEY, or the name of the host: api.openai.com -> OPENAI_API_KEY. They are never
+printed, not even where a server repeats them.
+
+Where we depart from the paper, or it is silent:
+  1. Which servers, how often to try again, how many requests at once: ours.
+  2. A remote model gets an image upright and no larger than --pixels. `vllm serve` gets it whole and must be started with
+     the settings of training.
+"""
+
+import base64
+import ipaddress
+import os
+import random
+import re
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from tqdm import tqdm
+
+import data
+from asking import Ask, Reply, Sampling, Setup, Unavailable
+
+TRIES = 8  # ours: of one request; with waits of 1, 2, 4 ... 60 s that sits out an outage of some three minutes
+LONGEST_WAIT = 60.0  # ours: seconds between two tries, unless the server asks for more
+TIMEOUT = 1800.0  # ours: seconds for one answer; a reasoning model may think for many minutes
+MORE_ROOM = 3  # ours: how often an answer that thinking left no room for is asked again with twice the room
+STRIKES = 8  # ours: questions in a row that get no answer before it is taken for the server's fault, or the request's
+NOTHING = ("refused", "empty")  # finish reasons of a reply that says nothing
+
+
+class Again(Exception):
+    """A reply that is worth asking for again: garbled, or empty."""
+
+
+class NoRoom(Exception):
+    """Thinking used up the token limit: no answer was left."""
+
+
+class Unanswered(Exception):
+    """A question got nothing but server errors, while others were answered."""
+
+
+class RemoteEngine:
+    """A model behind an API: requests in parallel, each tried again by the kind of its failure.
+
+    A subclass says how to ask (`call`), how to read one choice of a reply (`reply`), and what status a failure has (`status`).
+    """
+
+    def __init__(self, spec: str, setup: Setup, key: str):
+        self.spec, self.setup, self.key = spec, setup, key
+        self.tally = Counter({"requests": 0, "again": 0, "tokens in": 0, "tokens out": 0})
+        self.lock, self.stopping = threading.Lock(), threading.Event()
+        self.groups = True  # whether several samples may be asked for in one request
+        self.answers = 0  # requests that were answered
+        self.proven = False
+        self.strikes, self.complaint = 0, ""  # questions in a row without an answer, and why the last one has none
+        self.failure: Exception | None = None  # what stopped the run
+        self.later: list[Unanswered] = []
+
+    def call(self, ask: Ask, samples: list[int], sampling: Sampling, seed: int) -> list[Reply]:
+        """One request. Replies to some of `samples`: one at least, all of them where the server can."""
+        raise NotImplementedError
+
+    def reply(self, id: str, sample: int, choice, seed: int) -> Reply:
+        """One choice of a reply. Raises Again or NoRoom if it is no answer."""
+        raise NotImplementedError
+
+    def status(self, error: Exception) -> int | None:
+        """The HTTP status of a failure; 0 where no whole reply arrived; None for an error that is not the server's."""
+        raise NotImplementedError
+
+    def answer(self, asks: list[Ask], sampling: Sampling) -> Iterator[list[Reply]]:
+        """After a failure that stops the run, requests under way still end and are handed on: they are paid for.
+
+        That a question has no answer is believed, and handed on, only once another one has been answered after it, or
+        at the end: a server that refuses everything must not leave a file full of refusals.
+        """
+        self.stopping.clear()
+        self.failure, self.later, held = None, [], []
+        with ThreadPoolExecutor(self.setup.concurrency) as pool:
+            running = [pool.submit(self.all_samples, ask, sampling) for ask in asks]
+            try:
+                for future in as_completed(running):
+                    replies = future.result()
+                    self.tally.update(reply.finish_reason for reply in replies if reply.finish_reason != "stop")
+                    held += [reply for reply in replies if reply.finish_reason in NOTHING]
+                    if answered := [reply for reply in replies if reply.finish_reason not in NOTHING]:
+                        yield answered + held
+                        held = []
+            finally:  # also where the run is interrupted from outside
+                self.stopping.set()
+        if self.failure:
+            raise self.failure
+        if held and not self.answers and not self.proven:
+            raise Unavailable(f"{self.spec}: not one question was answered; {self.complaint}")
+        if held:
+            yield held
+        if self.later:
+            raise Unavailable(f"{self.later[0]}; so it is with {len(self.later)} questions, all others are answered; the same command asks them again")
+
+    def all_samples(self, ask: Ask, sampling: Sampling) -> list[Reply]:
+        """Replies to all samples of a question, or those that came before the run was stopped."""
+        replies: list[Reply] = []
+        left = list(ask.samples)
+        try:
+            while left:  # a server may give fewer answers a request than were asked for
+                replies += self.patiently(ask, left, sampling)
+                left = [k for k in left if k not in {reply.sample for reply in replies}]
+        except Unanswered as error:
+            self.later.append(error)
+        except Exception as error:
+            with self.lock:
+                self.failure = self.failure or error
+            self.stopping.set()
+        return replies
+
+    def patiently(self, ask: Ask, samples: list[int], sampling: Sampling) -> list[Reply]:
+        """One request, again and again by the kind of its failure."""
+        seed, room, group = data.sample_seed(sampling.seed, ask.id, samples[0]), 1, self.groups
+        last, pause, answers = None, 0.0, self.answers
+        for attempt in range(TRIES):
+            if attempt:
+                with self.lock:
+                    self.tally["again"] += 1
+                self.stopping.wait(pause)
+            self.count_request()
+            pause = min(LONGEST_WAIT, 2.0**attempt) * random.uniform(0.5, 1)
+            try:
+                replies = self.call(ask, samples if group else samples[:1], replace(sampling, max_tokens=sampling.max_tokens * room), seed)
+                with self.lock:
+                    self.answers, self.strikes, self.groups = self.answers + 1, 0, self.groups and group
+                return replies
+            except NoRoom as error:
+                if room == 2**MORE_ROOM:
+                    return [Reply(ask.id, samples[0], "", None, "length", seed)]
+                room, pause, last = room * 2, 0.0, error
+            except Again as error:
+                last = error
+            except SystemExit:  # ours: an image that cannot be read
+                raise
+            except Exception as error:
+                status, last = self.status(error), error
+                if status is None:
+                    raise
+                if status in (401, 402, 403, 404):
+                    raise Unavailable(f"{self.spec}: {self.said(error)}; check the key and what is paid for, the address, and the model's name") from None
+                if 400 <= status < 500 and status not in (408, 409, 425, 429):
+                    if room > 1:  # so much more than the model can give
+                        return [Reply(ask.id, samples[0], "", None, "length", seed)]
+                    if not group or len(samples) == 1:
+                        return self.nothing(ask, samples, sampling, "refused", error)
+                    group, pause = False, 0.0  # perhaps the server takes the question, but not so many samples at once
+                pause = self.wait(error) or pause
+        if isinstance(last, (Again, NoRoom)):
+            return self.nothing(ask, samples, sampling, "empty", last)
+        text = f"{self.spec}: question {ask.id} has no answer after {TRIES} tries; the last: {self.said(last)}"
+        raise (Unavailable if self.answers == answers else Unanswered)(text)
+
+    def nothing(self, ask: Ask, samples: list[int], sampling: Sampling, reason: str, error: Exception) -> list[Reply]:
+        """Replies of no text, unless so many questions in a row went like this that it must be the server or the request."""
+        with self.lock:
+            self.strikes, self.complaint = self.strikes + 1, f"question {ask.id} is {reason}: {self.said(error)}"
+            if self.strikes >= STRIKES:
+                raise Unavailable(f"{self.spec}: {self.strikes} questions in a row have no answer; {self.complaint}")
+        tqdm.write(f"{self.spec}: {self.complaint}")
+        return [Reply(ask.id, k, "", None, reason, data.sample_seed(sampling.seed, ask.id, k)) for k in samples]
+
+    def replies(self, id: str, samples: list[int], choices: list, seed: int) -> list[Reply]:
+        """What can be kept of a reply's choices. Raises the failure of the first if that is none of them."""
+        kept, failures = [], []
+        for k, choice in zip(samples, choices):
+            try:
+                kept.append(self.reply(id, k, choice, seed))
+            except (Again, NoRoom) as failure:
+                failures.append(failure)
+            except (AttributeError, TypeError) as failure:  # the clients check no form
+                failures.append(Again(f"a garbled choice ({failure})"))
+        if not kept:
+            raise failures[0]
+        return kept
+
+    def wait(self, error: Exception) -> float | None:
+        """Seconds that the server asks us to wait: Retry-After, or Google's RetryInfo ("17s"); None if it does not say."""
+        header = error.response.headers.get("retry-after", "") if getattr(error, "response", None) is not None else ""
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)", header) or re.search(r"'retryDelay': '(\d+(?:\.\d+)?)s'", str(error))
+        return float(found[1]) if found else None
+
+    def said(self, error: Exception | None) -> str:
+        """A failure in a few words and without the key: some servers repeat all that they were sent."""
+        text = str(error).replace(self.key, "...") if self.key else str(error)
+        return text if len(text) <= 500 else text[:500] + " ..."
+
+    def count_request(self) -> None:
+        with self.lock:
+            if self.stopping.is_set():
+                raise Unavailable(f"{self.spec}: stopped")
+            if self.setup.max_requests and self.tally["requests"] >= self.setup.max_requests:
+                raise Unavailable(f"{self.spec}: {self.setup.max_requests} requests were made (--max-requests); the same command goes on")
+            self.tally["requests"] += 1
+
+    def count_tokens(self, prompt: int | None, answer: int | None) -> None:
+        with self.lock:
+            self.tally["tokens in"] += prompt or 0
+            self.tally["tokens out"] += answer or 0
+
+
+def picture_bytes(path: Path, pixels: int | None) -> bytes:
+    """An image as a remote model gets it: upright RGB, no larger than `pixels`, as PNG."""
+    from PIL import Image
+
+    from model import load_image
+
+    image = load_image(path)
+    if pixels and image.width * image.height > pixels:
+        scale = (pixels / (image.width * image.height)) ** 0.5
+        image = image.resize((max(1, int(image.width * scale)), max(1, int(image.height * scale))), Image.Resampling.BICUBIC)
+    buffer = BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def key_of(variable: str) -> str:
+    """The key that an environment variable holds, "" for none. Raises Unavailable, without showing it, if no header can carry it."""
+    key = os.environ.get(variable, "").strip()
+    if not re.fullmatch(r"[!-~]*", key):
+        raise Unavailable(f"{variable}: is no key: it holds blanks, line breaks or letters that no key has")
+    return key
+
+
+def key_variable(host: str) -> str:
+    """api.openai.com -> OPENAI_API_KEY; LOCAL_API_KEY for an address or a name without a dot."""
+    try:
+        ipaddress.ip_address(host)
+        name = "LOCAL"
+    except ValueError:
+        name = host.split(".")[-2] if "." in host else "LOCAL"
+    return re.sub(r"\W", "_", name).upper() + "_API_KEY"
+
+
+class ChatEngine(RemoteEngine):
+    """Any server that speaks OpenAI's chat completions."""
+
+    def __init__(self, spec: str, setup: Setup):
+        try:
+            import openai
+        except ImportError:
+            raise Unavailable(f"{spec}: needs the openai package; pip install openai") from None
+        url, _, self.model = spec.partition("#")
+        if not self.model:
+            raise Unavailable(f"{spec}: which model? Write {spec}#MODEL")
+        self.host = urlsplit(url).hostname or ""
+        variable = key_variable(self.host)
+        key = key_of(variable)
+        if not key and url.startswith("https:"):
+            raise Unavailable(f"{spec}: no key; set {variable}")
+        super().__init__(spec, setup, key)
+        self.openai = openai
+        self.client = openai.OpenAI(base_url=url, api_key=key or "none", timeout=TIMEOUT, max_retries=0)
+        self.vllm = self.is_vllm()
+
+    def is_vllm(self) -> bool:
+        """Whether the server is vLLM, which tells token ids and takes settings that others refuse."""
+        try:
+            served = self.client.with_options(max_retries=2).models.list()
+        except self.openai.APIStatusError as error:
+            if error.status_code in (401, 429) or error.status_code >= 500:
+                raise Unavailable(f"{self.spec}: {self.said(error)}; check the key, or wait until the server is ready") from None
+            return False  # not every server lists its models
+        except self.openai.APIConnectionError as error:
+            raise Unavailable(f"{self.spec}: no server answers there ({self.said(error.__cause__ or error)})") from None
+        except (ValueError, AttributeError):  # what came is no list
+            return False
+        return any(getattr(model, "owned_by", "") == "vllm" for model in getattr(served, "data", None) or [])
+
+    def call(self, ask: Ask, samples: list[int], sampling: Sampling, seed: int) -> list[Reply]:
+        settings: dict = {"n": len(samples), "max_tokens": sampling.max_tokens, "temperature": sampling.temperature, "top_p": sampling.top_p, "seed": seed % 2**31}
+        if self.host == "api.openai.com":
+            settings["max_completion_tokens"] = settings.pop("max_tokens")
+            if re.match(r"o\d|gpt-5", self.model):  # reasoning models sample as they see fit
+                del settings["temperature"], settings["top_p"]
+        if self.vllm:  # and nothing that a checkpoint's generation_config would bring along
+            settings["extra_body"] = {"return_token_ids": True, "top_k": 0, "repetition_penalty": 1.0, "skip_special_tokens": False}
+        completion = self.client.chat.completions.create(model=self.model, messages=self.messages(ask), **settings)
+        choices = getattr(completion, "choices", None)
+        if not choices:  # some servers put their errors here
+            raise Again(f"a reply without choices: {completion}")
+        if completion.usage:
+            self.count_tokens(completion.usage.prompt_tokens, completion.usage.completion_tokens)
+        return self.replies(ask.id, samples, choices, seed)
+
+    def messages(self, ask: Ask) -> list[dict]:
+        """Images stand in front of the first user turn's text, as in training."""
+        messages, waiting = [], list(ask.images)
+        for message in ask.messages:
+            content = message["content"]
+            if message["role"] == "user" and waiting:
+                urls = ["data:image/png;base64," + base64.b64encode(picture_bytes(path, None if self.vllm else self.setup.pixels)).decode() for path in waiting]
+                content = [{"type": "image_url", "image_url": {"url": url}} for url in urls] + [{"type": "text", "text": content}]
+                waiting = []
+            messages.append({"role": message["role"], "content": content})
+        return messages
+
+    def reply(self, id: str, sample: int, choice, seed: int) -> Reply:
+        message, finish = choice.message, choice.finish_reason
+        text, extra = message.content or "", message.model_extra or {}
+        reasoning = extra.get("reasoning_content") or extra.get("reasoning") or ""
+        if finish == "content_filter" or message.refusal:
+            return Reply(id, sample, text, None, "blocked", seed, reasoning)
+        if finish not in ("stop", "length"):
+            raise Again(f"it ended with {finish}")
+        ids = (choice.model_extra or {}).get("token_ids")
+        if not text and finish == "length":
+            raise NoRoom("thinking used up the token limit")
+        if not text and not ids:
+            raise Again("an empty answer")
+        if ids and finish == "stop":
+            text = re.sub(r"<\|im_end\|>$", "", text)  # special tokens are asked for, to be seen; this one is the end
+        return Reply(id, sample, text, ids, finish, seed, reasoning)
+
+    def status(self, error: Exception) -> int | None:
+        if isinstance(error, self.openai.APIStatusError):
+            return 402 if error.code == "insufficient_quota" else error.status_code  # a 429 that no waiting helps
+        return 0 if isinstance(error, (self.openai.APIError, ValueError)) else None  # ValueError: a body that is no JSON
+
+
+class GeminiEngine(RemoteEngine):
+    """Google's API. A base address other than Google's is read from GOOGLE_GEMINI_BASE_URL by its client."""
+
+    BLOCKED = ("SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "MODEL_ARMOR")
+
+    def __init__(self, spec: str, name: str, setup: Setup):
+        try:
+            from google import genai
+        except ImportError:
+            raise Unavailable(f"{spec}: needs the google-genai package; pip install google-genai") from None
+        key = key_of("GEMINI_API_KEY")
+        if not key:
+            raise Unavailable(f"{spec}: no key; set GEMINI_API_KEY")
+        super().__init__(spec, setup, key)
+        self.name, self.genai = name, genai
+        self.client = genai.Client(api_key=key, http_options=genai.types.HttpOptions(timeout=int(TIMEOUT * 1000)))
+
+    def call(self, ask: Ask, samples: list[int], sampling: Sampling, seed: int) -> list[Reply]:
+        types = self.genai.types
+        system = "\n".join(message["content"] for message in ask.messages if message["role"] == "system")
+        contents, waiting = [], list(ask.images)
+        for message in ask.messages:
+            if message["role"] == "system":
+                continue
+            parts = [types.Part.from_text(text=message["content"])]
+            if message["role"] == "user" and waiting:
+                parts = [types.Part.from_bytes(data=picture_bytes(path, self.setup.pixels), mime_type="image/png") for path in waiting] + parts
+                waiting = []
+            contents.append(types.Content(role="model" if message["role"] == "assistant" else "user", parts=parts))
+        samples = samples[:8]  # the API's own limit
+        config = types.GenerateContentConfig(
+            system_instruction=system or None, temperature=sampling.temperature, top_p=sampling.top_p, seed=seed % 2**31,
+            max_output_tokens=sampling.max_tokens, candidate_count=len(samples),
+        )  # fmt: skip
+        response = self.client.models.generate_content(model=self.name, contents=contents, config=config)
+        if used := response.usage_metadata:
+            self.count_tokens(used.prompt_token_count, (used.candidates_token_count or 0) + (used.thoughts_token_count or 0))
+        if response.prompt_feedback and response.prompt_feedback.block_reason:
+            return [Reply(ask.id, k, "", None, "blocked", seed) for k in samples]
+        if not response.candidates:
+            raise Again("a reply without candidates")
+        return self.replies(ask.id, samples, response.candidates, seed)
+
+    def reply(self, id: str, sample: int, choice, seed: int) -> Reply:
+        parts = choice.content.parts or [] if choice.content else []
+        text = "".join(part.text or "" for part in parts if not part.thought)
+        reasoning = "".join(part.text or "" for part in parts if part.thought)
+        finish = choice.finish_reason.name if choice.finish_reason else "none"
+        if finish in self.BLOCKED:
+            return Reply(id, sample, text, None, "blocked", seed, reasoning)
+        if finish not in ("STOP", "MAX_TOKENS"):
+            raise Again(f"it ended with {finish}")
+        if not text:
+            raise NoRoom("thinking used up the token limit") if finish == "MAX_TOKENS" else Again("an empty answer")
+        return Reply(id, sample, text, None, "stop" if finish == "STOP" else "length", seed, reasoning)
+
+    def status(self, error: Exception) -> int | None:
+        if isinstance(error, self.genai.errors.APIError):
+            unusable = error.code == 400 and (error.status == "FAILED_PRECONDITION" or "API_KEY_INVALID" in str(error))
+            return 401 if unusable else error.code  # a country or an account without the API, a key that is not or no longer one
+        broken = isinstance(error, ValueError) or type(error).__module__.startswith("httpx")  # a body that is no JSON; a connection
+        return 0 if broken else None
