@@ -80,12 +80,12 @@ class Setup:
     """How engines run: the flags that every script with an engine has."""
 
     pixels: int = 768 * 768  # ours: paper silent, as in model.py
-    tiles: int = 1
-    batch: int = 256
-    replicas: int = 0
-    tensor_parallel: int = 1
-    concurrency: int = 16
-    max_requests: int = 0
+    tiles: int = 1  # ours: the same
+    batch: int = 256  # ours
+    replicas: int = 0  # ours
+    tensor_parallel: int = 1  # ours
+    concurrency: int = 16  # ours
+    max_requests: int = 0  # ours
 
 
 FLAGS = {
@@ -93,7 +93,7 @@ FLAGS = {
     "tiles": "most tiles of an image, InternVL; as in training",
     "batch": "samples at once of a local engine",
     "replicas": "processes of a local engine, each with its own GPUs; 0: as many as the GPUs allow",
-    "tensor_parallel": "GPUs that share one vllm: engine (72B: 8)",
+    "tensor_parallel": "GPUs that share one vllm: engine (72B: 4)",
     "concurrency": "requests at once to a remote engine",
     "max_requests": "stop after so many requests to a remote engine; 0: no limit",
 }
@@ -139,11 +139,15 @@ def reply_row(reply: Reply, spec: str) -> dict:
     }  # fmt: skip
 
 
+def image_paths(question: data.Question, image_root: Path) -> list[Path]:
+    """Raises RowError for an image that is not there."""
+    for image in question.images:
+        if not (image_root / image).is_file():
+            raise data.RowError(f"question {question.id}: image {image} is not below {image_root}; check --images")
+    return [image_root / image for image in question.images]
+
+
 def question_asks(questions: list[data.Question], image_root: Path, samples: int) -> list[Ask]:
     """Each question as it is put to every engine: the paper's system prompt, the images, the question. Checks that every
     image is there before anything is asked. Raises RowError naming the first that is not."""
-    for question in questions:
-        for image in question.images:
-            if not (image_root / image).is_file():
-                raise data.RowError(f"question {question.id}: image {image} is not below {image_root}; check --images")
-    return [Ask(q.id, data.prompt_messages(q), [image_root / image for image in q.images], tuple(range(samples))) for q in questions]
+    return [Ask(q.id, data.prompt_messages(q), image_paths(q, image_root), tuple(range(samples))) for q in questions]

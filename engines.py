@@ -161,15 +161,7 @@ class VLLMEngine:
 
         images = [load_image(path) for path in ask.images]
         encoded = self.processor.encode_prompt(ask.messages, [self.processor.encode_image(image) for image in images])
-        marked, left = [], iter(encoded.images)
-        skip = 0
-        for token in encoded.ids:
-            if skip:
-                skip -= 1
-                continue
-            if token == self.processor.image_id:
-                skip = next(left).tokens - 1
-            marked.append(token)
+        marked = self.processor.tokenize(self.processor.render(ask.messages, [1] * len(images)))
         if not self.processor.family.grid_positions:  # vLLM writes InternVL's <img> and </img> itself
             frame = {self.processor.special["<img>"], self.processor.special["</img>"]}
             marked = [token for token in marked if token not in frame]

@@ -47,7 +47,7 @@ from pathlib import Path
 import numpy as np
 
 import data
-from asking import Ask, Engine, Sampling, add_flags, ask_all, setup_of
+from asking import Ask, Engine, Sampling, add_flags, ask_all, image_paths, setup_of
 from engines import open_engine
 
 CRITERIA = ("Logical_Consistency", "Image_Analysis_Involvement", "No_Hallucination", "Reflection_Presence")  # MMRP, paper 3.3
@@ -124,14 +124,6 @@ def parse_verdict(reply: str) -> dict[str, bool]:
 def ground_truth(question: data.Question) -> str:
     """The answer as judge and raters see it: "B. MRI", or the reference text of an open-ended question."""
     return f"{question.answer}. {question.answer_text()}" if question.options else question.answer
-
-
-def image_paths(question: data.Question, image_root: Path) -> list[Path]:
-    """Raises RowError for an image that is not there."""
-    for image in question.images:
-        if not (image_root / image).is_file():
-            raise data.RowError(f"question {question.id}: image {image} is not below {image_root}; check --images")
-    return [image_root / image for image in question.images]
 
 
 def judge_ask(question: data.Question, rollout: dict, image_root: Path) -> Ask:
