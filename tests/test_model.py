@@ -2,10 +2,12 @@
 
 import copy
 import json
+import os
 import re
 import shutil
 import unicodedata
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import data
 import model
+import plan
 
 # the published checkpoints' own templates; the test folders carry templates written by this project
 PUBLISHED_TEMPLATE = {
@@ -115,30 +118,56 @@ def assert_same_gradients(one: dict, other: dict, atol: float = 1e-5) -> None:
 # --- text to tokens
 
 
-@pytest.mark.parametrize("template", ["folder", "published"])
-@pytest.mark.parametrize("count", [0, 1, 3])
-@pytest.mark.parametrize("system", [SYSTEM, "Two lines\nof \u201csystem\u201d.", None])
-def test_prompt_ids_are_those_of_the_chat_template(processor, family, template, count, system):
-    text = "First line.\n\nWhat is it?\nAnswer Choices:\n(A) yes\n(B) caf\u00e9 \u2264 5"
-    if template == "published":
-        processor.tokenizer.chat_template = PUBLISHED_TEMPLATE[family]
-    images = [processor.encode_image(picture(56, 56, seed)) for seed in range(count)]
+def assert_prompt_ids_are_the_templates(processor: model.Processor, images: list[model.ImageInput], system: str | None) -> None:
+    """`encode_prompt` against the chat template of the processor's own tokenizer, token for token."""
+    qwen, text = processor.family.grid_positions, "First line.\n\nWhat is it?\nAnswer Choices:\n(A) yes\n(B) caf\u00e9 \u2264 5"
     ours = processor.encode_prompt(turns(text, system), images)
-    content = [{"type": "image"}] * count + [{"type": "text", "text": text}]
+    content = [{"type": "image"}] * len(images) + [{"type": "text", "text": text}]
     # Qwen's template slips in a default system turn when there is none: there, no system turn is not a prompt it can render
-    told = SYSTEM if family == "qwen" and system is None else system
+    told = SYSTEM if qwen and system is None else system
     messages = turns("", told)[:-1] + [{"role": "user", "content": content}]
     rendered = processor.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    if family == "qwen" and system is None:
+    if qwen and system is None:
         rendered = rendered.removeprefix(f"<|im_start|>system\n{SYSTEM}<|im_end|>\n")
     tokens = iter([image.tokens for image in images])
-    if family == "qwen":
+    if qwen:
         rendered = re.sub(r"<\|image_pad\|>", lambda match: match[0] * next(tokens), rendered)
     else:  # the combined processor writes the brackets around the tokens
         rendered = re.sub("<IMG_CONTEXT>", lambda match: "<img>" + match[0] * next(tokens) + "</img>", rendered)
     assert ours.ids == processor.tokenizer(rendered, add_special_tokens=False)["input_ids"]
     assert set(ours.labels) == {data.PROMPT} and ours.parent is None
-    assert ours.ids.count(processor.special["<|im_start|>"]) == len(messages) + 1 - (family == "qwen" and system is None)
+    assert ours.ids.count(processor.special["<|im_start|>"]) == len(messages) + 1 - (qwen and system is None)
+
+
+@pytest.mark.parametrize("template", ["folder", "published"])
+@pytest.mark.parametrize("count", [0, 1, 6])
+@pytest.mark.parametrize("system", [SYSTEM, "Two lines\nof \u201csystem\u201d.", None])
+def test_prompt_ids_are_those_of_the_chat_template(processor, family, template, count, system):
+    if template == "published":
+        processor.tokenizer.chat_template = PUBLISHED_TEMPLATE[family]
+    assert_prompt_ids_are_the_templates(processor, [processor.encode_image(picture(56, 56, seed)) for seed in range(count)], system)
+
+
+REAL_MODELS = sorted(path.parent for path in Path(os.environ.get("MEDEE_REAL_MODELS", "/nowhere")).glob("*/config.json"))
+
+
+@pytest.mark.skipif(not REAL_MODELS, reason="MEDEE_REAL_MODELS names no folder with published checkpoints; the templates above are written from memory")
+@pytest.mark.parametrize("folder", REAL_MODELS, ids=[path.name for path in REAL_MODELS])
+def test_a_published_folder_has_the_template_the_ids_and_the_shapes_that_this_project_takes_it_to_have(folder):
+    # weights are not read: config, tokenizer and image processor are enough
+    processor = model.Processor(folder)
+    for count in (0, 1, 6):
+        images = [processor.encode_image(picture(300 + 28 * seed, 200, seed)) for seed in range(count)]
+        for system in (SYSTEM, "Two lines\nof \u201csystem\u201d.", None):
+            assert_prompt_ids_are_the_templates(processor, images, system)
+    assert processor.image_id == processor.config.image_token_id and processor.tokenizer.decode([processor.stop_id]) == "<|im_end|>"
+    for response in (GOOD, "\n" + GOOD, " " + GOOD, "caf\u00e9 \u2265 3 \u4e2d\U0001f600"):
+        assert processor.decode(processor.encode_response(response).ids) == response
+    size = plan.SIZES.get(folder.name.lower().removesuffix("-hf").removesuffix("-instruct"))
+    if size:
+        text = processor.config.get_text_config()
+        found = (text.hidden_size, text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads, text.intermediate_size, text.vocab_size)
+        assert found == (size.width, size.layers, size.heads, size.kv_heads, size.feed_forward, size.vocabulary)
 
 
 @pytest.mark.parametrize("response", [GOOD, "\n" + GOOD, " " + GOOD, "\n\n  x", "> y", "no tags, caf\u00e9 \u2265 3 \u4e2d\U0001f600", ""])
