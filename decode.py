@@ -3,7 +3,7 @@
     u_t ~ U[0, 1) from the sample's own seed;   y_t = the token at which the cumulative distribution passes u_t
 
 The prompt and its images are computed once; then every step feeds one token of each of the n branches, and a branch sees
-the prompt and itself (the mask of model.py's tree rows). The prompt's keys and values are held once instead of n times.
+the prompt and itself (the rule of model.py's tree rows). The prompt's keys and values are held once instead of n times.
 vLLM samples the same distribution much faster; this is what it does, in a page, and what runs where vLLM does not.
 
 Where we depart from the paper, or it is silent:

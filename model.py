@@ -6,7 +6,7 @@
     Processor     messages + images -> Segment of token ids; response -> token ids and span labels, born together
     Segment, Row  a row is a small *tree* of segments: prompt -> response (SFT), prompt -> chosen and prompt -> rejected
                   (DPO: the prompt and its images are computed once), several roots or children (packing)
-    collate       rows -> Batch; token i sees token j iff j <= i and j's segment is i's own or an ancestor of it
+    collate       rows -> Batch; token i sees token j iff j <= i and j's segment is i's own or an ancestor of it (tree_attention)
     Policy        Batch -> (B, T) log-probabilities; the 152k-wide logits exist only chunk by chunk
 
 reads and writes: Hugging Face folders (config, tokenizer, image processor, safetensors), which transformers and vLLM load.
@@ -226,10 +226,13 @@ class Processor:
 # Batches of tree rows
 
 
+Run = tuple[int, int, tuple[tuple[int, int], ...]]  # start, stop, and the stretches of the row before it that it sees
+
+
 @dataclass
 class Batch:
-    """Rows padded on the right to one length. `mask` is None where every row is a plain chain of segments: causal
-    attention is then enough, since padding comes last and nothing real looks at it."""
+    """Rows padded on the right to one length. `tree` is each row as runs of tokens that follow one another, or None where
+    every row is one run: causal attention is then enough, since padding comes last and nothing real looks at it."""
 
     ids: Tensor  # (B, T) long
     labels: Tensor  # (B, T) long, 0 = not supervised
@@ -237,7 +240,7 @@ class Batch:
     answer: Tensor  # (B, T) long, the answer of its row that a supervised token belongs to
     positions: Tensor  # (3, B, T) long, time / row / column; all three equal for text
     token_types: Tensor  # (B, T) long, 1 = image token (transformers' mm_token_type_ids)
-    mask: Tensor | None  # (B, 1, T, T) bool, True = may look
+    tree: list[list[Run]] | None
     pixels: Tensor | None  # the images of all rows, in order
     grids: Tensor | None  # (images, 3) long, merged patches
     weights: Tensor  # (B,) float, 1, or 0 for a row that only keeps this rank in step
@@ -245,7 +248,7 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{name: value.to(device, non_blocking=True) if value is not None else None for name, value in moved.items()})
+        return Batch(**{name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value for name, value in moved.items()})
 
 
 def segment_positions(segment: Segment, start: int, image_id: int, grid_positions: bool) -> tuple[list[tuple[int, int, int]], int]:
@@ -276,17 +279,14 @@ def collate(rows: list[Row], processor: Processor, weights: list[float] | None =
     ids, labels, answer = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
     predecessor = torch.zeros(shape, dtype=torch.long)
     positions = torch.zeros(3, *shape, dtype=torch.long)
-    most = max(len(row) for row in rows) + 1  # one more: padding is a segment of its own, so that no mask row is empty
-    segment_of = torch.full(shape, most - 1)  # (B, T)
-    visible = torch.eye(most, dtype=torch.bool).repeat(len(rows), 1, 1)  # (B, S, S): itself or an ancestor
-    chain, images = True, []
+    tree: list[list[Run]] = [[] for _ in rows]
+    images = []
     for b, row in enumerate(rows):
-        at, ends, nexts = 0, [], []  # ends: last token of each segment; nexts: position after it
+        at, ends, nexts, paths = 0, [], [], []  # of each segment: its last token, the position after it, where it and its ancestors lie
         for s, segment in enumerate(row):
             parent, stop = segment.parent, at + len(segment.ids)
             if parent is not None and not 0 <= parent < s:
                 raise ValueError(f"segment {s} has parent {parent}; a parent must come before its children")
-            chain &= parent == (s - 1 if s else None)
             ids[b, at:stop] = torch.tensor(segment.ids)
             labels[b, at:stop] = torch.tensor(segment.labels)
             answer[b, at:stop] = segment.answer
@@ -297,19 +297,21 @@ def collate(rows: list[Row], processor: Processor, weights: list[float] | None =
                     raise ValueError("the first token of a root is supervised, but nothing predicts it")
             else:
                 predecessor[b, at] = ends[parent]
-                visible[b, s] |= visible[b, parent]
             places, end = segment_positions(segment, 0 if parent is None else nexts[parent], processor.image_id, processor.family.grid_positions)
             positions[:, b, at:stop] = torch.tensor(places).T
-            segment_of[b, at:stop] = s
             images += segment.images
             ends.append(stop - 1)
             nexts.append(end)
+            before = () if parent is None else paths[parent]
+            paths.append((*before, (at, stop)))
+            if s and parent == s - 1:  # goes on where the row is: one run with its parent
+                start, _, seen = tree[b].pop()
+                tree[b].append((start, stop, seen))
+            else:
+                tree[b].append((at, stop, before))
             at = stop
-    mask = None
-    if not chain:
-        mask = torch.stack([v[s][:, s] for v, s in zip(visible, segment_of)]).tril()[:, None]  # (B, 1, T, T)
     return Batch(
-        ids, labels, predecessor, answer, positions, (ids == processor.image_id).long(), mask,
+        ids, labels, predecessor, answer, positions, (ids == processor.image_id).long(), tree if any(len(runs) > 1 for runs in tree) else None,
         torch.cat([image.pixels for image in images]) if images else None,
         torch.tensor([image.grid for image in images]) if images else None,
         torch.tensor(weights if weights is not None else [1.0] * len(rows)),
@@ -393,7 +395,31 @@ def segment_attention(module, query, key, value, attention_mask, scaling=None, c
     return out[None], None
 
 
+def tree_attention(module, query, key, value, attention_mask, scaling=None, tree=None, **_unused):
+    """Attention of tree rows, run by run: query (B, heads, T, d), key and value (B, fewer heads, T, d) -> (B, T, heads, d).
+
+    A run after the stretches it sees is a plain causal row. It is attended to as one, and what comes out for the earlier
+    stretches, which have theirs already, is dropped. Computing that part twice costs less than a (T, T) mask, whose other
+    half is computed for nothing, and the fastest kernels take no mask.
+    """
+    if tree is None:  # every row is a plain chain, or a decoder brings a mask of its own
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
+    rows = []
+    for b, runs in enumerate(tree):
+        mixed = []
+        for start, stop, before in runs:
+            q, k, v = (torch.cat([t[b : b + 1, :, i:j] for i, j in (*before, (start, stop))], 2) for t in (query, key, value))
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+            mixed.append(out[:, :, start - stop :].transpose(1, 2))
+        mixed.append(query.new_zeros(1, query.shape[2] - stop, *query.shape[1::2]))  # padding
+        rows.append(torch.cat(mixed, 1))
+    return torch.cat(rows), None
+
+
 SEGMENT_ATTENTION = "medee_segment_flash_attention"  # transformers hands segment bounds to functions with "flash" in the name
+TREE_ATTENTION = "medee_tree_attention"
 
 
 class Policy(nn.Module):
@@ -406,9 +432,13 @@ class Policy(nn.Module):
         self.family = family_of(model.config)
         self.image_id = model.config.image_token_id
         self.checkpoint: Checkpoint | None = None  # where the numbers of parameters on `meta` are (meta_policy)
-        if self.family.grid_positions:
-            from transformers import AttentionInterface
+        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers.masking_utils import sdpa_mask
 
+        AttentionInterface.register(TREE_ATTENTION, tree_attention)
+        AttentionMaskInterface.register(TREE_ATTENTION, sdpa_mask)  # where transformers makes the mask, it is that of its own attention
+        self.language_model.config._attn_implementation = TREE_ATTENTION
+        if self.family.grid_positions:
             AttentionInterface.register(SEGMENT_ATTENTION, segment_attention)
             self.vision.config._attn_implementation = SEGMENT_ATTENTION
         super().train(False)
@@ -462,14 +492,12 @@ class Policy(nn.Module):
     def hidden_states(self, batch: Batch) -> Tensor:
         """The language model's last hidden states. (B, T, D)"""
         features = None if batch.pixels is None else self.image_features(batch.pixels, batch.grids)
-        embedded, mask = self.embed(batch.ids, features), batch.mask
-        if mask is not None:  # as numbers, once: attention would turn a boolean mask into numbers in every block, and keep them all
-            mask = torch.zeros(mask.shape, dtype=embedded.dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
         return self.language_model(
-            inputs_embeds=embedded,
+            inputs_embeds=self.embed(batch.ids, features),
             position_ids=batch.positions if self.family.grid_positions else batch.positions[0],
-            attention_mask={"full_attention": mask},
+            attention_mask={"full_attention": None},  # what a token sees is in the tree
             use_cache=False,
+            tree=batch.tree,
         ).last_hidden_state
 
     def forward(self, batch: Batch) -> Tensor:

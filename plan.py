@@ -101,7 +101,7 @@ def shapes(config, method: str, rank: int = lora.RANK) -> model.Policy:
 
 @dataclass(frozen=True)
 class Load:
-    """One micro-batch on one GPU. tree: rows branch, as DPO's pairs do, and attention has a mask (T, T)."""
+    """One micro-batch on one GPU. tree: rows branch, as DPO's pairs do."""
 
     rows: int
     length: int  # tokens of a row: prompt, images and every response
@@ -119,14 +119,14 @@ def block_activations(policy: model.Policy, load: Load, c: int) -> int:
     """Bytes that autograd keeps of one block, for a micro-batch. c: bytes of a number in compute, 2 for bf16.
 
     Norms compute in fp32 and keep their input so; their product is kept where their weight is trained. A linear map keeps its
-    input, attention its q, k, v, output and log-sums, SwiGLU gate, silu(gate), up and their product. Where rows branch, and
-    attention has a mask, k and v are repeated for every head.
+    input, attention its q, k, v, output and log-sums, SwiGLU gate, silu(gate), up and their product. Where rows branch, the
+    output stands run by run and as a whole, and k and v twice: a branch holds its ancestors' beside its own.
     """
     text, layer = policy.model.config.text_config, policy.language_model.layers[0]
     width, heads, head = text.hidden_size, text.num_attention_heads, text.hidden_size // text.num_attention_heads
     scale = layer.input_layernorm.weight.requires_grad
     norms = 2 * (4 * width + 4 + c * width * (1 + scale))
-    attention = c * head * (2 * heads + 2 * (heads if load.tree else text.num_key_value_heads)) + 4 * heads
+    attention = c * head * ((2 + load.tree) * heads + 2 * (1 + load.tree) * text.num_key_value_heads) + 4 * heads
     low = sum(c * len(module.lora_A) for module in layer.modules() if isinstance(module, lora.LoRALinear))
     token = norms + attention + 4 * c * text.intermediate_size + low
     return load.rows * load.length * token
@@ -149,7 +149,7 @@ def memory(policy: model.Policy, load: Load, gpus: int, mixed: bool = True) -> d
     logits = min(model.LOGIT_CHUNK, supervised) * vocabulary
     one = block_activations(policy, load, c)
     kept = len(blocks) * (c * tokens * width if load.checkpointing else one)
-    shared = 2 * c * tokens * (width // text.num_attention_heads) + load.rows * load.tree * (1 + c) * load.length**2  # rotations; the mask, boolean and as numbers
+    shared = 2 * c * tokens * (width // text.num_attention_heads)  # rotations
     above = tokens * width * (4 + c * bool(around_trained)) + (2 + head_trained) * c * supervised * width  # last norm; positions, d logp / d h, and its product with the gradient
     backward = c * tokens * (2 * wide + width)  # gradients inside SwiGLU and along the residual
 

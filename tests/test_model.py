@@ -419,18 +419,49 @@ def test_packed_and_branching_rows_equal_separate_rows(roomy, policy):
     assert len(found) == 5
     for path, alone in found:
         batch = model.collate([alone], roomy)
-        assert batch.mask is None  # a chain needs no mask: this is the plain causal computation
+        assert batch.tree is None  # this is the plain causal computation
         torch.testing.assert_close(packed[spans(row)[path[-1]]], policy(batch)[0][spans(alone)[-1]], atol=1e-5, rtol=1e-5)
 
 
-def test_the_mask_shows_a_token_its_own_segment_and_its_ancestors_only(roomy):
+def test_a_token_sees_its_own_segment_and_its_ancestors_only(roomy):
+    # the runs of `Batch.tree`, written out as a mask, against the rule applied to every pair of tokens
     row = several_trees(roomy)
-    batch = model.collate([row], roomy)
-    seen = batch.mask[0, 0]
-    family = [next(set(path[: path.index(s) + 1]) for path, _ in chains(row) if s in path) for s in range(len(row))]
     owner = [s for s, segment in enumerate(row) for _ in segment.ids]
-    for i in range(0, len(owner), 7):
-        assert seen[i].tolist() == [j <= i and owner[j] in family[owner[i]] for j in range(len(owner))]
+    family = [next(set(path[: path.index(s) + 1]) for path, _ in chains(row) if s in path) for s in range(len(row))]
+    rule = torch.tensor([[j <= i and owner[j] in family[owner[i]] for j in range(len(owner))] for i in range(len(owner))])
+    (runs,) = model.collate([row], roomy).tree
+    seen = torch.zeros_like(rule)
+    for start, stop, before in runs:
+        seen[start:stop, start:stop] = torch.ones(stop - start, stop - start).tril().bool()
+        for i, j in before:
+            seen[start:stop, i:j] = True
+    assert torch.equal(seen, rule)
+    assert [run[0] for run in runs] == [0] + [stop for _, stop, _ in runs][:-1] and runs[-1][1] == len(owner)
+
+
+@pytest.mark.parametrize("heads", [4, 2])
+def test_tree_attention_is_attention_under_the_trees_mask(heads):
+    # a padded row and a full one, forward and backward, against the formula with a (T, T) mask
+    tree = [[(0, 5, ()), (5, 7, ((0, 3),)), (7, 9, ((0, 3), (5, 6)))], [(0, 4, ()), (4, 11, ())]]
+    generator = torch.Generator().manual_seed(heads)
+    q, k, v = (torch.randn(2, h, 11, 8, dtype=torch.float64, generator=generator, requires_grad=True) for h in (4, heads, heads))
+    mask = torch.zeros(2, 11, 11, dtype=torch.bool)
+    for b, runs in enumerate(tree):
+        for start, stop, before in runs:
+            for i in range(start, stop):
+                mask[b, i, [j for low, high in (*before, (start, i + 1)) for j in range(low, high)]] = True
+    outer = torch.randn(2, 11, 4, 8, dtype=torch.float64, generator=generator) * mask.any(-1)[:, :, None, None]  # padding is nobody's
+    ours, _ = model.tree_attention(None, q, k, v, None, scaling=0.3, tree=tree)
+    (ours * outer).sum().backward()
+    found = [t.grad.clone() for t in (q, k, v)]
+    q.grad = k.grad = v.grad = None
+    wide_k, wide_v = (t.repeat_interleave(4 // heads, 1) for t in (k, v))
+    scores = (0.3 * q @ wide_k.transpose(-1, -2)).masked_fill(~mask[:, None], -1e30)
+    theirs = (scores.softmax(-1) @ wide_v).transpose(1, 2) * mask.any(-1)[:, :, None, None]
+    (theirs * outer).sum().backward()
+    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
+    for one, other in zip(found, (q.grad, k.grad, v.grad)):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=0)
 
 
 def test_padding_and_batch_mates_change_nothing(roomy, policy):
@@ -441,7 +472,7 @@ def test_padding_and_batch_mates_change_nothing(roomy, policy):
     ]
     together = policy(model.collate(rows, roomy))
     backwards = policy(model.collate(rows[::-1], roomy)).flip(0)
-    chain_mates = policy(model.collate(rows[:2], roomy))  # without a tree there is no mask at all
+    chain_mates = policy(model.collate(rows[:2], roomy))  # without a tree this is plain causal attention
     for index, row in enumerate(rows):
         alone = policy(model.collate([row], roomy))[0]
         for batch in [together, backwards] + [chain_mates] * (index < 2):
@@ -579,7 +610,8 @@ def test_dropout_stays_off_after_train(processor, policy):
     policy.train()
     assert not any(module.training for module in policy.modules())
     assert torch.equal(policy(batch), policy(batch))
-    policy.model.train()  # behind the policy's back: the dropout was really there
+    policy.model.train()  # behind the policy's back, and with transformers' own attention: the dropout was really there
+    policy.language_model.config._attn_implementation = "sdpa"
     assert not torch.equal(policy(batch), policy(batch))
 
 

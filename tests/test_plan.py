@@ -165,10 +165,10 @@ def test_seven_billion_by_hand(seven):
     assert reduce["gradients"] == head["gradients"] + 6 * 1_089_998_336 and reduce["activations"] == 0
     # logits: 512 rows of them in fp32 and in bf16, the head's gradient in fp32, and these rows' share of it in bf16
     assert head["logits"] == (4 + 2) * 512 * 152_064 + (4 + 2) * 152_064 * 3584
-    # a token: norms 2 x (4 + 2 + 2) x 3584 + 8, attention 2 x 128 x 28 x 4 + 4 x 28 (k and v repeated), SwiGLU 4 x 2 x 18944
-    one = 8192 * (57_344 + 8 + 28_672 + 112 + 151_552)
-    assert plan.block_activations(seven["full"], load, 2) == one == 1_947_140_096
-    assert block["activations"] == 28 * 2 * 8192 * 3584 + one + 2 * 8192 * (2 * 18944 + 3584) + 2 * 2 * 8192 * 128 + 3 * 8192**2  # the mask as booleans and as bf16
+    # a token: norms 2 x (4 + 2 + 2) x 3584 + 8, attention 2 x 128 x (3 x 28 + 4 x 4) + 4 x 28 (rows branch), SwiGLU 4 x 2 x 18944
+    one = 8192 * (57_344 + 8 + 25_600 + 112 + 151_552)
+    assert plan.block_activations(seven["full"], load, 2) == one == 1_921_974_272
+    assert block["activations"] == 28 * 2 * 8192 * 3584 + one + 2 * 8192 * (2 * 18944 + 3584) + 2 * 2 * 8192 * 128
 
 
 def test_lora_on_seven_billion_by_hand(seven):

@@ -1,0 +1,207 @@
+"""From samples to numbers that survive review: intervals, majority vote, pass@n, paired comparisons (paper §4).
+
+    accuracy   mean over questions of the share of right samples
+    MV@n       the answer most of n samples agree on; unreadable ones abstain; ties go to the earliest sampled
+    pass@n     1 - C(N - c, n) / C(N, n): unbiased, from N samples of which c are right               (paper §4.3, Fig. 6)
+    McNemar    of the questions that only one of two models gets right, how many are whose: exact, two-sided
+
+One entry a question holds all that any figure is made of, so that a report can be made again without the model:
+
+    id, source, image (bool), answer, groups {question_type, modality, ...}, choices [letter or null, a sample each],
+    right [bool], official {choices, right} or null, ended ["stop", "length", ...], words [int], looks [share or null],
+    criteria [{four booleans} or null]
+
+An answer that cannot be read, that was cut off or that was never given is wrong and stays in the denominator.
+
+Where we depart from the paper, or it is silent: it gives no intervals. Ours are Wilson's at 95 %, over questions (samples
+of one question are not independent); where a question counts in part, a mean of shares varies less than the single
+answers that Wilson's formula supposes, and the interval is too wide rather than too narrow.
+"""
+
+import math
+import random
+import re
+import statistics
+from collections import Counter
+
+import data
+from judge import CRITERIA
+
+SUBSETS = 100  # ours: seeded subsets behind MV@n
+RESAMPLES = 10_000  # ours: bootstrap over questions
+GROUPS = ("question_type", "medical_task", "body_system", "subject", "modality", "kind")  # keys of a question's meta that reports are split by
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Statistics
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share of `count` questions. Raises ValueError where there are none."""
+    if count < 1:
+        raise ValueError("a share of no questions has no interval")
+    z = statistics.NormalDist().inv_cdf(0.975)
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def mean_and_interval(values: list[float]) -> list[float]:
+    """[mean, low, high] of one value a question, each between 0 and 1."""
+    mean = statistics.fmean(values)
+    return [mean, *wilson(mean, len(values))]
+
+
+def pass_at(n: int, samples: int, right: int) -> float:
+    """Chance that a random n of the samples hold a right one. Raises ValueError for n > samples."""
+    if n > samples:
+        raise ValueError(f"pass@{n} needs at least {n} samples, there are {samples}")
+    return 1.0 - math.comb(samples - right, n) / math.comb(samples, n)
+
+
+def majority(choices: list[str | None]) -> str | None:
+    """The commonest readable choice; of tied ones the earliest sampled; None if all abstain."""
+    counts = Counter(choice for choice in choices if choice is not None)  # keeps the order of first appearance
+    return counts.most_common(1)[0][0] if counts else None
+
+
+def vote(choices: list[str | None], right: list[bool]) -> bool:
+    """Whether the majority's choice is right. An open-ended answer is as right as the first sample that gave it."""
+    winner = majority(choices)
+    return winner is not None and right[choices.index(winner)]
+
+
+def majority_at(n: int, choices: list[str | None], right: list[bool], seed: int) -> float:
+    """Share of random n-subsets of the samples, in their order, whose majority is right."""
+    if n == len(choices):
+        return float(vote(choices, right))
+    if n == 1:
+        return statistics.fmean(right)
+    rng = random.Random(seed)
+    subsets = (sorted(rng.sample(range(len(choices)), n)) for _ in range(SUBSETS))
+    return statistics.fmean(vote([choices[i] for i in subset], [right[i] for i in subset]) for subset in subsets)
+
+
+def powers_of_two(most: int) -> list[int]:
+    return [1 << k for k in range(most.bit_length()) if 1 << k <= most]
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Two-sided p-value, exact: if neither model were better, who alone is right would be a fair coin for each question."""
+    count, few = only_first + only_second, min(only_first, only_second)
+    return min(1.0, 2 * sum(math.comb(count, i) for i in range(few + 1)) / 2**count)
+
+
+def bootstrap(values: list[float], seed: int = 0) -> tuple[float, float]:
+    """95 % interval of the mean of one value a question, of any sign, by resampling questions."""
+    import numpy as np
+
+    rng, numbers = np.random.default_rng(seed), np.asarray(values, dtype=float)
+    means = [numbers[rng.integers(len(numbers), size=len(numbers))].mean() for _ in range(RESAMPLES)]
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Entries
+
+# ours: words by which a chain speaks of its image; the paper's "look before it thinks" (4.2) is an observation, not a rule
+LOOK = re.compile(r"\b(?:images?|figures?|films?|pictures?|photographs?|radiographs?|x-?rays?|scans?|CT|MRI|ultrasound|slides?|smear|biopsy|fundus)\b", re.I)
+
+
+def look_at(thinking: str) -> float | None:
+    """Where a chain first speaks of its image, as a share of its words: 0 at once, None never."""
+    match = LOOK.search(thinking)
+    return len(thinking[: match.start()].split()) / max(1, len(thinking.split())) if match else None
+
+
+def choice_of(response: str, question: data.Question) -> str | None:
+    """What votes are counted by: the letter or, open-ended, the normalised answer (the reference as it is written, where equal)."""
+    if question.options:
+        return data.extract_choice(response, question.options)
+    said = data.normalise(data.answer_block(response) or "")
+    return question.answer if said == data.normalise(question.answer) else said or None
+
+
+def entry(question: data.Question, rows: list[dict], verdicts: dict[tuple, dict | None]) -> dict:
+    """One question's entry. rows: its samples in order, each with response, finish_reason, extracted, correct and, where the
+    benchmark has a rule of its own, official and official_correct. verdicts: (id, sample) -> criteria."""
+    thinking = [row["response"].split("</think>")[0].removeprefix("<think>") for row in rows]
+    own_rule = "official" in rows[0]
+    return {
+        "id": question.id, "source": question.source, "image": bool(question.images), "answer": question.answer,
+        "groups": {key: question.meta[key] for key in GROUPS if question.meta.get(key)},
+        "choices": [row["extracted"] for row in rows], "right": [row["correct"] for row in rows],
+        "official": {"choices": [row["official"] for row in rows], "right": [row["official_correct"] for row in rows]} if own_rule else None,
+        "ended": [row["finish_reason"] for row in rows], "words": [len(text.split()) for text in thinking],
+        "looks": [look_at(text) for text in thinking] if question.images else [None] * len(rows),
+        "criteria": [{name: given[name] for name in CRITERIA} if (given := verdicts.get((row["id"], row["sample"]))) else None for row in rows],
+    }  # fmt: skip
+
+
+def flat(entries: list[dict], key: str) -> list:
+    """One value a sample, over all questions."""
+    return [value for found in entries for value in found[key]]
+
+
+def summarise(entries: list[dict]) -> dict:
+    """All figures of one group of questions with equally many samples. Shares with an interval are [value, low, high].
+
+    Raises ValueError for an empty group, or one whose questions have different numbers of samples."""
+    counts = {len(found["choices"]) for found in entries}
+    if len(counts) != 1:
+        raise ValueError(f"one group of questions has {sorted(counts)} samples a question; score them apart")
+    samples, ended = counts.pop(), flat(entries, "ended")
+    looks = [share for share in flat(entries, "looks") if share is not None]
+    figures = {
+        "questions": len(entries), "samples": samples, "accuracy": mean_and_interval([statistics.fmean(found["right"]) for found in entries]),
+        "unparsed": statistics.fmean(choice is None for choice in flat(entries, "choices")),
+        # of which: thinking that never ended, prompts too long to be asked, and no answer given at all
+        "cut_off": ended.count("length") / len(ended), "over_long": ended.count("overlong") / len(ended),
+        "unanswered": sum(end in ("blocked", "refused", "empty") for end in ended) / len(ended),
+        "words": statistics.fmean(flat(entries, "words")),
+        "looking": len(looks) / len(ended), "first_look": statistics.median(looks) if looks else None,
+        "majority": {}, "pass": {},
+    }  # fmt: skip
+    for n in powers_of_two(samples):
+        votes = [majority_at(n, found["choices"], found["right"], data.sample_seed(0, found["id"], n)) for found in entries]
+        passes = [pass_at(n, samples, sum(found["right"])) for found in entries]
+        figures["majority"][str(n)], figures["pass"][str(n)] = mean_and_interval(votes), mean_and_interval(passes)
+    ruled = [found["official"] for found in entries]
+    if all(ruled):
+        figures["official"] = mean_and_interval([statistics.fmean(rule["right"]) for rule in ruled])
+        figures["official_unparsed"] = statistics.fmean(choice is None for rule in ruled for choice in rule["choices"])
+    return figures | judged_figures(entries)
+
+
+def judged_figures(entries: list[dict]) -> dict:
+    """Shares of the chains that have a readable verdict; {} where none has."""
+    judged = [given for given in flat(entries, "criteria") if given]
+    if not judged:
+        return {}
+    looking = [given for given in judged if given["Image_Analysis_Involvement"]]
+    by_question = [[all(given.values()) for given in found["criteria"] if given] for found in entries]
+    return {
+        "judged": len(judged), "criteria": {name: statistics.fmean(given[name] for given in judged) for name in CRITERIA},
+        "all_criteria": mean_and_interval([statistics.fmean(met) for met in by_question if met]), "judged_looking": len(looking),
+        # among chains that look at the image: one that never looks cannot see things that are not there
+        "hallucinated": statistics.fmean(not given["No_Hallucination"] for given in looking) if looking else None,
+    }  # fmt: skip
+
+
+def compare(first: list[dict], second: list[dict]) -> dict:
+    """Two models on the same questions: the difference in accuracy (second less first) with its interval, and McNemar's
+    test on each question's vote. Raises ValueError where the questions, or their answers, are not the same."""
+    one, two = ({found["id"]: found for found in entries} for entries in (first, second))
+    if one.keys() != two.keys():
+        raise ValueError(f"{len(one.keys() ^ two.keys())} questions were put to one model only; compare runs over the same files")
+    if changed := [key for key in one if one[key]["answer"] != two[key]["answer"]]:
+        raise ValueError(f"question {changed[0]} has another answer in the second run")
+    differences = [statistics.fmean(two[key]["right"]) - statistics.fmean(one[key]["right"]) for key in one]
+    votes = Counter((vote(one[key]["choices"], one[key]["right"]), vote(two[key]["choices"], two[key]["right"])) for key in one)
+    low, high = bootstrap(differences)
+    only_first, only_second = votes[True, False], votes[False, True]
+    return {
+        "questions": len(one), "difference": [statistics.fmean(differences), low, high],
+        "only_first": only_first, "only_second": only_second, "p": mcnemar(only_first, only_second),
+    }  # fmt: skip
