@@ -129,22 +129,31 @@ def image_places(file: Path) -> list[Path | zipfile.Path]:
 
 
 def keep_image(image: str | bytes, where: str, places: list[Path | zipfile.Path], root: Path | None) -> tuple[str, bool]:
-    """(the image's path below the root, whether it was found). It is written there; with no root nothing is."""
-    if isinstance(image, bytes):
-        name = hashlib.sha256(image).hexdigest()[:16] + image_suffix(image, where)
-        return write_once(image, name, where, root), True
-    said = f"{where}: image {image}"
-    if not image or Path(image).is_absolute() or ".." in Path(image).parts:
-        raise data.RowError(f"{said} must be a path that stays inside the image root")
-    source = next((place / image for place in places if (place / image).is_file()), None)
-    if source is None or root is None:
-        return image, source is not None or (root is not None and (root / image).is_file())
-    try:
-        content = source.read_bytes()
-    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, RuntimeError) as error:
-        raise data.RowError(f"{said} cannot be read from {source} ({error}); download it again") from None
-    image_suffix(content, said)
-    return write_once(content, image, where, root), True
+    """(the image's path below the root, whether it was found). It is written there, once; with no root nothing is."""
+    content, name = image, image
+    if not isinstance(image, bytes):
+        where = f"{where}: image {image}"
+        if not isinstance(image, str) or not image or Path(image).is_absolute() or ".." in Path(image).parts:
+            raise data.RowError(f"{where} must be a path that stays inside the image root")
+        source = next((place / image for place in places if (place / image).is_file()), None)
+        if source is None or root is None:
+            return image, source is not None or (root is not None and (root / image).is_file())
+        try:
+            content = source.read_bytes()
+        except (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, RuntimeError) as error:
+            raise data.RowError(f"{where} cannot be read from {source} ({error}); download it again") from None
+    suffix = image_suffix(content, where)
+    if content is image:
+        name = hashlib.sha256(content).hexdigest()[:16] + suffix
+    if root is not None and (target := root / name).exists():
+        if target.read_bytes() != content:
+            raise data.RowError(f"{where}: {target} is there already and is another image; give another --images folder")
+    elif root is not None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(target.name + ".tmp")
+        temporary.write_bytes(content)
+        os.replace(temporary, target)  # killed before this, the next run writes it again
+    return name, True
 
 
 def image_suffix(content: bytes, where: str) -> str:
@@ -157,20 +166,6 @@ def image_suffix(content: bytes, where: str) -> str:
             return f".{image.format.lower()}"
     except (OSError, SyntaxError, ValueError, EOFError, zlib.error, Image.DecompressionBombError) as error:
         raise data.RowError(f"{where}: cannot be decoded as an image ({error}); download it again") from None
-
-
-def write_once(content: bytes, name: str, where: str, root: Path | None) -> str:
-    if root is None:
-        return name
-    target = root / name
-    if target.exists() and target.read_bytes() != content:
-        raise data.RowError(f"{where}: {target} is there already and is another image; give another --images folder")
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(target.name + ".tmp")
-        temporary.write_bytes(content)
-        os.replace(temporary, target)
-    return name
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -235,7 +230,7 @@ def medxpertqa(row: dict, where: str) -> Item:
     label = label[0] if isinstance(label, list) and len(label) == 1 else label
     if not isinstance(label, str):
         raise data.RowError(f"{where}: label: expected one letter, found {label!r}")
-    images = [image.get("image_path") if isinstance(image, dict) else image for image in row.get("images", [])]
+    images = [image.get("image_path") if isinstance(image, dict) else image for image in row.get("images") or []]
     return Item(stem if mark else row["question"], options, label, images, picked(row, "question_type", "medical_task", "body_system"))
 
 
@@ -245,7 +240,7 @@ def picked(row: dict, *keys: str) -> dict:
 
 
 def same_answer(letter: str, text: str | None, options: dict[str, str], where: str) -> str:
-    if letter not in options or (text is not None and text != letter and data.normalise(text) != data.normalise(str(options[letter]))):
+    if letter not in options or (text is not None and text != letter and data.normalise(str(text)) != data.normalise(str(options[letter]))):
         raise data.RowError(f"{where}: the answer, {letter!r} {text!r}, is not among the options {options}")
     return letter
 
@@ -309,7 +304,8 @@ def mmmu_vision(row: dict, where: str) -> Item:
     image = picture(row.get("image"), where)
     if image is None:
         raise data.RowError(f"{where}: image: is missing, and it is all there is of the question")
-    return Item(VISION_STEM, lettered(literal(row.get("options"), where, "options"), where), row["answer"], [image], picked(row) | {"subject": subject_of(row, where)})
+    options = lettered(literal(row.get("options"), where, "options"), where)
+    return Item(VISION_STEM, options, row["answer"], [image], picked(row) | {"subject": subject_of(row, where)})
 
 
 def own(row: dict, where: str) -> Item:
@@ -324,17 +320,21 @@ CHOICE_LINES = re.compile(rf"(?:^\s*\(?[{data.LETTERS}][).:]\s+\S.*\n?){{2,}}", 
 def conversation(row: dict, where: str) -> Item:
     """A ShareGPT or OpenAI record: one question and one answer, <image> marks in the question. Options are lettered lines.
     The whole answer is kept in meta["response"]."""
-    turns = [(turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))) for turn in row.get("conversations") or row.get("messages") or []]
-    turns = [(role, text) for role, text in turns if role != "system"]
-    if [role for role, _ in turns] not in (["human", "gpt"], ["user", "assistant"]) or not all(isinstance(text, str) for _, text in turns):
-        raise data.RowError(f"{where}: turns are {[role for role, _ in turns]}, expected one question and one answer, both texts")
-    (_, text), (_, response) = turns
+    turns = [turn if isinstance(turn, dict) else {} for turn in row.get("conversations") or row.get("messages") or []]
+    said = [(turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))) for turn in turns]
+    roles, texts = [role for role, _ in said if role != "system"], [text for role, text in said if role != "system"]
+    if roles not in (["human", "gpt"], ["user", "assistant"]) or not all(isinstance(text, str) for text in texts):
+        raise data.RowError(f"{where}: turns are {roles}, expected one question and one answer, both texts")
+    text, response = texts
     images = [row["images"]] if isinstance(row.get("images"), str) else row.get("images") or []
     if text.count("<image>") != len(images):
         raise data.RowError(f"{where}: {text.count('<image>')} <image> marks for {len(images)} images")
-    text = re.sub(r"^(?:\s*<image>)+\s*", "", text) if text.lstrip().startswith("<image>" * len(images)) else text
-    for n in range(len(images)):
-        text = text.replace("<image>", f"<image {n + 1}>", 1)
+    meta = picked(row) | {"response": response}
+    bare = re.sub(r"^(?:\s*<image>)+\s*", "", text)
+    if "<image>" in bare:  # not all in front: numbered, as MMMU has them
+        numbers = iter(meta.setdefault("image_marks", list(range(1, len(images) + 1))))
+        bare = re.sub("<image>", lambda _: f"<image {next(numbers)}>", text)
+    text = bare
     stem, mark, shown = text.rpartition("\nAnswer Choices:")
     lines = CHOICE_LINES.search(text)
     if mark:
@@ -348,7 +348,7 @@ def conversation(row: dict, where: str) -> Item:
     answer = data.extract_choice(block, options) if options else data.answer_block(block)
     if not answer or (not options and answer in data.LETTERS):
         raise data.RowError(f"{where}: the answer is not among the options {options}: {response[-80:]!r}; options stand one a line, as 'A. text'")
-    return Item(stem, options, answer, images, picked(row) | {"response": response})
+    return Item(stem, options, answer, images, meta)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -390,6 +390,9 @@ def last_mention(response: str, question: data.Question) -> str | None:
     return max(named, key=lambda letter: lowered.rfind(question.options[letter].lower())) if named else None
 
 
+NUMBER = r"-?(?:\d{1,3}(?:,\d{3})+|\d*\.\d+|\d+)(?:e[+-]?\d+)?\b"
+
+
 def short_answer(response: str, question: data.Question) -> str | None:
     """MMMU, no options: question.answer if one of the accepted answers is inside a key phrase (of each line, the shortest
     rest after words like "is" or "so"; if there is none, the whole response), or equals a number in one, to 2 decimals."""
@@ -400,20 +403,17 @@ def short_answer(response: str, question: data.Question) -> str | None:
             rest = after if not rest or len(after) < len(rest) else rest
         phrases += [rest] if rest and rest not in ":,.!?;'" else []
     phrases = phrases or ["\n".join(lines).strip()]
-    numbers = {number_in(text) for phrase in phrases for text in [phrase, *re.findall(r"-?(?:\d{1,3}(?:,\d{3})+|\d*\.\d+|\d+)(?:e[+-]?\d+)?\b", phrase)]} - {None}
+    numbers = {float(number.replace(",", "")) for number in re.findall(NUMBER, "\n".join(phrases))}
     for accepted in question.meta.get("answers", [question.answer]):
         said = accepted.strip().lower()
         inside = [f" {said}", f"{said} "] if len(said) == 1 else [said]  # one letter must begin or end a word
-        if number_in(said) in numbers if number_in(said) is not None else any(form in (f" {p} " if len(p) == 1 else p) for form in inside for p in phrases):
+        if re.fullmatch(NUMBER, said):
+            right = round(float(said.replace(",", "")), 2) in {round(number, 2) for number in numbers}
+        else:
+            right = any(form in (f" {phrase} " if len(phrase) == 1 else phrase) for form in inside for phrase in phrases)
+        if right:
             return question.answer
     return None
-
-
-def number_in(text: str) -> float | None:
-    try:
-        return round(float(text.replace(",", "")), 2)
-    except ValueError:
-        return None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -437,7 +437,10 @@ class Reader:
 MEDXPERTQA_PROMPT = "({}) {} ", "Q: {question}\nAnswer Choices: {choices}\nA: Let's think step by step.{images}"
 MMMU_PROMPT = "({}) {}\n", "{images}{question}\n\n{choices}\n\nAnswer with the option's letter from the given choices directly."
 SHORT_PROMPT = "{images}{question}\n\nAnswer the question using a single word or phrase."
-LAST_LINE = "The last line of your response should be of the following format: 'Answer: $LETTER' (without quotes) where LETTER is one of options. Think step by step before answering."
+LAST_LINE = (
+    "The last line of your response should be of the following format: 'Answer: $LETTER' (without quotes) where LETTER is one of options. "
+    "Think step by step before answering."
+)
 PRO_PROMPT = "{}. {}\n", "{images}{question}\n{choices}Answer the preceding multiple choice question. " + LAST_LINE
 VISION_PROMPT = "", "Write out the multiple-choice question in the image and then solve it. " + LAST_LINE + "{images}"
 
@@ -445,7 +448,6 @@ MM = Reader(medxpertqa, ("MM/test.jsonl", "test.jsonl"), {  # paper Tables 1 and
     "questions": 2000, "images": 2852, "question_type Reasoning": 1446, "question_type Understanding": 554,
     "medical_task Diagnosis": 1199, "medical_task Treatment": 448, "medical_task Basic Science": 353,
 }, (), MEDXPERTQA_PROMPT, first_letter)  # fmt: skip
-MEDQA = replace(MM, item=exam, files=("**/US/4_options/phrases_no_exclude_test.jsonl", "phrases_no_exclude_test.jsonl"), paper={"questions": 1273, "options 4": 1273})
 MMMU = Reader(mmmu, tuple(f"{subject}/validation{form}.parquet" for subject in HEALTH for form in ("-*", "/*")), {
     "questions": 150, "options 0": 5, **{f"subject {subject}": n for subject, (n, _) in HEALTH.items()},
 }, tuple(HEALTH), MMMU_PROMPT, last_mention)  # fmt: skip
@@ -455,7 +457,7 @@ PRO = Reader(mmmu, ("standard (10 options)/test-*.parquet", "standard (10 option
 READERS = {
     "medxpertqa-mm": MM,
     "medxpertqa-text": replace(MM, files=("Text/test.jsonl", "test.jsonl"), paper={}),
-    "medqa": MEDQA,
+    "medqa": replace(MM, item=exam, files=("**/US/4_options/*_test.jsonl", "phrases_no_exclude_test.jsonl"), paper={"questions": 1273, "options 4": 1273}),
     "medbullets-op4": replace(MM, item=medbullets, files=("**/medbullets_op4.json",), paper={"questions": 308, "options 4": 308}),
     "medbullets-op5": replace(MM, item=medbullets, files=("**/medbullets_op5.json",), paper={"questions": 308, "options 5": 308}),
     "mmmu": MMMU,

@@ -197,11 +197,13 @@ def test_sharegpt_records_with_marks_become_questions(tmp_path, roles):
         record("Beside <image> stands what?", "A crow.", ["b.png"]),
         record("Which?\nAnswer Choices:\n(A) left\n(B) right", "A", []),
     ]
-    two, inline, text = read("sharegpt", jsonl(tmp_path / "s.jsonl", rows), tmp_path)
+    rows.append(record("<image>\n<image> Which?\n(A) left\n(B) right\nAnswer at once.", "B", ["a.png", "b.png"]))
+    two, inline, text, apart = read("sharegpt", jsonl(tmp_path / "s.jsonl", rows), tmp_path)
     assert (two.question, two.options, two.answer, two.images) == ("Which?", {"A": "left", "B": "right"}, "B", ["a.png", "b.png"])
     assert two.meta["response"].startswith("<think>")
     assert (inline.question, inline.options, inline.answer) == ("Beside <image 1> stands what?", {}, "A crow.")
-    assert (text.question, text.answer) == ("Which?", "A")
+    assert (text.question, text.answer) == ("Which?", "A") and (apart.question, apart.answer) == ("Which?\nAnswer at once.", "B")
+    assert inline.meta["image_marks"] == [1] and "image_marks" not in two.meta
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -244,7 +246,18 @@ def test_equal_bytes_are_one_file_named_by_their_hash_and_no_root_writes_nothing
 def test_a_killed_run_is_finished_by_the_next(tmp_path):
     """Killed in the middle of an image: what is half written lies under another name."""
     path = parquet(tmp_path / "a.parquet", [mmmu_row(n) for n in (1, 2, 3)])
-    code = "import os, sys; sys.path.insert(0, sys.argv[1]); import benchmarks, pathlib\ncount = 0\ndef die(*a):\n global count\n count += 1\n os._exit(9) if count == 2 else rename(*a)\nrename, os.replace = os.replace, die\nbenchmarks.read('mmmu', sys.argv[2], pathlib.Path(sys.argv[3]))"
+    code = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import benchmarks
+rename, done = os.replace, []
+def die(source, target):
+    os._exit(9) if done else rename(source, target)
+    done.append(target)
+os.replace = die
+benchmarks.read("mmmu", sys.argv[2], Path(sys.argv[3]))
+"""
     assert subprocess.run([sys.executable, "-c", code, str(ROOT), str(path), str(tmp_path / "root")]).returncode == 9
     assert sorted(p.suffix for p in (tmp_path / "root").iterdir()) == [".png", ".tmp"]
     questions = read("mmmu", path, tmp_path / "root")
@@ -281,6 +294,10 @@ def test_without_images_and_without_a_root_a_file_is_read_and_said_to_be_uncheck
     ("mmmu", {"id": "Pharmacy", "question": "?", "options": "['a', 'b']", "answer": "A"}, "does not tell a subject"),
     ("mmmu-pro-vision", {"id": "test_Pharmacy_1", "options": "['a', 'b']", "answer": "A"}, "image: is missing"),
     ("sharegpt", {"messages": [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "Yes"}], "images": []}, "1 <image> marks for 0 images"),
+    ("sharegpt", {"messages": ["?"]}, "expected one question and one answer"),
+    ("sharegpt", {"messages": [{"role": "system", "content": "?"}]}, "expected one question and one answer"),
+    ("sharegpt", {"text": "?"}, "expected one question and one answer"),
+    ("medxpertqa-mm", mm_row(1) | {"images": [{"path": "a.png"}]}, "image None must be a path"),
     ("sharegpt", {"messages": [{"role": "user", "content": "?"}]}, "expected one question and one answer"),
     ("sharegpt", {"messages": [{"role": "user", "content": "? A) x B) y"}, {"role": "assistant", "content": "B"}]}, "options stand one a line"),
     ("sharegpt", {"messages": [{"role": "user", "content": "?\nA. x\nB. y"}, {"role": "assistant", "content": "A or B"}]}, "is not among the options"),
@@ -383,8 +400,9 @@ def test_damaged_files_and_unknown_names_are_named(tmp_path):
         assert file in str(error.value)
     with pytest.raises(data.RowError, match="known are medxpertqa-mm"):
         read("medxpert", tmp_path, None)
-    with pytest.raises(data.RowError, match="validation"):
-        read("mmmu", tmp_path / "..", None) if not list((tmp_path / "..").glob("Pharmacy")) else None
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(data.RowError, match="neither a file nor a folder with Basic_Medical_Science/validation"):
+        read("mmmu", tmp_path / "empty", None)
 
 
 # ---------------------------------------------------------------------------------------------------------------
