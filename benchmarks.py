@@ -444,16 +444,16 @@ LAST_LINE = (
 PRO_PROMPT = "{}. {}\n", "{images}{question}\n{choices}Answer the preceding multiple choice question. " + LAST_LINE
 VISION_PROMPT = "", "Write out the multiple-choice question in the image and then solve it. " + LAST_LINE + "{images}"
 
-MM = Reader(medxpertqa, ("MM/test.jsonl", "test.jsonl"), {  # paper Tables 1 and 2: all rows but one are shares of these counts
+MM = Reader(medxpertqa, ("MM/test.jsonl", "test.jsonl"), {  # paper Tables 1, 2: all rows but one are shares of these; images: as published
     "questions": 2000, "images": 2852, "question_type Reasoning": 1446, "question_type Understanding": 554,
     "medical_task Diagnosis": 1199, "medical_task Treatment": 448, "medical_task Basic Science": 353,
 }, (), MEDXPERTQA_PROMPT, first_letter)  # fmt: skip
 MMMU = Reader(mmmu, tuple(f"{subject}/validation{form}.parquet" for subject in HEALTH for form in ("-*", "/*")), {
     "questions": 150, "options 0": 5, **{f"subject {subject}": n for subject, (n, _) in HEALTH.items()},
 }, tuple(HEALTH), MMMU_PROMPT, last_mention)  # fmt: skip
-PRO = Reader(mmmu, ("standard (10 options)/test-*.parquet", "standard (10 options)/test/*.parquet"), {
-    "questions": 286, "options 10": 204, **{f"subject {subject}": n for subject, (_, n) in HEALTH.items()},
-}, tuple(HEALTH), PRO_PROMPT, last_mention)  # fmt: skip
+PRO_PAPER = {"questions": 286, **{f"subject {subject}": n for subject, (_, n) in HEALTH.items()}}  # which of the configs is not said
+PRO_FILES = ("standard (10 options)/test-*.parquet", "standard (10 options)/test/*.parquet")
+PRO = Reader(mmmu, PRO_FILES, PRO_PAPER | {"options 10": 204}, tuple(HEALTH), PRO_PROMPT, last_mention)
 READERS = {
     "medxpertqa-mm": MM,
     "medxpertqa-text": replace(MM, files=("Text/test.jsonl", "test.jsonl"), paper={}),
@@ -462,7 +462,7 @@ READERS = {
     "medbullets-op5": replace(MM, item=medbullets, files=("**/medbullets_op5.json",), paper={"questions": 308, "options 5": 308}),
     "mmmu": MMMU,
     "mmmu-pro": PRO,
-    "mmmu-pro-vision": replace(PRO, item=mmmu_vision, files=("vision/test-*.parquet", "vision/test/*.parquet"), prompt=VISION_PROMPT),
+    "mmmu-pro-vision": replace(PRO, item=mmmu_vision, files=("vision/test-*.parquet", "vision/test/*.parquet"), prompt=VISION_PROMPT, paper=PRO_PAPER),
     # banks, for curate.py: exams, demonstrations, our own files (case reports beside their images), records of other trainers
     "medqa-train": Reader(exam, ("**/US/train.jsonl", "phrases_no_exclude_train.jsonl")),
     "huatuo": Reader(exam, ("demo_data.json",)),

@@ -283,6 +283,7 @@ def test_without_images_and_without_a_root_a_file_is_read_and_said_to_be_uncheck
     ("medxpertqa-mm", mm_row(1, images=1) | {"images": ["/etc/MM-1-a.jpeg"]}, "stays inside the image root"),
     ("medqa", {"question": "Why?", "options": {"A": "x", "B": "y"}, "answer_idx": "B", "answer": "x"}, "is not among the options"),
     ("medqa", {"question": "Why?", "options": {"A": "x", "B": "y"}, "answer_idx": "C"}, "is not among the options"),
+    ("medqa", {"question": "Why?", "options": {"A": "x", "B": "y"}, "answer_idx": "C", "answer": "z"}, "is not among the options"),
     ("medqa", {"question": "Why?"}, "missing 'options'"),
     ("medqa", {"question": "Why?", "label": "A"}, "no options"),
     ("mmmu", {"id": "validation_Pharmacy_1", "question": "<image 2>?", "options": "['a', 'b']", "answer": "A", "image_1": "x.png"}, "image_2 is missing"),
@@ -532,6 +533,8 @@ ADVERSARIAL = [
     ("<think> x </think> Therefore, the answer is (E).", "E", "E", "E"),
     ("Therefore, among A through E, the answer is C.", "C", "C", "C"),
     ("Answer: D", None, "D", "D"),
+    ("First the answer is B, now the answer is C", "C", "B", "C"),
+    ("Answer: A\nNo.\nAnswer: B", None, "A", "B"),
     ("", None, None, None),
 ]
 
