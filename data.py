@@ -113,6 +113,14 @@ def prompt_messages(question: Question) -> list[dict]:
     return [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": question_text(question)}]
 
 
+def parts_of(message: dict, images: int) -> list[dict]:
+    """A turn's content as parts, {"type": "text", "text"} or {"type": "image"}. Where it is one text, the `images` still to be
+    shown stand in front of it if the turn is the user's."""
+    if isinstance(message["content"], list):
+        return message["content"]
+    return [{"type": "image"}] * (images if message["role"] == "user" else 0) + [{"type": "text", "text": message["content"]}]
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Responses: <think> ... </think> <answer> ... </answer>
 
@@ -185,14 +193,15 @@ def extract_choice(response: str, options: dict[str, str]) -> str | None:
     """The letter a response chose, or None where it cannot be read: wrong, counted, never guessed.
 
     In the last <answer> block, in this order: a letter that stands alone; one option's whole text; a letter with
-    punctuation after it, or with its own option's text. Outside any block: the last "answer is (X)". None for two letters
-    ("B or C"), for a letter with another option's text, and for words that only begin like a letter ("A fracture of the
-    hip", "B-cell lymphoma").
+    punctuation after it, or with its own option's text. Outside any block: the last "answer is (X)", "Answer: X" or
+    \\boxed{X}. None for two letters ("B or C"), a small letter, a letter with another option's text, and for words that only
+    begin like a letter ("A fracture of the hip", "B-cell lymphoma").
     """
     block = answer_block(response)
     if block is None:
-        stated = re.findall(rf"\banswer is:?\s*\(?([{LETTERS}])\b(?!\s+[a-z])", answer_region(response) or "")
+        stated = re.findall(rf"(?:\b(?:answer is:?|Answer:)\s*\(?|\\boxed\{{(?:\\text\{{)?)([{LETTERS}])\b(?!\s+[a-z])", answer_region(response) or "")
         return stated[-1] if stated and stated[-1] in options else None
+    block = re.sub(r"\\(?:boxed|text|textbf)\b", "", block)  # the frame of a letter in LaTeX
     match = re.match(rf"\W*([{LETTERS}])(?![\w]|[-'’]\w)", block)
     letter, rest = (match[1], block[match.end() :]) if match else (None, block)
     said = normalise(rest)

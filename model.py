@@ -175,15 +175,18 @@ class Processor:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def render(self, messages: list[dict], image_tokens: list[int]) -> str:
-        """The prompt as one string, ready for the response. Images stand in front of the first user turn's text."""
+        """The prompt as one string, ready for the response. Images stand in front of the first user turn's text, or where its
+        parts have them."""
         family, text, waiting = self.family, "", list(image_tokens)
         for message in messages:
-            self.refuse_special(message["content"], f"{message['role']} text")
             text += f"{TURN_START}{message['role']}\n"
-            if message["role"] == "user" and waiting:
-                text += "".join(family.before_image + family.image_token * count + family.after_image for count in waiting)
-                waiting = []
-            text += f"{message['content']}{TURN_END}\n"
+            for part in data.parts_of(message, len(waiting)):
+                if part["type"] == "image":
+                    text += family.before_image + family.image_token * waiting.pop(0) + family.after_image
+                else:
+                    self.refuse_special(part["text"], f"{message['role']} text")
+                    text += part["text"]
+            text += f"{TURN_END}\n"
         if waiting:
             raise data.RowError("the messages have images but no user turn to hold them")
         return text + f"{TURN_START}assistant\n"

@@ -306,15 +306,19 @@ class ChatEngine(RemoteEngine):
         return self.replies(ask.id, samples, choices, seed)
 
     def messages(self, ask: Ask) -> list[dict]:
-        """Images stand in front of the first user turn's text, as in training."""
+        """Images stand in front of the first user turn's text, as in training, or where its parts have them."""
+
+        def sent(part: dict) -> dict:
+            if part["type"] == "text":
+                return part
+            picture = base64.b64encode(picture_bytes(waiting.pop(0), None if self.vllm else self.setup.pixels)).decode()
+            return {"type": "image_url", "image_url": {"url": "data:image/png;base64," + picture}}
+
         messages, waiting = [], list(ask.images)
         for message in ask.messages:
-            content = message["content"]
-            if message["role"] == "user" and waiting:
-                urls = ["data:image/png;base64," + base64.b64encode(picture_bytes(path, None if self.vllm else self.setup.pixels)).decode() for path in waiting]
-                content = [{"type": "image_url", "image_url": {"url": url}} for url in urls] + [{"type": "text", "text": content}]
-                waiting = []
-            messages.append({"role": message["role"], "content": content})
+            parts = [sent(part) for part in data.parts_of(message, len(waiting))]
+            plain = len(parts) == 1 and parts[0]["type"] == "text"  # a text alone is sent as one: some servers take no parts
+            messages.append({"role": message["role"], "content": parts[0]["text"] if plain else parts})
         return messages
 
     def reply(self, id: str, sample: int, choice, seed: int) -> Reply:
@@ -364,10 +368,11 @@ class GeminiEngine(RemoteEngine):
         for message in ask.messages:
             if message["role"] == "system":
                 continue
-            parts = [types.Part.from_text(text=message["content"])]
-            if message["role"] == "user" and waiting:
-                parts = [types.Part.from_bytes(data=picture_bytes(path, self.setup.pixels), mime_type="image/png") for path in waiting] + parts
-                waiting = []
+            parts = [
+                types.Part.from_text(text=part["text"]) if part["type"] == "text"
+                else types.Part.from_bytes(data=picture_bytes(waiting.pop(0), self.setup.pixels), mime_type="image/png")
+                for part in data.parts_of(message, len(waiting))
+            ]  # fmt: skip
             contents.append(types.Content(role="model" if message["role"] == "assistant" else "user", parts=parts))
         samples = samples[:8]  # the API's own limit
         config = types.GenerateContentConfig(

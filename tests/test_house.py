@@ -11,8 +11,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # each file may import only files before it
-TABLE = ["data", "lora", "model", "train", "clinic", "decode", "asking", "remote", "engines", "curate", "distill", "sft", "rollout", "judge", "dpo", "score", "evaluate", "plan", "medee"]
-STAGES = ["data", "model", "clinic", "curate", "distill", "sft", "rollout", "judge", "dpo", "evaluate", "medee"]
+TABLE = [
+    "data", "lora", "model", "train", "clinic", "decode", "asking", "remote", "engines", "benchmarks", "official",
+    "curate", "distill", "sft", "rollout", "judge", "dpo", "score", "evaluate", "plan", "medee",
+]  # fmt: skip
+STAGES = ["data", "model", "clinic", "benchmarks", "curate", "distill", "sft", "rollout", "judge", "dpo", "evaluate", "medee"]
 
 
 def source(name: str) -> str:

@@ -170,6 +170,17 @@ def test_a_published_folder_has_the_template_the_ids_and_the_shapes_that_this_pr
         assert found == (size.width, size.layers, size.heads, size.kv_heads, size.feed_forward, size.vocabulary)
 
 
+def test_images_inside_a_turn_stand_where_its_parts_have_them(processor, family):
+    images = [processor.encode_image(picture(56, 56, seed)) for seed in range(2)]
+    parts = [{"type": "text", "text": "See"}, {"type": "image"}, {"type": "text", "text": " and\n"}, {"type": "image"}, {"type": "text", "text": "?"}]
+    rendered = processor.tokenizer.apply_chat_template([*turns("")[:1], {"role": "user", "content": parts}], tokenize=False, add_generation_prompt=True)
+    one, wide = ("<|image_pad|>", "<|image_pad|>" * 4) if family == "qwen" else ("<IMG_CONTEXT>", "<img>" + "<IMG_CONTEXT>" * 4 + "</img>")
+    ours = processor.encode_prompt([*turns("")[:1], {"role": "user", "content": parts}], images)
+    assert ours.ids == processor.tokenizer(rendered.replace(one, wide), add_special_tokens=False)["input_ids"]
+    with pytest.raises(data.RowError, match="special token"):
+        processor.encode_prompt([{"role": "user", "content": [*parts[:4], {"type": "text", "text": "<|im_end|>"}]}], images)
+
+
 @pytest.mark.parametrize("response", [GOOD, "\n" + GOOD, " " + GOOD, "\n\n  x", "> y", "no tags, caf\u00e9 \u2265 3 \u4e2d\U0001f600", ""])
 def test_response_is_tokenised_apart_from_the_prompt_and_decodes_to_itself(processor, response):
     prompt = prompt_of(processor, "Why?", [])
