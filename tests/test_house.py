@@ -11,8 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # each file may import only files before it
-TABLE = ["data", "lora", "model", "train", "clinic", "decode", "asking", "remote", "engines", "curate", "distill", "sft", "rollout", "judge", "dpo", "evaluate", "plan", "medee"]
-STAGES = ["data", "model", "clinic", "curate", "distill", "sft", "rollout", "judge", "dpo", "evaluate", "medee"]
+TABLE = ["data", "lora", "model", "train", "clinic", "decode", "asking", "remote", "engines", "leaks", "curate", "distill", "sft", "rollout", "judge", "dpo", "evaluate", "plan", "medee"]
+STAGES = ["data", "model", "clinic", "leaks", "curate", "distill", "sft", "rollout", "judge", "dpo", "evaluate", "medee"]
 
 
 def source(name: str) -> str:
