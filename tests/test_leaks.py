@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import clinic
 import curate
 import data
 import leaks
@@ -309,6 +310,32 @@ def test_nearest_image_is_named_where_several_are_near(tmp_path):
     assert leaks.find([q("Who?", images=("own.png",))], benchmarks, tmp_path)["bank"]["evidence"]["benchmark"] == "one"
 
 
+def test_nearest_of_a_questions_own_images_is_the_evidence(tmp_path):
+    bits = 0x0F0F0F0F0F0F0F0F
+    for name, other in (("a", bits ^ 7), ("b", bits ^ 1), ("theirs", bits)):
+        of_bits(other, tmp_path / f"{name}.png")
+    evidence = leaks.find([q("Who?", images=("a.png", "b.png"))], [q("What?", "bench", images=("theirs.png",))], tmp_path)["bank"]["evidence"]
+    assert (evidence["image"], evidence["distance"], evidence["same_file"]) == ("b.png", 1, False)
+
+
+def test_same_file_under_another_name_leaks_whatever_the_distance(tmp_path):
+    for name in ("theirs.png", "own.png"):
+        FILM.save(tmp_path / name)
+    for distance in (0, 4):
+        found = leaks.find([q("Who?", images=("own.png",))], [q("What?", "bench", images=("theirs.png",))], tmp_path, distance=distance)
+        assert found["bank"]["evidence"]["same_file"] and found["bank"]["evidence"]["distance"] == 0
+
+
+def test_plain_areas_are_not_brighter_to_the_right(tmp_path):
+    Image.fromarray(np.where(np.arange(90) < 45, 200, 20).astype(np.uint8)[None].repeat(80, 0)).save(tmp_path / "step.png")
+    assert leaks.dhash(tmp_path / "step.png") is None  # one step down in each row, plain elsewhere: no bit is set
+
+
+def test_image_order_and_images_make_a_repeat(pictures):
+    bank = [q("Who?", "1", images=("film.png", "other.png")), q("Who?", "2", images=("other.png", "film.png")), q("Who?", "3", images=("film.png",)), q("Who?", "4")]
+    assert set(leaks.find(bank, [], pictures)) == {"2"}
+
+
 def test_missing_and_broken_images_are_named(tmp_path):
     FILM.save(tmp_path / "film.png")
     (tmp_path / "broken.png").write_bytes((tmp_path / "film.png").read_bytes()[:5000])
@@ -405,7 +432,9 @@ def test_id_that_means_two_questions_is_refused(tmp_path):
     assert len(list(data.read_jsonl(tmp_path / "out" / "leaks.jsonl"))) == 1
 
 
-def test_recipe_of_the_miniature_drops_no_question_that_only_looks_alike(world, tmp_path):
+def test_recipe_of_the_miniature_drops_no_question_that_only_looks_alike(tmp_path):
+    world = tmp_path / "world"
+    clinic.main(["world", "--out", str(world), *medee.words({"text": 100, "image": 100, "dev-image": 20, "dev-text": 20, "test-image": 60, "test-text": 60})])
     common = ["all", "--questions", str(world / "bank.jsonl"), "--against", str(world / "test.jsonl"), str(world / "dev.jsonl"), "--images", str(world)]
     limits = {name: medee.MINI["curate"][name] for name in ("ngram", "jaccard", "distance")}
     rules = {}
@@ -413,7 +442,7 @@ def test_recipe_of_the_miniature_drops_no_question_that_only_looks_alike(world, 
         curate.main([*common, "--out", str(tmp_path / name), *medee.words(flags)])
         rules[name] = {row["evidence"]["rule"] for _, row in data.read_jsonl(tmp_path / name / "rejected.jsonl")}
     assert rules["recipe"] <= {"exact", "repeat"} and "run" in rules["own"]
-    assert "run" in rules["ngram"] and "jaccard" in rules["jaccard"]  # each of them alone would drop some
+    assert "run" in rules["ngram"] and "jaccard" in rules["jaccard"] and "image" in rules["distance"]  # each of them alone would drop some
 
 
 # ---------------------------------------------------------------------------------------------------------------
