@@ -15,8 +15,7 @@ reads questions.jsonl files; writes OUT/text.jsonl, OUT/image.jsonl, OUT/rejecte
 Where we depart from the paper, or it is silent:
   1. "Eliminate samples that could be solved directly" by two baselines: dropped if *any* of them is right in one greedy
      attempt. (Its 8 to 12 % that remain are hard to reach if both must solve a question to drop it.)
-  2. The leak check is exact (stem and options normalised; images by SHA-256), and by shared 13-grams of words unless
-     --ngram 0. Two benchmark questions may share a stem ("What is the diagnosis?"), so stems alone are not enough.
+  2. What is a leak is said in leaks.py.
   3. The paper also drops pattern-recognition questions by Gemini's label, and removes image descriptions from questions
      by GPT-4o and hand. Both need an outside model, and are not here yet.
 """
@@ -27,49 +26,13 @@ import time
 from pathlib import Path
 
 import data
+import leaks
 from asking import Sampling, add_flags, ask_all, question_asks, reply_row, setup_of
 from engines import checkpoint, open_engine
 
 ATTEMPTS = 4  # paper 3.1
-NGRAM = 13  # ours: paper silent
 
-Rejection = dict  # {"filter", "reason"}
-
-
-def same_question(question: data.Question) -> str:
-    """A key equal for questions that ask the same with the same options, whatever the case, spacing and punctuation."""
-    return data.content_hash([data.normalise(question.question), sorted(data.normalise(text) for text in question.options.values())])
-
-
-def ngrams(text: str, n: int) -> set[str]:
-    words = data.normalise(text).split()
-    return {" ".join(words[i : i + n]) for i in range(len(words) - n + 1)}
-
-
-def leak_filter(questions: list[data.Question], benchmarks: list[data.Question], image_root: Path, n: int) -> dict[str, Rejection]:
-    """Questions that a benchmark holds, and repeats within the bank. {id: rejection}
-
-    Questions with an image are the same only if their images are: the text alone may be generic.
-    """
-    def key(question: data.Question) -> tuple:
-        return same_question(question), tuple(data.file_hash(image_root / image) for image in question.images)
-
-    seen = {key(question): f"benchmark question {question.id}" for question in benchmarks}
-    films = {data.file_hash(image_root / image): question.id for question in benchmarks for image in question.images}
-    grams = {gram: question.id for question in benchmarks for gram in ngrams(question.question, n)} if n else {}
-    rejected: dict[str, Rejection] = {}
-    for question in questions:
-        if key(question) in seen:
-            rejected[question.id] = {"filter": "leak", "reason": f"same as {seen[key(question)]}"}
-            continue
-        seen[key(question)] = f"bank question {question.id}"
-        for image in question.images:
-            if data.file_hash(image_root / image) in films:
-                rejected[question.id] = {"filter": "leak", "reason": f"image of benchmark question {films[data.file_hash(image_root / image)]}"}
-        shared = next((gram for gram in ngrams(question.question, n) if gram in grams), None) if grams else None
-        if shared:
-            rejected[question.id] = {"filter": "leak", "reason": f"shares '{shared}' with benchmark question {grams[shared]}"}
-    return rejected
+Rejection = dict  # {"filter", "reason"}, and "evidence" of a leak
 
 
 def solved_by(role: str, spec: str, questions: list[data.Question], args: argparse.Namespace, attempts: int, temperature: float) -> dict[str, bool]:
@@ -116,7 +79,7 @@ def run(args: argparse.Namespace) -> None:
     benchmarks = [question for path in args.against for question in data.read_questions(path)]
     question_asks(bank + benchmarks, image_root, 1)  # every image must be there before an engine is asked
     filters = (
-        ("leak", lambda left: leak_filter(left, benchmarks, image_root, args.ngram)),
+        ("leak", lambda left: leaks.find(left, benchmarks, image_root, args.ngram, args.jaccard, args.distance)),
         ("difficulty", lambda left: difficulty_filter(left, args)),
         ("solvable", lambda left: solvable_filter(left, args)),
     )
@@ -159,7 +122,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     every.add_argument("--baselines", nargs="+", default=[], help="engines that must not solve a question directly")
     every.add_argument("--experts", nargs="+", default=[], help="engines that must each solve it at least once")
     every.add_argument("--attempts", type=int, default=ATTEMPTS, help="of each expert")
-    every.add_argument("--ngram", type=int, default=NGRAM, help="words in a row that may not be shared with a benchmark; 0: any may")
+    every.add_argument("--ngram", type=int, default=leaks.NGRAM, help="words in a row that may not be shared with a benchmark; 0: any may")
+    every.add_argument("--jaccard", type=float, default=leaks.JACCARD, help="similarity from which on a stem is a benchmark's; 0: none is")
+    every.add_argument("--distance", type=int, default=leaks.DISTANCE, help="bits of 64 up to which an image is a benchmark's; 0: same file only")
     every.add_argument("--out", required=True, help="folder to write")
     every.add_argument("--max-tokens", type=int, default=2048)  # ours: paper silent
     add_flags(every)
