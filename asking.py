@@ -47,9 +47,9 @@ class Ask:
 
 @dataclass(frozen=True)
 class Reply:
-    """One answer. finish_reason is "stop"; "length" where the token limit cut it off; of a remote engine also "blocked" (by
-    a safety filter), "refused" (the request was), "empty" (nothing to be read, however often it was asked). token_ids end
-    with the stop token if there was one, and are None where the engine does not tell them. reasoning is what a remote
+    """One answer. finish_reason is "stop"; "length" where the token limit cut it off; "overlong" where the prompt left no room
+    for one; of a remote engine also "blocked" (by a safety filter), "refused" (the request was), "empty" (nothing to be
+    read, however often it was asked). token_ids end with the stop token if there was one, and are None where the engine does not tell them. reasoning is what a remote
     engine thought, where it tells that apart from its answer."""
 
     id: str

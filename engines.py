@@ -74,6 +74,11 @@ class ClinicEngine:
 # Local checkpoints
 
 
+def overlong(ask: Ask, sampling: Sampling) -> list[Reply]:
+    """What a prompt gets that leaves no room for an answer: nothing is cut off, and whoever counts counts it as wrong."""
+    return [Reply(ask.id, k, "", [], "overlong", data.sample_seed(sampling.seed, ask.id, k)) for k in ask.samples]
+
+
 class HFEngine:
     """A local checkpoint in plain PyTorch and transformers' modules."""
 
@@ -94,6 +99,10 @@ class HFEngine:
         window = 16 * rows  # few enough to hold their images, enough to find prompts of a like length
         for at in range(0, len(asks), window):
             encoded = [(ask, self.encode(ask)) for ask in asks[at : at + window]]
+            room = self.processor.config.get_text_config().max_position_embeddings
+            for ask in (ask for ask, prompt in encoded if len(prompt.ids) >= room):
+                yield overlong(ask, sampling)
+            encoded = [(ask, prompt) for ask, prompt in encoded if len(prompt.ids) < room]
             encoded.sort(key=lambda item: len(item[1].ids))
             for begin in range(0, len(encoded), rows):
                 yield self.sample(encoded[begin : begin + rows], sampling)
@@ -146,9 +155,10 @@ class VLLMEngine:
             cut = {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
         else:
             cut = {"crop_to_patches": setup.tiles > 1, "min_patches": 1, "max_patches": setup.tiles}
+        self.length = min(self.LENGTH, self.processor.config.text_config.max_position_embeddings)
         settings = EngineArgs(
             model=folder, dtype="bfloat16" if torch.cuda.is_available() else "float32", tensor_parallel_size=setup.tensor_parallel,
-            max_model_len=min(self.LENGTH, self.processor.config.text_config.max_position_embeddings), max_num_seqs=setup.batch,
+            max_model_len=self.length, max_num_seqs=setup.batch,
             limit_mm_per_prompt={"image": self.IMAGES, "video": 0}, mm_processor_kwargs=cut, disable_log_stats=True,
             enforce_eager=not torch.cuda.is_available(),  # on a CPU compiling takes minutes and gains nothing
             generation_config="vllm",  # a checkpoint's own file would bring a top-k and a repetition penalty along unseen
@@ -176,6 +186,9 @@ class VLLMEngine:
         while True:
             while len(running) < self.batch and (ask := next(waiting, None)):
                 prompt, expected = self.prompt(ask)
+                if len(expected) >= self.length:
+                    yield overlong(ask, sampling)
+                    continue
                 for k in ask.samples:
                     seed = data.sample_seed(sampling.seed, ask.id, k)
                     params = SamplingParams(

@@ -88,6 +88,17 @@ def engine_of(folder, batch: int = 64) -> engines.HFEngine:
     return engines.open_engine(f"hf:{folder}", asking.Setup(pixels=56 * 56, batch=batch))
 
 
+def test_a_prompt_that_leaves_no_room_is_said_to_be_overlong_and_the_others_are_answered(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "short")
+    config = json.loads((tmp_path / "short" / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 200
+    (tmp_path / "short" / "config.json").write_text(json.dumps(config))
+    asks = [Ask(key, [{"role": "user", "content": text}], [], (0, 1)) for key, text in (("long", "word " * 300), ("short", "word"))]
+    replies = {(reply.id, reply.sample): reply for batch in engine_of(tmp_path / "short").answer(asks, GREEDY) for reply in batch}
+    assert [(replies["long", k].finish_reason, replies["long", k].text) for k in (0, 1)] == [("overlong", "")] * 2
+    assert all(replies["short", k].finish_reason in ("stop", "length") and replies["short", k].token_ids for k in (0, 1))
+
+
 def turns(text: str) -> list[dict]:
     return [{"role": "system", "content": "Be brief."}, {"role": "user", "content": text}]
 
