@@ -216,3 +216,9 @@ def question_asks(questions: list[data.Question], image_root: Path, samples: int
     """Each question as it is put to every engine: the paper's system prompt, the images, the question. Checks that every
     image is there before anything is asked. Raises RowError naming the first that is not."""
     return [Ask(q.id, data.prompt_messages(q), image_paths(q, image_root), tuple(range(samples))) for q in questions]
+
+
+def prompt_ask(id: str, prompt: str, images: list[Path]) -> Ask:
+    """A prompt about question `id`. The ask's own id is a hash of all that is asked, so that the same is never asked twice."""
+    content = data.content_hash([prompt, [data.file_hash(image) for image in images]])[:16]
+    return Ask(f"{id}/{content}", [{"role": "user", "content": prompt}], images, (0,))

@@ -45,7 +45,7 @@ from pathlib import Path
 import numpy as np
 
 import data
-from asking import Ask, Engine, add_flags, ask_yes_no, image_paths, read_verdict, setup_of
+from asking import Ask, Engine, add_flags, ask_yes_no, image_paths, prompt_ask, read_verdict, setup_of
 from engines import open_engine
 
 CRITERIA = ("Logical_Consistency", "Image_Analysis_Involvement", "No_Hallucination", "Reflection_Presence")  # MMRP, paper 3.3
@@ -95,9 +95,7 @@ def judge_ask(question: data.Question, rollout: dict, image_root: Path) -> Ask:
     """The Appendix A prompt about one rollout, with the question's images. Its id is a hash of all of that, so two rollouts
     of one text are one ask."""
     prompt = JUDGE_PROMPT % (data.question_text(question), ground_truth(question), rollout["response"])
-    images = image_paths(question, image_root)
-    content = data.content_hash([prompt, [data.file_hash(image) for image in images]])[:16]
-    return Ask(f"{question.id}/{content}", [{"role": "user", "content": prompt}], images, (0,))
+    return prompt_ask(question.id, prompt, image_paths(question, image_root))
 
 
 def verdict_row(rollout: dict, judge: str, reply: dict) -> dict:
