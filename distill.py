@@ -78,8 +78,9 @@ class Chain:
     faults: dict[str, str]
     notes: dict = field(default_factory=dict)  # more for its row: who expanded, who checked, what a human said
 
-    def key(self) -> tuple[str, str]:
-        return self.question.id, data.content_hash(self.response)[:16]
+    def key(self) -> str:
+        """A name in words: a spreadsheet may take a bare hash for a number."""
+        return "chain-" + data.content_hash([self.question.id, self.response])[:16]
 
     def rejection(self) -> dict:
         return {"id": self.question.id, "sample": self.sample, "teacher": self.teacher, "faults": self.faults, "response": self.response}
@@ -225,7 +226,7 @@ def can_be_kept(chain: Chain) -> bool:
     return "correct" not in chain.faults and data.split_response(chain.response) is not None
 
 
-def review(chain: Chain, told: dict[tuple[str, str], bool]) -> None:
+def review(chain: Chain, told: dict[str, bool]) -> None:
     """What a human said of it, if anything."""
     verdict = told.get(chain.key())
     if verdict is False:
@@ -235,34 +236,34 @@ def review(chain: Chain, told: dict[tuple[str, str], bool]) -> None:
         chain.faults = {}
 
 
-def read_review(path: str | Path) -> dict[tuple[str, str], bool]:
-    """{(question id, hash of the chain): kept} of a filled-in sheet; an empty verdict says nothing. Raises RowError."""
+def read_review(path: str | Path) -> dict[str, bool]:
+    """{chain's key: kept} of a filled-in sheet; an empty verdict says nothing. Raises RowError."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise data.RowError(f"{path}: cannot be read ({error}); save the filled-in sheet as CSV in UTF-8") from None
-    told: dict[tuple[str, str], bool] = {}
+    told: dict[str, bool] = {}
     for number, row in enumerate(rows, 2):  # as a spreadsheet numbers them: the first row is the header
-        if lacking := [name for name in ("id", "chain", "verdict") if row.get(name) is None]:
+        if lacking := [name for name in ("chain", "verdict") if row.get(name) is None]:
             raise data.RowError(f"{path}: row {number}: no column {lacking[0]!r}; save the sheet as CSV with commas, its first line unchanged")
         word = row["verdict"].strip().casefold()
         if word not in ("", "yes", "y", "no", "n"):
-            raise data.RowError(f"{path}: row {number} ({row['id']}): verdict: {row['verdict']!r} is neither yes nor no")
-        if word and told.setdefault((row["id"], row["chain"]), word[0] == "y") != (word[0] == "y"):
-            raise data.RowError(f"{path}: row {number} ({row['id']}): verdict: another row says the opposite of the same chain")
+            raise data.RowError(f"{path}: row {number}: verdict: {row['verdict']!r} is neither yes nor no")
+        if word and told.setdefault(row["chain"], word[0] == "y") != (word[0] == "y"):
+            raise data.RowError(f"{path}: row {number}: verdict: another row says the opposite of the same chain")
     return told
 
 
-def write_review(path: Path, chains: list[Chain], told: dict[tuple[str, str], bool]) -> None:
+def write_review(path: Path, chains: list[Chain], told: dict[str, bool]) -> None:
     """The sheet, with the verdicts that are known."""
     with open(f"{path}.tmp", "w", newline="", encoding="utf-8-sig") as file:  # spreadsheets tell UTF-8 by the mark
         sheet = csv.writer(file)
         sheet.writerow(SHEET)
         for c in chains:
-            (id, chain), verdict = c.key(), {True: "yes", False: "no", None: ""}[told.get(c.key())]
+            verdict = {True: "yes", False: "no", None: ""}[told.get(c.key())]
             checks = "; ".join(f"{name}: {fault}" for name, fault in c.faults.items()) or "passed"
-            sheet.writerow([id, c.sample, c.teacher, chain, data.question_text(c.question), " ".join(c.question.images), *data.split_response(c.response), checks, verdict])
+            sheet.writerow([c.question.id, c.sample, c.teacher, c.key(), data.question_text(c.question), " ".join(c.question.images), *data.split_response(c.response), checks, verdict])
     os.replace(f"{path}.tmp", path)
 
 
@@ -278,7 +279,7 @@ def make_demo(chain: Chain, form: str) -> dict:
     }  # fmt: skip
 
 
-def write_out(args: argparse.Namespace, source: str, started: float, kept: list[Chain], rejected: list[dict]) -> None:
+def write_out(args: argparse.Namespace, inputs: list[str], started: float, kept: list[Chain], rejected: list[dict]) -> None:
     """demos.jsonl, rejected.jsonl, stage.json, and the counts."""
     out = Path(args.out)
     data.write_jsonl(out / "demos.jsonl", (make_demo(chain, args.answer_form) for chain in kept))
@@ -286,7 +287,7 @@ def write_out(args: argparse.Namespace, source: str, started: float, kept: list[
     by_teacher, by_fault = Counter(chain.teacher for chain in kept), Counter(name for row in rejected for name in row["faults"])
     print(f"{len(kept)} demonstrations: " + ", ".join(f"{teacher} {count}" for teacher, count in sorted(by_teacher.items())))
     print(f"{len(rejected)} responses refused: " + ", ".join(f"{name} {count}" for name, count in by_fault.items()))
-    data.write_stage(out, args, [source], [out / "demos.jsonl"], started, demos=len(kept), refused=len(rejected), teachers=dict(by_teacher), faults=dict(by_fault))
+    data.write_stage(out, args, inputs, [out / "demos.jsonl"], started, demos=len(kept), refused=len(rejected), teachers=dict(by_teacher), faults=dict(by_fault))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -321,7 +322,8 @@ def run(args: argparse.Namespace) -> None:
     write_review(out / "review.csv", to_review, told)
     if unknown := told.keys() - {chain.key() for chain in to_review}:
         print(f"{args.review}: {len(unknown)} verdicts are on chains that this run did not make, or whose answer is wrong; they count for nothing")
-    write_out(args, args.questions, started, [chain for question in questions for chain in kept[question.id]], [chain.rejection() for chain in refused])
+    inputs = [args.questions] + ([args.review] if args.review else [])
+    write_out(args, inputs, started, [chain for question in questions for chain in kept[question.id]], [chain.rejection() for chain in refused])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -395,7 +397,7 @@ def import_chains(args: argparse.Namespace) -> None:
         chain.sample = samples[chain.question.id]
         samples[chain.question.id] += 1
         kept[chain.key()] = chain
-    write_out(args, args.file, started, list(kept.values()), rejected)
+    write_out(args, [args.file], started, list(kept.values()), rejected)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -542,6 +542,10 @@ def read_sheet(path: Path) -> dict[str, dict]:
         return {row["id"]: row for row in csv.DictReader(file)}
 
 
+def named(key: str, response: str) -> str:
+    return distill.Chain(q("", key), 0, "", response, {}).key()
+
+
 LOOPING = data.join_response(" ".join([PHRASE] * 3), "B. surgery")
 REVIEWED = {"good": GOOD, "good, no": GOOD, "loop": LOOPING, "loop, yes": LOOPING, "loop, no": LOOPING, "wrong": BAD, "no form": f"{REASON}, so the answer is (B)."}
 
@@ -578,7 +582,7 @@ def test_a_humans_yes_and_no_overrule_both_ways(reviewed):
 
 
 def test_no_human_makes_a_wrong_answer_right_or_gives_form_to_what_has_none(reviewed, capsys):
-    lines = ["id,chain,verdict"] + [f"{key},{data.content_hash(REVIEWED[key])[:16]},yes" for key in ("wrong", "no form")]
+    lines = ["chain,verdict"] + [f"{named(key, REVIEWED[key])},yes" for key in ("wrong", "no form")]
     (reviewed / "filled.csv").write_text("\n".join(lines) + "\n")
     demos, _ = run_distill(reviewed / "questions.jsonl", reviewed / "out", "--review", str(reviewed / "filled.csv"), teachers=("clinic:hasty",))
     assert [demo["id"] for demo in demos] == ["good", "good, no"]
@@ -588,8 +592,8 @@ def test_no_human_makes_a_wrong_answer_right_or_gives_form_to_what_has_none(revi
 def test_a_human_is_asked_before_the_checker_and_a_refused_chain_gives_way_to_the_next_teachers(serve, tmp_path):
     server = served(serve, {"one": lambda *_: said_by("one"), "two": lambda *_: said_by("two"), "checker": lambda *_: json.dumps({**YES, "Logical_Structure": "No"})})
     one, two = spec(server, "one"), spec(server, "two")
-    lines = [f"{key},{data.content_hash(said_by(name))[:16]},{word}" for key, name, word in (("a", "one", "no"), ("a", "two", "yes"), ("b", "two", "yes"))]
-    (tmp_path / "filled.csv").write_text("\n".join(["id,chain,verdict", *lines]) + "\n")
+    lines = [f"{named(key, said_by(name))},{word}" for key, name, word in (("a", "one", "no"), ("a", "two", "yes"), ("b", "two", "yes"))]
+    (tmp_path / "filled.csv").write_text("\n".join(["chain,verdict", *lines]) + "\n")
     flags = ["--checker", spec(server, "checker"), "--review", str(tmp_path / "filled.csv")]
     demos, rejected = run_distill(marked(tmp_path, "abc"), tmp_path / "out", *flags, teachers=(one, two))
     assert [(demo["id"], demo["teacher"], demo["review"]) for demo in demos] == [("a", two, "yes"), ("b", two, "yes")]
@@ -611,10 +615,10 @@ def test_verdicts_written_into_the_runs_own_sheet_are_not_lost(reviewed):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("id,chain,verdict\na,1,maybe\n", r"row 2 \(a\): verdict: 'maybe' is neither yes nor no"),
-        ("id,chain,verdict\na,1,yes\na,1,no\n", r"row 3 \(a\): verdict: another row says the opposite"),
-        ("id;chain;verdict\na;1;yes\n", "row 2: no column 'id'"),
-        ("id,chain\na,1\n", "row 2: no column 'verdict'"),
+        ("chain,verdict\na,maybe\n", "row 2: verdict: 'maybe' is neither yes nor no"),
+        ("chain,verdict\na,yes\na,no\n", "row 3: verdict: another row says the opposite"),
+        ("chain;verdict\na;yes\n", "row 2: no column 'chain'"),
+        ("chain,id\na,1\n", "row 2: no column 'verdict'"),
         (None, "cannot be read"),
     ],
 )
@@ -743,9 +747,9 @@ def test_huatuos_own_file_becomes_demonstrations_that_can_be_shown_and_teach(fol
     model.main(["show", str(tmp_path / "imported" / "demos.jsonl"), "--model", str(folders["qwen"]), "-n", "2"])
     shown = capsys.readouterr().out
     assert shown.count("supervised: think") == 2 and data.SYSTEM_PROMPT in shown
-    shortest = sorted(demos, key=lambda demo: sum(len(message["content"]) for message in demo["messages"]))[:10]
+    shortest = sorted(demos, key=lambda demo: sum(len(message["content"]) for message in demo["messages"]))[:5]
     data.write_jsonl(tmp_path / "short.jsonl", shortest)
-    flags = ["--epochs", "2", "--batch", "1", "--lr", "5e-3", "--pixels", str(56 * 56)]
+    flags = ["--epochs", "4", "--batch", "1", "--lr", "5e-3", "--pixels", str(56 * 56)]
     sft.main(["--model", str(folders["qwen"]), "--demos", str(tmp_path / "short.jsonl"), "--out", str(tmp_path / "sft"), *flags])
     losses = [row["loss"] for row in data.read_metrics(tmp_path / "sft")]
-    assert len(losses) == 20 and losses[-1] < losses[0] - 0.5 and sum(losses[10:]) < 0.95 * sum(losses[:10])  # the same ten rows, again
+    assert len(losses) == 20 and losses[-1] < losses[0] - 0.5 and sum(losses[10:]) < 0.95 * sum(losses[:10])  # the same five rows, again
