@@ -4,14 +4,17 @@
 
 Every sample has a seed of its own, a hash of (seed, question, k). `ask_all` writes each reply as it comes and, started
 again, asks only what its file does not hold: a killed rollout of a week goes on where it was, and a remote model is paid
-once. Which engines there are stands in engines.py; they all run by the flags of Setup.
+once. Which engines there are stands in engines.py; they all run by the flags of Setup. `ask_yes_no` asks for a verdict in
+JSON: what cannot be read is no verdict, asked again, and in the end none.
 
 Where we depart from the paper, or it is silent: how models are asked is all ours.
 """
 
 import argparse
+import json
+import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Protocol
@@ -19,6 +22,8 @@ from typing import Protocol
 from tqdm import tqdm
 
 import data
+
+ATTEMPTS = 3  # ours: paper silent; how often a verdict is asked for until it can be read
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,8 @@ class Ask:
 class Reply:
     """One answer. finish_reason is "stop"; "length" where the token limit cut it off; "overlong" where the prompt left no room
     for one; of a remote engine also "blocked" (by a safety filter), "refused" (the request was), "empty" (nothing to be
-    read, however often it was asked). token_ids end with the stop token if there was one, and are None where the engine does not tell them. reasoning is what a remote
-    engine thought, where it tells that apart from its answer."""
+    read, however often it was asked). token_ids end with the stop token if there was one, and are None where the engine does
+    not tell them. reasoning is what a remote engine thought, where it tells that apart from its answer."""
 
     id: str
     sample: int
@@ -139,6 +144,66 @@ def reply_row(reply: Reply, spec: str) -> dict:
     }  # fmt: skip
 
 
+def read_object(reply: str) -> dict:
+    """The JSON object of a reply, its keys in lower case. Raises ValueError if there is none. The last balanced {...} that is
+    JSON counts, so prose and code fences around it do no harm."""
+    found, end = None, 0
+    decoder = json.JSONDecoder()
+    for brace in re.finditer(r"\{", reply):
+        if brace.start() < end:  # inside an object that has been read
+            continue
+        try:
+            value, end = decoder.raw_decode(reply, brace.start())
+        except json.JSONDecodeError:
+            continue
+        if isinstance(value, dict):
+            found = value
+    if found is None:
+        raise ValueError("no JSON object in the reply")
+    return {str(key).strip().casefold(): value for key, value in found.items()}
+
+
+def read_yes_no(reply: str, keys: Sequence[str]) -> dict[str, bool]:
+    """{key: bool} for each of the keys. Raises ValueError with the reason if the reply is anything else: keys and values may be
+    in any case, but a prompt echoed ("Yes/No"), a missing key or another word is no judgement."""
+    said, verdict = read_object(reply), {}
+    for key in keys:
+        if key.casefold() not in said:
+            raise ValueError(f"key {key} is missing")
+        value = said[key.casefold()]
+        word = str(value).strip().casefold().rstrip(".")
+        if word not in ("yes", "no", "true", "false"):
+            raise ValueError(f"{key} is {value!r}, neither Yes nor No")
+        verdict[key] = word in ("yes", "true")
+    return verdict
+
+
+def read_verdict(reply: dict, keys: Sequence[str]) -> tuple[dict[str, bool] | None, str | None]:
+    """(criteria, None), or (None, why there are none). Only a finished reply is a verdict: one that was cut off may have been
+    about to correct itself."""
+    if reply["finish_reason"] != "stop":
+        return None, f"the reply is not finished: {reply['finish_reason']}"
+    try:
+        return read_yes_no(reply["raw"], keys), None
+    except ValueError as reason:
+        return None, str(reason)
+
+
+def ask_yes_no(engine: Engine, asks: list[Ask], keys: Sequence[str], seed: int, path: Path, title: str) -> dict[str, dict]:
+    """{ask id: its last reply, as a row of `path`}, for read_verdict. What cannot be read is asked again, under the next sample's
+    number, up to ATTEMPTS times in all. Asks of one id are one."""
+    sampling = Sampling(0.0, 1.0, 4096, seed)  # ours: paper silent; room for an engine that thinks before its JSON
+    by_id, said = {ask.id: ask for ask in asks}, {}
+    pending = list(by_id)
+    for attempt in range(ATTEMPTS):
+        again = [replace(by_id[key], samples=(attempt,)) for key in pending]
+        shown = title if attempt == 0 else f"{title}, attempt {attempt + 1}"
+        replies = ask_all(engine, again, sampling, path, lambda r: {"id": r.id, "sample": r.sample, "raw": r.text, "finish_reason": r.finish_reason}, shown) if again else []
+        said |= {reply["id"]: reply for reply in replies}
+        pending = [key for key in pending if read_verdict(said[key], keys)[0] is None]
+    return said
+
+
 def image_paths(question: data.Question, image_root: Path) -> list[Path]:
     """Raises RowError for an image that is not there."""
     for image in question.images:
@@ -151,3 +216,9 @@ def question_asks(questions: list[data.Question], image_root: Path, samples: int
     """Each question as it is put to every engine: the paper's system prompt, the images, the question. Checks that every
     image is there before anything is asked. Raises RowError naming the first that is not."""
     return [Ask(q.id, data.prompt_messages(q), image_paths(q, image_root), tuple(range(samples))) for q in questions]
+
+
+def prompt_ask(id: str, prompt: str, images: list[Path]) -> Ask:
+    """A prompt about question `id`. The ask's own id is a hash of all that is asked, so that the same is never asked twice."""
+    content = data.content_hash([prompt, [data.file_hash(image) for image in images]])[:16]
+    return Ask(f"{id}/{content}", [{"role": "user", "content": prompt}], images, (0,))

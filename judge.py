@@ -31,7 +31,6 @@ Where we depart from the paper, or it is silent:
 
 import argparse
 import csv
-import json
 import math
 import random
 import re
@@ -41,18 +40,16 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 import data
-from asking import Ask, Engine, Sampling, add_flags, ask_all, image_paths, setup_of
+from asking import Ask, Engine, add_flags, ask_yes_no, image_paths, prompt_ask, read_verdict, setup_of
 from engines import open_engine
 
 CRITERIA = ("Logical_Consistency", "Image_Analysis_Involvement", "No_Hallucination", "Reflection_Presence")  # MMRP, paper 3.3
 KEYS = ("Answer_Correctness", *CRITERIA)
-ATTEMPTS = 3  # ours: paper silent
 
 # paper App. A; the three slots are question, ground truth and the model's whole response
 JUDGE_PROMPT = """You are an expert reasoning evaluator.
@@ -89,38 +86,6 @@ Please return the evaluation in the following JSON format:
 # Verdicts
 
 
-def parse_verdict(reply: str) -> dict[str, bool]:
-    """{key: bool} for the five keys of Appendix A. Raises ValueError with the reason if the reply is anything else.
-
-    The last balanced {...} that is JSON counts, so prose and code fences around it do no harm; keys and values may be in
-    any case. "Yes/No" is the prompt echoed, a missing key or another word is no judgement: both are errors.
-    """
-    found, end = None, 0
-    decoder = json.JSONDecoder()
-    for brace in re.finditer(r"\{", reply):
-        if brace.start() < end:  # inside an object that has been read
-            continue
-        try:
-            value, end = decoder.raw_decode(reply, brace.start())
-        except json.JSONDecodeError:
-            continue
-        if isinstance(value, dict):
-            found = value
-    if found is None:
-        raise ValueError("no JSON object in the reply")
-    lowered = {str(key).strip().casefold(): value for key, value in found.items()}
-    verdict = {}
-    for key in KEYS:
-        if key.casefold() not in lowered:
-            raise ValueError(f"key {key} is missing")
-        value = lowered[key.casefold()]
-        word = str(value).strip().casefold().rstrip(".")
-        if word not in ("yes", "no", "true", "false"):
-            raise ValueError(f"{key} is {value!r}, neither Yes nor No")
-        verdict[key] = word in ("yes", "true")
-    return verdict
-
-
 def ground_truth(question: data.Question) -> str:
     """The answer as judge and raters see it: "B. MRI", or the reference text of an open-ended question."""
     return f"{question.answer}. {question.answer_text()}" if question.options else question.answer
@@ -130,25 +95,12 @@ def judge_ask(question: data.Question, rollout: dict, image_root: Path) -> Ask:
     """The Appendix A prompt about one rollout, with the question's images. Its id is a hash of all of that, so two rollouts
     of one text are one ask."""
     prompt = JUDGE_PROMPT % (data.question_text(question), ground_truth(question), rollout["response"])
-    images = image_paths(question, image_root)
-    content = data.content_hash([prompt, [data.file_hash(image) for image in images]])[:16]
-    return Ask(f"{question.id}/{content}", [{"role": "user", "content": prompt}], images, (0,))
-
-
-def read_reply(reply: dict) -> tuple[dict[str, bool] | None, str | None]:
-    """(criteria, None), or (None, why there are none). Only a finished reply is a verdict: one that was cut off may have been
-    about to correct itself."""
-    if reply["finish_reason"] != "stop":
-        return None, f"the reply is not finished: {reply['finish_reason']}"
-    try:
-        return parse_verdict(reply["raw"]), None
-    except ValueError as reason:
-        return None, str(reason)
+    return prompt_ask(question.id, prompt, image_paths(question, image_root))
 
 
 def verdict_row(rollout: dict, judge: str, reply: dict) -> dict:
     """A row of verdicts.jsonl: the parsed criteria, or null and the error."""
-    criteria, error = read_reply(reply)
+    criteria, error = read_verdict(reply, KEYS)
     row = {"id": rollout["id"], "sample": rollout["sample"], "response_sha": rollout["response_sha"], "criteria": criteria, "error": error, "judge": judge, "raw": reply["raw"]}
     return {**row, "verdict_sha": data.content_hash(row)[:16]}
 
@@ -160,15 +112,7 @@ def judge_all(engine: Engine, rollouts: list[dict], questions: dict[str, data.Qu
     cache.mkdir(parents=True, exist_ok=True)
     data.settle(path, {"judge": engine.spec, **settings})
     asks = [judge_ask(questions[row["id"]], row, image_root) for row in rollouts]
-    by_id, said = {ask.id: ask for ask in asks}, {}
-    pending = list(by_id)
-    for attempt in range(ATTEMPTS):
-        again = [replace(by_id[key], samples=(attempt,)) for key in pending]
-        title = "verdicts" if attempt == 0 else f"verdicts, attempt {attempt + 1}"
-        sampling = Sampling(0.0, 1.0, 4096, settings["seed"])  # ours: paper silent; room for a judge that thinks before its JSON
-        replies = ask_all(engine, again, sampling, path, lambda r: {"id": r.id, "sample": r.sample, "raw": r.text, "finish_reason": r.finish_reason}, title) if again else []
-        said |= {reply["id"]: reply for reply in replies}
-        pending = [key for key in pending if read_reply(said[key])[0] is None]
+    said = ask_yes_no(engine, asks, KEYS, settings["seed"], path, "verdicts")
     return [verdict_row(row, engine.spec, said[ask.id]) for row, ask in zip(rollouts, asks)]
 
 

@@ -59,7 +59,7 @@ DPO_FULL = {"method": "full", "lr": 1e-6, "beta": 0.1, "epochs": 1, "batch": 64,
 DPO_LORA = {"method": "lora", "lr": 5e-6, "beta": 0.1, "epochs": 1, "batch": 64, "checkpointing": True}  # paper App. C: method; the rest ours
 MINI = dict(  # ours, chosen on development questions: a model this small learns at other rates than a pretrained 7B
     curate={"ngram": 0, "jaccard": 0, "distance": 0, "max-tokens": 24},  # made from templates, questions and films are alike by construction
-    distill={"answer-form": "text", "max-words": 120},  # no option look-up for so small a model
+    distill={"answer-form": "text", "words": [5, 120]},  # no option look-up for so small a model
     sft={"lr": 5e-3, "epochs": 4, "batch": 2, "micro-batch": 2, "rank": 16, "alpha": 32, "pack": 900, "save-every": 25},
     rollout={"n": 8, "temperature": 0.7, "top-p": 1.0, "max-tokens": 96},
     pairs={"rule": "all", "cap": 4},
@@ -204,7 +204,7 @@ def method(recipe: Recipe, base: str, run: Path, bank: list[str], images: str, a
     rollouts = {"rollouts": f"{at['rollout']}/rollouts.jsonl", "questions": f"{at['curate']}/image.jsonl"}
     stages = [
         stage("curate", "curate.py", "all", {"questions": bank, "against": against, "baselines": baselines, "experts": experts, **shared, **recipe.curate, "seed": seed}),
-        stage("distill", "distill.py", "", {"questions": f"{at['curate']}/text.jsonl", "teachers": teachers, **recipe.distill, "seed": seed}),
+        stage("distill", "distill.py", "run", {"questions": f"{at['curate']}/text.jsonl", "teachers": teachers, **recipe.distill, "seed": seed}),
         stage("sft", "sft.py", "", {"model": base, "demos": f"{at['distill']}/demos.jsonl", **shared, **recipe.sft, "seed": seed}, ranks),
         stage("rollout", "rollout.py", "", {"engine": f"{recipe.engine}:{at['sft']}/merged", "questions": f"{at['curate']}/image.jsonl", **shared, **recipe.rollout, "seed": seed}),
         stage("verdicts", "judge.py", "verdicts", {"judge": judge, **rollouts, **shared, "cache": str(run / "judge-cache"), "seed": seed}),

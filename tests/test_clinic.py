@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import asking
 import clinic
 import data
 import distill
@@ -383,7 +384,7 @@ def test_judge_role_replies_with_the_papers_json(tmp_path, kind):
             clinic.save_film(tmp_path / "film.png", clinic.draw_film(case, np.random.default_rng(0)), case)
             response = clinic.chain(case, kind, "hasty")
             ask = judge.judge_ask(question, {"id": "q", "sample": 0, "response_sha": "a", "response": response}, tmp_path)
-            verdict = judge.parse_verdict(clinic.answer("judge", ask.messages, ask.images, 0))
+            verdict = asking.read_yes_no(clinic.answer("judge", ask.messages, ask.images, 0), judge.KEYS)
             assert verdict == {key: key not in lacks("hasty", case) for key in judge.KEYS}
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import asking
 import clinic
 import data
 import judge
@@ -143,7 +144,7 @@ READABLE = {
 @pytest.mark.parametrize("name", READABLE)
 def test_verdict_is_read_whatever_surrounds_it(name):
     text, expected = READABLE[name]
-    assert judge.parse_verdict(text) == expected
+    assert asking.read_yes_no(text, judge.KEYS) == expected
 
 
 UNREADABLE = {
@@ -167,13 +168,13 @@ UNREADABLE = {
 @pytest.mark.parametrize("name", UNREADABLE)
 def test_what_cannot_be_read_is_an_error_and_no_verdict(name):
     with pytest.raises(ValueError):
-        judge.parse_verdict(UNREADABLE[name])
+        asking.read_yes_no(UNREADABLE[name], judge.KEYS)
 
 
 @pytest.mark.parametrize("key", judge.KEYS)
 def test_error_names_the_missing_key(key):
     with pytest.raises(ValueError, match=key):
-        judge.parse_verdict(json.dumps({k: "Yes" for k in judge.KEYS if k != key}))
+        asking.read_yes_no(json.dumps({k: "Yes" for k in judge.KEYS if k != key}), judge.KEYS)
 
 
 # ---------------------------------------------------------------------------------------------------------------

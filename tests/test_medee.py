@@ -24,7 +24,7 @@ def world_stage(run: Path, text: int = 6) -> medee.Stage:
 
 def distill_stage(run: Path) -> medee.Stage:
     flags = {"questions": f"{run}/world/bank.jsonl", "images": f"{run}/world", "teachers": ["clinic:thorough"], "answer-form": "text", "out": f"{run}/distill"}
-    return medee.Stage("distill", "distill.py", tuple(medee.words(flags)))
+    return medee.Stage("distill", "distill.py", ("run", *medee.words(flags)))
 
 
 def test_a_finished_stage_is_done_and_not_run_again(tmp_path, capsys):
@@ -88,7 +88,7 @@ def test_a_change_of_the_code_is_said_and_undoes_nothing(tmp_path, capsys):
 
 
 def test_a_failing_stage_stops_the_run_and_names_itself(tmp_path):
-    stage = medee.Stage("distill", "distill.py", ("--questions", f"{tmp_path}/none.jsonl", "--teachers", "clinic:thorough", "--out", f"{tmp_path}/distill"))
+    stage = medee.Stage("distill", "distill.py", ("run", "--questions", f"{tmp_path}/none.jsonl", "--teachers", "clinic:thorough", "--out", f"{tmp_path}/distill"))
     with pytest.raises(SystemExit, match="distill stopped with exit code"):
         stage.run()
 
@@ -151,7 +151,7 @@ def test_a_killed_driver_goes_on_from_where_it_was(tmp_path):
         "counts = {'text': 6, 'image': 400, 'dev-image': 2, 'dev-text': 2, 'test-image': 3, 'test-text': 2};"
         "world = medee.Stage('world', 'clinic.py', ('world', *medee.words({**counts, 'out': str(run / 'world'), 'seed': 0})));"
         "flags = {'questions': str(run / 'world' / 'bank.jsonl'), 'images': str(run / 'world'), 'teachers': ['clinic:thorough'], 'out': str(run / 'distill')};"
-        "medee.run_stages([world, medee.Stage('distill', 'distill.py', tuple(medee.words(flags)))], run, 'it')"
+        "medee.run_stages([world, medee.Stage('distill', 'distill.py', ('run', *medee.words(flags)))], run, 'it')"
     )
     disturbed, quiet = tmp_path / "a", tmp_path / "b"
     command = [sys.executable, "-c", program, str(ROOT)]

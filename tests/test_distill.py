@@ -1,0 +1,755 @@
+"""Which demonstrations are kept: a truth table for every rule, teachers in turn, and engines behind a real HTTP server.
+
+A teacher's replies are kept in a file and nothing is asked twice. So a file of replies, written here, decides what each
+teacher "said", and the real command then has nothing to ask; were it to ask, the clinic would refuse these questions.
+"""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from test_remote import Chat, keys, script, serve  # noqa: F401  (keys and serve are fixtures)
+
+import asking
+import clinic
+import data
+import distill
+import model
+import sft
+
+OPTIONS = {"A": "biopsy", "B": "surgery", "C": "rest", "D": "steroids"}
+REASON = "the cough is old and the film is dark so a surgeon must look"
+GOOD = data.join_response(REASON, "B. surgery")
+BAD = data.join_response(REASON, "C. rest")
+REAL = os.environ.get("MEDEE_REAL_DATA")
+
+
+def q(stem: str, key: str = "", answer: str = "B", options: dict | None = None, images: tuple = ()) -> data.Question:
+    return data.Question(stem, OPTIONS if options is None else options, answer, list(images), "bank", {}, key)
+
+
+def write(path: Path, questions: list[data.Question]) -> Path:
+    data.write_jsonl(path, [question.to_row() for question in questions])
+    return path
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [row for _, row in data.read_jsonl(path)]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The three criteria
+
+ASKED = q("A man coughs. What is the best next step?", "q")
+PHRASE = "we look at the film again and again then"  # nine words, of which two runs of eight
+FAULTS = {  # name: (response, criteria that must fail)
+    "faultless": (GOOD, set()),
+    "text alone": (data.join_response(REASON, "surgery"), set()),
+    "wrong letter": (data.join_response(REASON, "C. rest"), {"correct"}),
+    "unreadable answer": (data.join_response(REASON, "look it up"), {"correct"}),
+    "letter against text": (data.join_response(REASON, "B. rest"), {"correct"}),
+    "no thinking": ("<answer> B. surgery </answer>", {"structure"}),
+    "empty thinking": (data.join_response("", "B. surgery"), {"structure"}),
+    "too short": (data.join_response("it is so clear", "B. surgery"), {"structure"}),
+    "just long enough": (data.join_response("it is all so clear", "B. surgery"), set()),
+    "just short enough": (data.join_response(" ".join(f"w{i}" for i in range(40)), "B. surgery"), set()),
+    "too long": (data.join_response(" ".join(f"w{i}" for i in range(41)), "B. surgery"), {"structure"}),
+    "text between the blocks": (f"<think> {REASON} </think> so <answer> B. surgery </answer>", {"structure"}),
+    "text after the blocks": (f"{GOOD} Good luck!", {"structure"}),
+    "two answers": (f"{GOOD} <answer> B. surgery </answer>", {"structure"}),
+    "two thoughts": (f"<think> {REASON} </think> {GOOD}", {"structure"}),
+    "answer inside the thinking": (f"<think> {REASON} <answer> B. surgery </answer> </think>", {"structure", "correct"}),
+    "empty answer": (data.join_response(REASON, ""), {"structure", "correct"}),
+    "no form at all": (f"{REASON}, so the answer is (B).", {"structure"}),
+    "a loop": (data.join_response(" ".join([PHRASE] * 3), "B. surgery"), {"coherence"}),
+    "said twice is no loop": (data.join_response(" ".join([PHRASE] * 2), "B. surgery"), set()),
+    "seven words three times are no loop": (data.join_response(", so ".join(f"{i} we look at the film once more" for i in range(3)), "B. surgery"), set()),
+    "drift into Chinese": (data.join_response(f"{REASON} 所以手术", "B. surgery"), {"coherence"}),
+    "drift into Cyrillic": (data.join_response(f"{REASON} потому что", "B. surgery"), {"coherence"}),
+    "Greek letters are medicine": (data.join_response(f"{REASON}, α and β", "B. surgery"), set()),
+    "knows the answer": (data.join_response(f"{REASON}, and the reference answer is surgery", "B. surgery"), {"coherence"}),
+    "was given the answer": (data.join_response(f"{REASON}. The provided answer says surgery", "B. surgery"), {"coherence"}),
+    "finds the answer": (data.join_response(f"{REASON}, so the correct answer is surgery", "B. surgery"), set()),
+    "was given a summary": (data.join_response(f"{REASON}. The summary says surgery", "B. surgery"), {"coherence"}),
+    "sums up": (data.join_response(f"{REASON}. In summary, surgery", "B. surgery"), set()),
+    "all three": ("потому что", {"correct", "structure", "coherence"}),
+}
+
+
+def faults(response: str, finish: str = "stop", question: data.Question = ASKED) -> set[str]:
+    return set(distill.check(response, finish, question, 5, 40))
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_each_criterion_catches_its_own_faults(name):
+    response, expected = FAULTS[name]
+    assert faults(response) == expected
+
+
+def test_answer_that_was_cut_off_is_not_correct():
+    assert faults(GOOD, "length") == {"correct"}
+
+
+def test_script_of_the_question_itself_is_no_drift():
+    response = FAULTS["drift into Cyrillic"][0]
+    assert faults(response, question=q("Кашель. What is the best next step?")) == set()
+
+
+def test_a_refusal_says_what_is_wrong_with_the_answer():
+    said = {name: distill.check(FAULTS[name][0], "stop", ASKED, 5, 40)["correct"] for name in ("wrong letter", "unreadable answer")}
+    assert said == {"wrong letter": "the answer is C, not B", "unreadable answer": "the answer is wrong, or cannot be read"}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Reading a teacher's reply
+
+READ = {  # name: (text, reasoning told apart, the response that is read; None: the text as it is, which the rules refuse)
+    "as asked": (GOOD, "", GOOD),
+    "spaces and lines": (f"\n<think>\n{REASON}\n</think>\n\n<answer>B. surgery</answer>\n", "", GOOD),
+    "an explanation before the block": (f"<think>{REASON}</think>\nIn short: look.\n<answer>B. surgery</answer>", "", GOOD),
+    "no block, but a stated answer": (f"<think>{REASON}</think>\nSo the answer is (B).", "", GOOD),
+    "no block, an answer stated twice": (f"<think>{REASON}</think>\nPerhaps the answer is C. No, the answer is B.", "", GOOD),
+    "no block, a letter alone": (f"<think>{REASON}</think>\n\nB", "", None),
+    "no block, an option that is not there": (f"<think>{REASON}</think> The answer is (E).", "", None),
+    "stated inside the thinking only": (f"<think>{REASON}, so the answer is (B)</think> See above.", "", None),
+    "two blocks": (f"<think>{REASON}</think> <answer>C</answer> <answer>B</answer>", "", None),
+    "a block that does not end": (f"<think>{REASON}</think> <answer>B", "", None),
+    "two thoughts": (f"<think>{REASON}</think> <think>{REASON}</think> <answer>B</answer>", "", None),
+    "no thinking": ("The answer is (B).", "", None),
+    "thinking that does not end": (f"<think>{REASON}, the answer is (B).", "", None),
+    "told apart": ("<answer> B. surgery </answer>", REASON, GOOD),
+    "told apart, an explanation around": ("Look first.\n<answer>B. surgery</answer>\nDone.", f"\n{REASON}\n", GOOD),
+    "told apart, a stated answer": ("**The answer is (B).**", REASON, GOOD),
+    "told apart, and a second think block in the text": ("<think> In brief. </think> <answer> B. surgery </answer>", REASON, GOOD),
+    "told apart, and a think block that does not end": ("<think> In brief. The answer is (B).", REASON, None),
+    "told apart, no answer": ("I must see the film.", REASON, None),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_reply_is_read_by_one_rule_or_left_as_it_is(name):
+    text, reasoning, expected = READ[name]
+    response = distill.read_reply(text, reasoning, OPTIONS)
+    assert response == (expected or text)
+    assert (faults(response) == set()) == (expected is not None)
+
+
+def test_tags_inside_told_reasoning_are_refused_and_not_an_error():
+    response = distill.read_reply("<answer> B </answer>", f"{REASON}, and I must write <answer> tags", OPTIONS)
+    assert "structure" in faults(response)
+
+
+def test_an_open_question_needs_its_answer_in_the_block():
+    question = q("Which?", options={}, answer="renal ultrasound")
+    read = [distill.read_reply(text, REASON, {}) for text in ("<answer> Renal ultrasound. </answer>", "The answer is renal ultrasound.")]
+    assert [faults(text, question=question) for text in read] == [set(), {"correct", "structure"}]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Teachers in turn
+
+TEACHERS = ("thorough", "hasty", "bookish")
+
+
+def replies(out: Path, name: str, said: dict[str, list[str]]) -> None:
+    """The file of what teacher clinic:NAME replied: {question id: response of each sample}."""
+    rows = [
+        {"id": key, "sample": k, "engine": f"clinic:{name}", "response": text, "token_ids": None, "finish_reason": "stop", "seed": 0,
+         "response_sha": data.content_hash(text)[:16], "reasoning": ""}
+        for key, attempts in said.items() for k, text in enumerate(attempts)
+    ]  # fmt: skip
+    data.write_jsonl(out / f"replies-clinic-{name}.jsonl", rows)
+
+
+def run_distill(questions: Path, out: Path, *more: str, teachers: tuple = tuple(f"clinic:{name}" for name in TEACHERS)) -> tuple[list[dict], list[dict]]:
+    distill.main(["run", "--questions", str(questions), "--teachers", *teachers, "--out", str(out), *more])
+    return rows_of(out / "demos.jsonl"), rows_of(out / "rejected.jsonl")
+
+
+def said_by(name: str, k: int = 0) -> str:
+    return data.join_response(f"{REASON}, says {name}" + f" once more, {k}" * (k > 0), "B. surgery")
+
+
+def prepared(tmp_path: Path, good: dict[str, str], *more: str, samples: int = 1) -> tuple[list[dict], list[dict]]:
+    """Runs with one question a key; its value names the teachers (by first letter) whose responses are good."""
+    questions = write(tmp_path / "questions.jsonl", [q(f"Question {key}?", key) for key in good])
+    for name in TEACHERS:
+        replies(tmp_path / "out", name, {key: [said_by(name, k) if name[0] in able else BAD for k in range(samples)] for key, able in good.items()})
+    return run_distill(questions, tmp_path / "out", *more)
+
+
+def by(row: dict) -> str:
+    return row["teacher"].removeprefix("clinic:")
+
+
+def test_teachers_take_turns(tmp_path):
+    demos, rejected = prepared(tmp_path, {str(i): "thb" for i in range(7)})
+    assert [by(demo) for demo in demos] == ["thorough", "hasty", "bookish", "thorough", "hasty", "bookish", "thorough"]
+    assert [demo["id"] for demo in demos] == list("0123456") and not rejected
+
+
+def test_teacher_that_fails_is_replaced_by_the_next_in_turn(tmp_path):
+    #             first asked: thorough  hasty       bookish     thorough   hasty       bookish    thorough    hasty
+    demos, rejected = prepared(tmp_path, {"0": "t", "1": "b", "2": "t", "3": "b", "4": "t", "5": "hb", "6": "hb", "7": ""})
+    assert {demo["id"]: by(demo) for demo in demos} == {
+        "0": "thorough", "1": "bookish", "2": "thorough", "3": "bookish", "4": "thorough", "5": "bookish", "6": "hasty",
+    }  # fmt: skip
+    refused = {(row["id"], by(row)) for row in rejected}
+    assert refused == {
+        ("1", "hasty"), ("2", "bookish"), ("3", "thorough"), ("3", "hasty"), ("4", "hasty"), ("4", "bookish"), ("6", "thorough"),
+        ("7", "hasty"), ("7", "bookish"), ("7", "thorough"),
+    }  # fmt: skip
+    assert len(refused) == len(rejected) and all(row["faults"] == {"correct": "the answer is C, not B"} and row["response"] == BAD for row in rejected)
+    for demo in demos:
+        assert f"says {by(demo)} </think>" in demo["messages"][2]["content"]
+    figures = json.loads((tmp_path / "out" / "stage.json").read_text())["figures"]
+    assert figures == {
+        "demos": 7,
+        "refused": 10,
+        "teachers": {"clinic:thorough": 3, "clinic:bookish": 3, "clinic:hasty": 1},
+        "faults": {"correct": 10},
+    }
+
+
+def test_two_chains_a_question_come_from_two_teachers_in_turn(tmp_path):
+    demos, rejected = prepared(tmp_path, {str(i): "thb" for i in range(6)}, "--chains", "2")
+    assert [(demo["id"], by(demo)) for demo in demos] == [
+        ("0", "thorough"), ("0", "hasty"), ("1", "hasty"), ("1", "bookish"), ("2", "bookish"), ("2", "thorough"),
+        ("3", "thorough"), ("3", "hasty"), ("4", "hasty"), ("4", "bookish"), ("5", "bookish"), ("5", "thorough"),
+    ]  # fmt: skip
+    assert not rejected and set(Counter(map(by, demos)).values()) == {4}
+
+
+def test_the_second_chain_falls_to_whoever_is_able_and_to_a_second_sample_at_last(tmp_path):
+    #              first asked: thorough        hasty           bookish
+    demos, rejected = prepared(tmp_path, {"0": "tb", "1": "t", "2": ""}, "--chains", "2", samples=2)
+    assert [(demo["id"], by(demo), demo["sample"]) for demo in demos] == [("0", "thorough", 0), ("0", "bookish", 0), ("1", "thorough", 0), ("1", "thorough", 1)]
+    asked = [(row["id"], by(row), row["sample"]) for row in demos + rejected]
+    assert len(asked) == len(set(asked)) and Counter(key for key, _, _ in asked) == {"0": 3, "1": 6, "2": 6}
+
+
+def test_the_same_chain_is_not_kept_twice(tmp_path):
+    questions = write(tmp_path / "questions.jsonl", [q("Question?", "k")])
+    replies(tmp_path / "out", "thorough", {"k": [GOOD, GOOD, said_by("thorough")]})
+    demos, rejected = run_distill(questions, tmp_path / "out", "--chains", "3", teachers=("clinic:thorough",))
+    assert [demo["sample"] for demo in demos] == [0, 2] and [set(row["faults"]) for row in rejected] == [{"duplicate"}]
+
+
+@pytest.mark.parametrize(("form", "said"), [("letter-text", "B. surgery"), ("text", "surgery")])
+def test_demonstration_is_in_the_papers_message_format(tmp_path, form, said):
+    questions = write(tmp_path / "questions.jsonl", [q("Question?", "k")])
+    replies(tmp_path / "out", "thorough", {"k": [data.join_response(REASON, "(B)")]})
+    (demo,), _ = run_distill(questions, tmp_path / "out", "--answer-form", form)
+    assert demo == {
+        "id": "k",
+        "sample": 0,
+        "messages": [
+            {"role": "system", "content": data.SYSTEM_PROMPT},
+            {"role": "user", "content": "Question?\nAnswer Choices:\n(A) biopsy\n(B) surgery\n(C) rest\n(D) steroids"},
+            {"role": "assistant", "content": f"<think> {REASON} </think> <answer> {said} </answer>"},
+        ],
+        "images": [],
+        "teacher": "clinic:thorough",
+        "checks": {"correct": True, "structure": True, "coherence": True},
+    }
+    assert data.main(["check", str(tmp_path / "out" / "demos.jsonl")]) == 0
+
+
+@pytest.mark.parametrize("form", ["letter-text", "text"])
+@pytest.mark.parametrize("options", [OPTIONS, dict(zip("ABCD", ["↑ TSH", "↓ TSH", "-5", "+5"])), {}], ids=["words", "symbols", "open-ended"])
+def test_answer_of_a_demonstration_is_read_as_right(form, options):
+    # whatever a model learns to write must count as right later
+    question = q("Which?", "k", options=options, answer="B" if options else "renal ultrasound")
+    demo = distill.make_demo(distill.Chain(question, 0, "clinic:thorough", GOOD, {}), form)
+    assert data.is_correct(demo["messages"][2]["content"], question)
+
+
+@pytest.fixture(scope="module")
+def distilled(world, tmp_path_factory) -> Path:
+    out, texts = tmp_path_factory.mktemp("distilled"), tmp_path_factory.mktemp("texts") / "text.jsonl"
+    write(texts, [question for question in data.read_questions(world / "bank.jsonl") if not question.images])
+    run_distill(texts, out)
+    shutil.copy(texts, out / "questions.jsonl")
+    return out
+
+
+def test_every_demonstration_of_the_clinics_teachers_is_one_that_the_truth_confirms(distilled):
+    questions = {question.id: question for question in data.read_questions(distilled / "questions.jsonl")}
+    demos = rows_of(distilled / "demos.jsonl")
+    assert len(demos) >= 11 and {by(demo) for demo in demos} == set(TEACHERS)
+    for demo in demos:
+        question = questions[demo["id"]]
+        case, kind = clinic.sentence_truth(question.question), question.meta["kind"]
+        thinking, _ = data.split_response(clinic.chain(case, kind, by(demo)))
+        assert demo["messages"][2]["content"] == f"<think> {thinking} </think> <answer> {question.answer}. {question.answer_text()} </answer>"
+
+
+def test_resumed_distillation_asks_nothing_twice(distilled, tmp_path):
+    for path in distilled.glob("replies*"):
+        shutil.copy(path, tmp_path)
+    path = tmp_path / "replies-clinic-hasty.jsonl"
+    whole = path.read_bytes()
+    kept = whole[: len(whole) // 2]
+    assert not kept.endswith(b"\n")  # killed in the middle of a line
+    path.write_bytes(kept)
+    run_distill(distilled / "questions.jsonl", tmp_path)
+    for name in ("demos.jsonl", "rejected.jsonl", "review.csv", *(f"replies-clinic-{name}.jsonl" for name in TEACHERS)):
+        assert (tmp_path / name).read_bytes() == (distilled / name).read_bytes()
+
+
+def test_distillation_refuses_to_go_on_with_other_sampling(distilled, tmp_path):
+    for path in distilled.glob("replies*"):
+        shutil.copy(path, tmp_path)
+    with pytest.raises(data.RowError, match="temperature"):
+        run_distill(distilled / "questions.jsonl", tmp_path, "--temperature", "0.5")
+
+
+def test_unknown_teacher_and_a_stranger_to_expand_are_refused_by_name(tmp_path):
+    questions = write(tmp_path / "questions.jsonl", [q("Question?", "k")])
+    with pytest.raises(asking.Unavailable, match="oracle:x"):
+        run_distill(questions, tmp_path / "out", teachers=("oracle:x",))
+    with pytest.raises(data.RowError, match="--expand: gemini:x is not among the --teachers"):
+        run_distill(questions, tmp_path / "out", "--expand", "gemini:x", "clinic:hasty")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Engines behind a server: reasoning told apart, expansion, checker
+
+YES = {"Logical_Structure": "Yes", "Plausibility_Coherence": "Yes"}
+ANSWER = "<answer> B. surgery </answer>"
+SHORT = "a dark film, so surgery it is"
+
+
+def served(serve, said: dict):
+    """A server with the models teacher, expander and checker: said[model](question, time) is a text, or what Chat.good takes."""
+
+    def play(question, time_, body):
+        with lock:
+            asked[body["model"], question] += 1
+            time_ = asked[body["model"], question]
+        what = said[body["model"]](question, time_)
+        return what if isinstance(what, tuple) else Chat.good(what)
+
+    asked, lock, server = Counter(), threading.Lock(), serve(play)
+    server.by_model = asked
+    return server
+
+
+def spec(server, name: str) -> str:
+    return f"{server.base}/v1#{name}"
+
+
+def marked(tmp_path: Path, names) -> Path:
+    return write(tmp_path / "questions.jsonl", [q(f"What is <<{name}>>?", name) for name in names])
+
+
+def test_what_a_server_tells_apart_as_reasoning_is_the_chain_as_it_is(serve, tmp_path):
+    said = {
+        "apart": Chat.good("Look.\n<answer>B</answer>", thoughts=f"\n{REASON}.\nYes — surely!\n"),
+        "in the text": Chat.good(f"<think>\n{REASON}\n</think>\nThe answer is (B)."),
+        "no answer": Chat.good("Look.", thoughts=REASON),
+        "wrong": Chat.good("<answer>C</answer>", thoughts=REASON),
+        "cut off": Chat.good("<answer>B</answer>", thoughts=REASON, finish="length"),
+        "blocked": Chat.good("", finish="content_filter"),
+    }
+    server = served(serve, {"teacher": lambda question, time_: said[question]})
+    demos, rejected = run_distill(marked(tmp_path, said), tmp_path / "out", teachers=(spec(server, "teacher"),))
+    assert {demo["id"]: demo["messages"][2]["content"] for demo in demos} == {
+        "apart": f"<think> {REASON}.\nYes — surely! </think> <answer> B. surgery </answer>",
+        "in the text": f"<think> {REASON} </think> <answer> B. surgery </answer>",
+    }
+    assert {row["id"]: row["faults"].get("correct") for row in rejected} == {
+        "no answer": "the answer is wrong, or cannot be read", "wrong": "the answer is C, not B",
+        "cut off": "the response is not finished: length", "blocked": "the response is not finished: blocked",
+    }  # fmt: skip
+    _, _, body = server.requests[0]
+    assert [message["role"] for message in body["messages"]] == ["system", "user"] and body["messages"][0]["content"] == data.SYSTEM_PROMPT
+
+
+FULL = f"{REASON}. Wait, could it be steroids? No, the film is too dark for that"
+EXPANSIONS = {  # name: (the expander's reply, faults)
+    "plain text": (Chat.good(f"{FULL}\n\n{ANSWER}"), set()),
+    "in think tags": (Chat.good(f"<think>{FULL}</think> {ANSWER}"), set()),
+    "with thoughts of its own": (Chat.good(f"{FULL} {ANSWER}", thoughts="The user wants a chain. The reference answer is B."), set()),
+    "another answer": (Chat.good(f"{FULL} <answer> C. rest </answer>"), {"correct", "expansion"}),
+    "an answer that cannot be read": (Chat.good(f"{FULL} <answer> B or C </answer>"), {"correct", "expansion"}),
+    "no answer": (Chat.good(FULL), {"correct", "expansion", "structure"}),
+    "cut off": (Chat.good(f"{FULL} {ANSWER}", finish="length"), {"correct", "expansion"}),
+    "the summary again": (Chat.good(f"{SHORT} {ANSWER}"), {"expansion"}),
+    "a loop": (Chat.good(" ".join([PHRASE] * 4) + ANSWER), {"coherence"}),
+    "speaks of the summary": (Chat.good(f"{FULL}, as the summary states. {ANSWER}"), {"coherence"}),
+    "two answers": (Chat.good(f"{FULL} {ANSWER} {ANSWER}"), {"structure"}),
+    "too long": (Chat.good(" ".join(f"w{i}" for i in range(51)) + ANSWER), {"structure"}),
+    "another script": (Chat.good(f"{FULL} 手术 {ANSWER}"), {"coherence"}),
+}
+
+
+def test_a_summary_is_written_out_and_the_result_must_meet_every_criterion_and_keep_the_answer(serve, tmp_path):
+    names = [*EXPANSIONS, "teacher is wrong", "teacher is not in form"]
+    texts = {"teacher is wrong": data.join_response(SHORT, "C. rest"), "teacher is not in form": f"{SHORT}. The answer is (B)."}
+    said = {
+        "teacher": lambda question, time_: texts.get(question, data.join_response(SHORT, "B")),
+        "expander": lambda question, time_: EXPANSIONS.get(question, EXPANSIONS["plain text"])[0],
+    }
+    server = served(serve, said)
+    teacher, expander = spec(server, "teacher"), spec(server, "expander")
+    command = [marked(tmp_path, names), tmp_path / "out", "--expand", teacher, expander, "--words", "5", "50"]
+    demos, rejected = run_distill(*command, teachers=(teacher,))
+    assert {row["id"]: set(row["faults"]) for row in rejected} == {
+        **{name: wrong for name, (_, wrong) in EXPANSIONS.items() if wrong}, "teacher is wrong": {"correct"},
+    }  # fmt: skip
+    assert {demo["id"] for demo in demos} == {name for name in names if name not in {row["id"] for row in rejected}}
+    for demo in demos:
+        assert demo["messages"][2]["content"] == data.join_response(FULL, "B. surgery")
+        assert demo["teacher"] == teacher and demo["expander"] == expander
+    assert server.by_model == {**{("teacher", name): 1 for name in names}, **{("expander", name): 1 for name in names if name != "teacher is wrong"}}
+    prompts = [body["messages"][0]["content"] for _, _, body in server.requests if body["model"] == "expander"]
+    assert all(f"<Summary> {SHORT}" in prompt and "(C) rest" in prompt and "<Answer> B. surgery </Answer>" in prompt for prompt in prompts)
+    run_distill(*command, teachers=(teacher,))
+    assert max(server.by_model.values()) == 1  # the same command again asks nothing
+
+
+def test_only_the_named_teacher_is_expanded(serve, tmp_path):
+    said = {name: lambda question, time_, name=name: said_by(name) for name in ("one", "two")}
+    server = served(serve, {**said, "expander": lambda question, time_: f"{FULL} {ANSWER}"})
+    one, two = spec(server, "one"), spec(server, "two")
+    demos, _ = run_distill(marked(tmp_path, "abcd"), tmp_path / "out", "--expand", two, spec(server, "expander"), teachers=(one, two))
+    assert [demo["messages"][2]["content"] for demo in demos] == [said_by("one"), data.join_response(FULL, "B. surgery")] * 2
+    assert [demo.get("expander") for demo in demos] == [None, spec(server, "expander")] * 2
+
+
+CHECKED = {  # name: (what the checker says, one reply an attempt, the last repeated; faults; requests)
+    "yes": ([json.dumps(YES)], set(), 1),
+    "prose around": ([f"Well {{hm}}. {json.dumps(YES)} So much for that."], set(), 1),
+    "no structure": ([json.dumps({**YES, "Logical_Structure": "No"})], {"structure"}, 1),
+    "not plausible": ([json.dumps({**YES, "Plausibility_Coherence": "no"})], {"coherence"}, 1),
+    "neither": ([json.dumps(dict.fromkeys(YES, "No"))], {"structure", "coherence"}, 1),
+    "prose, then yes": (["All is well.", json.dumps(YES)], set(), 2),
+    "prose, then no": (["All is well.", json.dumps({**YES, "Logical_Structure": "No"})], {"structure"}, 2),
+    "always prose": (["All is well."], {"unchecked"}, 3),
+    "a key missing": (['{"Logical_Structure": "Yes"}'], {"unchecked"}, 3),
+    "echoed": ([json.dumps(dict.fromkeys(YES, "Yes/No"))], {"unchecked"}, 3),
+    "another word": ([json.dumps({**YES, "Logical_Structure": "Mostly"})], {"unchecked"}, 3),
+    "no object": (['["Yes", "Yes"]'], {"unchecked"}, 3),
+    "cut off": ([Chat.good(json.dumps(YES) + " But", finish="length")], {"unchecked"}, 3),
+    "blocked": ([Chat.good("", finish="content_filter")], {"unchecked"}, 3),
+    "not asked": ([json.dumps(YES)], {"correct"}, 0),
+}
+
+
+def test_the_checkers_verdict_is_read_strictly_or_asked_again_and_never_taken_for_a_yes(serve, tmp_path, capsys):
+    said = {
+        "teacher": lambda question, time_: BAD if question == "not asked" else GOOD,
+        "checker": lambda question, time_: CHECKED[question][0][min(time_, len(CHECKED[question][0])) - 1],
+    }
+    server = served(serve, said)
+    command = [marked(tmp_path, CHECKED), tmp_path / "out", "--checker", spec(server, "checker")]
+    demos, rejected = run_distill(*command, teachers=(spec(server, "teacher"),))
+    assert {demo["id"] for demo in demos} == {name for name, (_, wrong, _) in CHECKED.items() if not wrong}
+    assert {row["id"]: set(row["faults"]) for row in rejected} == {name: wrong for name, (_, wrong, _) in CHECKED.items() if wrong}
+    assert all(demo["checker"] == spec(server, "checker") for demo in demos)
+    assert {name: server.by_model["checker", name] for name in CHECKED} == {name: times for name, (_, _, times) in CHECKED.items()}
+    unchecked = sum("unchecked" in wrong for _, wrong, _ in CHECKED.values())
+    assert f"unchecked {unchecked}" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "stage.json").read_text())["figures"]["faults"]["unchecked"] == unchecked
+    before = server.by_model.copy()
+    run_distill(*command, teachers=(spec(server, "teacher"),))
+    assert server.by_model == before  # not even the unreadable ones
+
+
+def test_a_chain_that_the_checker_refuses_is_replaced_by_the_next_teachers(serve, tmp_path):
+    said = {name: lambda question, time_, name=name: said_by(name) for name in ("one", "two")}
+    refused = json.dumps({**YES, "Plausibility_Coherence": "No"})
+    server = served(serve, {**said, "checker": lambda question, time_: refused if time_ == 1 else json.dumps(YES)})
+    teachers = (spec(server, "one"), spec(server, "two"))
+    demos, rejected = run_distill(marked(tmp_path, "ab"), tmp_path / "out", "--checker", spec(server, "checker"), teachers=teachers)
+    assert [demo["teacher"] for demo in demos] == [teachers[1], teachers[0]] and len(rejected) == 2
+
+
+def test_images_go_to_teacher_and_checker_and_into_the_demonstration(serve, tmp_path):
+    Image.new("RGB", (30, 20), "green").save(tmp_path / "film.png")
+    questions = write(tmp_path / "questions.jsonl", [q("What is <<it>>?", "it", images=("film.png",)), q("What is <<text>>?", "text")])
+    server = served(serve, {"teacher": lambda *_: GOOD, "expander": lambda *_: f"{FULL} {ANSWER}", "checker": lambda *_: json.dumps(YES)})
+    teacher = spec(server, "teacher")
+    flags = ["--images", str(tmp_path), "--expand", teacher, spec(server, "expander"), "--checker", spec(server, "checker")]
+    demos, _ = run_distill(questions, tmp_path / "out", *flags, teachers=(teacher,))
+    assert {demo["id"]: demo["images"] for demo in demos} == {"it": ["film.png"], "text": []}
+    sent = {(body["model"], "<<it>>" in json.dumps(body)): json.dumps(body).count("data:image/png") for _, _, body in server.requests}
+    assert sent == {("teacher", True): 1, ("expander", True): 0, ("checker", True): 1, ("teacher", False): 0, ("expander", False): 0, ("checker", False): 0}
+    (tmp_path / "film.png").unlink()
+    before = len(server.requests)
+    with pytest.raises(data.RowError, match="film.png is not below"):
+        run_distill(questions, tmp_path / "other", *flags, teachers=(teacher,))
+    assert len(server.requests) == before
+
+
+def test_a_run_that_is_killed_at_each_stage_goes_on_and_asks_nothing_twice(serve, tmp_path):
+    """kill -9 while the teacher answers, while summaries are written out, while the checker judges; then to the end."""
+    names, limit, answered, lock = [f"q{i}" for i in range(12)], 0, Counter(), threading.Lock()
+    said = {"teacher": data.join_response(SHORT, "B"), "expander": f"{FULL} {ANSWER}", "checker": json.dumps(YES)}
+
+    def play(question, time_, body):
+        with lock:
+            if answered.total() >= limit:
+                return "hang"
+            answered[body["model"], question] += 1
+        return Chat.good(said[body["model"]])
+
+    server = serve(play)
+    teacher, out = spec(server, "teacher"), tmp_path / "out"
+    words = ["distill.py", "run", "--questions", str(marked(tmp_path, names)), "--teachers", teacher, "--expand", teacher, spec(server, "expander")]
+    words += ["--checker", spec(server, "checker"), "--out", str(out), "--concurrency", "3"]
+    for limit in (7, 20, 31):
+        process = script(tmp_path, *words)
+        while sum(path.read_bytes().count(b"\n") for path in out.glob("*-http*.jsonl")) < limit and process.poll() is None:
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL and not (out / "stage.json").exists() and not (out / "demos.jsonl").exists()
+    limit = 1000
+    process = script(tmp_path, *words)
+    text = process.communicate()[0]
+    assert process.returncode == 0 and "12 demonstrations" in text
+    assert answered == {(name, question): 1 for name in said for question in names}
+    assert len(rows_of(out / "demos.jsonl")) == 12
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Human review
+
+
+def fill_in(sheet: Path, copy: Path, verdicts: dict[str, str]) -> Path:
+    with open(sheet, newline="", encoding="utf-8-sig") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        row["verdict"] = verdicts.get(row["id"], "")
+    with open(copy, "w", newline="", encoding="utf-8") as file:  # as a spreadsheet would save it
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return copy
+
+
+def read_sheet(path: Path) -> dict[str, dict]:
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        return {row["id"]: row for row in csv.DictReader(file)}
+
+
+def named(key: str, response: str) -> str:
+    return distill.Chain(q("", key), 0, "", response, {}).key()
+
+
+LOOPING = data.join_response(" ".join([PHRASE] * 3), "B. surgery")
+REVIEWED = {"good": GOOD, "good, no": GOOD, "loop": LOOPING, "loop, yes": LOOPING, "loop, no": LOOPING, "wrong": BAD, "no form": f"{REASON}, so the answer is (B)."}
+
+
+@pytest.fixture
+def reviewed(tmp_path) -> Path:
+    questions = write(tmp_path / "questions.jsonl", [q(f"Question {key}?", key) for key in REVIEWED])
+    replies(tmp_path / "out", "hasty", {key: [text] for key, text in REVIEWED.items()})
+    run_distill(questions, tmp_path / "out", teachers=("clinic:hasty",))
+    return tmp_path
+
+
+def test_the_sheet_has_every_chain_that_a_human_may_keep_with_an_empty_verdict(reviewed):
+    sheet = read_sheet(reviewed / "out" / "review.csv")
+    assert list(sheet) == ["good", "good, no", "loop", "loop, yes", "loop, no"] and not any(row["verdict"] for row in sheet.values())
+    row = sheet["good"]
+    assert (row["sample"], row["teacher"], row["reasoning"], row["answer"], row["checks"]) == ("0", "clinic:hasty", REASON, "B. surgery", "passed")
+    assert row["question"] == data.question_text(q("Question good?")) and "coherence: a loop" in sheet["loop"]["checks"]
+    assert (reviewed / "out" / "review.csv").read_bytes().startswith(b"\xef\xbb\xbf")
+
+
+def test_a_humans_yes_and_no_overrule_both_ways(reviewed):
+    told = fill_in(reviewed / "out" / "review.csv", reviewed / "filled.csv", {"good, no": "No", "loop, yes": " YES ", "loop, no": "n"})
+    for _ in range(2):  # the sheet that is written now holds the verdicts, and the same command goes on with it
+        demos, rejected = run_distill(reviewed / "questions.jsonl", reviewed / "out", "--review", str(told), teachers=("clinic:hasty",))
+        assert [demo["id"] for demo in demos] == ["good", "loop, yes"]
+        assert {row["id"]: set(row["faults"]) for row in rejected} == {
+            "good, no": {"review"}, "loop": {"coherence"}, "loop, no": {"coherence", "review"}, "wrong": {"correct"}, "no form": {"structure"},
+        }  # fmt: skip
+    assert demos[1]["review"] == "yes" and demos[1]["checks"] == {"correct": True, "structure": True, "coherence": False} and "review" not in demos[0]
+    assert {key: row["verdict"] for key, row in read_sheet(reviewed / "out" / "review.csv").items() if row["verdict"]} == {
+        "good, no": "no", "loop, yes": "yes", "loop, no": "no",
+    }  # fmt: skip
+
+
+def test_no_human_makes_a_wrong_answer_right_or_gives_form_to_what_has_none(reviewed, capsys):
+    lines = ["chain,verdict"] + [f"{named(key, REVIEWED[key])},yes" for key in ("wrong", "no form")]
+    (reviewed / "filled.csv").write_text("\n".join(lines) + "\n")
+    demos, _ = run_distill(reviewed / "questions.jsonl", reviewed / "out", "--review", str(reviewed / "filled.csv"), teachers=("clinic:hasty",))
+    assert [demo["id"] for demo in demos] == ["good", "good, no"]
+    assert "2 verdicts are on chains that this run did not make, or whose answer is wrong" in capsys.readouterr().out
+
+
+def test_a_human_is_asked_before_the_checker_and_a_refused_chain_gives_way_to_the_next_teachers(serve, tmp_path):
+    server = served(serve, {"one": lambda *_: said_by("one"), "two": lambda *_: said_by("two"), "checker": lambda *_: json.dumps({**YES, "Logical_Structure": "No"})})
+    one, two = spec(server, "one"), spec(server, "two")
+    lines = [f"{named(key, said_by(name))},{word}" for key, name, word in (("a", "one", "no"), ("a", "two", "yes"), ("b", "two", "yes"))]
+    (tmp_path / "filled.csv").write_text("\n".join(["chain,verdict", *lines]) + "\n")
+    flags = ["--checker", spec(server, "checker"), "--review", str(tmp_path / "filled.csv")]
+    demos, rejected = run_distill(marked(tmp_path, "abc"), tmp_path / "out", *flags, teachers=(one, two))
+    assert [(demo["id"], demo["teacher"], demo["review"]) for demo in demos] == [("a", two, "yes"), ("b", two, "yes")]
+    assert {(row["id"], row["teacher"]): set(row["faults"]) for row in rejected} == {("a", one): {"review"}, ("c", one): {"structure"}, ("c", two): {"structure"}}
+    assert {key for key in server.by_model if key[0] == "checker"} == {("checker", "c")}
+
+
+def test_verdicts_written_into_the_runs_own_sheet_are_not_lost(reviewed):
+    sheet = reviewed / "out" / "review.csv"
+    fill_in(sheet, sheet, {"loop": "yes"})
+    before = sheet.read_bytes()
+    with pytest.raises(data.RowError, match="review.csv: holds 1 verdicts that are not in --review"):
+        run_distill(reviewed / "questions.jsonl", reviewed / "out", teachers=("clinic:hasty",))
+    assert sheet.read_bytes() == before
+    demos, _ = run_distill(reviewed / "questions.jsonl", reviewed / "out", "--review", str(sheet), teachers=("clinic:hasty",))
+    assert "loop" in {demo["id"] for demo in demos}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("chain,verdict\na,maybe\n", "row 2: verdict: 'maybe' is neither yes nor no"),
+        ("chain,verdict\na,yes\na,no\n", "row 3: verdict: another row says the opposite"),
+        ("chain;verdict\na;yes\n", "row 2: no column 'chain'"),
+        ("chain,id\na,1\n", "row 2: no column 'verdict'"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_sheet_that_cannot_be_used_is_refused_before_anything_is_done(reviewed, text, said):
+    if text:
+        (reviewed / "filled.csv").write_text(text)
+    before = (reviewed / "out" / "demos.jsonl").stat().st_mtime_ns
+    with pytest.raises(data.RowError, match="filled.csv: " + said):
+        run_distill(reviewed / "questions.jsonl", reviewed / "out", "--review", str(reviewed / "filled.csv"), teachers=("clinic:hasty",))
+    assert (reviewed / "out" / "demos.jsonl").stat().st_mtime_ns == before
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Chains that exist already
+
+
+def run_import(path: Path, form: str, *more: str) -> tuple[list[dict], list[dict]]:
+    out = path.parent / "imported"
+    distill.main(["import", str(path), "--format", form, "--out", str(out), *more])
+    assert data.main(["check", str(out / "demos.jsonl")]) == 0
+    return rows_of(out / "demos.jsonl"), rows_of(out / "rejected.jsonl")
+
+
+def record(stem: str, response: str, **changes) -> dict:
+    return {"question": stem, "options": OPTIONS, "answer_idx": "B", "answer": "surgery", "Complex_CoT": REASON, "Response": response, "Question": "open?", **changes}
+
+
+HUATUO = {  # name: (record, faults)
+    "agrees": (record("1?", "The best step is Surgery, at once."), set()),
+    "agrees, another option later": (record("2?", "Surgery rather than rest."), set()),
+    "names another option first": (record("3?", "Rest comes first, then surgery."), {"correct"}),
+    "names no option": (record("4?", "He must be operated on."), {"correct"}),
+    "names part of a word": (record("5?", "Neurosurgery is far."), {"correct"}),
+    "two options begin alike": (record("6?", "A rest in bed.", options={"A": "rest", "B": "rest in bed"}), set()),
+    "loops": (record("7?", "Surgery.", Complex_CoT=" ".join([PHRASE] * 3)), {"coherence"}),
+    "too short": (record("8?", "Surgery.", Complex_CoT="so it is"), {"structure"}),
+    "too long": (record("9?", "Surgery.", Complex_CoT=" ".join(f"w{i}" for i in range(41))), {"structure"}),
+    "tags": (record("10?", "Surgery.", Complex_CoT=f"{REASON} <answer> B </answer>"), {"structure"}),
+    "drifts": (record("11?", "Surgery.", Complex_CoT=f"{REASON} 手术"), {"coherence"}),
+    "no such option": (record("12?", "Surgery.", answer_idx="E"), {"record"}),
+    "letters out of order": (record("13?", "Surgery.", options={"B": "surgery", "A": "rest"}), {"record"}),
+    "a key missing": ({"question": "14?", "options": OPTIONS, "answer_idx": "B"}, {"record"}),
+    "no record": ("15?", {"record"}),
+}
+
+
+def test_huatuos_chains_become_demonstrations_where_their_own_conclusion_is_the_answer(tmp_path):
+    repeated = HUATUO["agrees"][0]
+    (tmp_path / "demo_data.json").write_text(json.dumps([row for row, _ in HUATUO.values()] + [repeated, {**repeated, "Complex_CoT": f"{REASON}, again"}]))
+    demos, rejected = run_import(tmp_path / "demo_data.json", "huatuo", "--words", "5", "40")
+    stems = [row["question"] for row, wrong in HUATUO.values() if not wrong]
+    assert [demo["messages"][1]["content"].split("\n")[0] for demo in demos] == [*stems, "1?"]
+    assert demos[0]["messages"] == [*data.prompt_messages(q("1?")), {"role": "assistant", "content": GOOD}]
+    assert demos[0]["meta"] == {"Response": "The best step is Surgery, at once."} and demos[0]["teacher"] == "huatuo"
+    assert [(demo["id"], demo["sample"]) for demo in (demos[0], demos[-1])] == [(demos[0]["id"], 0), (demos[0]["id"], 1)]
+    assert [set(row["faults"]) for row in rejected] == [wrong for _, wrong in HUATUO.values() if wrong] + [{"duplicate"}]
+    said = [next(iter(row["faults"].values())) for row in rejected]
+    assert said[:2] == ["its Response first names C, not B", "its Response names no option"]
+    assert any("record 14: missing 'Complex_CoT'" in text for text in said) and any("record 12: answer: 'E' is not among" in text for text in said)
+    stage = json.loads((tmp_path / "imported" / "stage.json").read_text())
+    assert stage["figures"]["demos"] == len(demos) and stage["inputs"] == {str(tmp_path / "demo_data.json"): data.file_hash(tmp_path / "demo_data.json")}
+
+
+def turns(asked: str, said: str, system: str = "") -> list[tuple[str, str]]:
+    return [("system", system)] * bool(system) + [("user", asked), ("assistant", said)]
+
+
+THOUGHT = f"<think>\n{REASON}\n</think>\n\n"
+SHAREGPT = {  # name: (turns, images, the answer that is read; None: refused for these faults, faults)
+    "an answer block": (turns("1?", f"{THOUGHT}So: <answer>surgery</answer>"), [], "surgery", set()),
+    "what follows the thinking": (turns("2?", f"{THOUGHT}Surgery, at once.", system="Be brief."), [], "Surgery, at once.", set()),
+    "with an image": (turns("<image>\n3?", f"{THOUGHT}B"), ["film.png"], "B", set()),
+    "no thinking": (turns("4?", "Surgery."), [], None, {"structure", "correct"}),
+    "thinking that does not end": (turns("5?", f"<think> {REASON}"), [], None, {"structure", "correct"}),
+    "two thoughts": (turns("6?", f"{THOUGHT}{THOUGHT}B"), [], None, {"structure", "correct"}),
+    "nothing after it": (turns("7?", THOUGHT), [], None, {"structure", "correct"}),
+    "a loop": (turns("8?", f"<think> {' '.join([PHRASE] * 3)} </think> B"), [], None, {"coherence"}),
+    "several questions": (turns("9?", f"{THOUGHT}B") * 2, [], None, {"record"}),
+    "an image in the text": (turns("10 <image>?", f"{THOUGHT}B"), ["film.png"], None, {"record"}),
+    "an image too few": (turns("<image><image>11?", f"{THOUGHT}B"), ["film.png"], None, {"record"}),
+    "an image that is not named": (turns("12?", f"{THOUGHT}B"), ["film.png"], None, {"record"}),
+    "an image outside": (turns("<image>13?", f"{THOUGHT}B"), ["../film.png"], None, {"record"}),
+    "no text": ([("user", "14?"), ("assistant", None)], [], None, {"record"}),
+    "no question": (turns(" ", f"{THOUGHT}B"), [], None, {"record"}),
+}
+
+
+@pytest.mark.parametrize("kind", ["conversations", "messages"])
+def test_sharegpt_and_message_records_with_thinking_become_demonstrations(tmp_path, kind):
+    names = {"user": "human", "assistant": "gpt", "system": "system"}
+    rows = []
+    for spoken, images, _, _ in SHAREGPT.values():
+        said = [{"from": names[role], "value": text} if kind == "conversations" else {"role": role, "content": text} for role, text in spoken]
+        rows.append({kind: said, **({"images": images} if images else {})})
+    data.write_jsonl(tmp_path / "chains.jsonl", [*rows, {"instruction": "x"}])
+    demos, rejected = run_import(tmp_path / "chains.jsonl", "sharegpt")
+    kept = [(spoken, images, answer) for spoken, images, answer, wrong in SHAREGPT.values() if not wrong]
+    assert [demo["messages"] for demo in demos] == [
+        [
+            {"role": "system", "content": data.SYSTEM_PROMPT},
+            {"role": "user", "content": spoken[-2][1].removeprefix("<image>\n")},
+            {"role": "assistant", "content": data.join_response(REASON, answer)},
+        ]
+        for spoken, _, answer in kept
+    ]
+    assert [demo["images"] for demo in demos] == [images for _, images, _ in kept] and all(demo["checks"]["correct"] is None for demo in demos)
+    assert [set(row["faults"]) for row in rejected] == [wrong for _, _, _, wrong in SHAREGPT.values() if wrong] + [{"record"}]
+    assert "chains.jsonl:16: no list 'messages' or 'conversations'" in rejected[-1]["faults"]["record"]
+
+
+@pytest.mark.parametrize(("content", "said"), [(b"[{", "begins as a JSON array, but is none"), (b"\xff\xfe", ":1: not JSON"), (None, "no such file")])
+def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path, content, said):
+    if content:
+        (tmp_path / "chains.json").write_bytes(content)
+    with pytest.raises(data.RowError, match=f"chains.json.*{said}"):
+        run_import(tmp_path / "chains.json", "sharegpt")
+
+
+@pytest.mark.skipif(not REAL or not (Path(REAL) / "huatuo_demo_data.json").exists(), reason="MEDEE_REAL_DATA names no folder with huatuo_demo_data.json")
+def test_huatuos_own_file_becomes_demonstrations_that_can_be_shown_and_teach(folders, tmp_path, capsys):
+    shutil.copy(Path(REAL) / "huatuo_demo_data.json", tmp_path)
+    demos, rejected = run_import(tmp_path / "huatuo_demo_data.json", "huatuo")
+    reasons = Counter(row["faults"]["correct"].split(" names ")[0] for row in rejected)
+    assert (len(demos), reasons) == (51, {"its Response": 125, "its Response first": 22})
+    capsys.readouterr()
+    model.main(["show", str(tmp_path / "imported" / "demos.jsonl"), "--model", str(folders["qwen"]), "-n", "2"])
+    shown = capsys.readouterr().out
+    assert shown.count("supervised: think") == 2 and data.SYSTEM_PROMPT in shown
+    shortest = sorted(demos, key=lambda demo: sum(len(message["content"]) for message in demo["messages"]))[:5]
+    data.write_jsonl(tmp_path / "short.jsonl", shortest)
+    flags = ["--epochs", "4", "--batch", "1", "--lr", "5e-3", "--pixels", str(56 * 56)]
+    sft.main(["--model", str(folders["qwen"]), "--demos", str(tmp_path / "short.jsonl"), "--out", str(tmp_path / "sft"), *flags])
+    losses = [row["loss"] for row in data.read_metrics(tmp_path / "sft")]
+    assert len(losses) == 20 and losses[-1] < losses[0] - 0.5 and sum(losses[10:]) < 0.95 * sum(losses[:10])  # the same five rows, again
