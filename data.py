@@ -211,6 +211,22 @@ def extract_choice(response: str, options: dict[str, str]) -> str | None:
     return None if another_text or another_letter or a_word_follows else letter
 
 
+def last_object(reply: str) -> dict:
+    """The last balanced {...} of a reply that is JSON: prose and code fences around it do no harm. Raises ValueError if there is none."""
+    found, end = None, 0
+    decoder = json.JSONDecoder()
+    for brace in re.finditer(r"\{", reply):
+        if brace.start() < end:  # inside an object that has been read
+            continue
+        try:
+            found, end = decoder.raw_decode(reply, brace.start())
+        except json.JSONDecodeError:
+            continue
+    if found is None:
+        raise ValueError("no JSON object in the reply")
+    return found
+
+
 def is_correct(response: str, question: Question) -> bool:
     """Right by rule: the chosen letter is the answer's or, open-ended, the answer block has the reference's very words."""
     if question.options:

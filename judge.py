@@ -92,23 +92,10 @@ Please return the evaluation in the following JSON format:
 def parse_verdict(reply: str) -> dict[str, bool]:
     """{key: bool} for the five keys of Appendix A. Raises ValueError with the reason if the reply is anything else.
 
-    The last balanced {...} that is JSON counts, so prose and code fences around it do no harm; keys and values may be in
-    any case. "Yes/No" is the prompt echoed, a missing key or another word is no judgement: both are errors.
+    The last JSON object counts; keys and values may be in any case. "Yes/No" is the prompt echoed, a missing key or another
+    word is no judgement: both are errors.
     """
-    found, end = None, 0
-    decoder = json.JSONDecoder()
-    for brace in re.finditer(r"\{", reply):
-        if brace.start() < end:  # inside an object that has been read
-            continue
-        try:
-            value, end = decoder.raw_decode(reply, brace.start())
-        except json.JSONDecodeError:
-            continue
-        if isinstance(value, dict):
-            found = value
-    if found is None:
-        raise ValueError("no JSON object in the reply")
-    lowered = {str(key).strip().casefold(): value for key, value in found.items()}
+    lowered = {str(key).strip().casefold(): value for key, value in data.last_object(reply).items()}
     verdict = {}
     for key in KEYS:
         if key.casefold() not in lowered:
