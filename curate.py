@@ -403,7 +403,7 @@ def run(args: argparse.Namespace) -> None:
     if args.dry_run:
         return estimate(bank, args)
     out.mkdir(parents=True, exist_ok=True)
-    left, rejected, after = bank, {}, {"bank": bank}
+    left, rejected, after = bank, {}, {"bank" if len(args.steps) > 1 else "given": bank}
     for step in args.steps:
         if step == "describe":
             left = describe(left, args)
@@ -470,20 +470,18 @@ def plot_funnel(funnel: list[dict], path: Path) -> None:
     names = [name for name in funnel[0]["modality"] if name != "text"]
     figure, (ax, by) = plt.subplots(1, 2, figsize=(12, max(4.0, 1.5 + 0.35 * len(names))), constrained_layout=True, width_ratios=[3, 2])
     for offset, kind, shade, hatch in ((-0.2, "text", "#d0d0d0", "//"), (0.2, "image", "#505050", None)):
-        bars = ax.bar([x + offset for x in range(len(funnel))], [row[kind] for row in funnel], 0.38, color=shade, hatch=hatch, edgecolor="black", lw=0.5, label=f"{kind} questions")
+        bars = ax.bar([x + offset for x in range(len(funnel))], [row[kind] for row in funnel], 0.38, color=shade, hatch=hatch, edgecolor="black", lw=0.5)
         ax.bar_label(bars, [f"{row[kind]:,}\n{row[kind] / max(1, funnel[0][kind]):.0%}" for row in funnel], fontsize=8, padding=2)
     labels = [row["filter"] + ("\npaper: {:,} text\n{:,} image".format(*PAPER[row["filter"]]) if row["filter"] in PAPER else "") for row in funnel]
-    ax.set(title="questions left after each filter", ylabel="questions", xticks=range(len(funnel)), xticklabels=labels)
+    ax.set(title="questions left after each filter (hatched: text, dark: image)", ylabel="questions", xticks=range(len(funnel)), xticklabels=labels)
     ax.margins(y=0.15)
-    ax.legend(frameon=False)
     for offset, row, shade in ((-0.2, funnel[0], "#d0d0d0"), (0.2, funnel[-1], "#505050")):
         values = [row["modality"].get(name, 0) for name in names]
-        bars = by.barh([y + offset for y in range(len(names))], values, 0.38, color=shade, edgecolor="black", lw=0.5, label=f"after {row['filter']}" if row is not funnel[0] else row["filter"])
+        bars = by.barh([y + offset for y in range(len(names))], values, 0.38, color=shade, edgecolor="black", lw=0.5)
         by.bar_label(bars, [f"{value:,}" for value in values], fontsize=8, padding=2)
-    by.set(title="image questions by modality", xlabel="questions", yticks=range(len(names)), yticklabels=names)
+    by.set(title=f"image questions by modality (light: {funnel[0]['filter']}, dark: after {funnel[-1]['filter']})", xlabel="questions", yticks=range(len(names)), yticklabels=names)
     by.invert_yaxis()
     by.margins(x=0.12)
-    by.legend(frameon=False, loc="lower right")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
