@@ -353,6 +353,8 @@ def describe(questions: list[data.Question], args: argparse.Namespace) -> list[d
     breaks no rule, else the text as it was, marked for review."""
     reviewed = read_reviewed(args.reviewed) if args.reviewed else {}
     by_id, is_readable = {question.id: question for question in questions}, readable(read_edit)
+    if elsewhere := sorted(reviewed.keys() - by_id.keys()):
+        print(f"{args.reviewed}: {len(elsewhere)} of its questions are not here, or were rejected: {', '.join(elsewhere[:5])}")
     for key in reviewed.keys() & by_id.keys():
         by_id[key] = edited(by_id[key], reviewed[key], {"reviewed": True})
     for demand in demands("describe", questions, args):
@@ -468,7 +470,7 @@ def plot_funnel(funnel: list[dict], path: Path) -> None:
 
     plt.rcParams["axes.titlesize"] = 10
     names = [name for name in funnel[0]["modality"] if name != "text"]
-    figure, (ax, by) = plt.subplots(1, 2, figsize=(12, max(4.0, 1.5 + 0.35 * len(names))), constrained_layout=True, width_ratios=[3, 2])
+    figure, (ax, by) = plt.subplots(1, 2, figsize=(13, max(4.0, 1.5 + 0.35 * len(names))), constrained_layout=True, width_ratios=[3, 2])
     for offset, kind, shade, hatch in ((-0.2, "text", "#d0d0d0", "//"), (0.2, "image", "#505050", None)):
         bars = ax.bar([x + offset for x in range(len(funnel))], [row[kind] for row in funnel], 0.38, color=shade, hatch=hatch, edgecolor="black", lw=0.5)
         ax.bar_label(bars, [f"{row[kind]:,}\n{row[kind] / max(1, funnel[0][kind]):.0%}" for row in funnel], fontsize=8, padding=2)
@@ -479,7 +481,7 @@ def plot_funnel(funnel: list[dict], path: Path) -> None:
         values = [row["modality"].get(name, 0) for name in names]
         bars = by.barh([y + offset for y in range(len(names))], values, 0.38, color=shade, edgecolor="black", lw=0.5)
         by.bar_label(bars, [f"{value:,}" for value in values], fontsize=8, padding=2)
-    by.set(title=f"image questions by modality (light: {funnel[0]['filter']}, dark: after {funnel[-1]['filter']})", xlabel="questions", yticks=range(len(names)), yticklabels=names)
+    by.set(title=f"by modality (light: {funnel[0]['filter']}, dark: after {funnel[-1]['filter']})", xlabel="image questions", yticks=range(len(names)), yticklabels=names)
     by.invert_yaxis()
     by.margins(x=0.12)
     figure.savefig(path, dpi=110)

@@ -489,7 +489,7 @@ def edit(text: str, removed: list) -> str:
     return json.dumps({"question": text, "removed": removed})
 
 
-def test_descriptions_are_cut_or_left_for_review_and_a_human_goes_first(tmp_path, films):
+def test_descriptions_are_cut_or_left_for_review_and_a_human_goes_first(tmp_path, films, capsys):
     said = {
         "cut": [edit(CUT, [PASSAGE])], "clean": [edit(STEM, [])], "late": ["hm", '{"question": 3, "removed": []}', edit(CUT, [PASSAGE])],
         "broken": [edit(CUT.replace("9.5", "9"), [PASSAGE])], "mute": ["hm"] * 3, "cut off": [(edit(CUT, [PASSAGE]), "length")] * 3,
@@ -501,6 +501,7 @@ def test_descriptions_are_cut_or_left_for_review_and_a_human_goes_first(tmp_path
     bank_file = write(tmp_path / "bank.jsonl", bank)
     kept, rejected, _ = run_curate(bank_file, tmp_path / "out", *flags, "--reviewed", str(tmp_path / "human.csv"), command="describe")
     assert not rejected and list(kept) == [question.id for question in bank]
+    assert "1 of its questions are not here, or were rejected: elsewhere" in capsys.readouterr().out
     assert {key: question.question for key, question in kept.items() if question.question != STEM} == {"cut": CUT, "late": CUT, "human": "By hand: 45, Figure A?"}
     assert all((kept[x.id].options, kept[x.id].answer, kept[x.id].images) == (x.options, x.answer, x.images) for x in bank)
     assert {key: question.meta for key, question in kept.items()} == {
