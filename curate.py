@@ -3,11 +3,10 @@
     keep q  iff  q is no benchmark question                                     leak         free
             and  no baseline model solves it directly                           difficulty   one request a baseline
             and  it is not answered by recognising a pattern (image questions)  type         one request
+                 whatever tells what the image shows is taken out (paper §3.3)  describe     one request, and a human
             and  each of two experts solves it in at least one of 4 attempts    solvable     up to 4 requests an expert
 
-    Last, an engine and then a human take out of image questions whatever tells what the image shows (paper §3.3): describe.
-
-Each filter is a command of its own that reads and writes questions.jsonl; `all` runs them in this order, the cheapest first,
+Each step is a command of its own that reads and writes questions.jsonl; `all` runs them in this order, the cheapest first,
 and parts what is left: text questions become Stage I's demonstrations, image questions Stage II's preference pairs. Every
 rejected question is kept with the filter that rejected it, why, and on what evidence. Every reply is kept and nothing is asked twice.
 
@@ -28,6 +27,7 @@ Where we depart from the paper, or it is silent:
   4. The paper's image descriptions are removed by GPT-4o and by hand. Here an edit that breaks a rule (a figure reference
      or a number lost, words lost that it does not own up to, ...) is not taken: the question stays as it is, is marked
      meta.needs_review and listed in review.csv; a human's text (--reviewed) goes before the engine's. Ids stay as they are.
+     The paper edits after the experts have solved a question; here before, so that they solve the text that is trained on.
   5. Its experts differ for text and image questions: write --experts gemini:... text=https:... image=https:...
 """
 
@@ -207,9 +207,10 @@ def demands(step: str, questions: list[data.Question], args: argparse.Namespace)
 def replies(demand: Demand, ids: Collection[str], enough: Callable[[dict], bool], args: argparse.Namespace) -> dict[str, list[dict]]:
     """{id: its replies, the last of them enough, or not even after all attempts} for those ids that the demand asks about.
 
-    Attempts go round by round, and what is settled is not asked again: the result is the same, for fewer requests.
+    Attempts go round by round, and what is settled is not asked again: the result is the same, for fewer requests. Raises
+    RowError where a reply that is on disk was to another text of the question.
     """
-    path = Path(args.out) / demand.name
+    path, texts = Path(args.out) / demand.name, {ask.id: data.content_hash(ask.messages)[:16] for ask in demand.asks}
     data.settle(path, {"engine": demand.spec, **vars(demand.sampling), "pixels": args.pixels, "tiles": args.tiles})
     said: dict[str, list[dict]] = {ask.id: [] for ask in demand.asks if ask.id in ids}
     if not said:
@@ -218,7 +219,9 @@ def replies(demand: Demand, ids: Collection[str], enough: Callable[[dict], bool]
     for attempt in range(demand.attempts):
         left = [replace(ask, samples=(attempt,)) for ask in demand.asks if ask.id in said and not (said[ask.id] and enough(said[ask.id][-1]))]
         title = f"{demand.role} {demand.spec}" + f", attempt {attempt + 1}" * (demand.attempts > 1)
-        for row in ask_all(engine, left, demand.sampling, path, lambda reply: reply_row(reply, demand.spec), title) if left else []:
+        for row in ask_all(engine, left, demand.sampling, path, lambda reply: {**reply_row(reply, demand.spec), "asked": texts[reply.id]}, title) if left else []:
+            if row.get("asked", texts[row["id"]]) != texts[row["id"]]:
+                raise data.RowError(f"{path}: question {row['id']} had another text when it was asked; remove the file, or write to another folder")
             said[row["id"]].append(row)
     if isinstance(engine, Replicas):
         engine.close()  # the next engine needs the GPUs
@@ -296,7 +299,8 @@ def solvable(questions: list[data.Question], args: argparse.Namespace) -> dict[s
     return rejected
 
 
-FILTERS = {"leak": leak, "difficulty": difficulty, "type": question_type, "solvable": solvable}  # the cheapest first
+FILTERS = {"leak": leak, "difficulty": difficulty, "type": question_type, "solvable": solvable}
+STEPS = ["leak", "difficulty", "type", "describe", "solvable"]  # the cheapest first
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -409,6 +413,8 @@ def run(args: argparse.Namespace) -> None:
     for step in args.steps:
         if step == "describe":
             left = describe(left, args)
+            removed = sum("original" in question.meta for question in left)
+            bank = list({**{question.id: question for question in bank}, **{question.id: question for question in left}}.values())
             continue
         rejected |= (found := FILTERS[step](left, args))
         left = after[step] = [question for question in left if question.id not in found]
@@ -427,7 +433,7 @@ def run(args: argparse.Namespace) -> None:
     figures = {"kept": len(left), **Counter(f"{row['filter']}: {row['reason']}" if row["filter"] != "leak" else "leak" for row in rejected.values())}
     if "describe" in args.steps:
         outputs.append("review.csv")
-        figures |= {"descriptions removed": sum("original" in q.meta for q in left), "to review": write_review(out / "review.csv", left)}
+        figures |= {"descriptions removed": removed, "to review": write_review(out / "review.csv", left)}
     print("\n".join(f"  {value:>7} {name}" for name, value in figures.items()))
     engines = [checkpoint(demand.spec) for step in args.steps for demand in demands(step, left, args)]
     inputs = [*args.questions, *args.against, *filter(None, [args.reviewed, *engines])]
@@ -503,11 +509,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "type": "drop image questions that are pattern recognition",
         "solvable": "drop what an expert never solves",
         "describe": "take image descriptions out of image questions",
-        "all": "leak, difficulty, type, solvable, describe, in this order: the cheapest first",
+        "all": "all of them, in this order: " + ", ".join(STEPS),
     }
     for name, help in helps.items():
         command, one = commands.add_parser(name, help=help), name != "all"
-        command.set_defaults(run=run, steps=[name] if one else [*FILTERS, "describe"], direct_attempts=DIRECT, expert_attempts=ATTEMPTS, drop_if="any")
+        command.set_defaults(run=run, steps=[name] if one else STEPS, direct_attempts=DIRECT, expert_attempts=ATTEMPTS, drop_if="any")
         command.set_defaults(against=[], baselines=[], classifier="", experts=[], editor="", reviewed="", dry_run=False)
         command.add_argument("--questions", nargs="+", required=True, help="questions.jsonl files")
         command.add_argument("--images", default=".", help="image root")
