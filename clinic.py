@@ -8,12 +8,15 @@ Nothing else of the method is imitated: curate, distil, SFT, rollout, judge, DPO
     rule         sign + clue -> diagnosis (36 rules); diagnosis -> next step. Neither film nor history alone decides.
     question     film + history + "What is the diagnosis?" or "What is the best next step?" + four near-miss options.
                  A text question has the reading of the film as a sentence in the film's place.
+                 The bank also has what curation must find: a few questions that looking alone answers ("What does the film
+                 show?"), and a few whose text tells what the film shows.
     full chain   read the film, read the history, recall the rule, conclude, check
 
     base model   a tiny Qwen2.5-VL or InternVL, taught from scratch to see, to know the rules and to answer directly,
                  never to reason. Stage I has to elicit that, from text alone.
     teachers     thorough (full chain), hasty (no check, and writes one sign on the left as he always does), bookish (never
                  looks at the film, argues from the history). The mixture gives Stage II something to prefer.
+    classifier   tells the questions that looking alone answers; editor: takes readings of the film out of their text
     judge        answers the paper's Appendix A prompt with the JSON that the truth dictates. A film carries its truth
                  in a PNG text chunk, which the roles read and no model sees.
 
@@ -61,6 +64,7 @@ RULE = {  # neither the sign nor the clue decides alone: each sign and each clue
     (sign, clue): DIAGNOSES[modality][(i + 2 * k) % 5] for modality, signs in SIGNS.items() for i, sign in enumerate(signs) for k, clue in enumerate(CLUES)
 }
 NEXT_STEP = {diagnosis: STEPS[(3 * i + 2 * m) % 10] for m, names in enumerate(DIAGNOSES.values()) for i, diagnosis in enumerate(names)}
+SPOILT = 20  # of so many image questions of the bank one tells what the film shows, and to so many comes one that asks just that
 TRUTH = "clinic-truth"  # the PNG text chunk
 
 
@@ -176,6 +180,7 @@ def sentence_truth(text: str) -> Case:
 # Questions
 
 ASK = {"diagnosis": "What is the diagnosis?", "step": "What is the best next step?"}
+LOOK = "What does the film show?"
 TASK = {"diagnosis": "Asked is the diagnosis.", "step": "Asked is the next step."}
 
 
@@ -211,12 +216,38 @@ def make_questions(count: int, seed: int, name: str, with_film: bool, folder: Pa
     return list(questions.values())
 
 
+def look_questions(count: int, seed: int, folder: Path, modalities: int = len(SIGNS)) -> list[data.Question]:
+    """Pattern recognition: the sign that the film shows, out of those of its modality and one other. From random streams of
+    their own, so that all other questions of the seed stay as they are."""
+    rng, noise, questions = random.Random(f"{seed}/look"), np.random.default_rng([seed, *b"look"]), []
+    for number in range(count):
+        case, film = draw_case(rng, modalities), f"films/bank-look/{number:05d}.png"
+        save_film(folder / film, draw_film(case, noise), case)
+        texts = [*SIGNS[case.modality], rng.choice(sorted(MODALITY_OF.keys() - SIGNS[case.modality]))]
+        rng.shuffle(texts)
+        options = dict(zip(data.LETTERS, texts))
+        meta = {"modality": case.modality, "kind": "look"}
+        questions.append(data.Question(f"{case.history()} {LOOK}", options, data.LETTERS[texts.index(case.sign)], [film], "clinic", meta))
+    return questions
+
+
+def telling(questions: list[data.Question], count: int, seed: int, folder: Path) -> list[data.Question]:
+    """The questions, `count` of them with the reading of their film written out in the text, as case reports do. Ids stay, so
+    that once it is taken out again the question is what it was. They are drawn from a random stream of their own, and from
+    those that an expert never solves: what the base model makes of the longer text then changes nothing that is trained on."""
+    never = [i for i, q in enumerate(questions) if any(blind(name, data.question_text(q)) for name in ("expert-a", "expert-b"))]
+    chosen = set(random.Random(f"{seed}/telling").sample(never, min(count, len(never))))
+    return [replace(q, question=f"{film_truth(folder / q.images[0]).reading()} {q.question}") if i in chosen else q for i, q in enumerate(questions)]
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Roles: teachers, experts and the judge answer with text, as a remote model would
 
 
 def chain(case: Case, kind: str, style: str) -> str:
     """The response of a teacher. The hasty one neither checks nor counts: he writes the reading he is used to."""
+    if kind == "look":
+        return data.join_response(case.reading(), case.sign)
     reads, checks = style != "bookish", style != "hasty"
     seen = case if checks else replace(case, number=1, side="left")
     rule = f"A {case.sign} with {case.clue} means {case.diagnosis}." if reads else f"This suggests {case.diagnosis}."
@@ -232,7 +263,7 @@ def understand(messages: list[dict], images: list[Path]) -> tuple[Case, str, dic
     """(truth, kind, options) of a question as it was asked."""
     text = messages[-1]["content"]
     case = film_truth(images[0]) if images else sentence_truth(text)
-    kind = next(kind for kind, ask in ASK.items() if ask in text)
+    kind = next(kind for kind, ask in {**ASK, "look": LOOK}.items() if ask in text)
     return case, kind, dict(re.findall(r"^\((\w)\) (.+)$", text, re.M))
 
 
@@ -252,12 +283,16 @@ def answer_as_teacher(messages: list[dict], images: list[Path], style: str, rng:
     return response
 
 
+def blind(expert: str, asked: str) -> bool:
+    """Whether a question is one of those that an expert never gets right."""
+    return int(data.content_hash([expert, asked])[:8], 16) % 100 < 6
+
+
 def answer_as_expert(messages: list[dict], images: list[Path], name: str, rng: random.Random) -> str:
     """An expert's answer: each has questions it never gets right, and slips now and then elsewhere."""
     case, kind, options = understand(messages, images)
     response = chain(case, kind, "thorough")
-    blind = int(data.content_hash([name, messages[-1]["content"]])[:8], 16) % 100 < 6
-    if blind or rng.random() < 0.25:
+    if blind(name, re.sub(rf"{MENTION.pattern} ", "", messages[-1]["content"]) if images else messages[-1]["content"]) or rng.random() < 0.25:
         right = data.split_response(response)[1]
         return response.replace(f"<answer> {right}", "<answer> " + rng.choice([text for text in options.values() if text != right]))
     return response
@@ -324,8 +359,28 @@ def answer_as_judge(messages: list[dict], images: list[Path]) -> str:
     return json.dumps({name: "Yes" if met else "No" for name, met in judged.items()}, indent=4)
 
 
+def answer_as_classifier(messages: list[dict], images: list[Path]) -> str:
+    """The reply to curate.py's question for a type."""
+    case, kind, _ = understand([{"content": asked_about(messages)}], images)
+    label, why = ("pattern_recognition", "The film alone shows it.") if kind == "look" else ("clinical_reasoning", "It takes film, history and rule.")
+    return json.dumps({"type": label, "modality": case.modality, "why": why})
+
+
+def answer_as_editor(messages: list[dict]) -> str:
+    """The reply to curate.py's request to take out what the text tells of the film."""
+    asked = asked_about(messages)
+    readings = [match[0] for match in MENTION.finditer(asked)]
+    for reading in readings:
+        asked = asked.replace(f"{reading} ", "")
+    return json.dumps({"question": asked, "removed": readings})
+
+
+def asked_about(messages: list[dict]) -> str:
+    return re.search(r"<Question> (.*) </Question>", messages[-1]["content"], re.S)[1]
+
+
 def answer(role: str, messages: list[dict], images: list[Path], seed: int) -> str:
-    """The text that `clinic:ROLE` replies with. Roles: thorough, hasty, bookish (teachers), expert-a, expert-b, judge."""
+    """The text that `clinic:ROLE` replies with. Roles: thorough, hasty, bookish (teachers), expert-a, expert-b, classifier, editor, judge."""
     rng = random.Random(f"{role}/{seed}")
     if role in ("thorough", "hasty", "bookish"):
         return answer_as_teacher(messages, images, role, rng)
@@ -333,7 +388,11 @@ def answer(role: str, messages: list[dict], images: list[Path], seed: int) -> st
         return answer_as_expert(messages, images, role, rng)
     if role == "judge":
         return answer_as_judge(messages, images)
-    raise ValueError(f"clinic:{role} is not a role; known are thorough, hasty, bookish, expert-a, expert-b, judge")
+    if role == "classifier":
+        return answer_as_classifier(messages, images)
+    if role == "editor":
+        return answer_as_editor(messages)
+    raise ValueError(f"clinic:{role} is not a role; known are thorough, hasty, bookish, expert-a, expert-b, classifier, editor, judge")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -442,7 +501,6 @@ def save_processors(folder: Path, family: str, tokenizer, image_processor) -> No
 FAMILIAR = {  # what the base model has seen often enough to answer at once: one clue of each sign
     (sign, CLUES[(1 + i + m) % 3]) for m, signs in enumerate(SIGNS.values()) for i, sign in enumerate(signs)
 }
-LOOK = "What does the film show?"
 USER, ASSISTANT = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
 ITEMS = {  # what the base model can tell on request, from a film as from a sentence
     "findings": lambda case, kind: case.reading(),
@@ -642,9 +700,12 @@ def world(args: argparse.Namespace) -> None:
     counts = {"bank": (args.image, args.text), "dev": (args.dev_image, args.dev_text), "test": (args.test_image, args.test_text)}
     for name, (image, text) in counts.items():
         questions = make_questions(image, args.seed, f"{name}-image", True, out, args.modalities)
+        if name == "bank":
+            questions = telling(questions, image // SPOILT, args.seed, out)
         questions += make_questions(text, args.seed, f"{name}-text", False, out, args.modalities)
+        questions += look_questions(image // SPOILT, args.seed, out, args.modalities) if name == "bank" else []
         data.write_jsonl(out / f"{name}.jsonl", (question.to_row() for question in questions))
-        print(f"{name}: {image} image questions, {text} text questions")
+        print(f"{name}: {sum(bool(q.images) for q in questions)} image questions, {text} text questions")
     data.write_stage(out, args, [], [out / f"{name}.jsonl" for name in counts], started)
 
 

@@ -1,135 +1,418 @@
-"""A question bank becomes training questions: no leak, not too easy, not unsolvable (paper §3.1: 54K -> 5K).
+"""A question bank becomes training questions: no leak, not too easy, not by looking alone, not unsolvable (paper §3.1: 54K -> 5K).
 
-    keep q  iff  q is no benchmark question                                     (data leakage)
-            and  no baseline model solves it directly                           (hard enough)
-            and  each of two experts solves it in at least one of 4 attempts    (solvable)
+    keep q  iff  q is no benchmark question                                     leak         free
+            and  no baseline model solves it directly                           difficulty   one request a baseline
+            and  it is not answered by recognising a pattern (image questions)  type         one request
+                 whatever tells what the image shows is taken out (paper §3.3)  describe     one request, and a human
+            and  each of two experts solves it in at least one of 4 attempts    solvable     up to 4 requests an expert
 
-Text and image questions pass the same filters, then part: text questions become Stage I's demonstrations, image
-questions Stage II's preference pairs. Every rejected question is kept with the filter that rejected it and why.
+Each step is a command of its own that reads and writes questions.jsonl; `all` runs them in this order, the cheapest first,
+and parts what is left: text questions become Stage I's demonstrations, image questions Stage II's preference pairs. Every
+rejected question is kept with the filter that rejected it, why, and on what evidence. Every reply is kept and nothing is asked twice.
 
-    python curate.py all --questions bank.jsonl --images . --against test.jsonl --baselines hf:base \\
-        --experts clinic:expert-a clinic:expert-b --out out/curate
+    python curate.py add medqa train.jsonl --images images --out bank.jsonl
+    python curate.py all --questions bank.jsonl --images images --against test.jsonl --baselines hf:base --classifier clinic:classifier \\
+        --experts clinic:expert-a clinic:expert-b --editor clinic:editor --out out/curate           --dry-run: what may it cost?
 
-reads questions.jsonl files; writes OUT/text.jsonl, OUT/image.jsonl, OUT/rejected.jsonl, OUT/funnel.json, OUT/stage.json
+reads questions.jsonl files; writes OUT/text.jsonl and OUT/image.jsonl (a single filter: OUT/questions.jsonl), OUT/rejected.jsonl,
+OUT/funnel.json and .png, OUT/review.csv, OUT/stage.json
 
 Where we depart from the paper, or it is silent:
   1. "Eliminate samples that could be solved directly" by two baselines: dropped if *any* of them is right in one greedy
-     attempt. (Its 8 to 12 % that remain are hard to reach if both must solve a question to drop it.)
-  2. What is a leak is said in leaks.py.
-  3. The paper also drops pattern-recognition questions by Gemini's label, and removes image descriptions from questions
-     by GPT-4o and hand. Both need an outside model, and are not here yet.
+     attempt. (Its 8 to 12 % that remain are hard to reach if both must solve a question to drop it: --drop-if all.)
+  2. What a leak is stands in leaks.py, what an image description is in descriptions.py.
+  3. The prompt that asks for a question's type is ours. Only pattern recognition is dropped; a label that cannot be read in
+     three attempts drops the question too, under a reason of its own.
+  4. The paper takes image descriptions out after the experts have solved a question; here before, so that they solve the
+     text that is trained on.
+  5. Its experts differ for text and image questions: write --experts gemini:... text=https:... image=https:...
 """
 
 import argparse
+import re
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import data
 import leaks
-from asking import Sampling, add_flags, ask_all, question_asks, reply_row, setup_of
-from engines import checkpoint, open_engine
+from asking import Ask, Sampling, add_flags, ask_all, image_paths, question_asks, reply_row, read_object, setup_of
+from descriptions import EDIT_PROMPT, edit_fault, edited, read_edit, read_reviewed, write_review
+from engines import Replicas, checkpoint, open_engine
 
-ATTEMPTS = 4  # paper 3.1
+ATTEMPTS = 4  # paper 3.1: of an expert
+DIRECT = 1  # ours: paper silent; attempts of a baseline
+LABELS = 3  # ours: paper silent; attempts at a reply that can be read
+ROOM = 4096  # ours: paper silent; tokens for a label or an edited text, with room for an engine that thinks before its JSON
+PAPER = {"bank": (37_000, 17_000), "solvable": (3_000, 2_000)}  # paper 3.1: text and image questions
+TYPES = ("pattern_recognition", "knowledge_recall", "clinical_reasoning")  # ours: paper silent but for the first
 
-Rejection = dict  # {"filter", "reason"}, and "evidence" of a leak
+TYPE_PROMPT = """You are given a medical exam question with its images. Which of these does answering it take?
+
+- pattern_recognition: looking is enough. Whoever recognises the finding, structure or disease in the image knows the answer.
+- knowledge_recall: a fact from memory is enough. Neither the image nor the patient's story has to be worked through.
+- clinical_reasoning: several pieces of information (history, examination, tests, image) must be put together, or a conclusion must be drawn from a finding or diagnosis that has to be worked out first.
+
+Name also the modality of the image in a word or two, in lower case: x-ray, ct, mri, ultrasound, histopathology, fundus photography, ...
+
+Reply with one JSON object and nothing else:
+{"type": "one of the three", "modality": "...", "why": "one sentence"}
+
+<Question> %s </Question>"""
+
+Rejection = dict  # {"filter", "reason", "evidence"}
 
 
-def solved_by(role: str, spec: str, questions: list[data.Question], args: argparse.Namespace, attempts: int, temperature: float) -> dict[str, bool]:
-    """Whether an engine got each question right in at least one attempt. Replies are kept in OUT, nothing is asked twice.
+# ---------------------------------------------------------------------------------------------------------------
+# The bank
 
-    Attempts go round by round, and a question that is solved is not asked again: the result is the same, for fewer requests.
+
+def add(args: argparse.Namespace) -> None:
+    """Adds files of a known format to a bank. A question that the bank holds already, whatever its source, is told and left out."""
+    import benchmarks
+
+    if args.name not in benchmarks.READERS:
+        raise data.RowError(f"{args.name}: no such reader; known are {', '.join(sorted(benchmarks.READERS))}")
+    bank = {question.id: question for question in data.read_questions(args.out)} if Path(args.out).exists() else {}
+    for path in args.paths:
+        count, repeats = len(bank), []
+        for question in benchmarks.read(args.name, path, Path(args.images)):
+            image_paths(question, Path(args.images))
+            held = bank.setdefault(question.id, question)
+            if held is not question:
+                repeats.append(f"{question.id} (from {held.source or 'an unnamed source'})")
+            if (held.question, held.options, held.answer, held.images) != (question.question, question.options, question.answer, question.images):
+                raise data.RowError(f"{path}: id {question.id!r} stands for another question in {args.out}; give one of them another id")
+        print(f"{path}: {len(bank) - count} questions added" + (f", {len(repeats)} left out, being there already: {', '.join(repeats[:5])}{' ...' * (len(repeats) > 5)}" if repeats else ""))
+    data.write_jsonl(args.out, (question.to_row() for question in bank.values()))
+    images = sum(bool(question.images) for question in bank.values())
+    print(f"{args.out}: {len(bank) - images} text questions, {images} image questions")
+
+
+def leak(questions: list[data.Question], args: argparse.Namespace) -> dict[str, Rejection]:
+    benchmarks = [question for path in args.against for question in data.read_questions(path)]
+    ngram, jaccard, distance = args.limits
+    return leaks.find(questions, benchmarks, Path(args.images), int(ngram), jaccard, int(distance))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What a step asks of its engines
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a step wants of one engine, at most: so many replies to each ask. They are kept in the file `name` of OUT."""
+
+    role: str
+    spec: str
+    asks: list[Ask]
+    attempts: int
+    sampling: Sampling
+
+    @property
+    def name(self) -> str:
+        return f"{self.role}-" + "".join(c if c.isalnum() else "-" for c in self.spec).strip("-") + ".jsonl"
+
+    def evidence(self, rows: list[dict]) -> dict:
+        """Where an auditor finds the replies that decided, and how each of them ended."""
+        return {"engine": self.spec, "replies": self.name, "samples": [row["sample"] for row in rows], "ended": [row["finish_reason"] for row in rows]}
+
+
+def demands(step: str, questions: list[data.Question], args: argparse.Namespace) -> list[Demand]:
+    """What a step may ask of these questions; [] where it has no engine."""
+    root = Path(args.images)
+    if step == "difficulty":  # the same greedy answer need not be asked for twice
+        sampling = Sampling(0.0 if args.direct_attempts == 1 else 1.0, 1.0, args.max_tokens, args.seed)
+        return [Demand("baseline", spec, question_asks(questions, root, 1), args.direct_attempts, sampling) for spec in args.baselines]
+    if step == "solvable":
+        found = []
+        for spec in args.experts:
+            kind, name = re.match(r"(?:(text|image)=)?(.*)", spec, re.S).groups()
+            mine = [question for question in questions if kind in (None, "image" if question.images else "text")]
+            found.append(Demand("expert", name, question_asks(mine, root, 1), args.expert_attempts, Sampling(1.0, 1.0, args.max_tokens, args.seed)))
+        covered = {ask.id for demand in found for ask in demand.asks}
+        if found and (alone := next((question for question in questions if question.id not in covered), None)):
+            raise data.RowError(f"--experts: none of {' '.join(args.experts)} is for {'image' if alone.images else 'text'} questions, such as {alone.id}")
+        return found
+    spec, prompt = {"type": (args.classifier, TYPE_PROMPT), "describe": (args.editor, EDIT_PROMPT)}.get(step, ("", ""))
+    if not spec:
+        return []
+    text_of = data.question_text if step == "type" else lambda question: question.question
+    asks = [Ask(q.id, [{"role": "user", "content": prompt % text_of(q)}], image_paths(q, root), (0,)) for q in questions if q.images]
+    return [Demand(step, spec, asks, LABELS, Sampling(0.0, 1.0, ROOM, args.seed))]
+
+
+def replies(demand: Demand, ids: Collection[str], enough: Callable[[dict], bool], args: argparse.Namespace) -> dict[str, list[dict]]:
+    """{id: its replies, the last of them enough, or not even after all attempts} for those ids that the demand asks about.
+
+    Attempts go round by round, and what is settled is not asked again: the result is the same, for fewer requests. Raises
+    RowError where a reply that is on disk was to another text of the question.
     """
-    path = Path(args.out) / (f"{role}-" + "".join(c if c.isalnum() else "-" for c in spec).strip("-") + ".jsonl")
-    sampling = Sampling(temperature, 1.0, args.max_tokens, args.seed)
-    data.settle(path, {"engine": spec, **vars(sampling), "pixels": args.pixels, "tiles": args.tiles})
-    engine = open_engine(spec, setup_of(args))
-    solved = {question.id: False for question in questions}
+    path, texts = Path(args.out) / demand.name, {ask.id: data.content_hash(ask.messages)[:16] for ask in demand.asks}
+    data.settle(path, {"engine": demand.spec, **vars(demand.sampling), "pixels": args.pixels, "tiles": args.tiles})
+    said: dict[str, list[dict]] = {ask.id: [] for ask in demand.asks if ask.id in ids}
+    if not said:
+        return said
+    engine = open_engine(demand.spec, setup_of(args))
+    for attempt in range(demand.attempts):
+        left = [replace(ask, samples=(attempt,)) for ask in demand.asks if ask.id in said and not (said[ask.id] and enough(said[ask.id][-1]))]
+        title = f"{demand.role} {demand.spec}" + f", attempt {attempt + 1}" * (demand.attempts > 1)
+        for row in ask_all(engine, left, demand.sampling, path, lambda reply: {**reply_row(reply, demand.spec), "asked": texts[reply.id]}, title) if left else []:
+            if row.get("asked", texts[row["id"]]) != texts[row["id"]]:
+                raise data.RowError(f"{path}: question {row['id']} had another text when it was asked; remove the file, or write to another folder")
+            said[row["id"]].append(row)
+    if isinstance(engine, Replicas):
+        engine.close()  # the next engine needs the GPUs
+    return said
+
+
+def readable(read: Callable[[str], object]) -> Callable[[dict], bool]:
+    """Whether a reply was finished and `read` makes sense of it."""
+    def check(row: dict) -> bool:
+        try:
+            return row["finish_reason"] == "stop" and read(row["response"]) is not None
+        except ValueError:
+            return False
+
+    return check
+
+
+def right(questions: list[data.Question]) -> Callable[[dict], bool]:
+    """Whether a reply was finished and answers its question right, by rule."""
     by_id = {question.id: question for question in questions}
-    for attempt in range(attempts):
-        asks = question_asks([q for q in questions if not solved[q.id]], Path(args.images), 1)
-        asks = [type(ask)(ask.id, ask.messages, ask.images, (attempt,)) for ask in asks]
-        for row in ask_all(engine, asks, sampling, path, lambda reply: reply_row(reply, spec), f"{spec}, attempt {attempt + 1}"):
-            solved[row["id"]] |= row["finish_reason"] == "stop" and data.is_correct(row["response"], by_id[row["id"]])
-    return solved
+    return lambda row: row["finish_reason"] == "stop" and data.is_correct(row["response"], by_id[row["id"]])
 
 
-def difficulty_filter(questions: list[data.Question], args: argparse.Namespace) -> dict[str, Rejection]:
-    """Questions that any baseline answers right, at once and greedily."""
-    rejected: dict[str, Rejection] = {}
-    for spec in args.baselines:
-        solved = solved_by("baseline", spec, [q for q in questions if q.id not in rejected], args, 1, 0.0)
-        rejected |= {key: {"filter": "difficulty", "reason": f"solved directly by {spec}"} for key, right in solved.items() if right}
+# ---------------------------------------------------------------------------------------------------------------
+# The filters: (questions left, args) -> {id: rejection}
+
+
+def difficulty(questions: list[data.Question], args: argparse.Namespace) -> dict[str, Rejection]:
+    """Questions that any baseline (--drop-if all: every one) answers right at once. Each is asked only what is still open."""
+    is_right, open_ids, solvers = right(questions), {question.id for question in questions}, {question.id: [] for question in questions}
+    wanted = demands("difficulty", questions, args)
+    for demand in wanted:
+        solved = {key: rows for key, rows in replies(demand, open_ids, is_right, args).items() if is_right(rows[-1])}
+        for key, rows in solved.items():
+            solvers[key].append(demand.evidence(rows))
+        open_ids = open_ids & solved.keys() if args.drop_if == "all" else open_ids - solved.keys()
+    dropped = {key: found for key, found in solvers.items() if found and (args.drop_if == "any" or len(found) == len(wanted))}
+    return {key: {"filter": "difficulty", "reason": "solved directly by " + " and ".join(one["engine"] for one in found), "evidence": found} for key, found in dropped.items()}
+
+
+def read_type(reply: str) -> dict[str, str]:
+    """{"type", "modality", "why"} of a reply. Raises ValueError if it names none of the three types; the others may be ""."""
+    found = read_object(reply)
+    label = re.sub(r"[\s-]+", "_", str(found.get("type", "")).strip().casefold())
+    if label not in TYPES:
+        raise ValueError(f"type is {found.get('type')!r}, none of {', '.join(TYPES)}")
+    modality, why = (" ".join(said.split()) if isinstance(said := found.get(key), str) else "" for key in ("modality", "why"))
+    return {"type": label, "modality": modality.casefold().rstrip("."), "why": why}
+
+
+def question_type(questions: list[data.Question], args: argparse.Namespace) -> dict[str, Rejection]:
+    """Image questions that looking alone answers, and those whose type nobody can read. The others' meta learns its type,
+    and its modality where it had none."""
+    by_id, rejected, is_readable = {question.id: question for question in questions}, {}, readable(read_type)
+    for demand in demands("type", questions, args):
+        for key, rows in replies(demand, by_id, is_readable, args).items():
+            if not is_readable(rows[-1]):
+                rejected[key] = {"filter": "type", "reason": f"no readable type in {demand.attempts} attempts", "evidence": demand.evidence(rows)}
+                continue
+            label, question = read_type(rows[-1]["response"]), by_id[key]
+            known = question.meta.get("modality") or label["modality"]
+            question.meta = {**question.meta, "type": label["type"], **({"modality": known} if known else {})}
+            if label["type"] == "pattern_recognition":
+                rejected[key] = {"filter": "type", "reason": "pattern recognition", "evidence": {**demand.evidence(rows), "why": label["why"]}}
     return rejected
 
 
-def solvable_filter(questions: list[data.Question], args: argparse.Namespace) -> dict[str, Rejection]:
+def solvable(questions: list[data.Question], args: argparse.Namespace) -> dict[str, Rejection]:
     """Questions that some expert never gets right: AND over experts of OR over attempts."""
-    rejected: dict[str, Rejection] = {}
-    for spec in args.experts:
-        solved = solved_by("expert", spec, [q for q in questions if q.id not in rejected], args, args.attempts, 1.0)
-        rejected |= {key: {"filter": "solvable", "reason": f"{spec} failed all {args.attempts} attempts"} for key, right in solved.items() if not right}
+    is_right, rejected, ids = right(questions), {}, {question.id for question in questions}
+    for demand in demands("solvable", questions, args):
+        failed = {key: rows for key, rows in replies(demand, ids - rejected.keys(), is_right, args).items() if not is_right(rows[-1])}
+        reason = f"{demand.spec} failed all {demand.attempts} attempts"
+        rejected |= {key: {"filter": "solvable", "reason": reason, "evidence": demand.evidence(rows)} for key, rows in failed.items()}
     return rejected
+
+
+FILTERS = {"leak": leak, "difficulty": difficulty, "type": question_type, "solvable": solvable}
+STEPS = ["leak", "difficulty", "type", "describe", "solvable"]  # the cheapest first
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Image descriptions: a map, not a filter
+
+def describe(questions: list[data.Question], args: argparse.Namespace) -> list[data.Question]:
+    """The questions without what their text tells of the image: a human's text where there is one, else the engine's if it
+    breaks no rule, else the text as it was, marked for review."""
+    reviewed = read_reviewed(args.reviewed) if args.reviewed else {}
+    by_id, is_readable = {question.id: question for question in questions}, readable(read_edit)
+    if elsewhere := sorted(reviewed.keys() - by_id.keys()):
+        print(f"{args.reviewed}: {len(elsewhere)} of its questions are not here, or were rejected: {', '.join(elsewhere[:5])}")
+    for key in reviewed.keys() & by_id.keys():
+        by_id[key] = edited(by_id[key], reviewed[key], {"reviewed": True})
+    for demand in demands("describe", questions, args):
+        for key, rows in replies(demand, by_id.keys() - reviewed.keys(), is_readable, args).items():
+            question, (text, removed) = by_id[key], read_edit(rows[-1]["response"]) if is_readable(rows[-1]) else ("", [])
+            fault = edit_fault(question.question, text, removed) if is_readable(rows[-1]) else f"no readable reply in {demand.attempts} attempts"
+            if fault:
+                by_id[key] = edited(question, question.question, {"needs_review": fault, "suggestion": text})
+            elif text != question.question:
+                by_id[key] = edited(question, text, {})
+    return list(by_id.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Commands
 
 
 def run(args: argparse.Namespace) -> None:
-    started, out, image_root = time.time(), Path(args.out), Path(args.images)
-    out.mkdir(parents=True, exist_ok=True)
+    """The steps of a command, one after the other, on what the one before has left."""
+    started, out = time.time(), Path(args.out)
     bank = list({question.id: question for path in args.questions for question in data.read_questions(path)}.values())
-    benchmarks = [question for path in args.against for question in data.read_questions(path)]
-    question_asks(bank + benchmarks, image_root, 1)  # every image must be there before an engine is asked
-    filters = (
-        ("leak", lambda left: leaks.find(left, benchmarks, image_root, args.ngram, args.jaccard, args.distance)),
-        ("difficulty", lambda left: difficulty_filter(left, args)),
-        ("solvable", lambda left: solvable_filter(left, args)),
-    )
-    def count(left: list[data.Question]) -> dict:
-        by_modality: dict[str, int] = {}
-        for question in left:
-            modality = question.meta.get("modality", "unknown") if question.images else "text"
-            by_modality[modality] = by_modality.get(modality, 0) + 1
-        return {"text": sum(not q.images for q in left), "image": sum(bool(q.images) for q in left), "modality": dict(sorted(by_modality.items()))}
-
-    left, rejected = bank, {}
-    funnel = [{"filter": "bank", **count(bank)}]
-    for name, apply in filters:
-        rejected |= apply(left)
-        left = [question for question in left if question.id not in rejected]
-        funnel.append({"filter": name, **count(left)})
+    question_asks(bank, Path(args.images), 1)  # every image must be there before an engine is asked
+    if args.dry_run:
+        return estimate(bank, args)
+    out.mkdir(parents=True, exist_ok=True)
+    left, rejected, after = bank, {}, {"bank" if len(args.steps) > 1 else "given": bank}
+    for step in args.steps:
+        if step == "describe":
+            left = describe(left, args)
+            removed = sum("original" in question.meta for question in left)
+            bank = list({**{question.id: question for question in bank}, **{question.id: question for question in left}}.values())
+            continue
+        rejected |= (found := FILTERS[step](left, args))
+        left = after[step] = [question for question in left if question.id not in found]
+    if len(args.steps) == 1:
+        parts = {"questions.jsonl": left}
+    else:
+        parts = {"text.jsonl": [q for q in left if not q.images], "image.jsonl": [q for q in left if q.images]}
+    for name, questions in parts.items():
+        data.write_jsonl(out / name, (question.to_row() for question in questions))
     data.write_jsonl(out / "rejected.jsonl", ({**q.to_row(), **rejected[q.id]} for q in bank if q.id in rejected))
-    data.write_jsonl(out / "text.jsonl", (q.to_row() for q in left if not q.images))
-    data.write_jsonl(out / "image.jsonl", (q.to_row() for q in left if q.images))
+    outputs = [*parts, "rejected.jsonl", "funnel.json", "funnel.png"]
+    funnel = [{"filter": name, **count(questions)} for name, questions in after.items()]
     data.write_json(out / "funnel.json", funnel)
     print_funnel(funnel)
-    specs = [*args.baselines, *args.experts]
-    inputs = [*args.questions, *args.against, *filter(None, map(checkpoint, specs))]
-    data.write_stage(out, args, inputs, [out / name for name in ("text.jsonl", "image.jsonl", "rejected.jsonl", "funnel.json")], started)
+    plot_funnel(funnel, out / "funnel.png")
+    figures = {"kept": len(left), **Counter(f"{row['filter']}: {row['reason']}" if row["filter"] != "leak" else "leak" for row in rejected.values())}
+    if "describe" in args.steps:
+        outputs.append("review.csv")
+        figures |= {"descriptions removed": removed, "to review": write_review(out / "review.csv", left)}
+    print("\n".join(f"  {value:>7} {name}" for name, value in figures.items()))
+    engines = [checkpoint(demand.spec) for step in args.steps for demand in demands(step, left, args)]
+    inputs = [*args.questions, *args.against, *filter(None, [args.reviewed, *engines])]
+    data.write_stage(out, args, inputs, [out / name for name in outputs], started, **figures)
+
+
+def estimate(bank: list[data.Question], args: argparse.Namespace) -> None:
+    """What the steps may ask at most: as if no question were dropped after the leak check, and no attempt were spared."""
+    leaks = leak(bank, args) if "leak" in args.steps else {}
+    left, totals = [question for question in bank if question.id not in leaks], Counter()
+    print(f"at most, for {len(left)} questions:\n  {'step':<12} {'requests':>10} {'tokens in':>14} {'tokens out':>14}   engine")
+    for step in args.steps:
+        for demand in demands(step, left, args):
+            asked = sum(sum(len(turn["content"]) for turn in ask.messages) / 3 + len(ask.images) * args.pixels / 28**2 for ask in demand.asks)
+            row = {"requests": len(demand.asks) * demand.attempts, "in": int(asked * demand.attempts), "out": len(demand.asks) * demand.attempts * demand.sampling.max_tokens}
+            totals.update(row)
+            print(f"  {step:<12} {row['requests']:>10,} {row['in']:>14,} {row['out']:>14,}   {demand.spec}")
+    print(f"  {'all':<12} {totals['requests']:>10,} {totals['in']:>14,} {totals['out']:>14,}")
+
+
+def count(left: list[data.Question]) -> dict:
+    modality = Counter(question.meta.get("modality", "unknown") if question.images else "text" for question in left)
+    return {"text": sum(not q.images for q in left), "image": sum(bool(q.images) for q in left), "modality": dict(sorted(modality.items()))}
 
 
 def print_funnel(funnel: list[dict]) -> None:
-    print("questions left after    text   image")
+    """Questions left after each filter, with the paper's beside, and by modality."""
+    print("questions left after    text   image    paper: text   image")
     for row in funnel:
-        print(f"  {row['filter']:<18} {row['text']:>7} {row['image']:>7}   " + ", ".join(f"{name} {count}" for name, count in row["modality"].items() if name != "text"))
+        paper = "{:>14,} {:>7,}".format(*PAPER[row["filter"]]) if row["filter"] in PAPER else " " * 22
+        print(f"  {row['filter']:<18} {row['text']:>7} {row['image']:>7} {paper}   " + ", ".join(f"{name} {n}" for name, n in row["modality"].items() if name != "text"))
+
+
+def plot_funnel(funnel: list[dict], path: Path) -> None:
+    """Left, text and image questions after each filter; right, image questions of each modality in the bank and at the end."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams["axes.titlesize"] = 10
+    names = [name for name in funnel[0]["modality"] if name != "text"]
+    figure, (ax, by) = plt.subplots(1, 2, figsize=(13, max(4.0, 1.5 + 0.35 * len(names))), constrained_layout=True, width_ratios=[3, 2])
+    for offset, kind, shade, hatch in ((-0.2, "text", "#d0d0d0", "//"), (0.2, "image", "#505050", None)):
+        bars = ax.bar([x + offset for x in range(len(funnel))], [row[kind] for row in funnel], 0.38, color=shade, hatch=hatch, edgecolor="black", lw=0.5)
+        ax.bar_label(bars, [f"{row[kind]:,}\n{row[kind] / max(1, funnel[0][kind]):.0%}" for row in funnel], fontsize=8, padding=2)
+    labels = [row["filter"] + ("\npaper: {:,} text\n{:,} image".format(*PAPER[row["filter"]]) if row["filter"] in PAPER else "") for row in funnel]
+    ax.set(title="questions left after each filter (hatched: text, dark: image)", ylabel="questions", xticks=range(len(funnel)), xticklabels=labels)
+    ax.margins(y=0.15)
+    for offset, row, shade in ((-0.2, funnel[0], "#d0d0d0"), (0.2, funnel[-1], "#505050")):
+        values = [row["modality"].get(name, 0) for name in names]
+        bars = by.barh([y + offset for y in range(len(names))], values, 0.38, color=shade, edgecolor="black", lw=0.5)
+        by.bar_label(bars, [f"{value:,}" for value in values], fontsize=8, padding=2)
+    by.set(title=f"by modality (light: {funnel[0]['filter']}, dark: after {funnel[-1]['filter']})", xlabel="image questions", yticks=range(len(names)), yticklabels=names)
+    by.invert_yaxis()
+    by.margins(x=0.12)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Filter a question bank into training questions.")
     commands = parser.add_subparsers(dest="command", required=True)
-    every = commands.add_parser("all", help="leak, difficulty, solvable, in this order: the cheapest first")
-    every.add_argument("--questions", nargs="+", required=True, help="the bank")
-    every.add_argument("--images", default=".", help="image root")
-    every.add_argument("--against", nargs="+", default=[], help="benchmark questions that must not leak")
-    every.add_argument("--baselines", nargs="+", default=[], help="engines that must not solve a question directly")
-    every.add_argument("--experts", nargs="+", default=[], help="engines that must each solve it at least once")
-    every.add_argument("--attempts", type=int, default=ATTEMPTS, help="of each expert")
-    every.add_argument("--ngram", type=int, default=leaks.NGRAM, help="words in a row that may not be shared with a benchmark; 0: any may")
-    every.add_argument("--jaccard", type=float, default=leaks.JACCARD, help="similarity from which on a stem is a benchmark's; 0: none is")
-    every.add_argument("--distance", type=int, default=leaks.DISTANCE, help="bits of 64 up to which an image is a benchmark's; 0: same file only")
-    every.add_argument("--out", required=True, help="folder to write")
-    every.add_argument("--max-tokens", type=int, default=2048)  # ours: paper silent
-    add_flags(every)
-    every.add_argument("--seed", type=int, default=0)
-    every.set_defaults(run=run)
+    more = commands.add_parser("add", help="read files of a known format into a bank")
+    more.add_argument("name", help="of the format, as benchmarks.py calls it")
+    more.add_argument("paths", nargs="+", help="files or folders of that format")
+    more.add_argument("--images", default=".", help="image root")
+    more.add_argument("--out", required=True, help="the bank: a questions.jsonl, which is added to")
+    more.set_defaults(run=add)
+    helps = {
+        "leak": "drop benchmark questions and repeats",
+        "difficulty": "drop what baseline models solve directly",
+        "type": "drop image questions that are pattern recognition",
+        "solvable": "drop what an expert never solves",
+        "describe": "take image descriptions out of image questions",
+        "all": "all of them, in this order: " + ", ".join(STEPS),
+    }
+    for name, help in helps.items():
+        command, one = commands.add_parser(name, help=help), name != "all"
+        command.set_defaults(run=run, steps=[name] if one else STEPS, direct_attempts=DIRECT, expert_attempts=ATTEMPTS, drop_if="any")
+        command.set_defaults(against=[], baselines=[], classifier="", experts=[], editor="", reviewed="", dry_run=False)
+        command.add_argument("--questions", nargs="+", required=True, help="questions.jsonl files")
+        command.add_argument("--images", default=".", help="image root")
+        command.add_argument("--out", required=True, help="folder to write")
+        if name in ("leak", "all"):
+            command.add_argument("--against", nargs="+", default=[], help="benchmark questions that must not leak")
+            limits = [leaks.NGRAM, leaks.JACCARD, leaks.DISTANCE]
+            command.add_argument("--limits", type=float, nargs=3, default=limits, metavar=("NGRAM", "JACCARD", "DISTANCE"), help="of a leak, as in leaks.py; 0 0 0: exact ones only")
+        if name in ("difficulty", "all"):
+            command.add_argument("--baselines", nargs="+", default=[], required=one, help="engines that must not solve a question directly")
+        if name in ("type", "all"):
+            command.add_argument("--classifier", default="", required=one, help="engine that tells the type of image questions")
+        if name in ("solvable", "all"):
+            command.add_argument("--experts", nargs="+", default=[], required=one, help="engines that must each solve a question once; text=SPEC, image=SPEC: only such questions")
+        if name in ("describe", "all"):
+            command.add_argument("--editor", default="", help="engine that takes image descriptions out of questions")
+            command.add_argument("--reviewed", default="", help="CSV with columns id and question: a human's texts, which go before the engine's")
+        if name == "difficulty":
+            command.add_argument("--drop-if", choices=["any", "all"], help="a baseline solves it, or every one")
+            command.add_argument("--attempts", type=int, dest="direct_attempts", help="of each baseline; 1 is greedy, more are sampled at temperature 1")
+        if name == "solvable":
+            command.add_argument("--attempts", type=int, dest="expert_attempts", help="of each expert")
+        if name in ("difficulty", "solvable", "all"):
+            command.add_argument("--max-tokens", type=int, default=2048, help="of a baseline's or an expert's answer")  # ours: paper silent
+        if name != "leak":
+            command.add_argument("--dry-run", action="store_true", help="only tell what may be asked at most: nothing dropped but leaks, every attempt needed, 3 characters "
+                                 "a token, an image of --pixels in patches of 28 x 28, every reply as long as it may be")  # fmt: skip
+            add_flags(command)
+            command.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 
 

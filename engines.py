@@ -232,18 +232,22 @@ class Replicas:
     def __init__(self, spec: str, setup: Setup, groups: list[str]):
         from multiprocessing import get_context
 
-        self.spec, self.tally, self.pipes = spec, Counter(), []
+        self.spec, self.tally, self.pipes, self.processes = spec, Counter(), [], []
         context = get_context("spawn")  # CUDA does not survive a fork
         for group in groups:
             mine, theirs = context.Pipe()
-            context.Process(target=replica, args=(spec, setup, group, theirs)).start()
+            self.processes.append(context.Process(target=replica, args=(spec, setup, group, theirs)))
+            self.processes[-1].start()
             theirs.close()  # so that the pipe breaks when either side dies, and neither outlives the other
             self.pipes.append(mine)
         atexit.register(self.close)
 
     def close(self) -> None:
+        """Ends the processes, which frees their GPUs for another engine."""
         for pipe in self.pipes:
             pipe.close()
+        for process in self.processes:
+            process.join()
 
     def answer(self, asks: list[Ask], sampling: Sampling) -> Iterator[list[Reply]]:
         from multiprocessing.connection import wait

@@ -58,7 +58,7 @@ FULL = dict(
 DPO_FULL = {"method": "full", "lr": 1e-6, "beta": 0.1, "epochs": 1, "batch": 64, "checkpointing": True}  # paper App. C: method, lr; the rest ours
 DPO_LORA = {"method": "lora", "lr": 5e-6, "beta": 0.1, "epochs": 1, "batch": 64, "checkpointing": True}  # paper App. C: method; the rest ours
 MINI = dict(  # ours, chosen on development questions: a model this small learns at other rates than a pretrained 7B
-    curate={"ngram": 0, "jaccard": 0, "distance": 0, "max-tokens": 24},  # made from templates, questions and films are alike by construction
+    curate={"limits": [0, 0, 0], "max-tokens": 24},  # made from templates, questions and films are alike by construction
     distill={"answer-form": "text", "words": [5, 120]},  # no option look-up for so small a model
     sft={"lr": 5e-3, "epochs": 4, "batch": 2, "micro-batch": 2, "rank": 16, "alpha": 32, "pack": 900, "save-every": 25},
     rollout={"n": 8, "temperature": 0.7, "top-p": 1.0, "max-tokens": 96},
@@ -193,7 +193,7 @@ def words(flags: dict) -> list[str]:
     return out
 
 
-def method(recipe: Recipe, base: str, run: Path, bank: list[str], images: str, against: list[str], test: list[str], baselines: list[str], experts: list[str], teachers: list[str], judge: str, ranks: int, seed: int) -> list[Stage]:
+def method(recipe: Recipe, base: str, run: Path, bank: list[str], images: str, against: list[str], test: list[str], baselines: list[str], experts: list[str], classifier: str, editor: str, teachers: list[str], judge: str, ranks: int, seed: int) -> list[Stage]:
     """The stages of the paper, from a question bank to a report."""
     at = {name: str(run / name) for name in ("curate", "distill", "sft", "rollout", "verdicts", "pairs", "dpo", "eval-base", "eval-stage1", "eval-stage2", "report")}
     shared = {"images": images, **recipe.images}
@@ -203,7 +203,7 @@ def method(recipe: Recipe, base: str, run: Path, bank: list[str], images: str, a
 
     rollouts = {"rollouts": f"{at['rollout']}/rollouts.jsonl", "questions": f"{at['curate']}/image.jsonl"}
     stages = [
-        stage("curate", "curate.py", "all", {"questions": bank, "against": against, "baselines": baselines, "experts": experts, **shared, **recipe.curate, "seed": seed}),
+        stage("curate", "curate.py", "all", {"questions": bank, "against": against, "baselines": baselines, "experts": experts, "classifier": classifier, "editor": editor, **shared, **recipe.curate, "seed": seed}),
         stage("distill", "distill.py", "run", {"questions": f"{at['curate']}/text.jsonl", "teachers": teachers, **recipe.distill, "seed": seed}),
         stage("sft", "sft.py", "", {"model": base, "demos": f"{at['distill']}/demos.jsonl", **shared, **recipe.sft, "seed": seed}, ranks),
         stage("rollout", "rollout.py", "", {"engine": f"{recipe.engine}:{at['sft']}/merged", "questions": f"{at['curate']}/image.jsonl", **shared, **recipe.rollout, "seed": seed}),
@@ -230,7 +230,7 @@ def demo_stages(run: Path, family: str, size: str, world: str, seed: int) -> lis
     ]
     return before + method(
         recipe, base, run, [f"{made}/bank.jsonl"], made, [f"{made}/dev.jsonl", f"{made}/test.jsonl"], [f"{made}/test.jsonl"],
-        [f"hf:{base}"], ["clinic:expert-a", "clinic:expert-b"], ["clinic:thorough", "clinic:hasty", "clinic:bookish"], "clinic:judge", 0, seed,
+        [f"hf:{base}"], ["clinic:expert-a", "clinic:expert-b"], "clinic:classifier", "clinic:editor", ["clinic:thorough", "clinic:hasty", "clinic:bookish"], "clinic:judge", 0, seed,
     )  # fmt: skip
 
 
@@ -250,7 +250,8 @@ def run_stages(stages: list[Stage], run: Path, what: str) -> None:
         ("report/report.png", "accuracy, criteria, training curves, MV@n and pass@n"),
         ("report/films.png", "preference pairs: film, question, chosen beside rejected"),
         ("report/table.md", "the table above"),
-        ("curate/rejected.jsonl", "every rejected question, with its reason"),
+        ("curate/funnel.png", "questions left after each filter, with the paper's beside"),
+        ("curate/rejected.jsonl", "every rejected question, with its reason and the evidence"),
         ("pairs/pairs.jsonl", "what Stage II learnt from"),
         ("dpo/merged", "the final model, a Hugging Face folder"),
     ):
@@ -275,7 +276,7 @@ def demo(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> None:
     folder = Path(args.out)
     recipe = RECIPES[args.recipe]
-    stages = method(recipe, args.base or recipe.base, folder, args.questions, args.images, args.test, args.test, args.baselines, args.experts, args.teachers, args.judge, args.gpus, args.seed)
+    stages = method(recipe, args.base or recipe.base, folder, args.questions, args.images, args.test, args.test, args.baselines, args.experts, args.classifier, args.editor, args.teachers, args.judge, args.gpus, args.seed)
     if args.dry:
         for stage in stages:
             print(shlex.join(stage.command()))
@@ -349,6 +350,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     real.add_argument("--images", default=".", help="image root of all of them")
     real.add_argument("--baselines", nargs="+", required=True, help="engines that must not solve a question")
     real.add_argument("--experts", nargs="+", required=True, help="engines that must each solve it once")
+    real.add_argument("--classifier", required=True, help="engine that tells the type of image questions")
+    real.add_argument("--editor", required=True, help="engine that takes image descriptions out of questions")
     real.add_argument("--teachers", nargs="+", required=True, help="engines that write demonstrations")
     real.add_argument("--judge", required=True, help="engine that judges chains")
     real.add_argument("--gpus", type=int, default=8, help="ranks of torchrun")

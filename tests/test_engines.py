@@ -442,6 +442,7 @@ def test_replicas_answer_what_one_engine_answers(stopping, pictures):
     assert ids_by_sample(both, asks, WARM) == alone
     assert ids_by_sample(both, asks[:1], GREEDY) == ids_by_sample(engine_of(stopping["qwen"]), asks[:1], GREEDY)  # one has nothing to do
     both.close()
+    assert not any(process.is_alive() for process in both.processes)  # their GPUs are free for the next engine
 
 
 def test_a_replica_that_cannot_start_says_why():

@@ -99,7 +99,7 @@ def every_stage() -> list:
         for world in ("normal", "fast"):
             stages += medee.demo_stages(Path("runs/demo"), family, "tiny", world, 0)
     for name, recipe in medee.RECIPES.items():
-        stages += medee.method(recipe, recipe.base, Path("runs/x"), ["bank.jsonl"], "images", ["test.jsonl"], ["test.jsonl"], ["vllm:base"], ["gemini:a"], ["gemini:a"], "gemini:a", 8, 0)
+        stages += medee.method(recipe, recipe.base, Path("runs/x"), ["bank.jsonl"], "images", ["test.jsonl"], ["test.jsonl"], ["vllm:base"], ["gemini:a"], "gemini:a", "gemini:a", ["gemini:a"], "gemini:a", 8, 0)
     return stages
 
 
@@ -120,7 +120,7 @@ def test_recipes_carry_the_numbers_that_the_paper_gives():
 
 def test_rollout_training_and_evaluation_use_one_picture_of_an_image():
     for name in medee.RECIPES:
-        stages = medee.method(medee.RECIPES[name], "base", Path("r"), ["b"], "i", ["t"], ["t"], ["hf:b"], ["clinic:a"], ["clinic:t"], "clinic:judge", 0, 0)
+        stages = medee.method(medee.RECIPES[name], "base", Path("r"), ["b"], "i", ["t"], ["t"], ["hf:b"], ["clinic:a"], "clinic:c", "clinic:e", ["clinic:t"], "clinic:judge", 0, 0)
         flag = "--tiles" if "internvl" in name else "--pixels"
         used = {stage.words[stage.words.index(flag) + 1] for stage in stages if stage.script in ("rollout.py", "dpo.py") or stage.name.startswith("eval-")}
         assert len(used) == 1
@@ -138,7 +138,7 @@ def test_status_tells_what_is_done(tmp_path, capsys, monkeypatch):
 
 
 def test_dry_run_prints_the_torchrun_commands(capsys):
-    argv = ["run", "qwen2.5-vl-7b", "--questions", "bank.jsonl", "--test", "test.jsonl", "--baselines", "vllm:base", "--experts", "gemini:g", "--teachers", "gemini:g", "--judge", "gemini:g", "--dry"]
+    argv = ["run", "qwen2.5-vl-7b", "--questions", "bank.jsonl", "--test", "test.jsonl", "--baselines", "vllm:base", "--experts", "gemini:g", "--classifier", "gemini:g", "--editor", "gemini:g", "--teachers", "gemini:g", "--judge", "gemini:g", "--dry"]
     medee.main(argv)
     out = capsys.readouterr().out
     assert "torchrun --nproc_per_node 8 sft.py" in out and "torchrun --nproc_per_node 8 dpo.py" in out and "--lr 1e-06" in out

@@ -1,0 +1,105 @@
+"""What tells what an image shows is taken out of a question's text, so that only looking answers it (paper §3.3).
+
+    text, removed passages = an engine's reply;      taken  iff  nothing else is lost and nothing is new
+
+An edit that breaks a rule (a figure reference or a number lost, words lost that it does not own up to, ...) is not taken: the
+question stays as it is, is marked meta.needs_review and listed in review.csv. A human's text, from that file with its
+question column corrected, goes before the engine's. Options, answer and id are never touched, and meta.original keeps the
+text as it first was. The step itself, with its requests, is `curate.py describe`.
+
+Where we depart from the paper, or it is silent: it has GPT-4o and humans remove descriptions, and tells neither prompt nor
+rules; these are ours.
+"""
+
+import csv
+import re
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import data
+from asking import read_object
+
+MENDED = 3  # ours: paper silent; words that mending a sentence may add or lose without owning up to it
+
+EDIT_PROMPT = """You are given the text of a medical exam question and the images that belong to it. Take out of the text whatever tells what these images show, so that the question can be answered only by looking at them.
+
+- Take out findings, descriptions, readings and captions of these images.
+- Keep all else word for word: history, examination, vital signs, laboratory values, results of other tests, what is asked, and references such as "Figure A" or "<image 1>".
+- Add nothing. Mend a sentence only where the cut has broken it.
+- If the text does not tell what the images show, return it as it is.
+
+Reply with one JSON object and nothing else, each removed passage word for word as it stands in the text:
+{"question": "the text without the passages", "removed": ["passage", ...]}
+
+<Question> %s </Question>"""
+
+UNIT = r"%|°\s?[CF]?\b|mm\s?Hg\b|bpm\b|(?:/\s?)?(?:[mµμnkcd]?(?:g|l|L|mol|Eq|U|IU|m|Pa|s)|min|h|d|hours?|days?|weeks?|months?|years?)\b(?:/\w+)*"
+NUMBER = re.compile(rf"(?<![\w.])[-−]?\d+(?:[.,/:]\d+)*(?:[\s-]?(?:{UNIT}))?")
+FIGURE = re.compile(r"<image(?:[ _]?\d+)?>|(?i:\b(?:fig(?:ure)?s?|images?|panels?)\b\.?)\s+(?:[A-Z]|\d+[A-Za-z]?)\b(?:\s*(?:,|and|&|to|-)\s*(?:[A-Z]|\d+[A-Za-z]?)\b)*")
+
+
+def read_edit(reply: str) -> tuple[str, list[str]]:
+    """(text without descriptions, removed passages) of a reply. Raises ValueError if it is anything else."""
+    found = read_object(reply)
+    text, removed = found.get("question"), found.get("removed")
+    if not isinstance(text, str) or not isinstance(removed, list) or not all(isinstance(passage, str) for passage in removed):
+        raise ValueError("question is no text, or removed no list of texts")
+    return text.strip(), [passage for passage in removed if passage.strip()]
+
+
+def edit_fault(question: str, text: str, removed: list[str]) -> str | None:
+    """What an edit breaks, or None: nothing may be lost but what it says it removed, and nothing may be new."""
+    rest, text = " ".join(question.split()), " ".join(text.split())
+    if not text:
+        return "nothing is left"
+    if len(text) > len(rest):
+        return "it is longer than the question"
+    if lost := sorted(set(FIGURE.findall(rest)) - set(FIGURE.findall(text))):
+        return f"the reference '{lost[0]}' is lost"
+    for passage in sorted((" ".join(passage.split()) for passage in removed), key=len, reverse=True):
+        if passage not in rest:
+            return f"'{passage}' is said to be removed, but is no part of the question"
+        rest = rest.replace(passage, " ", 1)
+        if text.count(passage) > rest.count(passage):
+            return f"'{passage}' is said to be removed, but is still there"
+    if lost := Counter(NUMBER.findall(rest)) - Counter(NUMBER.findall(text)):
+        return f"the number '{next(iter(lost))}' is lost"
+    before, after = (Counter(data.normalise(part).split()) for part in (rest, text))
+    for words, fault in ((before - after, "are lost"), (after - before, "are new")):
+        if words.total() > MENDED:
+            return f"the words '{' '.join(words.elements())}' {fault}"
+    return None
+
+
+def edited(question: data.Question, text: str, marks: dict) -> data.Question:
+    """The question with another text, its own id and answer; meta keeps the text it first had, and the marks."""
+    meta = {key: value for key, value in question.meta.items() if key not in ("needs_review", "suggestion")}
+    if text != question.question:
+        meta.setdefault("original", question.question)
+    return replace(question, question=text, meta=meta | marks)
+
+
+def read_reviewed(path: str) -> dict[str, str]:
+    """{id: text} of a CSV with the columns id and question; review.csv with its question column corrected is one."""
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        rows = csv.DictReader(file)
+        if not {"id", "question"} <= set(rows.fieldnames or []):
+            raise data.RowError(f"{path}: columns are {rows.fieldnames}, expected id and question among them")
+        found = {}
+        for number, row in enumerate(rows, 2):
+            if not (row["question"] or "").strip() or row["id"] in found:
+                raise data.RowError(f"{path}: row {number}: {'id: it is there twice' if row['id'] in found else 'question: is empty; remove the row or write the text'}")
+            found[row["id"]] = row["question"].strip()
+    return found
+
+
+def write_review(path: Path, questions: list[data.Question]) -> int:
+    """The questions that a human must look at: correct the column `question`, and give the file back with --reviewed."""
+    waiting = [question for question in questions if "needs_review" in question.meta]
+    with open(path.with_name(path.name + ".tmp"), "w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["id", "question", "fault", "suggestion", "images"])
+        rows.writerows([q.id, q.question, q.meta["needs_review"], q.meta["suggestion"], " ".join(q.images)] for q in waiting)
+    path.with_name(path.name + ".tmp").replace(path)
+    return len(waiting)

@@ -1,0 +1,678 @@
+"""Which questions are kept: truth tables of every rule over stored replies, leaks by hand, funnels that add up, and a bank of
+1,000 questions whose fates are known, curated over HTTP, killed at every stage and resumed.
+
+An engine's replies are kept in a file and nothing is asked twice. So a file of replies, written here, decides what each
+engine "said", and the real commands then have nothing to ask; were they to ask, the clinic would refuse these questions.
+"""
+
+import csv
+import itertools
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_remote import Chat, Server
+
+import clinic
+import curate
+import descriptions
+import data
+
+ROOT = Path(__file__).resolve().parent.parent
+OPTIONS = {"A": "biopsy", "B": "surgery", "C": "rest", "D": "steroids"}
+LONG = "one two three four five six seven eight nine ten eleven twelve thirteen"  # 13 words
+
+
+def q(stem: str, key: str = "", answer: str = "B", options: dict | None = None, images: tuple = (), meta: dict | None = None) -> data.Question:
+    return data.Question(stem, OPTIONS if options is None else options, answer, list(images), "bank", meta or {}, key)
+
+
+def write(path: Path, questions: list[data.Question]) -> Path:
+    data.write_jsonl(path, [question.to_row() for question in questions])
+    return path
+
+
+RIGHT, WRONG = data.join_response("because", "B"), data.join_response("because", "C")
+SAID = {  # one letter an attempt
+    "+": (RIGHT, "stop"),
+    "-": (WRONG, "stop"),
+    "!": (RIGHT, "length"),  # right, but cut off
+    "?": ("<think> the answer is (B) </think> who knows", "stop"),  # unreadable
+}
+
+
+def replies(out: Path, role: str, name: str, said: dict[str, list[tuple[str, str]]]) -> None:
+    """The file of what engine clinic:NAME replied: {question id: (response, finish reason) of each attempt}."""
+    rows = [
+        {
+            "id": key, "sample": k, "engine": f"clinic:{name}", "response": text, "token_ids": None,
+            "finish_reason": finish, "seed": 0, "response_sha": data.content_hash(text)[:16],
+        }
+        for key, attempts in said.items()
+        for k, (text, finish) in enumerate(attempts)
+    ]  # fmt: skip
+    data.write_jsonl(out / f"{role}-clinic-{name}.jsonl", rows)
+
+
+def read(out: Path, command: str = "all") -> tuple[dict[str, data.Question], dict[str, dict], list[dict]]:
+    """(kept, rejected rows, funnel) of a folder."""
+    names = ("text", "image") if command == "all" else ("questions",)
+    kept = {question.id: question for name in names for question in data.read_questions(out / f"{name}.jsonl")}
+    rejected = {row["id"]: row for _, row in data.read_jsonl(out / "rejected.jsonl")}
+    return kept, rejected, json.loads((out / "funnel.json").read_text())
+
+
+def run_curate(bank: Path | list[Path], out: Path, *more: str, command: str = "all") -> tuple[dict[str, data.Question], dict[str, dict], list[dict]]:
+    """(kept, rejected rows, funnel) of the real command."""
+    files = [str(path) for path in (bank if isinstance(bank, list) else [bank])]
+    curate.main([command, "--questions", *files, "--out", str(out), *more])
+    return read(out, command)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Difficulty and solvability: truth tables
+
+
+def test_question_is_kept_iff_each_expert_solves_it_at_least_once(tmp_path):
+    # AND over experts of OR over attempts: (4, 0) is dropped, (1, 1) and (4, 4) are kept
+    patterns = ["----", "+---", "-+--", "---+", "++++", "!!!!", "????", "-!?-", "?!-+"]
+    table = {f"{a} {b}": (a, b) for a, b in itertools.product(patterns, repeat=2)}
+    bank = write(tmp_path / "bank.jsonl", [q(f"Question {i}", key) for i, key in enumerate(table)])
+    for number, name in enumerate(("expert-a", "expert-b")):
+        replies(tmp_path / "out", "expert", name, {key: [SAID[c] for c in both[number]] for key, both in table.items()})
+    before = {name: (tmp_path / "out" / f"expert-clinic-{name}.jsonl").read_bytes() for name in ("expert-a", "expert-b")}
+    kept, rejected, _ = run_curate(bank, tmp_path / "out", "--experts", "clinic:expert-a", "clinic:expert-b", "--limits", *"000")
+    assert set(kept) == {key for key, (a, b) in table.items() if "+" in a and "+" in b}
+    assert rejected["---- ++++"]["evidence"]["ended"] == ["stop"] * 4
+    assert {"++++ ----", "---- ++++"} <= set(rejected) and {"+--- ---+", "++++ ++++"} <= set(kept)
+    for key, row in rejected.items():
+        failed = "clinic:expert-a" if "+" not in table[key][0] else "clinic:expert-b"
+        assert row["filter"] == "solvable" and row["reason"] == f"{failed} failed all 4 attempts"
+    assert all((tmp_path / "out" / f"expert-clinic-{name}.jsonl").read_bytes() == text for name, text in before.items())  # nothing was asked
+
+
+@pytest.mark.parametrize("rule", ["any", "all"])
+def test_question_is_dropped_if_any_baseline_or_every_one_is_right(tmp_path, rule):
+    table = {a + b: (a, b) for a, b in itertools.product(SAID, repeat=2)}
+    bank = write(tmp_path / "bank.jsonl", [q(f"Question {i}", key) for i, key in enumerate(table)])
+    for number, name in enumerate(("hasty", "bookish")):
+        replies(tmp_path / "out", "baseline", name, {key: [SAID[both[number]]] for key, both in table.items()})
+    kept, rejected, _ = run_curate(bank, tmp_path / "out", "--baselines", "clinic:hasty", "clinic:bookish", "--drop-if", rule, command="difficulty")
+    dropped = {key for key in table if "+" in key} if rule == "any" else {"++"}
+    assert set(kept) == table.keys() - dropped and set(rejected) == dropped
+    for key, row in rejected.items():
+        solvers = ["clinic:hasty", "clinic:bookish"] if rule == "all" else ["clinic:hasty" if key[0] == "+" else "clinic:bookish"]
+        assert row["filter"] == "difficulty" and row["reason"] == "solved directly by " + " and ".join(solvers)
+        assert row["evidence"] == [{"engine": spec, "replies": f"baseline-{spec.replace(':', '-')}.jsonl", "samples": [0], "ended": ["stop"]} for spec in solvers]
+
+
+def test_a_baseline_may_have_several_attempts_and_one_is_enough(tmp_path):
+    bank = write(tmp_path / "bank.jsonl", [q(f"Question {i}", key) for i, key in enumerate(["late", "never"])])
+    replies(tmp_path / "out", "baseline", "hasty", {"late": [SAID[c] for c in "-+"], "never": [SAID[c] for c in "--+"]})
+    kept, rejected, _ = run_curate(bank, tmp_path / "out", "--baselines", "clinic:hasty", "--attempts", "2", command="difficulty")
+    assert set(kept) == {"never"} and rejected["late"]["evidence"][0]["samples"] == [0, 1]
+    assert json.loads((tmp_path / "out" / "baseline-clinic-hasty.jsonl.settings.json").read_text())["temperature"] == 1.0  # greedy twice is once
+
+
+def test_text_and_image_questions_may_have_experts_of_their_own(tmp_path, films):
+    bank = [q(f"Question {key}", key, images=("1.png",) * key.startswith("image")) for key in ("text +-", "text -+", "image +-", "image -+", "text ++", "image ++")]
+    for number, name in enumerate(("expert-a", "expert-b")):
+        replies(tmp_path / "out", "expert", name, {x.id: [SAID[x.id[-2:][number]]] * 4 for x in bank})
+    experts = ["--images", str(films), "--experts", "text=clinic:expert-a", "image=clinic:expert-b"]
+    kept, rejected, _ = run_curate(write(tmp_path / "bank.jsonl", bank), tmp_path / "out", *experts, command="solvable")
+    assert set(kept) == {"text +-", "text ++", "image -+", "image ++"}
+    assert {key: row["evidence"]["engine"] for key, row in rejected.items()} == {"text -+": "clinic:expert-a", "image +-": "clinic:expert-b"}
+    assert all(row["evidence"]["samples"] == [0, 1, 2, 3] for row in rejected.values())
+    with pytest.raises(data.RowError, match="none of text=clinic:expert-a is for image questions"):
+        run_curate(tmp_path / "bank.jsonl", tmp_path / "other", "--images", str(films), "--experts", "text=clinic:expert-a", command="solvable")
+
+
+def test_attempts_beyond_the_asked_number_do_not_count(tmp_path):
+    bank = write(tmp_path / "bank.jsonl", [q("Question 1", "late"), q("Question 2", "early")])
+    replies(tmp_path / "out", "expert", "expert-a", {"late": [SAID[c] for c in "--+"], "early": [SAID[c] for c in "-+-"]})
+    kept, _, _ = run_curate(bank, tmp_path / "out", "--experts", "clinic:expert-a", "--attempts", "2", command="solvable")
+    assert set(kept) == {"early"}
+
+
+def test_without_engines_and_benchmarks_everything_is_kept(tmp_path):
+    bank = [q("Question 1", "a"), q("Question 2", "b")]
+    kept, rejected, funnel = run_curate(write(tmp_path / "bank.jsonl", bank), tmp_path / "out")
+    assert list(kept.values()) == bank and not rejected and [row["text"] for row in funnel] == [2, 2, 2, 2, 2]
+    assert (tmp_path / "out" / "funnel.png").exists()  # though there is no image question
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Leaks
+
+
+@pytest.fixture
+def films(tmp_path) -> Path:
+    """An image root with three different pictures, and a copy of the first under another name."""
+    root = tmp_path / "images"
+    root.mkdir()
+    for number in range(3):
+        Image.fromarray(np.full((4, 4, 3), 60 * number, np.uint8)).save(root / f"{number}.png")
+    shutil.copy(root / "0.png", root / "copy-of-0.png")
+    return root
+
+
+ELSE = dict(zip("ABCD", ["laser", "drainage", "surgery", "none"]))
+BENCHMARK = [
+    q("What is the best next step?", "bench-text"),
+    q(f"Here: {LONG}. What now?", "bench-long"),
+    q("What does it show?", "bench-image", images=("0.png",)),
+]
+def test_without_limits_shared_words_are_allowed_but_no_exact_leak(tmp_path, films):
+    shared, exact = q(f"Now {LONG}, and then?", options=ELSE), q("What is the best next step?")
+    bank, against = write(tmp_path / "bank.jsonl", [shared, exact]), write(tmp_path / "test.jsonl", BENCHMARK)
+    kept, rejected, _ = run_curate(bank, tmp_path / "out", "--against", str(against), "--images", str(films), "--limits", *"000")
+    assert set(kept) == {shared.id} and set(rejected) == {exact.id}
+
+
+def test_repeats_in_the_bank_are_dropped_and_the_first_is_kept(tmp_path, films):
+    bank = [
+        q("What is it?", "first"),
+        q("what IS it", "again"),
+        q("What is it?", "other options", options=ELSE),
+        q("What is it?", "image 1", images=("1.png",)),
+        q("What is it?", "image 2", images=("2.png",)),
+        q("What is it?", "image 1 again", images=("1.png",)),
+        q("What else?", "image 1 other text", images=("1.png",)),
+    ]
+    kept, rejected, _ = run_curate(write(tmp_path / "bank.jsonl", bank), tmp_path / "out", "--images", str(films))
+    assert {key: row["reason"] for key, row in rejected.items()} == {
+        "again": "same as bank question first",
+        "image 1 again": "same as bank question image 1",
+    }
+    assert len(kept) == 5
+
+
+def test_question_in_two_bank_files_is_kept_once(tmp_path):
+    shared, own = q("What is it?"), q("What else?")
+    files = [write(tmp_path / "one.jsonl", [shared]), write(tmp_path / "two.jsonl", [own, shared])]
+    kept, _, funnel = run_curate(files, tmp_path / "out")
+    assert set(kept) == {shared.id, own.id} and funnel[-1]["text"] == 2
+
+
+def test_missing_image_is_named_before_any_engine_is_asked(tmp_path, films):
+    bank = write(tmp_path / "bank.jsonl", [q("What is it?", "here", images=("1.png",)), q("What is it?", "gone", images=("9.png",))])
+    with pytest.raises(data.RowError, match="question gone: image 9.png"):
+        run_curate(bank, tmp_path / "out", "--images", str(films), "--baselines", "clinic:hasty")
+    assert not list((tmp_path / "out").glob("expert-*"))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The funnel
+
+
+def test_funnel_follows_every_question_to_where_it_went(tmp_path, films):
+    scan, smear = {"modality": "scan"}, {"modality": "smear"}
+    bank = [
+        q("What is the best next step?", "leaked"),
+        q("Question 1", "easy text"),
+        q("Question 2", "good text"),
+        q("Question 3", "hard text"),
+        q("Question 4", "easy image", images=("1.png",), meta=scan),
+        q("Question 5", "good image", images=("1.png",), meta=scan),
+        q("Question 6", "good image too", images=("2.png",), meta=smear),
+        q("Question 7", "unnamed image", images=("2.png",)),
+        q("Question 8", "leaked image", images=("0.png",), meta=smear),
+        q("Question 9", "hard image", images=("2.png",), meta=smear),
+    ]
+    left = [question.id for question in bank if "leaked" not in question.id]
+    replies(tmp_path / "out", "baseline", "hasty", {key: [SAID["+" if "easy" in key else "-"]] for key in left})
+    replies(tmp_path / "out", "expert", "expert-a", {key: [SAID["-" if "hard" in key else "+"]] * 4 for key in left})
+    against = write(tmp_path / "test.jsonl", BENCHMARK)
+    paths = ["--against", str(against), "--images", str(films)]
+    kept, rejected, funnel = run_curate(
+        write(tmp_path / "bank.jsonl", bank), tmp_path / "out", *paths, "--baselines", "clinic:hasty", "--experts", "clinic:expert-a"
+    )
+    assert funnel == [
+        {"filter": "bank", "text": 4, "image": 6, "modality": {"scan": 2, "smear": 3, "text": 4, "unknown": 1}},
+        {"filter": "leak", "text": 3, "image": 5, "modality": {"scan": 2, "smear": 2, "text": 3, "unknown": 1}},
+        {"filter": "difficulty", "text": 2, "image": 4, "modality": {"scan": 1, "smear": 2, "text": 2, "unknown": 1}},
+        {"filter": "type", "text": 2, "image": 4, "modality": {"scan": 1, "smear": 2, "text": 2, "unknown": 1}},
+        {"filter": "solvable", "text": 1, "image": 3, "modality": {"scan": 1, "smear": 1, "text": 1, "unknown": 1}},
+    ]
+    assert {key: row["filter"] for key, row in rejected.items()} == {
+        "leaked": "leak", "leaked image": "leak", "easy text": "difficulty", "easy image": "difficulty", "hard text": "solvable", "hard image": "solvable",
+    }  # fmt: skip
+    assert all(row["reason"] and row["evidence"] for row in rejected.values())
+    assert [row["id"] for _, row in data.read_jsonl(tmp_path / "out" / "text.jsonl")] == ["good text"]
+    assert [row["id"] for _, row in data.read_jsonl(tmp_path / "out" / "image.jsonl")] == ["good image", "good image too", "unnamed image"]
+    by_id = {question.id: question for question in bank}
+    assert all(question == by_id[key] for key, question in kept.items())  # nothing of a question changes on the way
+    for before, after in zip(funnel, funnel[1:]):
+        dropped = sum(row["filter"] == after["filter"] for row in rejected.values())
+        assert before["text"] + before["image"] - after["text"] - after["image"] == dropped
+    assert all(sum(row["modality"].values()) == row["text"] + row["image"] for row in funnel)
+
+
+@pytest.fixture(scope="module")
+def curated(world, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("curated")
+    experts = ["--experts", "clinic:expert-a", "clinic:expert-b"]
+    run_curate(world / "bank.jsonl", out, "--images", str(world), "--against", str(world / "test.jsonl"), "--limits", *"000", *experts)
+    return out
+
+
+def test_world_is_curated_by_its_own_experts(world, curated):
+    kept = [*data.read_questions(curated / "text.jsonl"), *data.read_questions(curated / "image.jsonl")]
+    bank = {question.id: question for question in data.read_questions(world / "bank.jsonl")}
+    rejected = {row["id"] for _, row in data.read_jsonl(curated / "rejected.jsonl")}
+    assert {question.id for question in kept} | rejected == set(bank) and len(kept) + len(rejected) == len(bank)
+    assert not any(q.images for q in data.read_questions(curated / "text.jsonl")) and all(
+        q.images for q in data.read_questions(curated / "image.jsonl")
+    )
+    for name in ("expert-a", "expert-b"):  # each kept question was really solved by each
+        rights = {
+            row["id"]
+            for _, row in data.read_jsonl(curated / f"expert-clinic-{name}.jsonl")
+            if row["response"].endswith(f"<answer> {bank[row['id']].answer_text()} </answer>")
+        }
+        assert {question.id for question in kept} <= rights
+
+
+def test_solved_question_is_not_asked_again(curated):
+    for name in ("expert-a", "expert-b"):
+        rows = [row for _, row in data.read_jsonl(curated / f"expert-clinic-{name}.jsonl")]
+        asked = Counter(row["id"] for row in rows)
+        assert len({(row["id"], row["sample"]) for row in rows}) == len(rows)
+        assert asked and min(asked.values()) == 1 and max(asked.values()) <= 4
+
+
+def test_killed_and_resumed_curation_asks_nothing_twice(world, curated, tmp_path):
+    for path in curated.glob("expert-*"):
+        shutil.copy(path, tmp_path)
+    path = tmp_path / "expert-clinic-expert-a.jsonl"
+    whole = path.read_bytes()
+    kept = whole[: len(whole) // 2]
+    assert not kept.endswith(b"\n")  # killed in the middle of a line
+    path.write_bytes(kept)
+    (tmp_path / "expert-clinic-expert-b.jsonl").unlink()  # the second expert was not reached
+    run_curate(
+        world / "bank.jsonl",
+        tmp_path,
+        "--images",
+        str(world),
+        "--against",
+        str(world / "test.jsonl"),
+        "--limits",
+        *"000",
+        "--experts",
+        "clinic:expert-a",
+        "clinic:expert-b",
+    )
+    assert path.read_bytes() == whole
+    for name in ("text.jsonl", "image.jsonl", "rejected.jsonl", "funnel.json", "expert-clinic-expert-b.jsonl"):
+        assert (tmp_path / name).read_bytes() == (curated / name).read_bytes()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The bank
+
+
+def test_files_are_added_to_a_bank_and_repeats_are_told(tmp_path, films, monkeypatch, capsys):
+    files = {"one": [q("Question 1"), q("Question 2", images=("1.png",))], "two": [q("Question 2", images=("1.png",)), q("Question 3")], "bad": [q("Question 4", q("Question 1").id)]}
+    monkeypatch.setitem(sys.modules, "benchmarks", SimpleNamespace(READERS={"ours": None}, read=lambda name, path, root: files[path]))
+    bank = tmp_path / "bank.jsonl"
+    curate.main(["add", "ours", "one", "--images", str(films), "--out", str(bank)])
+    curate.main(["add", "ours", "two", "one", "--images", str(films), "--out", str(bank)])
+    assert data.read_questions(bank) == [*files["one"], files["two"][1]]  # in the order of adding
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "one: 2 questions added" and said[1].endswith("1 text questions, 1 image questions")
+    assert said[2] == f"two: 1 questions added, 1 left out, being there already: {files['two'][0].id} (from bank)"
+    assert said[3].startswith("one: 0 questions added, 2 left out") and said[4].endswith("2 text questions, 1 image questions")
+    before = bank.read_bytes()
+    with pytest.raises(data.RowError, match="stands for another question"):
+        curate.main(["add", "ours", "bad", "--images", str(films), "--out", str(bank)])
+    with pytest.raises(data.RowError, match="theirs: no such reader; known are ours"):
+        curate.main(["add", "theirs", "one", "--out", str(bank)])
+    with pytest.raises(data.RowError, match="image 1.png is not below"):
+        curate.main(["add", "ours", "two", "--images", str(tmp_path), "--out", str(tmp_path / "new.jsonl")])
+    assert bank.read_bytes() == before and not (tmp_path / "new.jsonl").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The type of a question
+
+REASONING = '{"type": "clinical_reasoning", "modality": "CT", "why": "It takes both."}'
+LABELS = {  # reply: the type that is read, or None
+    REASONING: "clinical_reasoning",
+    '```json\n{"type": "pattern_recognition", "modality": "x-ray", "why": "Seen at once."}\n```': "pattern_recognition",
+    'It is {"type": "clinical_reasoning"}; no: {"type": "knowledge_recall"}': "knowledge_recall",
+    '{"Type": "pattern_recognition"}': None,
+    '{"type": "Pattern recognition"}': "pattern_recognition",
+    '{"type": "clinical-reasoning", "modality": 7, "why": null}': "clinical_reasoning",
+    '{"type": "pattern_recognition|knowledge_recall|clinical_reasoning"}': None,
+    '{"type": "one of the three"}': None,
+    '{"type": ["pattern_recognition"]}': None,
+    "pattern_recognition": None,
+    '{"type": "pattern_recognition"': None,
+    "": None,
+}
+
+
+@pytest.mark.parametrize("reply", LABELS)
+def test_type_is_read_or_it_is_none(reply):
+    if LABELS[reply] is None:
+        with pytest.raises(ValueError):
+            curate.read_type(reply)
+    else:
+        assert curate.read_type(reply)["type"] == LABELS[reply]
+
+
+def test_only_image_questions_of_pattern_recognition_or_without_a_readable_type_are_dropped(tmp_path, films):
+    pattern, recall, junk = (json.dumps({"type": kind, "modality": "Histo-Pathology. ", "why": "So it is."}) for kind in ("pattern_recognition", "knowledge_recall", "junk"))
+    said = {  # question: its replies
+        "pattern": [pattern], "recall": [recall], "reasoning": [REASONING], "late": [junk, "what?", REASONING], "late pattern": [junk, pattern],
+        "cut off": [(pattern, "length"), REASONING], "never": [junk] * 3, "blocked": [("", "blocked")] * 3, "fourth": [junk] * 3 + [REASONING], "named": [REASONING],
+    }  # fmt: skip
+    bank = [q(f"Question {key}", key, images=("1.png",), meta={"modality": "oct"} if key == "named" else {"page": 7}) for key in said] + [q("Question text", "text")]
+    given = [question.to_row() for question in bank]
+    replies(tmp_path / "out", "type", "classifier", {key: [one if isinstance(one, tuple) else (one, "stop") for one in them] for key, them in said.items()})
+    bank_file = write(tmp_path / "bank.jsonl", bank)
+    kept, rejected, funnel = run_curate(bank_file, tmp_path / "out", "--images", str(films), "--classifier", "clinic:classifier", command="type")
+    assert {key: row["reason"] for key, row in rejected.items()} == {
+        "pattern": "pattern recognition", "late pattern": "pattern recognition",
+        "never": "no readable type in 3 attempts", "blocked": "no readable type in 3 attempts", "fourth": "no readable type in 3 attempts",
+    }  # fmt: skip
+    assert rejected["pattern"]["evidence"] == {"engine": "clinic:classifier", "replies": "type-clinic-classifier.jsonl", "samples": [0], "ended": ["stop"], "why": "So it is."}
+    assert rejected["blocked"]["evidence"]["ended"] == ["blocked"] * 3
+    assert kept["text"].meta == {} and kept["named"].meta == {"modality": "oct", "type": "clinical_reasoning"}  # the bank knows better
+    assert kept["recall"].meta == {"page": 7, "type": "knowledge_recall", "modality": "histo-pathology"}
+    assert all({**row, "meta": {}} == {**kept[row["id"]].to_row(), "meta": {}} for row in given if row["id"] in kept)
+    assert funnel[0]["modality"] == {"ct": 3, "histo-pathology": 3, "oct": 1, "text": 1, "unknown": 3}  # as far as anybody was told
+    assert json.loads((tmp_path / "out" / "stage.json").read_text())["figures"] == {"kept": 6, "type: pattern recognition": 2, "type: no readable type in 3 attempts": 3}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Image descriptions
+
+STEM = (
+    "A 45-year-old man has a fever of 39.2 °C for 3 days; his blood pressure is 120/80 mmHg. CT (Figure A) shows a 4 cm mass in the left lobe. "
+    "Hemoglobin is 9.5 g/dL. A film, <image 2>, is taken. What is the diagnosis?"
+)
+PASSAGE = "shows a 4 cm mass in the left lobe"
+CUT = STEM.replace(f"CT (Figure A) {PASSAGE}.", "CT is Figure A.")
+EDITS = {  # name: (text, removed, what the fault says or None)
+    "as it should be": (CUT, [PASSAGE], None),
+    "nothing to remove": (STEM, [], None),
+    "other spaces and lines": (CUT.replace(". ", ".\n"), [PASSAGE.replace(" ", "  ")], None),
+    "two passages": (STEM.replace(PASSAGE, "").replace("A film, <image 2>, is taken", "<image 2>"), [PASSAGE, "A film, ", ", is taken"], None),
+    "nothing left": (" ", [STEM], "nothing is left"),
+    "longer": (STEM + " Look!", [], "longer"),
+    "reference lost": (STEM.replace(f"CT (Figure A) {PASSAGE}. ", ""), [f"CT (Figure A) {PASSAGE}."], "reference 'Figure A' is lost"),
+    "mark lost": (CUT.replace(", <image 2>,", ""), [PASSAGE], "reference '<image 2>' is lost"),
+    "not verbatim": (CUT, ["shows a mass in the left lobe"], "is no part of the question"),
+    "still there": (STEM.replace("Hemoglobin is 9.5 g/dL. ", ""), [PASSAGE, "Hemoglobin is 9.5 g/dL."], "is still there"),
+    "vital sign lost": (CUT.replace("; his blood pressure is 120/80 mmHg", ""), [PASSAGE], "number '120/80 mmHg' is lost"),
+    "vital sign changed": (CUT.replace("120/80", "110/80"), [PASSAGE], "number '120/80 mmHg' is lost"),
+    "unit lost": (CUT.replace(" mmHg", ""), [PASSAGE], "number '120/80 mmHg' is lost"),
+    "laboratory value lost": (CUT.replace("9.5 g/dL", "low"), [PASSAGE], "number '9.5 g/dL' is lost"),
+    "age lost": (CUT.replace("45-year-old ", ""), [PASSAGE], "number '45-year' is lost"),
+    "vital sign removed, and said so": (CUT.replace("; his blood pressure is 120/80 mmHg", ""), [PASSAGE, "; his blood pressure is 120/80 mmHg"], None),
+    "number of the passage is no loss": (CUT, [PASSAGE], None),
+    "history lost without a word": (CUT.replace("man has a fever of", "man, fever"), [PASSAGE], None),  # three words of mending
+    "more history lost": (CUT.replace("A film, <image 2>, is taken.", "<image 2>.").replace("What is the diagnosis", "What"), [PASSAGE], "are lost"),
+    "something new": (CUT.replace("A film, <image 2>, is taken.", "He smokes: <image 2>. Stroke excluded."), [PASSAGE, "A film, ", ", is taken"], "are new"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_edit_that_breaks_a_rule_is_found_and_no_other(name):
+    text, removed, fault = EDITS[name]
+    found = descriptions.edit_fault(STEM, text, removed)
+    assert (found is None) if fault is None else (found and fault in found), found
+
+
+NUMBERS = {
+    "He is 45 years old, 37.5°C, BP 120/80 mm Hg, pulse 90/min, Na 140 mEq/L, 98 % on 2 L/min": ["45 years", "37.5°C", "120/80 mm Hg", "90/min", "140 mEq/L", "98 %", "2 L/min"],
+    "5 men in 1,200 mL after 3 hours of -2 and 10 mg/kg/day": ["5", "1,200 mL", "3 hours", "-2", "10 mg/kg/day"],
+    "C3 and T12 are no values": [],
+}
+REFERENCES = {
+    "See Figure A, Fig. 2b and <image>; Figures 1A and B; image 3, panel C.": {"Figure A", "Fig. 2b", "<image>", "Figures 1A and B", "image 3", "panel C"},
+    "The image shows a figure of a man, an image a doctor took.": set(),
+}
+
+
+def test_numbers_come_with_their_units_and_references_with_their_letters():
+    assert {text: descriptions.NUMBER.findall(text) for text in NUMBERS} == NUMBERS
+    assert {text: set(descriptions.FIGURE.findall(text)) for text in REFERENCES} == REFERENCES
+
+
+def edit(text: str, removed: list) -> str:
+    return json.dumps({"question": text, "removed": removed})
+
+
+def test_descriptions_are_cut_or_left_for_review_and_a_human_goes_first(tmp_path, films, capsys):
+    said = {
+        "cut": [edit(CUT, [PASSAGE])], "clean": [edit(STEM, [])], "late": ["hm", '{"question": 3, "removed": []}', edit(CUT, [PASSAGE])],
+        "broken": [edit(CUT.replace("9.5", "9"), [PASSAGE])], "mute": ["hm"] * 3, "cut off": [(edit(CUT, [PASSAGE]), "length")] * 3,
+    }  # fmt: skip
+    bank = [q(STEM, key, images=("1.png",)) for key in (*said, "human")] + [q(STEM, "text")]
+    replies(tmp_path / "out", "describe", "editor", {key: [one if isinstance(one, tuple) else (one, "stop") for one in them] for key, them in said.items()})
+    (tmp_path / "human.csv").write_text('\ufeffid,question\nhuman,"By hand: 45, Figure A?"\nelsewhere,Not here\n', encoding="utf-8")
+    flags = ["--images", str(films), "--editor", "clinic:editor"]
+    bank_file = write(tmp_path / "bank.jsonl", bank)
+    kept, rejected, _ = run_curate(bank_file, tmp_path / "out", *flags, "--reviewed", str(tmp_path / "human.csv"), command="describe")
+    assert not rejected and list(kept) == [question.id for question in bank]
+    assert "1 of its questions are not here, or were rejected: elsewhere" in capsys.readouterr().out
+    assert {key: question.question for key, question in kept.items() if question.question != STEM} == {"cut": CUT, "late": CUT, "human": "By hand: 45, Figure A?"}
+    assert all((kept[x.id].options, kept[x.id].answer, kept[x.id].images) == (x.options, x.answer, x.images) for x in bank)
+    assert {key: question.meta for key, question in kept.items()} == {
+        "cut": {"original": STEM}, "clean": {}, "late": {"original": STEM}, "text": {}, "human": {"original": STEM, "reviewed": True},
+        "broken": {"needs_review": "the number '9.5 g/dL' is lost", "suggestion": CUT.replace("9.5", "9")},
+        "mute": {"needs_review": "no readable reply in 3 attempts", "suggestion": ""}, "cut off": {"needs_review": "no readable reply in 3 attempts", "suggestion": ""},
+    }  # fmt: skip
+    with open(tmp_path / "out" / "review.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["id"] for row in rows] == ["broken", "mute", "cut off"] and all(row["question"] == STEM and row["images"] == "1.png" for row in rows)
+    assert rows[0]["fault"] == "the number '9.5 g/dL' is lost" and rows[0]["suggestion"] == CUT.replace("9.5", "9")
+    # the human step: review.csv itself, its question column corrected, on what describe wrote, without an engine
+    with open(tmp_path / "filled.csv", "w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, rows[0])
+        table.writeheader()
+        table.writerows({**row, "question": CUT if row["id"] == "broken" else row["question"]} for row in rows)
+    after, _, _ = run_curate(tmp_path / "out" / "questions.jsonl", tmp_path / "human", "--images", str(films), "--reviewed", str(tmp_path / "filled.csv"), command="describe")
+    assert after["broken"].question == CUT and after["broken"].meta == {"original": STEM, "reviewed": True} and after["broken"].id == "broken"
+    assert after["mute"].question == STEM and after["mute"].meta == {"reviewed": True}  # it may stay as it is
+    assert after["cut"] == kept["cut"] and after["human"] == kept["human"]
+    assert (tmp_path / "human" / "review.csv").read_text() == "id,question,fault,suggestion,images\n"
+
+
+@pytest.mark.parametrize(("text", "said"), [("id,text\na,b\n", "expected id and question"), ("id,question\na,\n", "row 2: question: is empty"), ("id,question\na,x\na,y\n", "row 3: id: it is there twice")])
+def test_reviewed_file_that_cannot_be_used_is_refused_by_row(tmp_path, text, said):
+    (tmp_path / "reviewed.csv").write_text(text)
+    with pytest.raises(data.RowError, match=said):
+        descriptions.read_reviewed(str(tmp_path / "reviewed.csv"))
+
+
+def test_clinic_bank_holds_what_curation_must_find_and_without_it_all_else_is_the_same(tmp_path, monkeypatch):
+    kept, cut, bank = {}, {}, {}
+    for name, spoilt in (("spoilt", 20), ("clean", 10**6)):
+        monkeypatch.setattr(clinic, "SPOILT", spoilt)
+        counts = ["--text", "20", "--image", "80", "--dev-image", "2", "--dev-text", "2", "--test-image", "4", "--test-text", "4"]
+        clinic.main(["world", "--out", str(tmp_path / name), *counts])
+        bank[name] = {question.id: question for question in data.read_questions(tmp_path / name / "bank.jsonl")}
+        engines = ["--experts", "clinic:expert-a", "clinic:expert-b", "--classifier", "clinic:classifier", "--editor", "clinic:editor"]
+        paths = ["--images", str(tmp_path / name), "--against", str(tmp_path / name / "test.jsonl"), "--limits", *"000"]
+        kept[name], rejected, funnel = run_curate(tmp_path / name / "bank.jsonl", tmp_path / name / "out", *paths, *engines)
+        looks = {key for key, row in rejected.items() if row["filter"] == "type"}
+        assert len(looks) == 80 // spoilt and all(rejected[key]["question"].endswith(clinic.LOOK) for key in looks)
+        assert funnel[0]["image"] == 80 + 80 // spoilt
+        cut[name] = {key: row for key, row in rejected.items() if "original" in row["meta"]}
+    assert len(cut["spoilt"]) == 4 and not cut["clean"]
+    for key, row in cut["spoilt"].items():  # cut, it is what it was; and no expert solves it, so that nothing else changes
+        assert clinic.MENTION.search(row["meta"]["original"]) and row["question"] == bank["clean"][key].question and row["filter"] == "solvable"
+    assert [replace(question, meta={}) for question in kept["spoilt"].values()] == [replace(question, meta={}) for question in kept["clean"].values()]
+
+
+def test_a_reply_to_another_text_of_the_question_is_refused(world, curated, tmp_path):
+    for path in curated.glob("expert-*"):
+        shutil.copy(path, tmp_path)
+    bank = data.read_questions(world / "bank.jsonl")
+    changed = write(tmp_path / "bank.jsonl", [replace(bank[0], question=bank[0].question + " Now?"), *bank[1:]])  # under the same id
+    with pytest.raises(data.RowError, match=f"question {bank[0].id} had another text when it was asked"):
+        run_curate(changed, tmp_path, "--images", str(world), "--experts", "clinic:expert-a", command="solvable")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Each filter alone, and what it may cost
+
+
+def test_filters_one_after_the_other_keep_what_all_keeps(world, curated, tmp_path):
+    paths = ["--images", str(world)]
+    run_curate(world / "bank.jsonl", tmp_path / "1", *paths, "--against", str(world / "test.jsonl"), "--limits", *"000", command="leak")
+    run_curate(tmp_path / "1" / "questions.jsonl", tmp_path / "2", *paths, "--experts", "clinic:expert-a", "clinic:expert-b", command="solvable")
+    assert read(tmp_path / "2", "solvable")[0] == read(curated)[0]
+
+
+def test_dry_run_tells_what_may_be_asked_at_most_and_asks_nothing(tmp_path, films, capsys):
+    bank = [q("x" * 100, "text"), q("y" * 100, "image", images=("1.png", "2.png")), q("What is the best next step?", "leaked")]
+    against = write(tmp_path / "test.jsonl", BENCHMARK)
+    engines = ["--baselines", "http://nowhere/v1#a", "http://nowhere/v1#b", "--classifier", "gemini:g", "--editor", "http://nowhere/v1#e", "--experts", "gemini:g", "text=http://nowhere/v1#r"]
+    flags = ["--images", str(films), "--against", str(against), "--pixels", str(28 * 28 * 50), "--max-tokens", "1000", "--dry-run"]
+    curate.main(["all", "--questions", str(write(tmp_path / "bank.jsonl", bank)), "--out", str(tmp_path / "out"), *engines, *flags])
+    assert not (tmp_path / "out").exists()
+    rows = [line.split() for line in capsys.readouterr().out.replace(",", "").splitlines()[2:]]
+    prompt = len(data.SYSTEM_PROMPT) + 100 + len(data.question_text(bank[0]).removeprefix(bank[0].question))
+    both = 2 * prompt / 3 + 100  # two images of 50 tokens
+    assert [row[:2] + row[3:] for row in rows] == [
+        ["difficulty", "2", "2000", "http://nowhere/v1#a"], ["difficulty", "2", "2000", "http://nowhere/v1#b"],
+        ["type", "3", str(3 * 4096), "gemini:g"],
+        ["describe", "3", str(3 * 4096), "http://nowhere/v1#e"],
+        ["solvable", "8", "8000", "gemini:g"], ["solvable", "4", "4000", "http://nowhere/v1#r"],
+        ["all", "22", str(16000 + 6 * 4096)],
+    ]  # fmt: skip
+    label = (len(curate.TYPE_PROMPT) - 2 + len(data.question_text(bank[1]))) / 3 + 100
+    cut = (len(curate.EDIT_PROMPT) - 2 + 100) / 3 + 100
+    assert [int(row[2]) for row in rows[:-1]] == [int(both), int(both), int(3 * label), int(3 * cut), int(4 * both), int(4 * prompt / 3)]
+    assert int(rows[-1][2]) == sum(int(row[2]) for row in rows[:-1])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A thousand questions over HTTP, killed at every stage
+
+TEXT_FATES = {"leak": 300, "easy-a": 90, "easy-b": 60, "hard-a": 25, "hard-b": 25, "good": 100}
+IMAGE_FATES = {"leak": 140, "easy-a": 50, "easy-b": 40, "pattern": 30, "riddle": 15, "hard-a": 15, "hard-b": 15, "good": 40, "told": 35, "spoilt": 20}
+ROLES = ("baseline-a", "baseline-b", "classifier", "expert-a", "expert-b", "editor")
+DESCRIBED = "The scan shows a mass of 4 cm. "
+
+
+def thousand(folder: Path) -> dict[str, data.Question]:
+    """The bank and the benchmark. An id is NUMBER-KIND-FATE; the leaked ones are the benchmark's, in capitals."""
+    bank, leaked = {}, []
+    for kind, fates in (("text", TEXT_FATES), ("image", IMAGE_FATES)):
+        for fate in (fate for fate, many in fates.items() for _ in range(many)):
+            number = len(bank)
+            key, images = f"{number}-{kind}-{fate}", []
+            if kind == "image":
+                Image.fromarray(np.full((4, 4, 3), [number % 251, number // 251, 0], np.uint8)).save(folder / f"{number}.png")
+                images = [f"{number}.png"]
+            stem = f"<<{key}>> {DESCRIBED if fate in ('told', 'spoilt') else ''}What is it, at age {number}?"
+            bank[key] = q(stem, key, "ABCD"[number % 4], images=tuple(images), meta={"modality": "mri"} if kind == "image" and number % 2 else {})
+            if fate == "leak":
+                leaked.append(q(stem.upper(), f"bench-{number}", images=tuple(images)))
+    write(folder / "bank.jsonl", list(bank.values()))
+    write(folder / "test.jsonl", leaked)
+    return bank
+
+
+def whole_rows(path: Path) -> list[dict]:
+    """The rows of a file that a killed writer may have torn."""
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
+
+
+def said_about(role: str, question: data.Question, k: int) -> str:
+    """What an engine says to its k-th request about a question, so that it meets its fate."""
+    number, kind, fate = question.id.split("-", 2)
+    if role == "classifier":
+        label = "pattern_recognition" if fate == "pattern" else "clinical_reasoning"
+        return json.dumps({"type": label, "modality": "CT", "why": "so"}) if fate != "riddle" and k >= int(number) % 3 else "I wonder."
+    if role == "editor":
+        text = question.question.replace(DESCRIBED, "") if fate != "spoilt" else question.question.replace(DESCRIBED, "").replace(number + "?", "?")
+        return edit(text, [DESCRIBED] * (DESCRIBED in question.question))
+    slow = k >= int(number) % 4  # an expert's first right attempt may be any of the four
+    solves = {"baseline-a": fate == "easy-a", "baseline-b": fate == "easy-b", "expert-a": fate != "hard-a" and slow, "expert-b": fate != "hard-b" and slow}[role]
+    return data.join_response("hm", question.answer if solves else "ABCD"[(int(number) + 1) % 4])
+
+
+def test_a_thousand_questions_meet_their_fates_though_killed_at_every_stage(tmp_path):
+    bank, log, asked, running = thousand(tmp_path), [], Counter(), []
+    seeds = {(data.sample_seed(0, key, k) % 2**31): (key, k) for key in bank for k in range(4)}
+
+    def play(key, count, body):
+        role, (id, k) = body["model"], seeds[body["seed"]]
+        assert id == key
+        with server.lock:
+            log.append((role, id, k))
+            asked[role] += 1
+            kill = asked[role] == 25  # once in each stage that asks
+        if kill:
+            running[-1].send_signal(signal.SIGKILL)
+            return "reset"
+        return Chat.good(said_about(role, bank[id], k))
+
+    server, out = Server(play), tmp_path / "out"
+    spec = {role: f"{server.base}/v1#{role}" for role in ROLES}
+    command = [sys.executable, str(ROOT / "curate.py"), "all", "--questions", str(tmp_path / "bank.jsonl"), "--against", str(tmp_path / "test.jsonl"), "--images", str(tmp_path)]
+    command += ["--baselines", spec["baseline-a"], spec["baseline-b"], "--experts", spec["expert-a"], spec["expert-b"], "--classifier", spec["classifier"], "--editor", spec["editor"]]
+    while True:
+        begun = len(log)
+        held = {(role, row["id"], row["sample"]) for role in ROLES for path in out.glob(f"*-v1-{role}.jsonl") for row in whole_rows(path)}
+        running.append(subprocess.Popen([*command, "--out", str(out), "--concurrency", "8"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        printed, complaint = running[-1].communicate(timeout=300)
+        time.sleep(0.5)  # a request that was on its way still arrives
+        this = log[begun:]
+        assert not held & set(this) and len(this) == len(set(this))  # neither what was on disk is asked again, nor anything twice
+        if running[-1].returncode == 0:
+            break
+        assert running[-1].returncode == -signal.SIGKILL and not (out / "stage.json").exists(), complaint[-2000:]
+    server.close()
+    assert len(running) == 1 + len(ROLES) and set(asked) == set(ROLES)
+
+    kept, rejected, funnel = read(out)
+    fate = {key: key.split("-", 2)[2] for key in bank}
+    assert set(kept) == {key for key in bank if fate[key] in ("good", "told", "spoilt")}
+    filters = {"leak": "leak", "easy-a": "difficulty", "easy-b": "difficulty", "pattern": "type", "riddle": "type", "hard-a": "solvable", "hard-b": "solvable"}
+    assert {key: row["filter"] for key, row in rejected.items()} == {key: filters[fate[key]] for key in bank if key not in kept}
+    assert [(row["filter"], row["text"], row["image"]) for row in funnel] == [
+        ("bank", 600, 400), ("leak", 300, 260), ("difficulty", 150, 170), ("type", 150, 125), ("solvable", 100, 95),
+    ]  # fmt: skip
+    for key, question in kept.items():
+        assert question.question == (bank[key].question if fate[key] == "spoilt" else bank[key].question.replace(DESCRIBED, ""))
+        assert ("original" in question.meta, "needs_review" in question.meta) == (fate[key] == "told", fate[key] == "spoilt")
+        assert (question.options, question.answer, question.images) == (bank[key].options, bank[key].answer, bank[key].images)
+        assert question.meta.get("modality") == (("mri" if int(key.split("-")[0]) % 2 else "ct") if question.images else None)
+    with open(out / "review.csv", newline="") as file:
+        assert {row["id"] for row in csv.DictReader(file)} == {key for key in bank if fate[key] == "spoilt"}
+    figures = json.loads((out / "stage.json").read_text())["figures"]
+    assert (figures["leak"], figures["type: pattern recognition"], figures["type: no readable type in 3 attempts"]) == (440, 30, 15)
+    assert (figures["kept"], figures["descriptions removed"], figures["to review"]) == (195, 35, 20)
+    assert re.search(r"bank +600 +400 +37,000 +17,000", printed) and re.search(r"solvable +100 +95 +3,000 +2,000", printed)
+
+    def attempts(solves: bool, key: str) -> int:
+        return int(key.split("-")[0]) % 4 + 1 if solves else 4
+
+    needed = {
+        "baseline-a": sum(fate[key] != "leak" for key in bank),
+        "baseline-b": sum(fate[key] not in ("leak", "easy-a") for key in bank),
+        "classifier": sum(3 if fate[key] == "riddle" else int(key.split("-")[0]) % 3 + 1 for key in bank if "-image-" in key and fate[key] not in ("leak", "easy-a", "easy-b")),
+        "expert-a": sum(attempts(fate[key] != "hard-a", key) for key in bank if fate[key] in ("good", "told", "spoilt", "hard-a", "hard-b")),
+        "expert-b": sum(attempts(fate[key] != "hard-b", key) for key in bank if fate[key] in ("good", "told", "spoilt", "hard-b")),
+        "editor": 125,
+    }
+    assert Counter(role for role, *_ in set(log)) == needed  # and nothing more
