@@ -37,11 +37,8 @@ import score
 from asking import image_paths
 
 LONGEST, SMALL = 900, 256  # ours: pixels of an image's longer side: at most, and up to which it is kept exactly and enlarged
-# ours: what became of an answer: its sign and its words; all but the first are wrong
-OUTCOMES = {
-    "right": ("✓", "right"), "wrong": ("✗", "wrong"), "unreadable": ("?", "wrong: cannot be read"),
-    "cut": ("✂", "wrong: cut off"), "unanswered": ("–", "wrong: no answer"),
-}  # fmt: skip
+# ours: what became of an answer, as a reader is told it
+OUTCOMES = {"right": "✓ right", "wrong": "✗ wrong", "unreadable": "? unreadable (wrong)", "cut": "✂ cut off (wrong)", "unanswered": "– no answer (wrong)"}
 CONDITION = re.compile(rf"(.+)-(?:(right|wrong)-majority|({'|'.join(OUTCOMES)}))", re.S)
 
 
@@ -106,7 +103,7 @@ def outcome(entry: dict, k: int) -> str:
 def tally(entries: list[dict], samples: Iterable[int]) -> str:
     """How these samples of these questions came out, in words."""
     counts = Counter(outcome(entry, k) for entry in entries for k in samples)
-    return ", ".join(f"{counts[key]} {words}" for key, (_, words) in OUTCOMES.items() if counts[key])
+    return ", ".join(f"{counts[key]} {words}" for key, words in OUTCOMES.items() if counts[key])
 
 
 def parse_only(only: str, runs: list[Run]) -> list[tuple[str, str, bool]]:
@@ -151,12 +148,12 @@ def image_html(path: Path, name: str, alt: str) -> str:
 
     image, buffer = load_image(path), BytesIO()
     image.thumbnail((LONGEST, LONGEST))
-    small = max(image.size) <= SMALL
-    image.save(buffer, "PNG" if small else "JPEG", quality=85)  # ours
-    url = f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    times = max(1, SMALL // max(image.size))
-    size = f'width="{image.width * times}" height="{image.height * times}"' + (' class="small"' if times > 1 else "")
-    return f'<figure><img src="{url}" {size} alt="{html.escape(alt)}"><figcaption>{html.escape(name)}</figcaption></figure>'
+    times = SMALL // max(image.size)  # 0: not small
+    kind = "PNG" if times else "JPEG"
+    image.save(buffer, kind, quality=85)  # ours
+    shown = f'width="{image.width * max(1, times)}" height="{image.height * max(1, times)}" alt="{html.escape(alt)}"'
+    source = f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return f'<figure><img class="{kind.lower()}" {shown} src="{source}"><figcaption>{html.escape(name)}</figcaption></figure>'
 
 
 def verdict_html(verdict: dict | None) -> str:
@@ -171,13 +168,12 @@ def verdict_html(verdict: dict | None) -> str:
 
 def sample_html(entry: dict, k: int, row: dict, verdict: dict | None, options: dict[str, str]) -> str:
     """One answer: outcome, what was read, chain, the judge's criteria, and where the row is."""
-    sign, words = OUTCOMES[found := outcome(entry, k)]
-    choice, rule = entry["choices"][k], entry["official"]
+    found, choice, rule = outcome(entry, k), entry["choices"][k], entry["official"]
     read = "nothing" if choice is None else f"({choice}) {options[choice]}" if options else choice
     official = f"; by the benchmark's own rule {rule['choices'][k] or 'nothing'}, {'right' if rule['right'][k] else 'wrong'}" if rule else ""
     facts = f"sample {row['sample']} · seed {row['seed']} · ended: {row['finish_reason']} · response {row['response_sha']} · {row['engine']}"
     return (
-        f'<p class="outcome"><strong class="{found}">{sign} {words}</strong>, read: {html.escape(read + official)}</p>'
+        f'<p class="outcome"><strong class="{found}">{OUTCOMES[found]}</strong>, read: {html.escape(read + official)}</p>'
         f'{chain_html(row["response"])}{verdict_html(verdict)}<p class="facts">{html.escape(facts)}</p>'
     )
 
@@ -186,12 +182,10 @@ def run_html(run: Run, question: data.Question, samples: list[tuple[dict, dict |
     """A run's answers to one question: the first open, the others folded."""
     entry = run.entries[question.id]
     first, *others = (sample_html(entry, k, row, verdict, question.options) for k, (row, verdict) in enumerate(samples))
-    page = f"<section><h3>{html.escape(run.name)}</h3>{first}"
-    if others:
-        majority = "right" if score.vote(entry["choices"], entry["right"]) else "wrong"
-        told = f"all {len(samples)} samples: {tally([entry], range(len(samples)))}; majority {majority}"
-        page += f"<details><summary>{told}</summary>{'<hr>'.join(others)}</details>"
-    return page + "</section>"
+    majority = "right" if score.vote(entry["choices"], entry["right"]) else "wrong"
+    told = f"all {len(samples)} samples: {tally([entry], range(len(samples)))}; majority {majority}"
+    folded = f"<details><summary>{told}</summary>{'<hr>'.join(others)}</details>" if others else ""
+    return f"<section><h3>{html.escape(run.name)}</h3>{first}{folded}</section>"
 
 
 def case_html(number: int, question: data.Question, image_root: Path, runs: list[Run], samples: list[dict]) -> str:
@@ -215,8 +209,8 @@ def case_html(number: int, question: data.Question, image_root: Path, runs: list
 
 def header_html(runs: list[Run], common: list[data.Question], found: int, shown: int, asked: str) -> str:
     """What was selected from what, how each run fares on all of it, and how to read a chain."""
-    fares = [(run.name, f": {tally([run.entries[question.id] for question in common], [0])} · {run.folder}") for run in runs]
-    listed = "".join(f"<li><strong>{html.escape(name)}</strong>{html.escape(told)}</li>" for name, told in fares)
+    fares = [f"{run.name}: {tally([run.entries[question.id] for question in common], [0])} · {run.folder}" for run in runs]
+    listed = "".join(f"<li>{html.escape(told)}</li>" for told in fares)
     links = " ".join(f'<a href="#case-{number}">{number}</a>' for number in range(1, shown + 1))
     return (
         f"<h1>Cases</h1><p><strong>{html.escape(asked)}</strong>: {found} of the {len(common)} questions put to every run. "
@@ -271,17 +265,15 @@ STYLE = """
   --right: #1c6a3a; --wrong: #a3281d; --think: #4f9d69; --answer: #2493a8; --outside: #8a5a00; }
 @media screen and (prefers-color-scheme: dark) { :root { --paper: #15171a; --card: #1c1f23; --ink: #e4e2dc; --dim: #a1a5ac; --line: #363a40;
   --right: #7fcf9a; --wrong: #f2968b; --think: #5f9f76; --answer: #52acbe; --outside: #d9ab4e; color-scheme: dark; } }
-body { margin: 0 auto; padding: 1.5rem; max-width: 100rem; background: var(--paper); color: var(--ink); font: 1rem/1.55 system-ui, sans-serif;
-  overflow-wrap: anywhere; }
-h1, h2, h3 { line-height: 1.25; margin: 0 0 .5rem; } h2 { font-size: 1.3rem; } h3 { font-size: 1.1rem; }
-p, ul { margin: .5rem 0; padding: 0; list-style: none; } hr { border: 0; border-top: 1px solid var(--line); margin: 1.25rem 0; }
-a { color: inherit; padding: .1rem .4rem; } summary { cursor: pointer; } details[open] summary { margin-bottom: 1rem; }
-.facts, small, figcaption { color: var(--dim); font-size: .85rem; }
-article { margin-top: 2.5rem; padding-top: 1.5rem; border-top: 2px solid var(--line); }
+body { margin: 0 auto; padding: 1.5rem; max-width: 100rem; overflow-wrap: anywhere; background: var(--paper); color: var(--ink);
+  font: 1rem/1.55 system-ui, sans-serif; }
+h1, h2, h3 { line-height: 1.25; margin: 0 0 .5rem; } p, ul { margin: .5rem 0; padding: 0; list-style: none; }
+hr { border: 0; border-top: 1px solid var(--line); margin: 1.25rem 0; } a { color: inherit; padding: .1rem .4rem; } summary { cursor: pointer; }
+article { margin-top: 2.5rem; padding-top: 1.5rem; border-top: 2px solid var(--line); } .facts, small, figcaption { color: var(--dim); font-size: .85rem; }
 .asked, .images { display: flex; flex-wrap: wrap; gap: 1rem 1.5rem; max-width: 100%; } .question { flex: 1 1 24rem; min-width: 0; }
-figure { margin: 0; max-width: 32rem; } img { max-width: 100%; height: auto; } .small { image-rendering: pixelated; }
-.stem, .chain { white-space: pre-wrap; max-width: 52rem; } .stem { font-size: 1.1rem; margin-top: 0; }
-.option { padding: .2rem .6rem; border-left: 3px solid transparent; white-space: pre-wrap; } .reference { border-color: var(--right); font-weight: 600; }
+figure { margin: 0; max-width: 32rem; } img { max-width: 100%; height: auto; } .png { image-rendering: pixelated; }
+.stem, .chain, .option { white-space: pre-wrap; max-width: 52rem; } .stem { font-size: 1.1rem; margin-top: 0; }
+.option { padding: .2rem .6rem; border-left: 3px solid transparent; } .reference { border-color: var(--right); font-weight: 600; }
 .runs { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem; margin-top: 1rem; align-items: start; }
 section { min-width: 0; padding: 1rem; background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
 .right { color: var(--right); } .wrong, .unreadable, .cut, .unanswered { color: var(--wrong); }

@@ -18,6 +18,7 @@ from PIL import Image
 
 import cases
 import data
+import judge
 import score
 
 RIGHT, WRONG = "<think> It is broken. </think> <answer> A </answer>", "<think> Whole. </think> <answer> B </answer>"
@@ -30,13 +31,14 @@ def question(key: str, **changed) -> data.Question:
     return data.Question.from_row(row | changed, "test")
 
 
-def make_run(folder: Path, name: str, answers: dict[str, list[tuple[str, str]]], questions: list[data.Question], judged: dict | None = None) -> cases.Run:
+def make_run(folder: Path, name: str, answers: dict, questions: list[data.Question], judged: dict | None = None, engine: str = "hf:m") -> cases.Run:
     """A run's folder as evaluate.py leaves it. answers: of each question, (response, finish_reason) of each sample."""
     by_id, rows = {found.id: found for found in questions}, []
     for key, samples in answers.items():
         for k, (response, ended) in enumerate(samples):
             read, right = (score.choice_of(response, by_id[key]), data.is_correct(response, by_id[key])) if ended == "stop" else (None, False)
-            rows.append({"id": key, "sample": k, "engine": "hf:m", "response": response, "token_ids": [1], "finish_reason": ended, "seed": 70 + k, "extracted": read, "correct": right})
+            row = {"id": key, "sample": k, "engine": engine, "response": response, "token_ids": [1], "finish_reason": ended, "seed": 70 + k}
+            rows.append(row | {"extracted": read, "correct": right})
     sha = {(row["id"], row["sample"]): hashlib.sha256(json.dumps(row["response"], ensure_ascii=False).encode()).hexdigest()[:16] for row in rows}
     data.write_jsonl(folder / "predictions.jsonl", rows)
     if judged:
@@ -123,7 +125,7 @@ def test_all_conditions_must_hold_and_the_header_counts_the_whole_selection(tmp_
     shown, page = write(tmp_path, [one, two], questions, " stage1-wrong , stage2-right,", 2)
     assert shown == 2 and "Is q2 broken?" in page.text("p.stem") and "Is q6 broken?" in page.text("p.stem")  # 2, 6, 10; q14 was not put to stage2
     assert "stage1-wrong and stage2-right: 3 of the 14 questions put to every run. The first 2 of them" in page.text("header.")
-    assert "stage1: 7 right, 7 wrong" in page.text("header.") and "stage2: 6 right, 8 wrong" in page.text("header.")
+    assert "stage1: 7 ✓ right, 7 ✗ wrong" in page.text("header.") and "stage2: 6 ✓ right, 8 ✗ wrong" in page.text("header.")
     shown, page = write(tmp_path, [one, two], questions)
     assert shown == 14 and "every question: 14 of the 14 questions put to every run. All of them" in page.text("header.")
 
@@ -140,7 +142,8 @@ def test_names_may_hold_dashes_and_words_that_conditions_are_made_of():
     runs = [cases.Run(name, Path(), {}) for name in ("a", "a-right", "a-right-majority", "+ Stage I")]
     text = "a-right,a-right-right,a-right-majority,a-right-majority-wrong,a-right-wrong-majority,+ Stage I-cut"
     assert cases.parse_only(text, runs) == [
-        ("a", "right", False), ("a-right", "right", False), ("a", "right", True), ("a-right-majority", "wrong", False), ("a-right", "wrong", True), ("+ Stage I", "cut", False),
+        ("a", "right", False), ("a-right", "right", False), ("a", "right", True),
+        ("a-right-majority", "wrong", False), ("a-right", "wrong", True), ("+ Stage I", "cut", False),
     ]  # fmt: skip
 
 
@@ -184,6 +187,7 @@ def test_text_outside_any_block_is_told_from_tags():
     page = cases.chain_html("So: <think> a </think>\n<answer> A </answer> Good luck")
     assert page.count('class="outside"') == 2 and '<span class="outside">So: </span>' in page and '<span class="outside"> Good luck</span>' in page
     assert '<span class="tag">&lt;think&gt;</span><span class="think"> a </span><span class="tag">&lt;/think&gt;</span><span class="tag">\n</span>' in page
+    assert cases.chain_html("") == '<div class="chain" dir="auto"><em>(empty)</em></div>'
 
 
 @pytest.fixture
@@ -202,9 +206,10 @@ def hostile(tmp_path):
     ]
     chains = [EVIL, f"{EVIL} <think> {EVIL} </think> <answer> {EVIL} </answer> {EVIL}", "<think> " + "y" * 5000, "a\n\n   b\tc", "\u202eolleh \u0000 مرحبا"]
     answers = {found.id: [(chain, "stop") for chain in chains] for found in questions}
-    met = {"Answer_Correctness": True, "Logical_Consistency": True, "Image_Analysis_Involvement": False, "No_Hallucination": True, "Reflection_Presence": False}
+    answers["q2"][0] = (RIGHT, "stop")
+    met = dict(zip(judge.KEYS, (True, True, False, True, False)))
     judged = {("q0", 0): {"criteria": met, "error": None}, ("q0", 1): {"criteria": None, "error": EVIL}}
-    return [make_run(tmp_path / "a", EVIL.replace(",", ""), answers, questions, judged), make_run(tmp_path / "b<i>", "b-2", answers, questions)], questions
+    return [make_run(tmp_path / "a", EVIL, answers, questions, judged, EVIL), make_run(tmp_path / "b<i>", "b-2", answers, questions)], questions
 
 
 def test_hostile_text_stays_text_and_nothing_is_loaded(tmp_path, hostile):
@@ -225,23 +230,26 @@ def test_hostile_text_stays_text_and_nothing_is_loaded(tmp_path, hostile):
     assert sorted(page.chains()) == sorted(row["response"] for row in rows)
     text = page.text()
     assert text.count(EVIL) > 40 and questions[0].images[0] in text and f"reference answer: {EVIL}" not in text
-    assert page.text("title.") == "Cases: every question"
+    assert page.text("title.") == "Cases: every question" and f"chosen by {EVIL}, b-2" in text and f" · {EVIL}" in page.text("section.")
+    _, page = write(tmp_path, runs, questions, f"{EVIL}-right")
+    assert page.text("title.") == f"Cases: {EVIL}-right" and f"{EVIL}-right: 1 of the 4 questions" in page.text("header.")
 
 
 def test_a_case_shows_what_an_auditor_needs(tmp_path):
     questions = [question("q0", meta={"modality": "x-ray"}, source="bank"), question("q1", options={}, answer="A broken arm")]
     met = {"Logical_Consistency": True, "Image_Analysis_Involvement": False, "No_Hallucination": True, "Reflection_Presence": False}
     judged = {("q0", 0): {"criteria": met, "error": None}, ("q0", 1): {"criteria": None, "error": "no JSON"}}
-    answers = {"q0": [(WRONG, "stop"), (RIGHT, "stop"), (RIGHT, "stop"), (UNREADABLE, "stop"), (CUT, "length")], "q1": [("<answer> a  Broken arm. </answer>", "stop")]}
+    answers = {"q0": [(WRONG, "stop"), (RIGHT, "stop"), (RIGHT, "stop"), (UNREADABLE, "stop"), (CUT, "length")]}
+    answers["q1"] = [("<answer> a  Broken arm. </answer>", "stop")]
     runs = [make_run(tmp_path / "a", "judged", answers, questions, judged), make_run(tmp_path / "b", "other", answers, questions)]
     _, page = write(tmp_path, runs, questions)
     sections = (tmp_path / "cases.html").read_text().split("<section>")
     first = html.unescape(sections[1])
     assert ">✗ wrong</strong>, read: (B) no" in first and ">✓ right</strong>, read: (A) yes" in first
-    assert ">? wrong: cannot be read</strong>, read: nothing" in first and ">✂ wrong: cut off</strong>, read: nothing" in first
+    assert ">? unreadable (wrong)</strong>, read: nothing" in first and ">✂ cut off (wrong)</strong>, read: nothing" in first
     assert "✓ Logical Consistency: yes" in first and "✗ Image Analysis Involvement: no" in first and "✗ Reflection Presence: no" in first
     assert first.count('class="criteria"') == 1 and "no verdict: no JSON" in first and "criteria" not in sections[2]
-    assert "all 5 samples: 2 right, 1 wrong, 1 wrong: cannot be read, 1 wrong: cut off; majority right" in first
+    assert "all 5 samples: 2 ✓ right, 1 ✗ wrong, 1 ? unreadable (wrong), 1 ✂ cut off (wrong); majority right" in first
     assert "sample 4 · seed 74 · ended: length · response " in first and "hf:m" in first
     assert ">✓ right</strong>, read: A broken arm" in sections[3]  # open-ended, by its words
     items = [text for where, text in page.texts if "li.option reference" in where]
@@ -270,7 +278,7 @@ def test_thirty_two_samples_are_all_there_with_all_but_the_first_folded(tmp_path
     _, page = write(tmp_path, [run], questions)
     assert page.chains() == chains
     assert "chain number 0 " not in page.text("details.") and "chain number 31 " in page.text("details.")
-    assert "all 32 samples: 16 right, 16 wrong; majority right" in page.text("summary.")  # of tied answers, the earliest sampled
+    assert "all 32 samples: 16 ✓ right, 16 ✗ wrong; majority right" in page.text("summary.")  # of tied answers, the earliest sampled
 
 
 def test_images_are_in_the_page_and_no_larger_than_they_may_be(tmp_path, hostile):
