@@ -271,7 +271,7 @@ h1, h2, h3 { line-height: 1.25; margin: 0 0 .5rem; } p, ul { margin: .5rem 0; pa
 hr { border: 0; border-top: 1px solid var(--line); margin: 1.25rem 0; } a { color: inherit; padding: .1rem .4rem; } summary { cursor: pointer; }
 article { margin-top: 2.5rem; padding-top: 1.5rem; border-top: 2px solid var(--line); } .facts, small, figcaption { color: var(--dim); font-size: .85rem; }
 .asked, .images { display: flex; flex-wrap: wrap; gap: 1rem 1.5rem; max-width: 100%; } .question { flex: 1 1 24rem; min-width: 0; }
-figure { margin: 0; max-width: 32rem; } img { max-width: 100%; height: auto; } .png { image-rendering: pixelated; }
+.images:empty { display: none; } figure { margin: 0; max-width: 28rem; } img { max-width: 100%; height: auto; } .png { image-rendering: pixelated; }
 .stem, .chain, .option { white-space: pre-wrap; max-width: 52rem; } .stem { font-size: 1.1rem; margin-top: 0; }
 .option { padding: .2rem .6rem; border-left: 3px solid transparent; } .reference { border-color: var(--right); font-weight: 600; }
 .runs { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem; margin-top: 1rem; align-items: start; }
