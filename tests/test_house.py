@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # each file may import only files before it
-TABLE = ["data", "lora", "model", "train", "clinic", "decode", "asking", "remote", "engines", "curate", "distill", "sft", "rollout", "judge", "dpo", "score", "evaluate", "plan", "medee"]
+TABLE = ["data", "lora", "model", "train", "clinic", "decode", "asking", "remote", "engines", "curate", "distill", "sft", "rollout", "judge", "dpo", "score", "figures", "evaluate", "plan", "medee"]
 STAGES = ["data", "model", "clinic", "curate", "distill", "sft", "rollout", "judge", "dpo", "evaluate", "medee"]
 
 
