@@ -289,8 +289,9 @@ def plot_paper(results: list[dict], out: Path) -> tuple[list[Path], list[str]]:
     distinct(results)
     stages, left_out, by_size = [], [], {}
     for result in results:
-        by_size.setdefault(stage_of(result)[0], []).append(result)
-        if stage_of(result)[1] in ("multimodal", "both"):
+        size, stage = stage_of(result)
+        by_size.setdefault(size, []).append(result)
+        if size and stage in STRATEGIES and stage not in STAGES:
             left_out.append(f"Figures 4, 6, modalities: {result['name']} is an ablation, for Figure 5 only")
         else:
             stages.append(result)
@@ -328,20 +329,20 @@ def stages_by_size(results: list[dict], left_out: list[str]):
     figure, axes = canvas(1, len(sizes), 3.2 * len(sizes) + 0.6, 4.2)
     top = max(45, *(100 * figures["accuracy"][2] for stages in ours.values() for figures in stages.values()))
     for ax, size in zip(axes[0], sizes):
-        paper = [(x - 0.12, value) for x, stage in enumerate(STAGES) if (value := paper_overall(SIZES.get(size, ""), stage)) is not None]
+        paper = {x: value for x, stage in enumerate(STAGES) if (value := paper_overall(SIZES.get(size, ""), stage)) is not None}
+        mine = {x: ours[size][stage] for x, stage in enumerate(STAGES) if stage in ours.get(size, {})}
         if paper:
-            ax.plot(*zip(*paper), "--o", color="black", mfc="white", lw=1, ms=7, label=f"paper, {SIZES[size]}")
-        for x, value in paper:
-            ax.annotate(f"{value:.2f}", (x, value), (-5, -13), textcoords="offset points", ha="right", fontsize=8, backgroundcolor="#ffffffc0")
-        if mine := [(x + 0.12, ours[size][stage]) for x, stage in enumerate(STAGES) if stage in ours.get(size, {})]:
-            triples, figures = [[100 * value for value in found["accuracy"]] for _, found in mine], [found for _, found in mine]
-            label = f"ours, {counts('questions', figures)} questions × {counts('samples', figures)} samples"
-            ax.errorbar([x for x, _ in mine], [t[0] for t in triples], arms(triples), fmt="-s", color="#c0504d", ms=6, capsize=3, label=label)
-            for (x, _), (mean, _, high) in zip(mine, triples):
-                ax.annotate(f"{mean:.2f}", (x, high), (0, 4), textcoords="offset points", ha="center", fontsize=8)
-        ax.set(title=size + ("" if mine else " (no result of ours)"), xticks=range(3), xticklabels=STAGES, xlim=(-0.7, 2.5), ylim=(0, 1.25 * top), xlabel="stage")
+            ax.plot([x - 0.1 for x in paper], list(paper.values()), "--o", color="black", mfc="white", lw=1, ms=7, label=f"paper, {SIZES[size]}")
+        if mine:
+            triples = [[100 * value for value in figures["accuracy"]] for figures in mine.values()]
+            label = f"ours, {counts('questions', mine.values())} questions × {counts('samples', mine.values())} samples"
+            ax.errorbar([x + 0.1 for x in mine], [t[0] for t in triples], arms(triples), fmt="-s", color="#c0504d", ms=6, capsize=3, label=label)
+        values = [(stage, paper.get(x, math.nan), 100 * mine[x]["accuracy"][0] if x in mine else math.nan) for x, stage in enumerate(STAGES)]
+        ax.set(title=size, xlim=(-0.5, 2.5), ylim=(0, 1.25 * top), xlabel="stage")
+        ax.set_xticks(range(3), [f"{stage}\npaper {theirs:.2f}\nours {own:.2f}".replace("nan", "–") for stage, theirs, own in values], fontsize=9)
         ax.legend(loc="upper left")
-    axes[0][0].set_ylabel("accuracy on MedXpertQA-MM in % (bars: 95 % interval)")
+    axes[0, 0].set_ylabel("accuracy in % (bars: 95 % interval)")
+    figure.suptitle("MedXpertQA-MM, by model size and stage", fontsize=10)
     return figure
 
 
@@ -424,50 +425,41 @@ def plot_report(results: list[dict], sft: list[dict], dpo: list[dict], path: Pat
     """Accuracy and criteria by stage, training curves, majority vote and pass@n, from the results with image questions.
 
     sft, dpo: the rows of the stages' metrics.jsonl."""
-    results = [result for result in results if "image" in result["groups"]]
-    images = [result["groups"]["image"] for result in results]
-    names, shades = [result["name"] for result in results], [shade for shade, *_ in LOOKS] * len(results)
+    drawn = [(result["name"], result["groups"], shade) for result, (shade, *_) in zip(results, LOOKS * len(results)) if "image" in result["groups"]]
+    names, labels, width = [name for name, _, _ in drawn], [*CRITERIA, "all four"], 0.81 / max(1, len(drawn))
     figure, axes = canvas(2, 3, 15, 8.5)
-    ax = axes[0, 0]
-    for offset, kind in ((-0.2, "image"), (0.2, "text")):
-        for x, (result, shade) in enumerate(zip(results, shades)):
-            if group := result["groups"].get(kind):
-                mean, _, high = group["accuracy"]
-                ax.bar(x + offset, mean, 0.38, yerr=arms([group["accuracy"]]), color=shade, hatch=None if kind == "image" else "//", edgecolor="white", capsize=3)
-                ax.text(x + offset, high + 0.012, f"{mean:.2f}", ha="center", fontsize=9)
-    ax.axhline(0.25, color="black", lw=0.8, ls=":")
-    ax.set(title="accuracy (plain: image, hatched: text; bars 95 %; dotted: 1 in 4)", xticks=range(len(names)), xticklabels=names, ylim=(0, 1.08))
-    ax, labels, width = axes[0, 1], [*CRITERIA, "all four"], 0.81 / max(1, len(results))
-    for i, (image, name, shade) in enumerate(zip(images, names, shades)):
+    for x, (name, groups, shade) in enumerate(drawn):
+        image = groups["image"]
+        for offset, kind, hatch in ((-0.2, "image", None), (0.2, "text", "//")):
+            if kind in groups:
+                mean, _, high = groups[kind]["accuracy"]
+                axes[0, 0].bar(x + offset, mean, 0.38, yerr=arms([groups[kind]["accuracy"]]), color=shade, hatch=hatch, edgecolor="white", capsize=3)
+                axes[0, 0].text(x + offset, high + 0.012, f"{mean:.2f}", ha="center", fontsize=9)
         if "criteria" in image:
             values = [*(image["criteria"][criterion] for criterion in CRITERIA), image["all_criteria"][0]]
-            ax.bar([x + (i - (len(results) - 1) / 2) * width for x in range(len(labels))], values, 0.93 * width, color=shade, label=name)
-    ax.set(title="share of chains meeting each criterion (image questions)", xticks=range(len(labels)), xticklabels=[name.replace("_", "\n") for name in labels], ylim=(0, 1.15))
-    ax.tick_params(axis="x", labelsize=8)
-    ax.legend(loc="upper center", ncol=3)
-    ax = axes[0, 2]
-    for x, (image, shade) in enumerate(zip(images, shades)):
+            axes[0, 1].bar([place + (x - (len(drawn) - 1) / 2) * width for place in range(len(labels))], values, 0.93 * width, color=shade, label=name)
         if image.get("hallucinated") is not None:
-            ax.bar(x, image["hallucinated"], 0.5, color=shade)
-            ax.text(x, image["hallucinated"] + 0.012, f"{image['hallucinated']:.2f}\n{image['judged_looking']} chains", ha="center", fontsize=9)
-    ax.set(title="hallucination among chains that look at the image", xticks=range(len(names)), xticklabels=names, ylim=(0, 1.05))
-    ax = axes[1, 0]
+            axes[0, 2].bar(x, image["hallucinated"], 0.5, color=shade)
+            axes[0, 2].text(x, image["hallucinated"] + 0.012, f"{image['hallucinated']:.2f}\n{image['judged_looking']} chains", ha="center", fontsize=9)
+        curve(axes[1, 2], image, "majority", shade, "-", "o", name)
+        curve(axes[1, 2], image, "pass", shade, "--", "^", "")
     for name, colour in (("think", "#4f9d69"), ("answer", "#31a0b5"), ("tag", "#c9a227")):
-        ax.plot([row["step"] + 1 for row in sft], [row[name] for row in sft], color=colour, label=name, lw=1.2)
-    ax.set(title="Stage I: loss per token of each span", xlabel="step", yscale="log")
-    ax.legend(fontsize=10)
-    ax, steps = axes[1, 1], [row["step"] + 1 for row in dpo]
-    for key, label, colour, width in (("loss", "loss", "#c0504d", 1.5), ("margin", "reward margin", "#5b8db8", 1.5), ("accuracy", "pairs in the right order", "#8a8a8a", 1)):
-        ax.plot(steps, [row[key] for row in dpo], color=colour, label=label, lw=width)
-    ax.axhline(math.log(2), color="black", lw=0.8, ls=":")
-    ax.set(title="Stage II: DPO (dotted: ln 2)", xlabel="step")
-    ax.legend(fontsize=10)
-    ax = axes[1, 2]
-    for image, name, shade in zip(images, names, shades):
-        for key, label, line, marker in (("majority", "MV@n", "-", "o"), ("pass", "pass@n", "--", "^")):
-            curve(ax, image, key, shade, line, marker, f"{name}, {label}")
-    ax.set(title="majority vote and pass@n, image questions (bands 95 %)", xlabel="n", ylim=(0, 1.02))
-    ax.legend(fontsize=7, ncol=3, loc="lower right")
+        axes[1, 0].plot([row["step"] + 1 for row in sft], [row[name] for row in sft], color=colour, label=name, lw=1.2)
+    for key, label, colour in (("loss", "loss", "#c0504d"), ("margin", "reward margin", "#5b8db8"), ("accuracy", "pairs in the right order", "#8a8a8a")):
+        axes[1, 1].plot([row["step"] + 1 for row in dpo], [row[key] for row in dpo], color=colour, label=label, lw=1.2)
+    axes[0, 0].axhline(0.25, color="black", lw=0.8, ls=":")
+    axes[1, 1].axhline(math.log(2), color="black", lw=0.8, ls=":")
+    for ax in (axes[0, 0], axes[0, 2]):
+        ax.set_xticks(range(len(names)), names, fontsize=10 if len(names) < 4 else 7)
+    axes[0, 1].set_xticks(range(len(labels)), [label.replace("_", "\n") for label in labels], fontsize=8)
+    axes[0, 0].set(title="accuracy (plain: image, hatched: text; bars 95 %; dotted: 1 in 4)", ylim=(0, 1.08))
+    axes[0, 1].set(title="share of chains meeting each criterion (image questions)", ylim=(0, 1.15))
+    axes[0, 2].set(title="hallucination among chains that look at the image", ylim=(0, 1.05))
+    axes[1, 0].set(title="Stage I: loss per token of each span", xlabel="step", yscale="log")
+    axes[1, 1].set(title="Stage II: DPO (dotted: ln 2)", xlabel="step")
+    axes[1, 2].set(title="MV@n (solid), pass@n (dashed), image questions (95 %)", xlabel="n", ylim=(0, 1.02))
+    for ax, place in ((axes[0, 1], "upper center"), (axes[1, 0], "upper right"), (axes[1, 1], "upper left"), (axes[1, 2], "lower right")):
+        ax.legend(loc=place, ncols=3 if ax in (axes[0, 1], axes[1, 2]) else 1)
     save(figure, path.with_suffix(""), path.suffix)
 
 

@@ -335,12 +335,18 @@ def test_every_picture_is_written_twice_and_is_not_empty(drawn):
 
 def test_figure_4_says_sizes_stages_and_numbers_of_the_paper_and_ours(drawn, everything):
     said = texts(drawn[0] / "figure4.svg").splitlines()
-    assert {"7B", "32B", "72B (no result of ours)", "base", "Stage-I", "Stage-II", "paper, QwenVL2.5-72B"} <= set(said)
+    assert {"7B", "32B", "72B", "ours –", "base", "Stage-I", "Stage-II", "paper, QwenVL2.5-72B"} <= set(said)
     for printed in ("20.70", "25.15", "26.55", "27.40", "32.05", "33.50", "28.35", "39.60", "40.45"):  # Tables 1 and 2
-        assert said.count(printed) >= 1, printed
+        assert f"paper {printed}" in said
     assert "ours, 96 questions × 32 samples" in said and "ours, 40 questions × 1 samples" in said
     for result in everything[:3]:
-        assert f"{100 * result['benchmarks']['medxpertqa-mm']['figures']['accuracy'][0]:.2f}" in said
+        assert f"ours {100 * result['benchmarks']['medxpertqa-mm']['figures']['accuracy'][0]:.2f}" in said
+
+
+def test_figure_4_has_a_panel_for_a_size_that_the_paper_has_not(tmp_path):
+    figures.plot_paper([made("3B/Stage-I", 2, {"medxpertqa-mm": 4}), made("8B/base", 1, {"medxpertqa-mm": 4})], tmp_path)
+    said = texts(tmp_path / "figure4.svg").splitlines()
+    assert {"3B", "7B", "8B", "paper –", "paper, InternVL3.0-8B", "paper 21.85"} <= set(said)
 
 
 def test_figure_5_says_strategies_benchmarks_and_questions(drawn, everything):
@@ -367,6 +373,53 @@ def test_modalities_say_how_many_questions_each_has(drawn, stages):
         count = sum(one["groups"].get("modality") == modality for one in stages[0]["entries"])
         assert f"{modality} (n = {count})" in said
     assert "7B/base (32 samples)" in said
+
+
+def shares(result: dict, source: str) -> list[list[float]]:
+    """The accuracy of one benchmark by hand: [mean, low, high]."""
+    rights = [one["right"] for one in result["entries"] if one["source"] == source]
+    mean, z2, n = float(np.mean(rights)), 1.959963984540054**2, len(rights)
+    half = (z2 * (mean * (1 - mean) / n + z2 / (4 * n * n))) ** 0.5
+    return [mean, (mean + z2 / (2 * n) - half) / (1 + z2 / n), (mean + z2 / (2 * n) + half) / (1 + z2 / n)]
+
+
+def test_curves_and_bands_are_those_of_the_samples(stages):
+    axes = figures.curves(stages, []).axes
+    rights = [[one["right"] for one in result["entries"] if one["source"] == "medxpertqa-mm"] for result in stages]
+    for line, right in zip(axes[1].lines, rights):  # pass@n of the first benchmark
+        assert list(line.get_xdata()) == [1, 2, 4, 8, 16, 32]
+        assert line.get_ydata()[0] == pytest.approx(np.mean(right)) and line.get_ydata()[-1] == pytest.approx(np.mean([any(row) for row in right]))
+    for line, result, band in zip(axes[0].lines, stages, axes[0].collections):
+        assert line.get_ydata()[0] == pytest.approx(shares(result, "medxpertqa-mm")[0])
+        edge = band.get_paths()[0].vertices
+        assert sorted({round(y, 9) for x, y in edge if x == 1}) == pytest.approx(shares(result, "medxpertqa-mm")[1:])
+    assert len(axes[0].lines) == 3 and len({(line.get_linestyle(), line.get_marker()) for line in axes[0].lines}) == 3  # without colour too
+
+
+def test_bars_and_their_arms_are_those_of_the_samples(everything):
+    members = [result for result in everything if result["name"] in ("7B/Stage-I", "7B/multimodal", "7B/both")]
+    ax = figures.strategies("7B", members, []).axes[0]
+    bars = [container for container in ax.containers if hasattr(container, "patches")]
+    for container, result in zip(bars, members):
+        sources = [source for source in ("medxpertqa-mm", "mmmu", "medqa", "medbullets-op4", "medbullets-op5") if source in result["benchmarks"]]
+        expected = [shares(result, source) for source in sources]
+        assert [bar.get_height() for bar in container.patches] == pytest.approx([100 * mean for mean, _, _ in expected])
+        ends = container.errorbar.lines[2][0].get_segments()
+        assert [[low, high] for (_, low), (_, high) in ends] == [pytest.approx([100 * low, 100 * high]) for _, low, high in expected]
+    assert len({container.patches[0].get_hatch() for container in bars}) == 3
+    places = sorted(bar.get_x() for container in bars for bar in container.patches)
+    assert all(b - a > bars[0].patches[0].get_width() for a, b in zip(places, places[1:]))  # none over another
+
+
+def test_marks_of_modalities_stand_at_the_accuracy_in_the_row_of_their_name(stages):
+    ax = figures.modalities(stages, []).axes[0]
+    names = [label.get_text().split(" (n")[0] for label in ax.get_yticklabels()]
+    for container, result in zip(ax.containers, stages):
+        x, y = container.lines[0].get_data()
+        for value, place in zip(x, y):
+            right = [one["right"] for one in result["entries"] if one["groups"].get("modality") == names[round(place)]]
+            assert value == pytest.approx(np.mean(right))
+        assert len(x) == 12
 
 
 @pytest.mark.parametrize(
@@ -416,7 +469,7 @@ def test_report_has_six_panels_and_the_figures_of_every_stage(stages, tmp_path):
         for kind in ("image", "text"):
             assert f"{result['groups'][kind]['accuracy'][0]:.2f}" in said
         image = result["groups"]["image"]
-        assert f"{image['hallucinated']:.2f}" in said and f"{image['judged_looking']} chains" in said and f"{result['name']}, pass@n" in said
+        assert f"{image['hallucinated']:.2f}" in said and f"{image['judged_looking']} chains" in said and said.count(result["name"]) == 4  # ticks, legends
     assert {"Stage I: loss per token of each span", "reward margin", "think", "all four", "unjudged"} <= set(said) and "text only" not in said
     figures.plot_report(stages, sft, dpo, tmp_path / "report.png")
     with Image.open(tmp_path / "report.png") as picture:
