@@ -235,8 +235,8 @@ def distinct(results: list[dict]) -> None:
         raise data.RowError(f"results.json: name: two results are called {twice[0]!r}; a picture could not tell them apart; evaluate with --name")
 
 
-def canvas(rows: int, columns: int, width: float, height: float, widths: list[int] | None = None):
-    """(figure, axes (rows, columns)) in the one style of all pictures. width, height: inches."""
+def canvas(rows: int, columns: int, width: float, height: float, widths: list[float] | None = None, heights: list[float] | None = None):
+    """(figure, axes (rows, columns)) in the one style of all pictures. width, height: inches; widths, heights: of the columns and rows, in proportion."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -244,7 +244,7 @@ def canvas(rows: int, columns: int, width: float, height: float, widths: list[in
 
     plt.rcParams.update({"axes.titlesize": 10, "legend.frameon": False, "legend.fontsize": 8, "hatch.linewidth": 0.6})
     plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "medee"})  # text as text, and the same file from the same results
-    return plt.subplots(rows, columns, figsize=(width, height), constrained_layout=True, squeeze=False, width_ratios=widths)
+    return plt.subplots(rows, columns, figsize=(width, height), constrained_layout=True, squeeze=False, width_ratios=widths, height_ratios=heights)
 
 
 def save(figure, path: Path, *suffixes: str) -> list[Path]:
@@ -252,8 +252,8 @@ def save(figure, path: Path, *suffixes: str) -> list[Path]:
     import matplotlib.pyplot as plt
 
     paths = [path.with_name(path.name + suffix) for suffix in suffixes]
-    for file in paths:
-        figure.savefig(file, dpi=110, metadata={"Date": None} if file.suffix == ".svg" else None)
+    for file in paths:  # matplotlib draws at most 65,536 pixels a side
+        figure.savefig(file, dpi=min(110, 60_000 / max(figure.get_size_inches())), metadata={"Date": None} if file.suffix == ".svg" else None)
     plt.close(figure)
     return paths
 
@@ -474,18 +474,20 @@ def plot_films(pairs: list[dict], image_root: Path, path: Path) -> None:
         shown |= {row["id"]: row for row in [next(rest, None)] if row}
     if not shown:
         return
-    figure, axes = canvas(len(shown), 4, 16, 2.1 * len(shown), [1, 2, 3, 3])
-    for row, (film, asked, chosen, rejected) in zip(shown.values(), axes):
-        film.imshow(Image.open(image_root / row["images"][0]))
-        texts = (
-            (asked, row["prompt"][-1]["content"], "question", "black"),
-            (chosen, row["chosen"], "chosen: meets all four", "#2e7d4f"),
-            (rejected, row["rejected"], "rejected: fails " + ", ".join(row["failed"]), "#b03a2e"),
-        )
-        for ax, text, title, colour in texts:
-            wrapped = "\n".join(textwrap.fill(line, 36 if ax is asked else 56) for line in text.split("\n"))
-            ax.text(0, 1, wrapped.replace("$", r"\$"), va="top", fontsize=9, family="monospace")
-            ax.set_title(title.replace("_", " "), loc="left", fontsize=9, color=colour)
-        for ax in (film, asked, chosen, rejected):
+    sheet = []
+    for row in shown.values():
+        failed = "rejected: fails " + ", ".join(row["failed"]).replace("_", " ")
+        chosen, rejected = ("chosen: meets all four", "#2e7d4f", row["chosen"], 56), (failed, "#b03a2e", row["rejected"], 56)
+        texts = ("question", "black", row["prompt"][-1]["content"], 36), chosen, rejected
+        sheet.append([(title, colour, "\n".join(textwrap.fill(line, width) for line in text.split("\n"))) for title, colour, text, width in texts])
+    heights = [max(2.1, 0.6 + 0.16 * max(text.count("\n") + 1 for *_, text in texts)) for texts in sheet]  # inches: 0.16 a line
+    figure, axes = canvas(len(shown), 4, 16, sum(heights), [1, 2, 3, 3], heights)
+    for row, texts, (film, *columns) in zip(shown.values(), sheet, axes):
+        film.imshow(Image.open(image_root / row["images"][0]).convert("RGB"))  # a grey film would be given false colours
+        film.set_anchor("N")
+        film.axis("off")
+        for ax, (title, colour, text) in zip(columns, texts):
+            ax.text(0, 1, text.replace("$", r"\$"), va="top", fontsize=9, family="monospace")
+            ax.set_title(title, loc="left", fontsize=9, color=colour)
             ax.axis("off")
     save(figure, path.with_suffix(""), path.suffix)

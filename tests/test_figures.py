@@ -491,7 +491,7 @@ def test_report_has_six_panels_and_the_figures_of_every_stage(stages, tmp_path):
 
 
 def test_films_show_one_pair_a_question_and_nothing_without_images(tmp_path):
-    Image.new("RGB", (56, 56), "#446688").save(tmp_path / "film.png")
+    Image.new("L", (56, 56), 90).save(tmp_path / "film.png")
     pair = {"prompt": [{"content": "system"}, {"content": "What costs $5 and $6?"}], "chosen": "<think> right", "rejected": "<think> wrong", "images": ["film.png"]}
     pairs = [{**pair, "id": str(i // 2), "failed": [CRITERIA[i % 4]]} for i in range(8)]
     figures.plot_films([{**pair, "id": "text", "images": [], "failed": [CRITERIA[0]]}], tmp_path, tmp_path / "none.png")
@@ -501,4 +501,28 @@ def test_films_show_one_pair_a_question_and_nothing_without_images(tmp_path):
     assert said.count("chosen: meets all four") == 4 and said.count("rejected: fails") == 4 and "What costs $5 and $6?" in said
     figures.plot_films(pairs, tmp_path, tmp_path / "films.png")
     with Image.open(tmp_path / "films.png") as picture:
-        assert min(picture.size) > 300
+        pixels = np.asarray(picture.convert("RGB")).astype(int)
+    assert (pixels == 90).all(2).sum() > 4 * 100 * 100  # four grey films, as grey as they are
+
+
+def test_a_long_chain_is_shown_whole_in_a_row_of_its_own_height(tmp_path):
+    Image.new("RGB", (56, 56), "#446688").save(tmp_path / "film.png")
+    chain = " ".join(f"word{i}" for i in range(600))
+    pair = {"prompt": [{"content": "Which?"}], "chosen": chain, "rejected": "short", "images": ["film.png"], "failed": [CRITERIA[0]]}
+    figures.plot_films([{**pair, "id": "p"}, {**pair, "id": "q", "chosen": "brief"}], tmp_path, tmp_path / "films.svg")
+    picture = (tmp_path / "films.svg").read_text()
+    assert "word0 " in texts(tmp_path / "films.svg") and "word599" in texts(tmp_path / "films.svg")
+
+    def height(word: str) -> float:
+        """Where the line with this word stands in the picture, in points from above."""
+        line = next(line for line in picture.splitlines() if "<text" in line and re.search(rf"\b{word}\b", line))
+        return float(re.search(r" y=\"([\d.]+)\"|translate\([\d.]+ ([\d.]+)\)|rotate\(\S+ [\d.]+ ([\d.]+)\)", line)[0].strip(' y="()').split()[-1])
+
+    assert 0 < height("word0") < height("word599") < height("brief")  # the next row begins below the end of the long chain
+
+
+def test_a_picture_too_high_to_draw_is_drawn_with_fewer_dots(tmp_path):
+    figure, _ = figures.canvas(1, 1, 2, 700)
+    figures.save(figure, tmp_path / "high", ".png")
+    with Image.open(tmp_path / "high.png") as picture:
+        assert picture.size[0] == round(2 * 60000 / 700) and 59900 < picture.size[1] <= 60000
