@@ -1,0 +1,223 @@
+"""Tables of an evaluation: runs side by side, and our rows under those of the paper's Tables 1 and 2 (paper §4, App. D).
+
+    table          one column a result, one row a figure: Markdown that is also aligned for a terminal
+    paper_tables   table1.md, table2.md and .csv: our rows, with n and interval, under the paper's
+
+All is made from results.json as evaluate.py writes it, whose figures are score.summarise's; nothing is asked or scored
+here. Which result is which size and stage is what its name says, SIZE/STAGE: "7B/base", "7B/Stage-I", "32B/Stage-II". A size
+of SIZES stands beside the paper's values. Another name is no error: such a result is in every table and picture that needs
+no stage. What a table has no use for is never just absent: it is among the lines that say who was left out of what, and why.
+
+Where we depart from the paper, or it is silent: it gives no intervals, ours are 95 %. Its tables are printed as they are,
+misprints included, with a note wherever a value cannot be k of n questions. A Δ of ours compares the same questions or is not
+given: some of the paper's compare 288 with 286 (note c).
+"""
+
+import csv
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import data
+import score
+from judge import CRITERIA
+
+STAGES = ("base", "Stage-I", "Stage-II")
+SIZES = {"7B": "QwenVL2.5-7B", "8B": "InternVL3.0-8B", "32B": "QwenVL2.5-32B", "72B": "QwenVL2.5-72B"}  # the paper's models, by the size in a name
+TITLES = {
+    "medxpertqa-mm": "MedXpertQA-MM", "medxpertqa-text": "MedXpertQA-Text", "mmmu": "MMMU-Health", "mmmu-pro": "MMMU-Pro-Health",
+    "mmmu-pro-vision": "MMMU-Pro-Health, vision", "medqa": "MedQA", "medbullets-op4": "Medbullets, 4 options", "medbullets-op5": "Medbullets, 5 options",
+}  # fmt: skip
+
+
+def stage_of(result: dict) -> tuple[str, str]:
+    """(size, stage) from a name SIZE/STAGE; ("", name) of any other."""
+    size, _, stage = result["name"].rpartition("/")
+    return size, stage
+
+
+def distinct(results: list[dict]) -> None:
+    names = [result["name"] for result in results]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise data.RowError(f"results.json: name: two results are called {twice[0]!r}; a picture could not tell them apart; evaluate with --name")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# One column a result
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """Rows of cells, the header first."""
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def spread(triple: list[float]) -> str:
+    return "{:.3f} ({:.2f} … {:.2f})".format(*triple)
+
+
+def last(curve: dict[str, list[float]]) -> str:
+    n = max(curve, key=int)
+    return f"{spread(curve[n])}, n = {n}"
+
+
+ROWS = (  # label, the key of the figures without which there is no cell, the cell
+    ("questions × samples", "questions", lambda f: f"{f['questions']} × {f['samples']}"),
+    ("accuracy", "accuracy", lambda f: spread(f["accuracy"])),
+    ("accuracy, the benchmark's own rule", "official", lambda f: spread(f["official"])),
+    ("… which cannot read", "official_unparsed", lambda f: f"{f['official_unparsed']:.3f}"),
+    ("majority vote", "majority", lambda f: last(f["majority"])),
+    ("any right (pass@n)", "pass", lambda f: last(f["pass"])),
+    ("chains that meet all four criteria", "all_criteria", lambda f: spread(f["all_criteria"])),
+    *((f"… {name.replace('_', ' ')}", "criteria", lambda f, name=name: f"{f['criteria'][name]:.3f}") for name in CRITERIA),
+    ("hallucinate, of those that look", "hallucinated", lambda f: f"{f['hallucinated']:.3f} of {f['judged_looking']}"),
+    ("chains that speak of the image", "looking", lambda f: f"{f['looking']:.3f}"),
+    ("… first after this share of their words", "first_look", lambda f: f"{f['first_look']:.2f}"),
+    ("words a chain", "words", lambda f: f"{f['words']:.0f}"),
+    ("answers that cannot be read", "unparsed", lambda f: f"{f['unparsed']:.3f}"),
+    ("answers cut off", "cut_off", lambda f: f"{f['cut_off']:.3f}"),
+    ("prompts over long", "over_long", lambda f: f"{f['over_long']:.3f}"),
+    ("unanswered", "unanswered", lambda f: f"{f['unanswered']:.3f}"),
+)
+
+
+def table(results: list[dict]) -> str:
+    """One column a result, as Markdown. A row that no result can fill is left out; a cell that its result cannot fill is "–".
+    Where there are several benchmarks, each has rows of its own: accuracy, and by its own rule where it has one."""
+    groups = [("image questions", ROWS, [result["groups"].get("image", {}) for result in results])]
+    groups.append(("text questions", [row for row in ROWS if row[1] != "looking"], [result["groups"].get("text", {}) for result in results]))
+    benchmarks = list(dict.fromkeys(source for result in results for source in result["benchmarks"]))
+    for source in benchmarks if len(benchmarks) > 1 else ():
+        groups.append((source, ROWS[:4], [result["benchmarks"].get(source, {}).get("figures", {}) for result in results]))
+    lines = [["", *(result["name"] for result in results)]]
+    for group, rows, figures in groups:
+        for label, key, cell in rows:
+            if any(found.get(key) is not None for found in figures):
+                lines.append([f"{group}: {label}", *(cell(found) if found.get(key) is not None else "–" for found in figures)])
+    return markdown(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The paper's tables, as it prints them, and ours under them
+
+MM, PRO = "medxpertqa-mm", "mmmu-pro"
+# benchmark, subset ("" is all of it, "delta" its gain over the base model), questions (by the denominators that its values fit)
+COLUMNS1 = (
+    (MM, "question_type=Reasoning", 1446), (MM, "question_type=Understanding", 554), (MM, "", 2000), (MM, "delta", 2000),
+    ("mmmu", "", 150), ("mmmu", "delta", 150), (PRO, "", 286), (PRO, "delta", 286),
+)  # fmt: skip
+COLUMNS2 = ((MM, "medical_task=Treatment", 448), (MM, "medical_task=Basic Science", 353), (MM, "medical_task=Diagnosis", 1199), *COLUMNS1[:4])
+# a cell: as printed, then its notes, then its questions where they are not the column's
+TABLE1 = """
+GPT-4o                    40.73      48.19     42.80       –       59.33   –       40.91        –
+QvQ-Max                   35.20      38.99     36.25       –       70.67   –       52.10        –
+OpenAI-o1                 52.78a/144 65.45a/55 56.28a/199  –       60.00   –       41.96        –
+Gemini-2.5-Pro            61.69      69.13     63.75       –       80.67   –       66.08        –
+QwenVL2.5-32B             26.00f     30.86f    27.35f      –       63.33   –       48.25        –
+QwenVL2.5-72B             27.10      31.58     28.35       –       70.00   –       50.35        –
+InternVL3.0-38B           26.90      29.24     27.55       –       68.00   –       45.10        –
+InternVL3.0-78B           28.80b     35.92     30.20       –       71.33   –       51.40        –
+QwenVL2.5-7B              19.99      22.56     20.70       –       55.33   –       28.47c/288   –
+InternVL3.0-8B            21.09      23.83     21.85       –       61.33   –       36.71        –
+GMAI-VL-R1 SFT            –          –         23.55       +2.85   56.00   +0.67   32.99c/288   +4.52
+GMAI-VL-R1 RLT            –          –         23.80       +3.10   57.33   +2.00   34.03cd/288  +5.56
+QwenVL2.5-7B +Stage-I     24.48      26.90     25.15       +4.45   62.00   +6.67   36.36        +7.89c
+QwenVL2.5-7B +Stage-II    25.80      28.52     26.55       +5.85   66.00   +10.67  38.81        +10.34c
+Chiron-o1                 23.30e     25.10e    24.20e      +2.34e  54.60e  -6.72e  33.90e       -2.80e
+InternVL3.0-8B +Stage-I   26.14      28.52     26.80       +4.95   69.33   +8.00   43.36        +6.65
+InternVL3.0-8B +Stage-II  25.93      31.05     27.35       +5.50   70.00   +8.67   48.95        +12.24
+"""
+TABLE2 = """
+QwenVL2.5-32B             28.13      25.78     27.61       26.07f  30.87f  27.40f  +0.00
+QwenVL2.5-32B +Stage-I    33.03      30.31     32.19       31.60   33.21   32.05   +4.65
+QwenVL2.5-32B +Stage-II   35.93      32.57     32.86       33.54   33.39   33.50   +6.10
+QwenVL2.5-72B             30.36      24.08     28.86       27.11   31.59   28.35   +0.00
+QwenVL2.5-72B +Stage-I    40.40      41.93     38.62       39.21   40.61   39.60   +11.25
+QwenVL2.5-72B +Stage-II   41.52      42.49     39.45       39.63   42.60   40.45   +12.10
+"""
+TABLES = {1: (COLUMNS1, TABLE1), 2: (COLUMNS2, TABLE2)}
+NOTES = {
+    "a": "of MedXpertQA's sampled subset: 76 of 144, 36 of 55, 112 of 199",
+    "b": "cannot be: 604 of 2000 less 199 of 554 leaves 405 of 1446, 28.01",
+    "c": "82, 95 and 98 of 288 questions, all other rows are of 286; the Δ of Stage-I and Stage-II mixes the two",
+    "d": "the paper's text says 33.45",
+    "e": "to one decimal and mostly no k of n: 337 of 1446 and 139 of 554 would be 23.80 overall; each Δ is .01 off",
+    "f": "two runs: 547 of 2000 in Table 1, 548 in Table 2",
+    "n": "not the paper's number of questions: not to be compared with its rows",
+}
+FIELDS = ("by", "method", "benchmark", "subset", "percent", "low", "high", "questions", "samples", "notes")  # of the CSV, one line a value
+
+
+def paper_records(number: int) -> Iterator[dict]:
+    """The paper's Table 1 or 2, one record a value; percent is the text as printed."""
+    columns, text = TABLES[number]
+    for line in text.strip().splitlines():
+        method, *cells = line.rsplit(None, len(columns))
+        for (benchmark, subset, questions), cell in zip(columns, cells):
+            if printed := re.fullmatch(r"([-+]?\d+\.\d\d)([a-z]*)/?(\d*)", cell):
+                percent, notes, other = printed.groups()
+                yield dict(zip(FIELDS, ("paper", method.strip(), benchmark, subset, percent, "", "", int(other or questions), "", notes)))
+
+
+def gain(result: dict, results: list[dict], benchmark: str) -> list[float] | None:
+    """[difference, low, high] to SIZE/base, or None without that result or where it was asked other questions."""
+    bases = [other for other in results if stage_of(other) == (stage_of(result)[0], "base") and "/" in other["name"]]
+    try:
+        first, second = ([found for found in one["entries"] if found["source"] == benchmark] for one in (*bases, result))
+        return score.compare(first, second)["difference"]
+    except ValueError:  # no base to unpack, or not the same questions
+        return None
+
+
+def paper_overall(model: str, stage: str) -> float | None:
+    """The paper's accuracy on MedXpertQA-MM in per cent, from Table 2 where it has the model, or None."""
+    wanted = (model if stage == "base" else f"{model} +{stage}", MM, "")
+    return next((float(row["percent"]) for number in (2, 1) for row in paper_records(number) if (row["method"], row["benchmark"], row["subset"]) == wanted), None)
+
+
+def our_records(number: int, results: list[dict], left_out: list[str]) -> Iterator[dict]:
+    """Our rows of Table 1 or 2 as such records. What a result has no figures for goes to left_out."""
+    for result in results:
+        lacking = []
+        for benchmark, subset, expected in TABLES[number][0]:
+            part = result["benchmarks"].get(benchmark, {"figures": None, "subsets": {}})
+            delta = subset == "delta"
+            figures = part["figures"] if delta or not subset else part["subsets"].get(subset)
+            if delta and (not figures or stage_of(result)[1] == "base"):
+                continue
+            if values := gain(result, results, benchmark) if delta else figures and figures["accuracy"]:
+                percents, n = [f"{100 * value:{'+' if delta else ''}.2f}" for value in values], figures["questions"]
+                yield dict(zip(FIELDS, ("ours", result["name"], benchmark, subset, *percents, n, figures["samples"], "n" if n != expected else "")))
+            else:
+                lacking.append(f"Δ on {benchmark} (no SIZE/base on the same questions)" if delta else f"{benchmark} {subset}".strip())
+        if lacking:
+            left_out.append(f"Table {number}: {result['name']} lacks {', '.join(lacking)}")
+
+
+def paper_tables(results: list[dict], out: Path) -> tuple[list[Path], list[str]]:
+    """Writes table1.md, table1.csv, table2.md, table2.csv. Returns (files, lines that say what results lack).
+    Raises RowError for two results of one name."""
+    distinct(results)
+    paths, left_out = [], []
+    for number, (columns, _) in TABLES.items():
+        records = [*paper_records(number), *our_records(number, results, left_out)]
+        rows: dict[str, dict] = {}
+        for record in records:
+            name = record["method"] if record["by"] == "paper" else f"{record['method']} (ours, {record['samples']} samples a question)"
+            text = record["percent"] + (f" ({float(record['low']):.1f} … {float(record['high']):.1f})" if record["low"] else "")
+            text += "".join(f" [n = {record['questions']}]" if note == "n" else f" [{note}]" for note in record["notes"])
+            rows.setdefault(name, {})[record["benchmark"], record["subset"]] = text
+        titles = ["Δ" if subset == "delta" else f"{TITLES[benchmark]} {subset.split('=')[-1] or 'Overall'} (n = {n})" for benchmark, subset, n in columns]
+        cells = [["accuracy in %", *titles], *([name, *(row.get(column[:2], "–") for column in columns)] for name, row in rows.items())]
+        seen = {note for record in records for note in record["notes"]}
+        notes = [f"* [{'n = …' if note == 'n' else note}] {text}" for note, text in NOTES.items() if note in seen]
+        notes.append("* Ours: in brackets the 95 % interval, over questions. The paper gives none; some of its values are rounded, others cut off.")
+        paths += [out / f"table{number}.md", out / f"table{number}.csv"]
+        paths[-2].write_text("\n".join([markdown(cells), "", *notes, ""]))
+        with open(paths[-1], "w", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS)
+            writer.writeheader()
+            writer.writerows(records)
+    return paths, left_out
