@@ -301,12 +301,17 @@ def write_jsonl(path: str | Path, rows: Iterable[dict]) -> int:
     return count
 
 
-def write_json(path: str | Path, value) -> None:
+def write_text(path: str | Path, text: str) -> None:
+    """Writes under a temporary name and renames."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def write_json(path: str | Path, value) -> None:
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def resume_jsonl(path: str | Path) -> list[dict]:
@@ -371,7 +376,7 @@ def write_stage(folder: str | Path, args: argparse.Namespace, inputs: list[str |
     """stage.json, written last: its presence says that the folder is complete, and it says what made it."""
     folder = Path(folder)
     versions = {}
-    for package in ("torch", "transformers", "numpy", "pillow", "safetensors"):
+    for package in ("torch", "transformers", "numpy", "pillow", "safetensors", "vllm", "openai", "google-genai"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

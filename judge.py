@@ -204,7 +204,7 @@ def make_pairs(
     The report follows every candidate to where it ended."""
     right = right_by_rule(rollouts, questions)
     by_key = {(row["id"], row["sample"], row["response_sha"]): row for row in verdict_rows}
-    report = {"criteria": list(criteria), "candidates": len(rollouts), "cut_off": sum(r["finish_reason"] != "stop" for r in rollouts), "correct": len(right), "no_verdict": 0, "rule_and_judge_disagree": 0}
+    report = {"criteria": list(criteria), "candidates": len(rollouts), "unfinished": sum(r["finish_reason"] != "stop" for r in rollouts), "correct": len(right), "no_verdict": 0, "rule_and_judge_disagree": 0}
     sides: dict[str, tuple[list, list]] = {}
     failed_by: Counter = Counter()
     for rollout in right:
@@ -281,6 +281,9 @@ RESAMPLES = 2000  # ours: bootstrap over cases
 SHEET = ("id", "question", "options", "answer", "response", "images", *CRITERIA)  # the raters fill in the last four
 
 
+CELL = 32_767  # characters of a cell, in the spreadsheets that raters use
+
+
 def sample(args: argparse.Namespace) -> None:
     """Draws chains with a readable verdict, each text once, and lays them out for raters who must not know the verdicts."""
     started, out, image_root = time.time(), Path(args.out), Path(args.images)
@@ -303,6 +306,8 @@ def sample(args: argparse.Namespace) -> None:
             shutil.copyfile(image, out / "sheet" / "images" / copies[-1])
         options = "\n".join(f"({letter}) {text}" for letter, text in question.options.items())
         told = (case, question.question, options, ground_truth(question), chains[question_id, response_sha]["response"], " ".join(copies))
+        if longest := max((cell for cell in told if len(cell) > CELL), key=len, default=None):
+            print(f"{case}: a text of {len(longest)} characters; a spreadsheet shows {CELL} of them, so have it read from sheet.csv itself")
         sheet.append([*told, *[""] * len(CRITERIA)])
         key.append({"case": case, "id": question_id, "response_sha": response_sha})
     with open(out / "sheet" / "sheet.csv", "w", newline="", encoding="utf-8-sig") as file:  # spreadsheets tell UTF-8 by the mark

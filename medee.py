@@ -64,7 +64,7 @@ MINI = dict(  # ours, chosen on development questions: a model this small learns
     rollout={"n": 8, "temperature": 0.7, "top-p": 1.0, "max-tokens": 96},
     pairs={"rule": "all", "cap": 4},
     dpo={"method": "full", "lr": 3e-5, "beta": 0.5, "epochs": 1, "batch": 16, "micro-batch": 16, "save-every": 25},
-    evaluate={"n": 16, "n-text": 2, "temperature": 0.5, "max-tokens": 96},
+    evaluate={"n": [16, 2], "temperature": 0.5, "max-tokens": 96},
     images={"pixels": 56 * 56},
     engine="hf",
 )
@@ -92,7 +92,7 @@ WORLDS = {  # questions of the clinic's bank and tests, the base model's schooli
     "fast": {  # one modality
         "world": {"text": 160, "image": 100, "dev-image": 10, "dev-text": 10, "test-image": 20, "test-text": 10, "modalities": 1},
         "teach": {"films": 1200, "eye-epochs": 4, "steps": 150, "batch": 8, "print-every": 20, "modalities": 1},
-        "recipe": {"sft": {"batch": 1, "micro-batch": 1}, "evaluate": {"n": 2, "n-text": 1}},
+        "recipe": {"sft": {"batch": 1, "micro-batch": 1}, "evaluate": {"n": [2, 1]}},
     },
 }
 

@@ -20,12 +20,11 @@ answers that Wilson's formula supposes, and the interval is too wide rather than
 
 import math
 import random
-import re
 import statistics
 from collections import Counter
 
 import data
-from judge import CRITERIA
+from judge import CRITERIA, first_look
 
 SUBSETS = 100  # ours: seeded subsets behind MV@n
 RESAMPLES = 10_000  # ours: bootstrap over questions
@@ -105,16 +104,6 @@ def bootstrap(values: list[float], seed: int = 0) -> tuple[float, float]:
 # ---------------------------------------------------------------------------------------------------------------
 # Entries
 
-# ours: words by which a chain speaks of its image; the paper's "look before it thinks" (4.2) is an observation, not a rule
-LOOK = re.compile(r"\b(?:images?|figures?|films?|pictures?|photographs?|radiographs?|x-?rays?|scans?|CT|MRI|ultrasound|slides?|smear|biopsy|fundus)\b", re.I)
-
-
-def look_at(thinking: str) -> float | None:
-    """Where a chain first speaks of its image, as a share of its words: 0 at once, None never."""
-    match = LOOK.search(thinking)
-    return len(thinking[: match.start()].split()) / max(1, len(thinking.split())) if match else None
-
-
 def choice_of(response: str, question: data.Question) -> str | None:
     """What votes are counted by: the letter or, open-ended, the normalised answer (the reference as it is written, where equal)."""
     if question.options:
@@ -134,7 +123,7 @@ def entry(question: data.Question, rows: list[dict], verdicts: dict[tuple, dict 
         "choices": [row["extracted"] for row in rows], "right": [row["correct"] for row in rows],
         "official": {"choices": [row["official"] for row in rows], "right": [row["official_correct"] for row in rows]} if own_rule else None,
         "ended": [row["finish_reason"] for row in rows], "words": [len(text.split()) for text in thinking],
-        "looks": [look_at(text) for text in thinking] if question.images else [None] * len(rows),
+        "looks": [first_look(text) for text in thinking] if question.images else [None] * len(rows),
         "criteria": [{name: given[name] for name in CRITERIA} if (given := verdicts.get((row["id"], row["sample"]))) else None for row in rows],
     }  # fmt: skip
 

@@ -151,7 +151,7 @@ def save(out: Path, policy: model.Policy, processor: model.Processor, adapter: t
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Stage I: supervised fine-tuning on think/answer spans.")
     parser.add_argument("--model", required=True, help="Hugging Face folder of the base model")
-    parser.add_argument("--demos", required=True, help="demos.jsonl; text-only, multimodal or mixed")
+    parser.add_argument("--demos", nargs="+", required=True, help="demos.jsonl files: text-only (the paper's choice), multimodal, or both (its ablation)")
     parser.add_argument("--images", default=".", help="image root")
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--method", choices=["lora", "full"], default="lora")  # paper App. C
@@ -177,14 +177,14 @@ def main(argv: list[str] | None = None) -> None:
     args, started = parse(argv), time.time()
     out, image_root = Path(args.out), Path(args.images)
     device = train.init_ranks()
-    rows = data.read_rows(args.demos, "demos")
-    train.same_run(out, args, [args.model, args.demos])
+    rows = [row for path in args.demos for row in data.read_rows(path, "demos")]
+    train.same_run(out, args, [args.model, *args.demos])
     processor = model.Processor(args.model, args.pixels, args.tiles)
-    lengths = gate_rows(args.demos, rows, lambda row: encode_demo(row, processor, image_root), lambda row: [row["messages"][-1]["content"]], processor)
+    lengths = gate_rows(" ".join(args.demos), rows, lambda row: encode_demo(row, processor, image_root), lambda row: [row["messages"][-1]["content"]], processor)
     kept = [row for row, length in zip(rows, lengths) if length <= args.max_length]
     train.print0(f"demonstrations: kept {len(kept)} of {len(rows)} ({len(rows) - len(kept)} over {args.max_length} tokens: --max-length)")
     if not kept:
-        raise data.RowError(f"{args.demos}: every demonstration is over {args.max_length} tokens; raise --max-length")
+        raise data.RowError(f"{' '.join(args.demos)}: every demonstration is over {args.max_length} tokens; raise --max-length")
     plan = pack_plan([length for length in lengths if length <= args.max_length], args.pack, args.seed)
 
     policy = model.meta_policy(args.model)
@@ -211,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
     train.forget_state(out)
     if train.rank() == 0:
         figures = {"rows": len(kept), "dropped": len(rows) - len(kept), "steps": len(history), "first_loss": history[0]["loss"], "last_loss": history[-1]["loss"]}
-        data.write_stage(out, args, [args.model, args.demos], [out / "merged"], started, **figures)
+        data.write_stage(out, args, [args.model, *args.demos], [out / "merged"], started, **figures)
 
 
 if __name__ == "__main__":

@@ -2,21 +2,22 @@
 
 import data
 import evaluate
+import score
 from judge import CRITERIA
 
 
 def write_stage(folder, right: list[int], met: list[int], looking: list[int], false: list[int]) -> None:
     """Four samples a question; how many are right, meet all criteria, look at the image, and look and hallucinate."""
-    predictions, verdicts = [], []
-    for question, (r, m, look, wrong) in enumerate(zip(right, met, looking, false)):
+    entries = []
+    for number, (r, m, look, wrong) in enumerate(zip(right, met, looking, false)):
+        question, rows, verdicts = data.Question("Q", {"A": "x", "B": "y"}, "A", ["film.png"], id=str(number)), [], {}
         for k in range(4):
-            predictions.append({"id": str(question), "sample": k, "extracted": "A" if k < r else "B", "correct": k < r, "response": "", "finish_reason": "stop"})
-            criteria = dict.fromkeys(CRITERIA, k < m)
+            rows.append({"id": question.id, "sample": k, "extracted": "A" if k < r else "B", "correct": k < r, "response": "", "finish_reason": "stop"})
+            criteria = verdicts[question.id, k] = dict.fromkeys(CRITERIA, k < m)
             criteria["Image_Analysis_Involvement"] = k < look
             criteria["No_Hallucination"] = k < 4 - wrong  # the last samples, so that the first may meet all
-            verdicts.append({"id": str(question), "sample": k, "criteria": criteria})
-    data.write_jsonl(folder / "predictions.jsonl", predictions)
-    data.write_jsonl(folder / "verdicts.jsonl", verdicts)
+        entries.append(score.entry(question, rows, verdicts))
+    data.write_json(folder / "results.json", {"name": folder.name, "entries": entries})
 
 
 def measured(tmp_path) -> dict[str, dict]:

@@ -352,7 +352,7 @@ LABELS = {  # reply: the type that is read, or None
     REASONING: "clinical_reasoning",
     '```json\n{"type": "pattern_recognition", "modality": "x-ray", "why": "Seen at once."}\n```': "pattern_recognition",
     'It is {"type": "clinical_reasoning"}; no: {"type": "knowledge_recall"}': "knowledge_recall",
-    '{"Type": "pattern_recognition"}': None,
+    '{"Type": "pattern_recognition"}': "pattern_recognition",  # keys in any case
     '{"type": "Pattern recognition"}': "pattern_recognition",
     '{"type": "clinical-reasoning", "modality": 7, "why": null}': "clinical_reasoning",
     '{"type": "pattern_recognition|knowledge_recall|clinical_reasoning"}': None,

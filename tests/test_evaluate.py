@@ -1,227 +1,25 @@
-"""Figures by brute force and by hand: pass@n, majority vote, standard errors, denominators that nothing escapes from."""
+"""The real command on a real world: what the files dictate, kills, prompts and rules against a server, reports over several runs."""
 
-import itertools
+import contextlib
 import json
-import math
 import statistics
-from fractions import Fraction
+import threading
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 import data
 import evaluate
 import judge
 import rollout
+import score
+import tables
 
 OPTIONS = {"A": "CT", "B": "MRI", "C": "PET"}
-CHOICES = st.lists(st.sampled_from(["A", "B", "C", None]), min_size=1, max_size=8)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# pass@n
-
-
-@pytest.mark.parametrize("samples", range(1, 8))
-def test_pass_at_n_is_the_share_of_all_subsets_that_hold_a_right_sample(samples):
-    for right in range(samples + 1):
-        outcome = [k < right for k in range(samples)]
-        for n in range(1, samples + 1):
-            subsets = list(itertools.combinations(outcome, n))
-            expected = Fraction(sum(any(subset) for subset in subsets), len(subsets))
-            assert evaluate.pass_at(n, samples, right) == pytest.approx(float(expected), abs=1e-12)
-
-
-def test_pass_at_n_by_hand():
-    # 32 samples, one right: a random half holds it half the time
-    assert evaluate.pass_at(16, 32, 1) == pytest.approx(0.5)
-    assert evaluate.pass_at(32, 32, 1) == 1 and evaluate.pass_at(32, 32, 0) == 0
-
-
-@given(st.integers(1, 64).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n))))
-@settings(max_examples=60, deadline=None)
-def test_pass_at_n_never_falls_with_n_and_begins_at_the_accuracy(drawn):
-    samples, right = drawn
-    curve = [evaluate.pass_at(n, samples, right) for n in range(1, samples + 1)]
-    assert curve[0] == pytest.approx(right / samples)
-    assert all(low <= high + 1e-12 for low, high in zip(curve, curve[1:])) and all(0 <= value <= 1 for value in curve)
-
-
-def test_pass_at_more_than_there_are_samples_is_refused():
-    with pytest.raises(ValueError, match="pass@4 needs at least 4"):
-        evaluate.pass_at(4, 3, 1)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Majority vote
-
-
-@pytest.mark.parametrize(
-    ("choices", "winner"),
-    [
-        ("ABB", "B"),
-        ("AABB", "A"),  # a tie goes to the earliest sampled
-        ("BBAA", "B"),
-        ("CABAB", "A"),  # C came first but has fewer; of A and B, A came first
-        ("A--", "A"),  # unreadable ones abstain: they are no choice that could win
-        ("----B", "B"),
-        ("-BA", "B"),
-        ("---", None),
-        ("", None),
-    ],
-)
-def test_majority_by_hand(choices, winner):
-    assert evaluate.majority([None if c == "-" else c for c in choices]) == winner
-
-
-def brute_majority(choices) -> str | None:
-    readable = [choice for choice in choices if choice is not None]
-    return min(readable, key=lambda c: (-readable.count(c), readable.index(c)), default=None)
-
-
-@given(CHOICES)
-@settings(max_examples=80, deadline=None)
-def test_majority_at_all_samples_is_the_plain_vote(choices):
-    assert evaluate.majority(choices) == brute_majority(choices)
-    assert evaluate.majority_at(len(choices), choices, "A", 0) == (brute_majority(choices) == "A")
-
-
-@given(CHOICES, st.integers(0, 99))
-@settings(max_examples=80, deadline=None)
-def test_majority_of_one_is_the_mean_accuracy_whatever_the_seed(choices, seed):
-    assert evaluate.majority_at(1, choices, "A", seed) == pytest.approx(choices.count("A") / len(choices))
-
-
-@pytest.mark.parametrize("choices", ["AABBB-CA", "ABABABAB", "--A-B-A-", "BBBBBBBA", "AAAAAAAA", "CCBBAAAA"])
-@pytest.mark.parametrize("n", [2, 3, 4, 6])
-def test_majority_at_n_is_near_the_share_over_all_subsets(choices, n):
-    choices = [None if c == "-" else c for c in choices]
-    subsets = list(itertools.combinations(choices, n))  # in the order sampled
-    share = sum(brute_majority(subset) == "A" for subset in subsets) / len(subsets)
-    error = math.sqrt(share * (1 - share) / evaluate.SUBSETS)
-    assert abs(evaluate.majority_at(n, choices, "A", seed=5) - share) <= 4 * error
-
-
-def test_majority_at_n_follows_from_its_seed():
-    choices = list("AABBCABC")
-    assert evaluate.majority_at(4, choices, "A", 1) == evaluate.majority_at(4, choices, "A", 1)
-    assert len({evaluate.majority_at(4, choices, "A", seed) for seed in range(10)}) > 1
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Mean and error
-
-
-@pytest.mark.parametrize("values", [[0.0, 1.0], [0.25, 0.5, 0.5, 1.0], [0.1] * 5, [1.0, 0.0, 0.0, 0.0, 0.75]])
-def test_standard_error_is_over_questions(values):
-    mean, error = evaluate.mean_and_error(values)
-    assert mean == pytest.approx(np.mean(values))
-    assert error == pytest.approx(np.std(values, ddof=1) / np.sqrt(len(values)))
-
-
-def test_standard_error_by_hand_and_of_one_question():
-    # mean 1/2, squared differences 1/4 + 1/4, divided by 2 - 1, root, divided by the root of 2
-    assert evaluate.mean_and_error([0.0, 1.0]) == pytest.approx((0.5, math.sqrt(0.5) / math.sqrt(2)))
-    assert evaluate.mean_and_error([0.5]) == (0.5, 0.0)
-
-
-@pytest.mark.parametrize(("most", "expected"), [(1, [1]), (2, [1, 2]), (7, [1, 2, 4]), (8, [1, 2, 4, 8]), (32, [1, 2, 4, 8, 16, 32])])
-def test_curves_are_drawn_at_powers_of_two(most, expected):
-    assert evaluate.powers_of_two(most) == expected
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# A summary, by hand. Letters are choices, "-" is an unreadable answer, "!" one that was cut off.
-
-
-def made(key: str, answer: str, choices: str) -> tuple[data.Question, list[dict]]:
-    rows = []
-    for k, choice in enumerate(choices):
-        said = None if choice in "-!" else choice
-        rows.append(
-            {
-                "id": key,
-                "sample": k,
-                "response": "two words" if k % 2 else "three little words",
-                "finish_reason": "length" if choice == "!" else "stop",
-                "extracted": said,
-                "correct": said == answer,
-            }
-        )
-    return data.Question(key, OPTIONS, answer, id=key), rows
-
-
-def summary(*parts, criteria=None) -> dict:
-    return evaluate.summarise([row for _, rows in parts for row in rows], [question for question, _ in parts], criteria or {})
-
-
-def test_summary_by_hand():
-    figures = summary(made("p", "A", "AAB-"), made("q", "B", "BBBB"), made("r", "C", "AA!!"))
-    shares = [2 / 4, 1, 0]
-    assert figures["questions"] == 3 and figures["samples"] == 4
-    assert figures["accuracy"] == pytest.approx(sum(shares) / 3)
-    assert figures["standard_error"] == pytest.approx(statistics.stdev(shares) / 3**0.5)
-    assert figures["unparsed"] == pytest.approx(3 / 12) and figures["cut_off"] == pytest.approx(2 / 12)
-    assert figures["words"] == pytest.approx(2.5)
-    assert list(figures["majority"]) == list(figures["pass"]) == ["1", "2", "4"]
-    assert figures["majority"]["4"][0] == pytest.approx(2 / 3)  # p: A, q: B, r: A
-    assert figures["pass"]["4"][0] == pytest.approx(2 / 3)
-    # p has 2 right of 4: of the six pairs only the one of both wrong holds none
-    assert figures["pass"]["2"][0] == pytest.approx((5 / 6 + 1 + 0) / 3)
-    assert "criteria" not in figures
-
-
-def test_unparsed_and_cut_off_answers_stay_in_the_denominator():
-    with_them, without = summary(made("p", "A", "AA--")), summary(made("p", "A", "AABB"))
-    cut = summary(made("p", "A", "AA!!"))
-    assert with_them["accuracy"] == without["accuracy"] == cut["accuracy"] == 0.5
-    assert summary(made("p", "A", "----"))["accuracy"] == 0 == summary(made("p", "A", "!!!!"))["majority"]["4"][0]
-
-
-@given(st.lists(st.text("ABC-!", min_size=4, max_size=4), min_size=1, max_size=5))
-@settings(max_examples=50, deadline=None)
-def test_mv_at_1_equals_pass_at_1_equals_accuracy(choices):
-    figures = summary(*(made(str(i), "ABC"[i % 3], text) for i, text in enumerate(choices)))
-    accuracy = (figures["accuracy"], figures["standard_error"])
-    assert figures["majority"]["1"] == pytest.approx(accuracy) and figures["pass"]["1"] == pytest.approx(accuracy)
-    passes = [value for value, _ in figures["pass"].values()]
-    assert passes == sorted(passes)
-
-
-def verdict(*failed: str) -> dict:
-    return {key: key not in failed for key in judge.KEYS}
-
-
-def test_criteria_by_hand_and_hallucination_among_looking_chains_only():
-    parts = made("p", "A", "AAAB"), made("q", "B", "BA--")
-    look, true = "Image_Analysis_Involvement", "No_Hallucination"
-    criteria = {
-        ("p", 0): verdict(),
-        ("p", 1): verdict(true),  # looks, and sees what is not there
-        ("p", 2): verdict(look),
-        ("p", 3): verdict(look, true),  # does not look: its false claims are not about the image
-        ("q", 0): verdict("Reflection_Presence"),
-        ("q", 1): verdict("Answer_Correctness"),  # a wrong answer, all four criteria met
-        ("q", 2): None,  # an unreadable verdict
-    }  # and none of ("q", 3)
-    figures = summary(*parts, criteria=criteria)
-    assert figures["judged"] == 6
-    assert figures["criteria"] == pytest.approx({"Logical_Consistency": 1, look: 4 / 6, true: 4 / 6, "Reflection_Presence": 5 / 6})
-    assert figures["looking"] == 4 and figures["hallucinated"] == pytest.approx(1 / 4)
-    # all four criteria: 1 of 4 chains of p, 1 of 2 of q; the error is over questions
-    assert figures["all_criteria"] == pytest.approx((1 / 4 + 1 / 2) / 2)
-    assert figures["all_criteria_error"] == pytest.approx(statistics.stdev([0.25, 0.5]) / 2**0.5)
-
-
-def test_nobody_who_looks_is_no_share_and_not_zero():
-    figures = summary(made("p", "A", "AA"), criteria={("p", 0): verdict("Image_Analysis_Involvement"), ("p", 1): None})
-    assert figures["looking"] == 0 and figures["hallucinated"] is None
-    row = next(line for line in evaluate.table([{"name": "s", "groups": {"image": figures}}]).splitlines() if "of those that look" in line)
-    assert "–" in row
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -238,7 +36,7 @@ def stages(world, tmp_path_factory) -> dict[str, Path]:
     """Three evaluations, as of three stages."""
     base = tmp_path_factory.mktemp("eval")
     for engine in ("bookish", "hasty", "thorough"):
-        run(world, base / engine, "-n", "8", "--n-text", "4", "--judge", "clinic:judge", engine=f"clinic:{engine}")
+        run(world, base / engine, "-n", "8", "4", "--judge", "clinic:judge", engine=f"clinic:{engine}")
     return {engine: base / engine for engine in ("bookish", "hasty", "thorough")}
 
 
@@ -256,11 +54,11 @@ def test_accuracy_is_what_the_files_dictate(world, stages, engine):
             shares.append(sum(f"<answer> {question.options[question.answer]} </answer>" in text for text in said) / samples)
             unread += sum("<answer>" not in text for text in said)
         figures = results["groups"][kind]
-        assert figures["accuracy"] == pytest.approx(statistics.fmean(shares)) and figures["accuracy"] > 0.7
-        assert figures["standard_error"] == pytest.approx(statistics.stdev(shares) / len(shares) ** 0.5)
+        mean = statistics.fmean(shares)
+        assert figures["accuracy"] == pytest.approx([mean, *score.wilson(mean, len(shares))]) and mean > 0.7
         assert figures["unparsed"] == pytest.approx(unread / (samples * len(shares))) and figures["cut_off"] == 0
         assert (figures["questions"], figures["samples"]) == (len(shares), samples)
-        assert figures["pass"]["1"] == pytest.approx([figures["accuracy"], figures["standard_error"]]) == figures["majority"]["1"]
+        assert figures["pass"]["1"] == pytest.approx(figures["accuracy"]) and figures["majority"]["1"] == pytest.approx(figures["accuracy"])
 
 
 def test_criteria_show_what_each_teacher_lacks(stages):
@@ -271,15 +69,15 @@ def test_criteria_show_what_each_teacher_lacks(stages):
                 assert share < 0.5  # always one sign on the left: true of one film in six
             else:
                 assert share == 0 if name == lacking else share > 0.7
-        assert image["all_criteria"] == 0 if lacking else image["all_criteria"] > 0.7
-        assert image["looking"] == (0 if engine == "bookish" else 48)
+        assert image["all_criteria"][0] == 0 if lacking else image["all_criteria"][0] > 0.7
+        assert image["judged_looking"] == (0 if engine == "bookish" else 48)
 
 
 def test_every_chain_on_an_image_question_is_judged_right_or_wrong(world, tmp_path):
     results = run(world, tmp_path / "out", "-n", "8", "--judge", "clinic:judge", engine="clinic:expert-a")  # wrong a quarter of the time
     verdicts = {(row["id"], row["sample"]) for _, row in data.read_jsonl(tmp_path / "out" / "verdicts.jsonl")}
     assert verdicts == {(q.id, k) for q in data.read_questions(world / "test.jsonl") if q.images for k in range(8)}
-    assert results["groups"]["image"]["accuracy"] < 1  # so there were wrong ones
+    assert results["groups"]["image"]["accuracy"][0] < 1  # so there were wrong ones
     assert "criteria" not in results["groups"]["text"]
 
 
@@ -288,7 +86,7 @@ def test_subsets_split_the_image_questions(stages):
     for key in ("modality", "kind"):
         parts = [figures for name, figures in results["subsets"].items() if name.startswith(f"{key}=")]
         assert sum(figures["questions"] for figures in parts) == 6
-        assert sum(figures["questions"] * figures["accuracy"] for figures in parts) / 6 == pytest.approx(results["groups"]["image"]["accuracy"])
+        assert sum(figures["questions"] * figures["accuracy"][0] for figures in parts) / 6 == pytest.approx(results["groups"]["image"]["accuracy"][0])
 
 
 def test_killed_and_resumed_evaluation_gives_the_same_results(world, stages, tmp_path):
@@ -297,7 +95,7 @@ def test_killed_and_resumed_evaluation_gives_the_same_results(world, stages, tmp
     assert not kept.endswith(b"\n")  # killed in the middle of a line
     (tmp_path / "replies.jsonl").write_bytes(kept)
     (tmp_path / "replies.jsonl.settings.json").write_bytes((stages["thorough"] / "replies.jsonl.settings.json").read_bytes())
-    results = run(world, tmp_path, "-n", "8", "--n-text", "4", "--judge", "clinic:judge", "--name", "thorough")
+    results = run(world, tmp_path, "-n", "8", "4", "--judge", "clinic:judge", "--name", "thorough")
     assert results == json.loads((stages["thorough"] / "results.json").read_text())
     assert (tmp_path / "replies.jsonl").read_bytes() == whole
     assert (tmp_path / "predictions.jsonl").read_bytes() == (stages["thorough"] / "predictions.jsonl").read_bytes()
@@ -331,7 +129,7 @@ def test_right_answer_that_was_cut_off_counts_as_wrong_and_as_unread(tmp_path):
         [(good, "stop"), (good, "length"), ("<think> the answer is (A)", "length"), (data.join_response("x", "B"), "stop")],
     )
     figures = run(tmp_path, tmp_path / "out", "-n", "4", engine="clinic:hasty")["groups"]["text"]
-    assert (figures["accuracy"], figures["cut_off"], figures["unparsed"]) == (0.25, 0.5, 0.5)
+    assert (figures["accuracy"][0], figures["cut_off"], figures["unparsed"]) == (0.25, 0.5, 0.5)
 
 
 def test_open_ended_answers_are_voted_on_and_only_unreadable_ones_are_unparsed(tmp_path):
@@ -340,7 +138,7 @@ def test_open_ended_answers_are_voted_on_and_only_unreadable_ones_are_unparsed(t
     said = ["Renal ultrasound.", "CBC", "renal  ultrasound"]
     replies_file(tmp_path / "out", question, [*((data.join_response("x", text), "stop") for text in said), ("<think> no answer", "stop")])
     figures = run(tmp_path, tmp_path / "out", "-n", "4", engine="clinic:hasty")["groups"]["text"]
-    assert figures["accuracy"] == 0.5 and figures["unparsed"] == 0.25
+    assert figures["accuracy"][0] == 0.5 and figures["unparsed"] == 0.25
     assert figures["majority"]["1"][0] == figures["pass"]["1"][0] == 0.5  # MV@1 = pass@1 = accuracy
     assert figures["majority"]["4"][0] == 1  # two of the three readable ones agree
 
@@ -380,7 +178,7 @@ def test_one_question_in_two_files_is_not_counted_twice(tmp_path):
         assert rows[0].id in str(error)
         return
     figures = json.loads((tmp_path / "out" / "results.json").read_text())["groups"]["text"]
-    assert (figures["questions"], figures["accuracy"]) == (2, 0.5)
+    assert (figures["questions"], figures["accuracy"][0]) == (2, 0.5)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -389,35 +187,6 @@ def test_one_question_in_two_files_is_not_counted_twice(tmp_path):
 
 def load(stages: dict[str, Path]) -> list[dict]:
     return [json.loads((folder / "results.json").read_text()) for folder in stages.values()]
-
-
-def test_table_has_a_row_a_stage_and_equally_many_cells_in_each(stages):
-    results = load(stages)
-    lines = evaluate.table(results).splitlines()
-    assert len(lines) == 2 + len(evaluate.ROWS) and {line.count("|") for line in lines} == {2 + len(results)} and len(set(map(len, lines))) == 1
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    for column, result in enumerate(results, 1):
-        assert cells[0][column] == result["name"]
-        assert cells[2][column].startswith(f"{result['groups']['image']['accuracy']:.3f} ± ")
-        assert cells[3][column] == f"{result['groups']['image']['majority']['8'][0]:.3f} (n = 8)"
-
-
-def test_table_of_a_stage_without_a_judge_or_without_text_has_dashes(world, tmp_path):
-    image_only = tmp_path / "image.jsonl"
-    data.write_jsonl(image_only, [q.to_row() for q in data.read_questions(world / "test.jsonl") if q.images])
-    evaluate.main(["run", "--engine", "clinic:hasty", "--questions", str(image_only), "--images", str(world), "--out", str(tmp_path / "out")])
-    lines = evaluate.table([json.loads((tmp_path / "out" / "results.json").read_text())]).splitlines()
-    assert len({line.count("|") for line in lines}) == 1 and sum(line.split("|")[2].strip() == "–" for line in lines) == 1 + 6  # text, and six figures of the judge
-
-
-def test_table_of_a_stage_without_image_questions_has_its_row(world, tmp_path):
-    text_only = tmp_path / "text.jsonl"
-    data.write_jsonl(text_only, [q.to_row() for q in data.read_questions(world / "test.jsonl") if not q.images])
-    evaluate.main(["run", "--engine", "clinic:hasty", "--questions", str(text_only), "--out", str(tmp_path / "out")])
-    result = json.loads((tmp_path / "out" / "results.json").read_text())
-    lines = evaluate.table([result]).splitlines()
-    assert f"{result['groups']['text']['accuracy']:.3f}" in next(line for line in lines if line.startswith("| text questions"))
-    assert "–" in next(line for line in lines if line.startswith("| image questions"))
 
 
 def colours(path: Path) -> int:
@@ -467,7 +236,7 @@ def reported(world, stages, tmp_path_factory) -> Path:
 
 
 def test_report_writes_its_table_and_says_what_it_was_made_from(stages, reported):
-    assert (reported / "table.md").read_text() == evaluate.table(load(stages)) + "\n"
+    assert (reported / "table.md").read_text() == tables.table(load(stages)) + "\n"
     stage = json.loads((reported / "stage.json").read_text())
     assert set(stage["outputs"]) == {"table.md", "report.png", "films.png"}
     assert {str(folder / "results.json") for folder in stages.values()} < set(stage["inputs"])
@@ -484,3 +253,139 @@ def test_plots_are_written_and_not_empty(reported, name):
 def test_report_without_curves_or_pairs_is_a_table(stages, tmp_path):
     evaluate.main(["report", "--results", str(stages["thorough"]), "--out", str(tmp_path / "out")])
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["stage.json", "table.md"]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Prompts, rules, free answers
+
+
+class Recorder(BaseHTTPRequestHandler):
+    """A server that speaks OpenAI's protocol, says what `says` makes of the messages, and keeps every request."""
+
+    def do_GET(self):
+        self.say({"object": "list", "data": [{"id": "m", "object": "model", "owned_by": "a test"}]})
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.requests.append(body)
+        choices = [{"index": k, "finish_reason": "stop", "message": {"role": "assistant", "content": self.server.says(body["messages"])}} for k in range(body.get("n", 1))]
+        self.say({"id": "x", "object": "chat.completion", "created": 0, "model": body["model"], "choices": choices})
+
+    def say(self, value) -> None:
+        text = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *_):
+        pass
+
+
+@contextlib.contextmanager
+def serving(says):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Recorder)
+    server.says, server.requests = says, []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1#m", server.requests
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def text_of(messages: list[dict]) -> str:
+    content = messages[-1]["content"]
+    return content if isinstance(content, str) else "".join(part.get("text", "[image]") for part in content)
+
+
+def film(folder: Path, name: str = "film.png") -> str:
+    Image.new("L", (28, 28), 90).save(folder / name)
+    return name
+
+
+def test_medxpertqas_own_prompt_has_two_turns_and_its_own_rule_reads_them_differently(tmp_path):
+    question = data.Question("What is seen?", OPTIONS, "B", [film(tmp_path)], "medxpertqa-mm")
+    data.write_jsonl(tmp_path / "test.jsonl", [question.to_row()])
+    with serving(lambda messages: "Therefore it is B" if "answer is" in text_of(messages) else "A long look: option A at first. The answer is (C).") as (spec, requests):
+        results = run(tmp_path, tmp_path / "out", "-n", "2", "--prompt", "official", engine=spec)
+        again = run(tmp_path, tmp_path / "out", "-n", "2", "--prompt", "official", engine=spec)  # nothing is asked twice
+    assert [text_of(body["messages"]) for body in requests[:1]] == ["Q: What is seen?\nAnswer Choices: (A) CT (B) MRI (C) PET\nA: Let's think step by step.[image]"]
+    assert {text_of(body["messages"]) for body in requests[1:]} == {"Therefore, among A through C, the answer is"} and len(requests) == 3  # two samples in the first
+    assert requests[1]["messages"][-2]["content"].startswith("A long look")
+    row = next(iter(data.read_jsonl(tmp_path / "out" / "predictions.jsonl")))[1]
+    assert row["response"].endswith("Therefore, among A through C, the answer is Therefore it is B")
+    assert (row["official"], row["official_correct"]) == ("B", True)  # the first letter after the trigger
+    found = results["benchmarks"]["medxpertqa-mm"]["figures"]
+    assert found["official"][0] == 1 and results == again
+
+
+@pytest.mark.parametrize(("style", "roles"), [("paper", ["system", "user"]), ("bare", ["user"])])
+def test_bare_is_the_papers_prompt_without_its_system_turn(tmp_path, style, roles):
+    question = data.Question("What is seen?", OPTIONS, "B")
+    data.write_jsonl(tmp_path / "test.jsonl", [question.to_row()])
+    with serving(lambda messages: "<answer> B </answer>") as (spec, requests):
+        assert run(tmp_path, tmp_path / "out", "--prompt", style, engine=spec)["groups"]["text"]["accuracy"][0] == 1
+    (body,) = requests
+    assert [turn["role"] for turn in body["messages"]] == roles and text_of(body["messages"]) == data.question_text(question)
+
+
+def test_both_rules_are_applied_and_shown_side_by_side(tmp_path, capsys):
+    question = data.Question("What is seen?", OPTIONS, "B", source="medqa")
+    data.write_jsonl(tmp_path / "test.jsonl", [question.to_row()])
+    said = ["<think> A man. </think> <answer> B </answer>", "<think> B, or C </think> <answer> C </answer>", "<think> no letter </think>", "<answer> B </answer>"]
+    replies_file(tmp_path / "out", question, [(text, "stop") for text in said[:3]] + [(said[3], "length")])
+    found = run(tmp_path, tmp_path / "out", "-n", "4", engine="clinic:hasty")["benchmarks"]["medqa"]["figures"]
+    # ours: B, C, none, cut off; MedXpertQA's: the article A, the B of the thinking, none, cut off
+    assert (found["accuracy"][0], found["unparsed"], found["official"][0], found["official_unparsed"]) == (0.25, 0.5, 0.25, 0.5)
+    assert "by the benchmark's own rule 0.250" in capsys.readouterr().out
+
+
+def test_free_answers_are_asked_for_without_options_and_graded_once(tmp_path):
+    question = data.Question("What is done?", {"A": "renal ultrasound", "B": "CT"}, "A")
+    data.write_jsonl(tmp_path / "test.jsonl", [question.to_row()])
+    replies_file(tmp_path / "out", replace(question), [(data.join_response("x", said), "stop") for said in ("Renal ultrasound", "sonography of the kidneys", "a CT", "an echo")])
+    grades = {"sonography of the kidneys": '{"Correct": "Yes"}', "a CT": '{"Correct": "No"}', "an echo": "cannot say"}
+    with serving(lambda messages: next(grade for said, grade in grades.items() if f"<Answer> {said} </Answer>" in text_of(messages))) as (spec, requests):
+        found = run(tmp_path, tmp_path / "out", "-n", "4", "--open-ended", spec, engine="clinic:hasty")["groups"]["text"]
+        assert run(tmp_path, tmp_path / "out", "-n", "4", "--open-ended", spec, engine="clinic:hasty")["groups"]["text"] == found
+    assert found["accuracy"][0] == 0.5 and len(requests) == 1 + 1 + 3  # what cannot be read is asked three times, and is wrong
+    assert all("<Reference> renal ultrasound </Reference>" in text_of(body["messages"]) for body in requests)
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["entries"][0]["answer"] == "renal ultrasound"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Several benchmarks, several runs
+
+
+def test_benchmarks_are_told_apart_by_source_and_each_has_its_subsets(tmp_path):
+    questions = [data.Question(f"{n}?", OPTIONS, "A", source=source, meta={"question_type": kind}) for n, (source, kind) in enumerate([("medqa", "Reasoning"), ("medqa", "Understanding"), ("mmmu", "Reasoning")])]
+    data.write_jsonl(tmp_path / "one.jsonl", [q.to_row() for q in questions[:2]])
+    data.write_jsonl(tmp_path / "two.jsonl", [questions[2].to_row()])
+    with serving(lambda messages: data.join_response("x", "B" if text_of(messages).startswith("1") else "A")) as (spec, _):
+        evaluate.main(["run", "--engine", spec, "--questions", str(tmp_path / "one.jsonl"), str(tmp_path / "two.jsonl"), "--out", str(tmp_path / "out")])
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {name: part["figures"]["accuracy"][0] for name, part in results["benchmarks"].items()} == {"medqa": 0.5, "mmmu": 1}
+    assert {name: found["accuracy"][0] for name, found in results["benchmarks"]["medqa"]["subsets"].items()} == {"question_type=Reasoning": 1, "question_type=Understanding": 0}
+    recomputed = evaluate.make_results(results["entries"])  # from the file alone
+    assert all(json.loads(json.dumps(recomputed[key])) == results[key] for key in ("groups", "benchmarks", "subsets"))
+
+
+def test_runs_are_compared_question_by_question(stages, tmp_path, capsys):
+    evaluate.main(["compare", "--results", str(stages["hasty"]), str(stages["thorough"]), "--out", str(tmp_path / "compare.md")])
+    said = (tmp_path / "compare.md").read_text()
+    assert said in capsys.readouterr().out and said.count("\n") == 2 + 2  # image and text questions were sampled differently often
+    one, two = (json.loads((stages[name] / "results.json").read_text())["groups"]["image"]["accuracy"][0] for name in ("hasty", "thorough"))
+    assert f"{two - one:+.3f} (" in said
+
+
+def test_runs_without_a_common_benchmark_are_not_compared(stages, tmp_path):
+    evaluate.write_results(tmp_path / "results.json", {"name": "other", **evaluate.make_results([{**json.loads((stages["hasty"] / "results.json").read_text())["entries"][0], "source": "mmmu"}])})
+    with pytest.raises(data.RowError, match="no benchmark in common"):
+        evaluate.main(["compare", "--results", str(stages["hasty"]), str(tmp_path)])
+
+
+def test_a_folder_without_results_is_named(tmp_path):
+    with pytest.raises(data.RowError, match="evaluate.py run writes it"):
+        evaluate.main(["table", "--results", str(tmp_path / "none"), "--out", str(tmp_path)])

@@ -239,14 +239,14 @@ def read_csv(path: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def tables(everything, tmp_path_factory) -> tuple[Path, list[Path], list[str]]:
+def printed(everything, tmp_path_factory) -> tuple[Path, list[Path], list[str]]:
     out = tmp_path_factory.mktemp("tables")
     return out, *tables.paper_tables(everything, out)
 
 
 @pytest.mark.parametrize("number", [1, 2])
-def test_our_rows_stand_under_the_papers_with_interval_and_questions(tables, everything, number):
-    out, paths, _ = tables
+def test_our_rows_stand_under_the_papers_with_interval_and_questions(printed, everything, number):
+    out, paths, _ = printed
     assert sorted(path.name for path in paths) == ["table1.csv", "table1.md", "table2.csv", "table2.md"] and all(path.exists() for path in paths)
     shown, records = cells((out / f"table{number}.md").read_text()), read_csv(out / f"table{number}.csv")
     columns = tables.TABLES[number][0]
@@ -273,8 +273,8 @@ def test_our_rows_stand_under_the_papers_with_interval_and_questions(tables, eve
     assert float(gain["percent"]) == pytest.approx(100 * (means[1] - means[0]), abs=0.00501) and float(gain["low"]) < float(gain["percent"]) < float(gain["high"])
 
 
-def test_the_papers_cells_are_printed_as_they_are_with_their_notes(tables):
-    out, _, _ = tables
+def test_the_papers_cells_are_printed_as_they_are_with_their_notes(printed):
+    out, _, _ = printed
     shown, text = cells((out / "table1.md").read_text()), (out / "table1.md").read_text()
     assert shown["OpenAI-o1"] == ["52.78 [a]", "65.45 [a]", "56.28 [a]", "–", "60.00", "–", "41.96", "–"]
     assert shown["GMAI-VL-R1 RLT"] == ["–", "–", "23.80", "+3.10", "57.33", "+2.00", "34.03 [c] [d]", "+5.56"]
@@ -292,8 +292,8 @@ def test_the_papers_number_of_questions_is_not_marked(tmp_path):
     assert "[n" not in row[4] and row[6].endswith("[n = 20]") and row[:4] == ["–"] * 4
 
 
-def test_what_a_result_lacks_for_the_tables_is_said(tables):
-    _, _, left_out = tables
+def test_what_a_result_lacks_for_the_tables_is_said(printed):
+    _, _, left_out = printed
     assert "Table 1: 32B/Stage-I lacks Δ on medxpertqa-mm (no SIZE/base on the same questions), mmmu, mmmu-pro" in left_out
     assert any(line.startswith("Table 2: GPT-4o lacks medxpertqa-mm medical_task=Treatment, ") for line in left_out)
     assert not [line for line in left_out if "7B/Stage-II" in line]

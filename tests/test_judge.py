@@ -323,7 +323,7 @@ def test_candidate_that_may_not_be_judged_is_on_neither_side(name, failing):
     assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [(good["response"], bad["response"])]
     assert report["candidates"] == 3 and report["positive"] == report["negative"] == 1
     assert report["no_verdict"] == (name in ("no verdict", "unreadable verdict"))
-    assert report["cut_off"] == (name == "cut off") and report["correct"] == (3 if report["no_verdict"] else 2)
+    assert report["unfinished"] == (name == "cut off") and report["correct"] == (3 if report["no_verdict"] else 2)
 
 
 def test_verdict_on_another_text_of_the_same_sample_does_not_count():
@@ -387,7 +387,7 @@ def test_report_follows_every_candidate_to_where_it_ended():
         key: report[key]
         for key in (
             "candidates",
-            "cut_off",
+            "unfinished",
             "correct",
             "no_verdict",
             "rule_and_judge_disagree",
@@ -400,7 +400,7 @@ def test_report_follows_every_candidate_to_where_it_ended():
     }
     assert counts == {
         "candidates": 11,
-        "cut_off": 2,
+        "unfinished": 2,
         "correct": 7,
         "no_verdict": 1,
         "rule_and_judge_disagree": 1,
@@ -413,7 +413,7 @@ def test_report_follows_every_candidate_to_where_it_ended():
     wrong = 2  # finished, but not right
     assert (
         report["candidates"]
-        == report["cut_off"] + wrong + report["no_verdict"] + report["rule_and_judge_disagree"] + report["positive"] + report["negative"]
+        == report["unfinished"] + wrong + report["no_verdict"] + report["rule_and_judge_disagree"] + report["positive"] + report["negative"]
     )
     assert report["negatives_failing"] == {"Logical_Consistency": 2, "Image_Analysis_Involvement": 0, "No_Hallucination": 0, "Reflection_Presence": 1}
     assert report["pairs_failing"] == {"Logical_Consistency": 4, "Image_Analysis_Involvement": 0, "No_Hallucination": 0, "Reflection_Presence": 2}

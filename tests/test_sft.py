@@ -351,3 +351,16 @@ def test_a_packed_run_logs_the_loss_of_a_run_that_is_not_packed(folders, films, 
         losses.append(data.read_metrics(tmp_path / limit / "out")[0])
     for name in ("loss", "think", "answer", "tag", "grad_norm"):
         assert losses[0][name] == pytest.approx(losses[1][name], abs=2e-4 if name == "grad_norm" else 2e-5)
+
+
+def test_text_and_image_demonstrations_of_two_files_train_as_those_of_one(folders, films, tmp_path):
+    text, image = [demo(index) for index in range(3)], [demo(index, "film0.png") for index in range(3, 5)]
+    data.write_jsonl(tmp_path / "image.jsonl", image)
+    flags = ["--epochs", "1", "--lr", "1e-3", "--batch", "2"]
+    wanted = run(folders["qwen"], films, tmp_path / "one", text + image, *flags)
+    data.write_jsonl(tmp_path / "two" / "demos.jsonl", text)
+    given = ["--model", str(folders["qwen"]), "--demos", str(tmp_path / "two" / "demos.jsonl"), str(tmp_path / "image.jsonl"), "--images", str(films)]
+    sft.main([*given, "--out", str(tmp_path / "two" / "out"), "--pixels", str(56 * 56), *flags])
+    found = load_file(tmp_path / "two" / "out" / "merged" / "model.safetensors")
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert {str(tmp_path / "two" / "demos.jsonl"), str(tmp_path / "image.jsonl")} < json.loads((tmp_path / "two" / "out" / "stage.json").read_text())["inputs"].keys()
