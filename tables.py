@@ -81,6 +81,7 @@ ROWS = (  # label, the key of the figures without which there is no cell, the ce
     ("prompts over long", "over_long", lambda f: f"{f['over_long']:.3f}"),
     ("unanswered", "unanswered", lambda f: f"{f['unanswered']:.3f}"),
 )
+RARE = {"over_long": 0, "unanswered": 0}  # such a row is shown where there are any
 
 
 def table(results: list[dict]) -> str:
@@ -89,12 +90,12 @@ def table(results: list[dict]) -> str:
     groups = [("image questions", ROWS, [result["groups"].get("image", {}) for result in results])]
     groups.append(("text questions", [row for row in ROWS if row[1] != "looking"], [result["groups"].get("text", {}) for result in results]))
     benchmarks = list(dict.fromkeys(source for result in results for source in result["benchmarks"]))
-    for source in benchmarks if len(benchmarks) > 1 else ():
+    for source in benchmarks if len({source.partition(", ")[0] for source in benchmarks}) > 1 else ():
         groups.append((source, ROWS[:4], [result["benchmarks"].get(source, {}).get("figures", {}) for result in results]))
     lines = [["", *(result["name"] for result in results)]]
     for group, rows, figures in groups:
         for label, key, cell in rows:
-            if any(found.get(key) is not None for found in figures):
+            if any(found.get(key) not in (None, RARE.get(key)) for found in figures):
                 lines.append([f"{group}: {label}", *(cell(found) if found.get(key) is not None else "–" for found in figures)])
     return markdown(lines)
 
