@@ -193,8 +193,8 @@ def words(flags: dict) -> list[str]:
     return out
 
 
-def method(recipe: Recipe, base: str, run: Path, bank: list[str], images: str, against: list[str], test: list[str], baselines: list[str], experts: list[str], classifier: str, editor: str, teachers: list[str], judge: str, ranks: int, seed: int) -> list[Stage]:
-    """The stages of the paper, from a question bank to a report."""
+def method(recipe: Recipe, base: str, run: Path, bank: list[str], images: str, against: list[str], test: list[str], engines: dict, ranks: int, seed: int) -> list[Stage]:
+    """The stages of the paper, from a question bank to a report. engines: {"curate": flags that name engines, "distill": the same, "judge": spec}."""
     at = {name: str(run / name) for name in ("curate", "distill", "sft", "rollout", "verdicts", "pairs", "dpo", "eval-base", "eval-stage1", "eval-stage2", "report")}
     shared = {"images": images, **recipe.images}
 
@@ -203,16 +203,16 @@ def method(recipe: Recipe, base: str, run: Path, bank: list[str], images: str, a
 
     rollouts = {"rollouts": f"{at['rollout']}/rollouts.jsonl", "questions": f"{at['curate']}/image.jsonl"}
     stages = [
-        stage("curate", "curate.py", "all", {"questions": bank, "against": against, "baselines": baselines, "experts": experts, "classifier": classifier, "editor": editor, **shared, **recipe.curate, "seed": seed}),
-        stage("distill", "distill.py", "run", {"questions": f"{at['curate']}/text.jsonl", "teachers": teachers, **recipe.distill, "seed": seed}),
+        stage("curate", "curate.py", "all", {"questions": bank, "against": against, **engines["curate"], **shared, **recipe.curate, "seed": seed}),
+        stage("distill", "distill.py", "run", {"questions": f"{at['curate']}/text.jsonl", **engines["distill"], **recipe.distill, "seed": seed}),
         stage("sft", "sft.py", "", {"model": base, "demos": f"{at['distill']}/demos.jsonl", **shared, **recipe.sft, "seed": seed}, ranks),
         stage("rollout", "rollout.py", "", {"engine": f"{recipe.engine}:{at['sft']}/merged", "questions": f"{at['curate']}/image.jsonl", **shared, **recipe.rollout, "seed": seed}),
-        stage("verdicts", "judge.py", "verdicts", {"judge": judge, **rollouts, **shared, "cache": str(run / "judge-cache"), "seed": seed}),
+        stage("verdicts", "judge.py", "verdicts", {"judge": engines["judge"], **rollouts, **shared, "cache": str(run / "judge-cache"), "seed": seed}),
         stage("pairs", "judge.py", "pairs", {"verdicts": f"{at['verdicts']}/verdicts.jsonl", **rollouts, **recipe.pairs, "seed": seed}),
         stage("dpo", "dpo.py", "", {"model": f"{at['sft']}/merged", "pairs": f"{at['pairs']}/pairs.jsonl", **shared, **recipe.dpo, "seed": seed}, ranks),
     ]
     for name, title, folder in (("eval-base", "base", base), ("eval-stage1", "+ Stage I", f"{at['sft']}/merged"), ("eval-stage2", "+ Stage II", f"{at['dpo']}/merged")):
-        flags = {"engine": f"{recipe.engine}:{folder}", "name": title, "questions": test, **shared, **recipe.evaluate, "judge": judge, "seed": seed}
+        flags = {"engine": f"{recipe.engine}:{folder}", "name": title, "questions": test, **shared, **recipe.evaluate, "judge": engines["judge"], "seed": seed}
         stages.append(stage(name, "evaluate.py", "run", flags))
     results = [at["eval-base"], at["eval-stage1"], at["eval-stage2"]]
     stages.append(stage("report", "evaluate.py", "report", {"results": results, "sft": at["sft"], "dpo": at["dpo"], "pairs": at["pairs"], "images": images}))
@@ -230,7 +230,11 @@ def demo_stages(run: Path, family: str, size: str, world: str, seed: int) -> lis
     ]
     return before + method(
         recipe, base, run, [f"{made}/bank.jsonl"], made, [f"{made}/dev.jsonl", f"{made}/test.jsonl"], [f"{made}/test.jsonl"],
-        [f"hf:{base}"], ["clinic:expert-a", "clinic:expert-b"], "clinic:classifier", "clinic:editor", ["clinic:thorough", "clinic:hasty", "clinic:bookish"], "clinic:judge", 0, seed,
+        {
+            "curate": {"baselines": [f"hf:{base}"], "experts": ["clinic:expert-a", "clinic:expert-b"], "classifier": "clinic:classifier", "editor": "clinic:editor"},
+            "distill": {"teachers": ["clinic:thorough", "clinic:hasty", "clinic:bookish"]}, "judge": "clinic:judge",
+        },
+        0, seed,
     )  # fmt: skip
 
 
@@ -276,7 +280,12 @@ def demo(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> None:
     folder = Path(args.out)
     recipe = RECIPES[args.recipe]
-    stages = method(recipe, args.base or recipe.base, folder, args.questions, args.images, args.test, args.test, args.baselines, args.experts, args.classifier, args.editor, args.teachers, args.judge, args.gpus, args.seed)
+    engines = {
+        "curate": {"baselines": args.baselines, "experts": args.experts, "classifier": args.classifier, "editor": args.editor},
+        "distill": {"teachers": args.teachers} | ({"expand": args.expand} if args.expand else {}) | ({"checker": args.checker} if args.checker else {}),
+        "judge": args.judge,
+    }
+    stages = method(recipe, args.base or recipe.base, folder, args.questions, args.images, args.test, args.test, engines, args.gpus, args.seed)
     if args.dry:
         for stage in stages:
             print(shlex.join(stage.command()))
@@ -353,6 +362,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     real.add_argument("--classifier", required=True, help="engine that tells the type of image questions")
     real.add_argument("--editor", required=True, help="engine that takes image descriptions out of questions")
     real.add_argument("--teachers", nargs="+", required=True, help="engines that write demonstrations")
+    real.add_argument("--expand", nargs=2, default=[], metavar=("TEACHER", "EXPANDER"), help="a teacher that tells a summary, and the engine that writes it out")
+    real.add_argument("--checker", default="", help="engine that checks demonstrations for structure and plausibility")
     real.add_argument("--judge", required=True, help="engine that judges chains")
     real.add_argument("--gpus", type=int, default=8, help="ranks of torchrun")
     real.add_argument("--out", default="runs/full", help="run folder")

@@ -93,13 +93,19 @@ def test_a_failing_stage_stops_the_run_and_names_itself(tmp_path):
         stage.run()
 
 
+ENGINES = {
+    "curate": {"baselines": ["vllm:base"], "experts": ["gemini:a"], "classifier": "gemini:a", "editor": "gemini:a"},
+    "distill": {"teachers": ["gemini:a"], "expand": ["gemini:a", "gemini:b"], "checker": "gemini:c"}, "judge": "gemini:a",
+}  # fmt: skip
+
+
 def every_stage() -> list:
     stages = []
     for family in ("qwen", "internvl"):
         for world in ("normal", "fast"):
             stages += medee.demo_stages(Path("runs/demo"), family, "tiny", world, 0)
     for name, recipe in medee.RECIPES.items():
-        stages += medee.method(recipe, recipe.base, Path("runs/x"), ["bank.jsonl"], "images", ["test.jsonl"], ["test.jsonl"], ["vllm:base"], ["gemini:a"], "gemini:a", "gemini:a", ["gemini:a"], "gemini:a", 8, 0)
+        stages += medee.method(recipe, recipe.base, Path("runs/x"), ["bank.jsonl"], "images", ["test.jsonl"], ["test.jsonl"], ENGINES, 8, 0)
     return stages
 
 
@@ -120,7 +126,7 @@ def test_recipes_carry_the_numbers_that_the_paper_gives():
 
 def test_rollout_training_and_evaluation_use_one_picture_of_an_image():
     for name in medee.RECIPES:
-        stages = medee.method(medee.RECIPES[name], "base", Path("r"), ["b"], "i", ["t"], ["t"], ["hf:b"], ["clinic:a"], "clinic:c", "clinic:e", ["clinic:t"], "clinic:judge", 0, 0)
+        stages = medee.method(medee.RECIPES[name], "base", Path("r"), ["b"], "i", ["t"], ["t"], ENGINES, 0, 0)
         flag = "--tiles" if "internvl" in name else "--pixels"
         used = {stage.words[stage.words.index(flag) + 1] for stage in stages if stage.script in ("rollout.py", "dpo.py") or stage.name.startswith("eval-")}
         assert len(used) == 1
