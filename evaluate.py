@@ -150,6 +150,8 @@ def write_results(path: Path, results: dict) -> None:
 
 def run(args: argparse.Namespace) -> None:
     started, out, image_root = time.time(), Path(args.out), Path(args.images)
+    if len(args.n) > 2 or min(args.n) < 1:
+        raise data.RowError(f"-n {' '.join(map(str, args.n))}: expected one number of samples, or two: of image and of text questions")
     out.mkdir(parents=True, exist_ok=True)
     by_id = {question.id: question for path in args.questions for question in data.read_questions(path)}
     if args.open_ended:

@@ -386,6 +386,12 @@ def test_runs_without_a_common_benchmark_are_not_compared(stages, tmp_path):
         evaluate.main(["compare", "--results", str(stages["hasty"]), str(tmp_path)])
 
 
+@pytest.mark.parametrize("n", [["0"], ["1", "2", "3"]])
+def test_a_number_of_samples_that_means_nothing_is_refused(tmp_path, n):
+    with pytest.raises(data.RowError, match="expected one number of samples, or two"):
+        evaluate.main(["run", "--engine", "clinic:hasty", "--questions", "none.jsonl", "--out", str(tmp_path / "out"), "-n", *n])
+
+
 def test_a_folder_without_results_is_named(tmp_path):
     with pytest.raises(data.RowError, match="evaluate.py run writes it"):
         evaluate.main(["table", "--results", str(tmp_path / "none"), "--out", str(tmp_path)])
