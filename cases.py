@@ -49,6 +49,7 @@ class Run:
     name: str
     folder: Path
     entries: dict[str, dict]
+    open_ended: bool = False  # asked without options
 
 
 def read_run(folder: str | Path) -> Run:
@@ -58,7 +59,7 @@ def read_run(folder: str | Path) -> Run:
         raise data.RowError(f"{path}: no such file; give folders that `evaluate.py run` wrote")
     results = json.loads(path.read_text(encoding="utf-8"))
     data.need(results, str(path), name=str, entries=list)
-    return Run(results["name"], Path(folder), {entry["id"]: entry for entry in results["entries"]})
+    return Run(results["name"], Path(folder), {entry["id"]: entry for entry in results["entries"]}, bool(results.get("open_ended")))
 
 
 def read_samples(run: Run, wanted: dict[str, data.Question]) -> dict[str, list[tuple[dict, dict | None]]]:
@@ -228,6 +229,10 @@ def write_page(runs: list[Run], questions: list[data.Question], image_root: str 
     conditions, by_name = parse_only(only, runs), {run.name: run for run in runs}
     if len(by_name) < len(runs):
         raise data.RowError(f"runs of one name: {[run.name for run in runs]}; evaluate one of them under another --name")
+    if len({run.open_ended for run in runs}) > 1:
+        raise data.RowError("--results: some runs were asked with options and some without; show them on pages of their own")
+    if runs[0].open_ended:
+        questions = [question.opened() for question in questions]
     common = [question for question in questions if all(question.id in run.entries for run in runs)]
     if not common:
         held = ", ".join(f"{run.name} has {len(run.entries)}" for run in runs)

@@ -29,7 +29,7 @@ import sys
 import time
 import unicodedata
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 # paper App. A, the system turn of every training, rollout and evaluation prompt
@@ -95,6 +95,10 @@ class Question:
     def to_row(self) -> dict:
         row = asdict(self)
         return {"id": row.pop("id"), **row}
+
+    def opened(self) -> "Question":
+        """The question without its options (paper Fig. 8), under its own id; the answer is the right option's text."""
+        return replace(self, options={}, answer=self.answer_text())
 
     def answer_text(self) -> str:
         return self.options[self.answer] if self.options else self.answer
@@ -189,43 +193,78 @@ def answer_block(response: str) -> str | None:
     return unicodedata.normalize("NFKC", region.rsplit("<answer>", 1)[1].split("</answer>", 1)[0]).strip()
 
 
+def plain(text: str) -> str:
+    """A text without its dress: LaTeX frames and Markdown marks; \\boxed{B} becomes an answer that is stated."""
+    text = re.sub(r"\\boxed\b", " answer: ", unicodedata.normalize("NFKC", text))
+    return re.sub(r"[*$`{}_]|\\[a-zA-Z]+", "", text).strip()
+
+
+def letter_at(text: str, options: dict[str, str], stated: bool = False) -> str | None:
+    """The option letter that a text begins with, or None where what follows makes it another thing: a second letter ("B or
+    C", "(A)(B)"), another option's text, or the rest of a word or phrase ("A fracture", "B-cell lymphoma", "E. coli").
+
+    stated: the text goes on after "the answer is", where a new sentence may follow."""
+    match = re.match(rf"\W*([{LETTERS}])(?!\w|[-'’]\w)(.*)", text, re.S)
+    if not match or match[1] not in options:
+        return None
+    letter, rest = match.groups()
+    rest = re.split(r"(?<=\w\w)[.!?](?:\s|$)|\n", rest)[0] if stated else rest
+    said, own = normalise(rest), normalise(options[letter])
+    if not said or said == own:
+        return letter
+    if said in {normalise(other) for other in options.values()}:
+        return None
+    if stated and re.match(r"\.\s+[A-Z]", rest):
+        return letter
+    second = re.search(rf"(?:^\W*|(?:\b(?:and|or)\b|[,/&+])\s*\(?)[{LETTERS}](?!\w)", rest)
+    reason = re.match(r"\W*(?:is|because|since|as)\b", rest)
+    goes_on = re.match(r"\s+\w|\.\s*[a-z]", rest) and not own.startswith(said) and not said.startswith(own + " ")
+    return None if second or (goes_on and not reason) else letter
+
+
 def extract_choice(response: str, options: dict[str, str]) -> str | None:
     """The letter a response chose, or None where it cannot be read: wrong, counted, never guessed.
 
-    In the last <answer> block, in this order: a letter that stands alone; one option's whole text; a letter with
-    punctuation after it, or with its own option's text. Outside any block: the last "answer is (X)", "Answer: X" or
-    \\boxed{X}. None for two letters ("B or C"), a small letter, a letter with another option's text, and for words that only
-    begin like a letter ("A fracture of the hip", "B-cell lymphoma").
+    In the last <answer> block, in this order: a letter that stands alone; one option's whole text; a letter with its option's
+    text or punctuation after it; the last "answer is (X)", "Answer: X" or \\boxed{X}. Without a block, the last of these
+    after the thinking; or the letter, or the option's text, where there is nothing else. None for two letters, a small letter,
+    a letter with another option's text, and for words that only begin like a letter.
     """
     block = answer_block(response)
-    if block is None:
-        stated = re.findall(rf"(?:\b(?:answer is:?|Answer:)\s*\(?|\\boxed\{{(?:\\text\{{)?)([{LETTERS}])\b(?!\s+[a-z])", answer_region(response) or "")
-        return stated[-1] if stated and stated[-1] in options else None
-    block = re.sub(r"\\(?:boxed|text|textbf)\b", "", block)  # the frame of a letter in LaTeX
-    match = re.match(rf"\W*([{LETTERS}])(?![\w]|[-'’]\w)", block)
-    letter, rest = (match[1], block[match.end() :]) if match else (None, block)
-    said = normalise(rest)
-    if match and not said:
-        return letter if letter in options else None
-    by_text = [key for key, text in options.items() if normalise(text) == normalise(block)]
+    region = answer_region(response) if block is None else block
+    if region is None:
+        return None
+    text = plain(region)
+    bare = re.fullmatch(rf"\W*(?i:option\s+)?([{LETTERS}])\W*", text)
+    if bare:
+        return bare[1] if bare[1] in options else None
+    by_text = [key for key, option in options.items() if normalise(option) == normalise(text)]
     if len(by_text) == 1:
         return by_text[0]
-    if letter not in options:
-        return None
-    if said == normalise(options[letter]):
-        return letter
-    another_text = said in {normalise(text) for text in options.values()}
-    another_letter = re.search(rf"(?:\b(?:and|or)\b|[,/&+])\s*\(?[{LETTERS}](?!\w)", rest)
-    a_word_follows = re.match(r"\s+\w", rest)  # no punctuation between: the letter is an article
-    return None if another_text or another_letter or a_word_follows else letter
+    stated = [text[match.end() :] for match in re.finditer(r"(?i)\banswer(?:\s+is)?\s*:?\s*(?:option\s+)?", text)]
+    stated = [rest for rest in stated if re.match(rf"\W*[{LETTERS}](?!\w)", rest)]
+    first = letter_at(text, options)
+    if block is not None and (first or not stated):
+        return first
+    if stated:
+        return letter_at(stated[-1], options, stated=True)
+    own = first and normalise(options[first])
+    return first if first and normalise(text) == f"{first.lower()} {own}" else None
+
+
+def free_answer(response: str) -> str | None:
+    """What an open-ended response answers: its <answer> block; or all of it, where it has no tag at all. None if it has tags
+    but no block."""
+    return plain(response) or None if not TAGS.search(response) else answer_block(response)
 
 
 def is_correct(response: str, question: Question) -> bool:
-    """Right by rule: the chosen letter is the answer's or, open-ended, the answer block has the reference's very words."""
+    """Right by rule: the chosen letter is the answer's or, open-ended, the answer has the very words of the reference, or of
+    another answer that the benchmark accepts (meta.answers)."""
     if question.options:
         return extract_choice(response, question.options) == question.answer
-    block = answer_block(response)
-    return block is not None and normalise(block) == normalise(question.answer)
+    said = normalise(free_answer(response) or "")
+    return bool(said) and said in {normalise(accepted) for accepted in [question.answer, *question.meta.get("answers", [])]}
 
 
 # ---------------------------------------------------------------------------------------------------------------

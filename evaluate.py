@@ -12,8 +12,9 @@ the figures are stands in score.py, tables and pictures in tables.py and figures
     python evaluate.py cases out/stage1 out/stage2 --only stage1-wrong,stage2-right --questions medxpertqa.jsonl --out cases.html
     python evaluate.py report --results out/base out/stage1 out/stage2 --out out/report      one page of the whole method
 
-run reads questions.jsonl; writes OUT/predictions.jsonl, OUT/verdicts.jsonl (with --judge), OUT/results.json, OUT/stage.json.
-results.json holds an entry for each question, from which all the others work, without the model.
+run reads questions.jsonl; writes OUT/predictions.jsonl, OUT/verdicts.jsonl (with --judge), OUT/results.json, OUT/stage.json;
+replies.jsonl, letters.jsonl, grades.jsonl and judge/ hold what was asked, so that nothing is asked twice. results.json has an
+entry for each question, from which all the other commands work, without the model.
 
 Where we depart from the paper, or it is silent:
   1. T = 0.5 is the paper's for majority vote and pass@n; its main tables name no decoding. Ours: the same samples serve
@@ -58,11 +59,6 @@ Return your judgement as JSON and nothing else:
 # run
 
 
-def opened(question: data.Question) -> data.Question:
-    """The question without its options, under its own id; the answer is the right option's text."""
-    return replace(question, options={}, answer=question.answer_text())
-
-
 def make_ask(question: data.Question, style: str, image_root: Path, samples: int) -> Ask:
     """The question as the prompt's style puts it. Raises RowError for an image that is not there."""
     if style == "official":
@@ -74,24 +70,44 @@ def make_ask(question: data.Question, style: str, image_root: Path, samples: int
 
 def ask_for_letters(engine, asks: dict[str, Ask], rows: list[dict], questions: dict[str, data.Question], sampling: Sampling, path: Path) -> None:
     """MedXpertQA's second turn: the letter, asked for after each finished chain, is added to the response."""
-    turns = {(row["id"], row["sample"]): official.second_turn(questions[row["id"]], row["response"]) for row in rows if row["finish_reason"] == "stop"}
-    turns = {key: turn for key, turn in turns.items() if turn}
-    second = [replace(asks[id], id=f"{id}/{k}", messages=[*asks[id].messages, *turn], samples=(0,)) for (id, k), turn in turns.items()]
-    said = {row["id"]: row for row in ask_all(engine, second, sampling, path, lambda reply: reply_row(reply, engine.spec), "letters")} if second else {}
-    for row in rows:
-        if letter := said.get(f"{row['id']}/{row['sample']}"):
-            row["response"] += f"\n\n{official.trigger(questions[row['id']])} {letter['response']}"
-            row["finish_reason"] = letter["finish_reason"]
+    second = {}  # by the row's place: the same chain is asked about once, and another chain anew
+    for place, row in enumerate(rows):
+        turn = official.second_turn(questions[row["id"]], row["response"]) if row["finish_reason"] == "stop" else None
+        if turn:
+            second[place] = replace(asks[row["id"]], id=f"{row['id']}/{data.content_hash(turn)[:16]}", messages=[*asks[row["id"]].messages, *turn], samples=(0,))
+    data.settle(path, {"engine": engine.spec, **vars(sampling)})
+    wanted = list({ask.id: ask for ask in second.values()}.values())
+    said = {row["id"]: row for row in ask_all(engine, wanted, sampling, path, lambda reply: reply_row(reply, engine.spec), "letters")} if wanted else {}
+    for place, ask in second.items():
+        row, letter = rows[place], said[ask.id]
+        response = f"{row['response']}\n\n{official.trigger(questions[row['id']])} {letter['response']}"
+        row |= {"response": response, "response_sha": data.content_hash(response)[:16], "token_ids": None, "finish_reason": letter["finish_reason"]}
 
 
-def read_answers(rows: list[dict], questions: dict[str, data.Question]) -> None:
+def read_all(paths: list[str]) -> dict[str, data.Question]:
+    """Questions of several files by id. One that two benchmarks share counts in both, the second under an id with its source.
+    Raises RowError where one id stands for two questions, or there is none at all."""
+    found: dict[str, data.Question] = {}
+    for path in paths:
+        for question in data.read_questions(path):
+            held = found.setdefault(question.id, question)
+            if replace(held, source=question.source, meta=question.meta) != question:
+                raise data.RowError(f"{path}: id {question.id!r} stands for another question in an earlier file; give one of them another id")
+            if held.source != question.source:
+                found[f"{question.id}-{question.source}"] = replace(question, id=f"{question.id}-{question.source}")
+    if not found:
+        raise data.RowError(f"{' '.join(paths)}: no question in it")
+    return found
+
+
+def read_answers(rows: list[dict], questions: dict[str, data.Question], open_ended: bool) -> None:
     """Adds to each row what it says and whether that is right: `extracted`, `correct` by our rule, and where the benchmark
     has a rule of its own `official`, `official_correct`. An answer that was not finished says nothing."""
     for row in rows:
         question, finished = questions[row["id"]], row["finish_reason"] == "stop"
         row["extracted"] = score.choice_of(row["response"], question) if finished else None
         row["correct"] = finished and data.is_correct(row["response"], question)
-        if official.has_rule(question):
+        if official.has_rule(question) and not open_ended:
             row["official"] = official.choice(row["response"], question) if finished else None
             row["official_correct"] = row["official"] == question.answer
 
@@ -102,7 +118,7 @@ def grade(rows: list[dict], questions: dict[str, data.Question], spec: str, args
     engine, path = open_engine(spec, setup_of(args)), Path(args.out) / "grades.jsonl"
     data.settle(path, {"grader": spec, "seed": args.seed})
     unsure = [row for row in rows if row["extracted"] and not row["correct"]]
-    asks = [prompt_ask(row["id"], GRADE_PROMPT % (questions[row["id"]].question, questions[row["id"]].answer, data.answer_block(row["response"])), []) for row in unsure]
+    asks = [prompt_ask(row["id"], GRADE_PROMPT % (questions[row["id"]].question, questions[row["id"]].answer, data.free_answer(row["response"])), []) for row in unsure]
     said = ask_yes_no(engine, asks, ("Correct",), args.seed, path, f"grades, {spec}")
     graded = [read_verdict(said[ask.id], ("Correct",))[0] for ask in asks]
     for row, verdict in zip(unsure, graded):
@@ -110,18 +126,25 @@ def grade(rows: list[dict], questions: dict[str, data.Question], spec: str, args
     return sum(verdict is None for verdict in graded)
 
 
-def group_by_benchmark(entries: list[dict]) -> dict[str, list[dict]]:
-    """Entries by source; image and text questions apart where they were sampled differently often."""
+def by_source(entries: list[dict]) -> dict[str, list[dict]]:
+    """Entries by benchmark; image and text questions apart where they were sampled differently often."""
+    sources: dict[str, list[dict]] = {}
+    for entry in entries:
+        sources.setdefault(entry["source"] or "no source", []).append(entry)
+    even = {source: members for source, members in sources.items() if len({len(entry["choices"]) for entry in members}) == 1}
+    return even | by_source_and_kind([entry for source, members in sources.items() if source not in even for entry in members])
+
+
+def by_source_and_kind(entries: list[dict]) -> dict[str, list[dict]]:
+    """Entries by benchmark, image and text questions apart where a benchmark has both."""
+    kinds: dict[str, set[bool]] = {}
+    for entry in entries:
+        kinds.setdefault(entry["source"], set()).add(entry["image"])
     groups: dict[str, list[dict]] = {}
     for entry in entries:
-        groups.setdefault(entry["source"] or "no source", []).append(entry)
-    parted = {}
-    for source, members in groups.items():
-        if len({len(entry["choices"]) for entry in members}) == 1:
-            parted[source] = members
-        else:
-            parted |= {f"{source}, {kind}": [e for e in members if e["image"] == (kind == "image")] for kind in ("image", "text")}
-    return parted
+        kind = f", {'image' if entry['image'] else 'text'}" if len(kinds[entry["source"]]) == 2 else ""
+        groups.setdefault(f"{entry['source'] or 'no source'}{kind}", []).append(entry)
+    return groups
 
 
 def subsets(entries: list[dict]) -> dict[str, dict]:
@@ -135,7 +158,7 @@ def make_results(entries: list[dict]) -> dict:
     groups = {kind: [entry for entry in entries if entry["image"] == (kind == "image")] for kind in ("image", "text")}
     return {
         "groups": {kind: score.summarise(members) for kind, members in groups.items() if members},
-        "benchmarks": {name: {"figures": score.summarise(members), "subsets": subsets(members)} for name, members in group_by_benchmark(entries).items()},
+        "benchmarks": {name: {"figures": score.summarise(members), "subsets": subsets(members)} for name, members in by_source(entries).items()},
         "subsets": subsets(groups["image"]),
         "entries": entries,
     }
@@ -152,10 +175,12 @@ def run(args: argparse.Namespace) -> None:
     started, out, image_root = time.time(), Path(args.out), Path(args.images)
     if len(args.n) > 2 or min(args.n) < 1:
         raise data.RowError(f"-n {' '.join(map(str, args.n))}: expected one number of samples, or two: of image and of text questions")
+    if args.open_ended and args.prompt == "official":
+        raise data.RowError("--open-ended with --prompt official: the benchmarks' own prompts ask for a letter; take paper or bare")
+    by_id = read_all(args.questions)
     out.mkdir(parents=True, exist_ok=True)
-    by_id = {question.id: question for path in args.questions for question in data.read_questions(path)}
     if args.open_ended:
-        by_id = {key: opened(question) for key, question in by_id.items()}
+        by_id = {key: question.opened() for key, question in by_id.items()}
     asks = {key: make_ask(question, args.prompt, image_root, args.n[0 if question.images else -1]) for key, question in by_id.items()}
     sampling = Sampling(args.temperature, args.top_p, args.max_tokens, args.seed)
     path = out / "replies.jsonl"
@@ -167,24 +192,27 @@ def run(args: argparse.Namespace) -> None:
         rows += ask_all(engine, part, sampling, path, lambda reply: reply_row(reply, args.engine), f"{kind} questions") if part else []
     if args.prompt == "official":
         ask_for_letters(engine, asks, rows, by_id, sampling, out / "letters.jsonl")
-    read_answers(rows, by_id)
+    del engine  # grader and judge, if they are local, want its memory
+    read_answers(rows, by_id, bool(args.open_ended))
     ungraded = grade(rows, by_id, args.open_ended, args) if args.open_ended else 0
     data.write_jsonl(out / "predictions.jsonl", rows)
 
     criteria, outputs = {}, [out / "predictions.jsonl", out / "results.json"]
     if args.judge:
-        del engine  # a judge of one's own wants its memory
         judge = open_engine(args.judge, setup_of(args))
         settings = {"seed": args.seed, "pixels": args.pixels, "tiles": args.tiles}
-        verdicts = judge_all(judge, [row for row in rows if by_id[row["id"]].images], by_id, image_root, out / "judge", settings)
+        chains = [row for row in rows if by_id[row["id"]].images and row["response"].strip()]  # there is nothing to judge in no answer
+        verdicts = judge_all(judge, chains, by_id, image_root, out / "judge", settings)
         data.write_jsonl(out / "verdicts.jsonl", verdicts)
         criteria = {(row["id"], row["sample"]): row["criteria"] for row in verdicts}
         outputs.append(out / "verdicts.jsonl")
+    else:
+        (out / "verdicts.jsonl").unlink(missing_ok=True)  # of an earlier run, on other answers
     samples: dict[str, list[dict]] = {key: [] for key in by_id}
     for row in rows:
         samples[row["id"]].append(row)
     entries = [score.entry(question, samples[key], criteria) for key, question in by_id.items()]
-    asked = {"name": args.name or out.name, "engine": args.engine, "prompt": args.prompt, "open_ended": args.open_ended, "sampling": vars(sampling)}
+    asked = {"name": args.name or out.name, "engine": args.engine, "prompt": args.prompt, "open_ended": args.open_ended, "ungraded": ungraded, "sampling": vars(sampling)}
     results = {**asked, **make_results(entries)}
     write_results(out / "results.json", results)
     print_results(results)
@@ -195,11 +223,11 @@ def run(args: argparse.Namespace) -> None:
 
 def print_results(results: dict) -> None:
     for kind, found in [*results["groups"].items(), *((name, part["figures"]) for name, part in results["benchmarks"].items())]:
-        (mean, low, high), n = found["accuracy"], str(score.powers_of_two(found["samples"])[-1])
+        (mean, low, high), n = found["accuracy"], str(found["samples"])
         more = f", MV@{n} {found['majority'][n][0]:.3f}, pass@{n} {found['pass'][n][0]:.3f}" if found["samples"] > 1 else ""
         print(
             f"{results['name']}: {kind} accuracy {mean:.3f} ({low:.3f} … {high:.3f}) on {found['questions']} questions x {found['samples']}{more}, "
-            f"unparsed {found['unparsed']:.3f}, cut off {found['cut_off']:.3f}" + (f"; by the benchmark's own rule {found['official'][0]:.3f}" if "official" in found else "")
+            f"unparsed {found['unparsed']:.3f}, of which cut off {found['cut_off']:.3f}, over long {found['over_long']:.3f}, unanswered {found['unanswered']:.3f}" + (f"; by the benchmark's own rule {found['official'][0]:.3f}" if "official" in found else "")
         )  # fmt: skip
 
 
@@ -214,27 +242,35 @@ def read_results(folders: list[str]) -> list[dict]:
         path = Path(folder) / "results.json"
         if not path.exists():
             raise data.RowError(f"{path}: no such file; evaluate.py run writes it into its --out")
-        found.append(json.loads(path.read_text(encoding="utf-8")))
+        try:
+            found.append(json.loads(path.read_text(encoding="utf-8")))
+            data.need(found[-1], str(path), name=str, groups=dict, benchmarks=dict, subsets=dict, entries=list)
+        except json.JSONDecodeError as error:
+            raise data.RowError(f"{path}: not JSON ({error}); run the evaluation again") from None
     return found
 
 
 def compare(args: argparse.Namespace) -> None:
     """Each run against the one before it."""
+    if len(args.results) < 2:
+        raise data.RowError(f"--results {' '.join(args.results)}: one run has nothing to be compared with; give two or more")
     results = read_results(args.results)
     lines = [
-        "| questions | first → second | difference in accuracy, 95 % interval | only the first right | only the second | McNemar's p |",
-        "|---|---|---|---|---|---|",
+        "| questions | first → second | difference in accuracy, 95 % interval | difference by majority vote | only the first's vote is right | only the second's | McNemar's p |",
+        "|---|---|---|---|---|---|---|",
     ]
     for first, second in zip(results, results[1:]):
-        parts = [group_by_benchmark(result["entries"]) for result in (first, second)]
-        shared = [name for name in parts[0] if name in parts[1]]
+        parts = [by_source_and_kind(result["entries"]) for result in (first, second)]
+        shared = [key for key in parts[0] if key in parts[1]]
         if not shared:
             raise data.RowError(f"{first['name']} and {second['name']}: no benchmark in common; {', '.join(parts[0])} and {', '.join(parts[1])}")
-        for name in shared:
-            found = score.compare(parts[0][name], parts[1][name])
-            mean, low, high = found["difference"]
+        if alone := [key for key in {**parts[0], **parts[1]} if key not in shared]:
+            print(f"not compared, since only one of {first['name']} and {second['name']} was asked: {', '.join(alone)}")
+        for key in shared:
+            found = score.compare(parts[0][key], parts[1][key])
+            differences = ("{:+.3f} ({:+.3f} … {:+.3f})".format(*found[name]) for name in ("difference", "vote_difference"))
             lines.append(
-                f"| {name} ({found['questions']}) | {first['name']} → {second['name']} | {mean:+.3f} ({low:+.3f} … {high:+.3f}) "
+                f"| {key} ({found['questions']}) | {first['name']} → {second['name']} | {' | '.join(differences)} "
                 f"| {found['only_first']} | {found['only_second']} | {found['p']:.2g} |"
             )  # fmt: skip
     print("\n".join(lines))
@@ -255,6 +291,8 @@ def draw(args: argparse.Namespace) -> None:
 
 def show_cases(args: argparse.Namespace) -> None:
     questions = list({question.id: question for path in args.questions for question in data.read_questions(path)}.values())
+    if args.n < 1:
+        raise data.RowError(f"-n {args.n}: a page shows one case at least")
     count = cases.write_page([cases.read_run(folder) for folder in args.results], questions, args.images, args.only, args.n, args.out)
     print(f"{args.out}: {count} cases")
 
@@ -266,7 +304,9 @@ def report(args: argparse.Namespace) -> None:
     text = tables.table(results)
     data.write_text(out / "table.md", text + "\n")
     outputs, inputs = [out / "table.md"], [Path(folder) / "results.json" for folder in args.results]
-    if args.sft and args.dpo:
+    if bool(args.sft) != bool(args.dpo):
+        raise data.RowError("--sft and --dpo go together: the curves of both stages are on one picture")
+    if args.sft:
         figures.plot_report(results, data.read_metrics(args.sft), data.read_metrics(args.dpo), out / "report.png")
         outputs.append(out / "report.png")
     if args.pairs:

@@ -184,7 +184,7 @@ def curves(results: list[dict], left_out: list[str]):
 
 def modalities(results: list[dict], left_out: list[str]):
     """Accuracy by kind of image, over all image questions: a line a modality, a mark a result."""
-    found = []
+    found, sources = [], list(dict.fromkeys(TITLES.get(entry["source"], entry["source"]) for result in results for entry in result["entries"] if entry["image"]))
     for result, look in zip(results, LOOKS):
         if parts := {key.split("=", 1)[1]: figures for key, figures in result["subsets"].items() if key.startswith("modality=")}:
             found.append((result["name"], look, parts))
@@ -203,7 +203,7 @@ def modalities(results: list[dict], left_out: list[str]):
     for y in range(len(order) - 1):
         ax.axhline(y + 0.5, color="#dddddd", lw=0.6)
     labels = [f"{name} (n = {counts('questions', [parts[name] for *_, parts in found if name in parts])})" for name in order]
-    ax.set(yticks=range(len(order)), yticklabels=labels, xlim=(0, 1), ylim=(-0.6, len(order) - 0.4), title="accuracy by imaging modality")
+    ax.set(yticks=range(len(order)), yticklabels=labels, xlim=(0, 1), ylim=(-0.6, len(order) - 0.4), title=f"accuracy by imaging modality: {', '.join(sources)}")
     ax.set(xlabel="accuracy (bars: 95 % interval)", ylabel="modality, n image questions")
     below(figure, [ax], min(3, len(found)))
     return figure

@@ -22,6 +22,7 @@ import math
 import random
 import statistics
 from collections import Counter
+from functools import lru_cache
 
 import data
 from judge import CRITERIA, first_look
@@ -70,7 +71,15 @@ def vote(choices: list[str | None], right: list[bool]) -> bool:
     return winner is not None and right[choices.index(winner)]
 
 
-def majority_at(n: int, choices: list[str | None], right: list[bool], seed: int) -> float:
+def shared_vote(choices: list[str | None], right: list[bool]) -> float:
+    """The chance that the vote is right if a tie is broken by lot."""
+    counts = Counter(choice for choice in choices if choice is not None)
+    tied = [choice for choice, count in counts.items() if count == max(counts.values())]
+    return statistics.fmean(right[choices.index(choice)] for choice in tied) if tied else 0.0
+
+
+@lru_cache(maxsize=None)  # a question is in several groups, and the vote of its samples is always the same
+def majority_at(n: int, choices: tuple[str | None, ...], right: tuple[bool, ...], seed: int) -> float:
     """Share of random n-subsets of the samples, in their order, whose majority is right."""
     if n == len(choices):
         return float(vote(choices, right))
@@ -81,8 +90,9 @@ def majority_at(n: int, choices: list[str | None], right: list[bool], seed: int)
     return statistics.fmean(vote([choices[i] for i in subset], [right[i] for i in subset]) for subset in subsets)
 
 
-def powers_of_two(most: int) -> list[int]:
-    return [1 << k for k in range(most.bit_length()) if 1 << k <= most]
+def sizes(most: int) -> list[int]:
+    """1, 2, 4, 8 ... and all there are."""
+    return [*(1 << k for k in range(most.bit_length()) if 1 << k < most), most]
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
@@ -108,7 +118,7 @@ def choice_of(response: str, question: data.Question) -> str | None:
     """What votes are counted by: the letter or, open-ended, the normalised answer (the reference as it is written, where equal)."""
     if question.options:
         return data.extract_choice(response, question.options)
-    said = data.normalise(data.answer_block(response) or "")
+    said = data.normalise(data.free_answer(response) or "")
     return question.answer if said == data.normalise(question.answer) else said or None
 
 
@@ -119,7 +129,7 @@ def entry(question: data.Question, rows: list[dict], verdicts: dict[tuple, dict 
     own_rule = "official" in rows[0]
     return {
         "id": question.id, "source": question.source, "image": bool(question.images), "answer": question.answer,
-        "groups": {key: question.meta[key] for key in GROUPS if question.meta.get(key)},
+        "groups": {key: str(question.meta[key]) for key in GROUPS if question.meta.get(key)},
         "choices": [row["extracted"] for row in rows], "right": [row["correct"] for row in rows],
         "official": {"choices": [row["official"] for row in rows], "right": [row["official_correct"] for row in rows]} if own_rule else None,
         "ended": [row["finish_reason"] for row in rows], "words": [len(text.split()) for text in thinking],
@@ -150,10 +160,10 @@ def summarise(entries: list[dict]) -> dict:
         "unanswered": sum(end in ("blocked", "refused", "empty") for end in ended) / len(ended),
         "words": statistics.fmean(flat(entries, "words")),
         "looking": len(looks) / len(ended), "first_look": statistics.median(looks) if looks else None,
-        "majority": {}, "pass": {},
+        "majority": {}, "pass": {}, "ties_by_lot": mean_and_interval([shared_vote(found["choices"], found["right"]) for found in entries]),
     }  # fmt: skip
-    for n in powers_of_two(samples):
-        votes = [majority_at(n, found["choices"], found["right"], data.sample_seed(0, found["id"], n)) for found in entries]
+    for n in sizes(samples):
+        votes = [majority_at(n, tuple(found["choices"]), tuple(found["right"]), data.sample_seed(0, found["id"], n)) for found in entries]
         passes = [pass_at(n, samples, sum(found["right"])) for found in entries]
         figures["majority"][str(n)], figures["pass"][str(n)] = mean_and_interval(votes), mean_and_interval(passes)
     ruled = [found["official"] for found in entries]
@@ -169,10 +179,10 @@ def judged_figures(entries: list[dict]) -> dict:
     if not judged:
         return {}
     looking = [given for given in judged if given["Image_Analysis_Involvement"]]
-    by_question = [[all(given.values()) for given in found["criteria"] if given] for found in entries]
+    met = statistics.fmean(all(given.values()) for given in judged)
     return {
         "judged": len(judged), "criteria": {name: statistics.fmean(given[name] for given in judged) for name in CRITERIA},
-        "all_criteria": mean_and_interval([statistics.fmean(met) for met in by_question if met]), "judged_looking": len(looking),
+        "all_criteria": [met, *wilson(met, sum(any(found["criteria"]) for found in entries))], "judged_looking": len(looking),
         # among chains that look at the image: one that never looks cannot see things that are not there
         "hallucinated": statistics.fmean(not given["No_Hallucination"] for given in looking) if looking else None,
     }  # fmt: skip
@@ -180,17 +190,19 @@ def judged_figures(entries: list[dict]) -> dict:
 
 def compare(first: list[dict], second: list[dict]) -> dict:
     """Two models on the same questions: the difference in accuracy (second less first) with its interval, and McNemar's
-    test on each question's vote. Raises ValueError where the questions, or their answers, are not the same."""
+    test, with the difference, on each question's majority vote. Raises RowError where the questions, or their answers, are not
+    the same."""
     one, two = ({found["id"]: found for found in entries} for entries in (first, second))
     if one.keys() != two.keys():
-        raise ValueError(f"{len(one.keys() ^ two.keys())} questions were put to one model only; compare runs over the same files")
+        raise data.RowError(f"{len(one.keys() ^ two.keys())} questions were put to one model only; compare runs over the same files")
     if changed := [key for key in one if one[key]["answer"] != two[key]["answer"]]:
-        raise ValueError(f"question {changed[0]} has another answer in the second run")
+        raise data.RowError(f"question {changed[0]} has another answer in the second run")
     differences = [statistics.fmean(two[key]["right"]) - statistics.fmean(one[key]["right"]) for key in one]
-    votes = Counter((vote(one[key]["choices"], one[key]["right"]), vote(two[key]["choices"], two[key]["right"])) for key in one)
-    low, high = bootstrap(differences)
+    pairs = [(vote(one[key]["choices"], one[key]["right"]), vote(two[key]["choices"], two[key]["right"])) for key in one]
+    votes = Counter(pairs)
     only_first, only_second = votes[True, False], votes[False, True]
     return {
-        "questions": len(one), "difference": [statistics.fmean(differences), low, high],
+        "questions": len(one), "difference": [statistics.fmean(differences), *bootstrap(differences)],
+        "vote_difference": [(only_second - only_first) / len(one), *bootstrap([second - first for first, second in pairs])],
         "only_first": only_first, "only_second": only_second, "p": mcnemar(only_first, only_second),
     }  # fmt: skip

@@ -66,15 +66,17 @@ def last(curve: dict[str, list[float]]) -> str:
 ROWS = (  # label, the key of the figures without which there is no cell, the cell
     ("questions × samples", "questions", lambda f: f"{f['questions']} × {f['samples']}"),
     ("accuracy", "accuracy", lambda f: spread(f["accuracy"])),
-    ("accuracy, the benchmark's own rule", "official", lambda f: spread(f["official"])),
+    ("accuracy, by the benchmark's rule (official.py)", "official", lambda f: spread(f["official"])),
     ("… which cannot read", "official_unparsed", lambda f: f"{f['official_unparsed']:.3f}"),
     ("majority vote", "majority", lambda f: last(f["majority"])),
+    ("… with ties broken by lot", "ties_by_lot", lambda f: spread(f["ties_by_lot"])),
     ("any right (pass@n)", "pass", lambda f: last(f["pass"])),
+    ("chains with a readable verdict", "judged", lambda f: f"{f['judged']} of {f['questions'] * f['samples']}"),
     ("chains that meet all four criteria", "all_criteria", lambda f: spread(f["all_criteria"])),
     *((f"… {name.replace('_', ' ')}", "criteria", lambda f, name=name: f"{f['criteria'][name]:.3f}") for name in CRITERIA),
     ("hallucinate, of those that look", "hallucinated", lambda f: f"{f['hallucinated']:.3f} of {f['judged_looking']}"),
     ("chains that speak of the image", "looking", lambda f: f"{f['looking']:.3f}"),
-    ("… first after this share of their words", "first_look", lambda f: f"{f['first_look']:.2f}"),
+    ("… first after this share of their characters", "first_look", lambda f: f"{f['first_look']:.2f}"),
     ("words a chain", "words", lambda f: f"{f['words']:.0f}"),
     ("answers that cannot be read", "unparsed", lambda f: f"{f['unparsed']:.3f}"),
     ("answers cut off", "cut_off", lambda f: f"{f['cut_off']:.3f}"),
@@ -148,7 +150,7 @@ NOTES = {
     "f": "two runs: 547 of 2000 in Table 1, 548 in Table 2",
     "n": "not the paper's number of questions: not to be compared with its rows",
 }
-FIELDS = ("by", "method", "benchmark", "subset", "percent", "low", "high", "questions", "samples", "notes")  # of the CSV, one line a value
+FIELDS = ("by", "method", "benchmark", "subset", "percent", "low", "high", "questions", "samples", "notes", "prompt", "temperature")  # of the CSV, one line a value
 
 
 def paper_records(number: int) -> Iterator[dict]:
@@ -159,7 +161,7 @@ def paper_records(number: int) -> Iterator[dict]:
         for (benchmark, subset, questions), cell in zip(columns, cells):
             if printed := re.fullmatch(r"([-+]?\d+\.\d\d)([a-z]*)/?(\d*)", cell):
                 percent, notes, other = printed.groups()
-                yield dict(zip(FIELDS, ("paper", method.strip(), benchmark, subset, percent, "", "", int(other or questions), "", notes)))
+                yield dict(zip(FIELDS, ("paper", method.strip(), benchmark, subset, percent, "", "", int(other or questions), "", notes, "", "")))
 
 
 def gain(result: dict, results: list[dict], benchmark: str) -> list[float] | None:
@@ -181,7 +183,10 @@ def paper_overall(model: str, stage: str) -> float | None:
 def our_records(number: int, results: list[dict], left_out: list[str]) -> Iterator[dict]:
     """Our rows of Table 1 or 2 as such records. What a result has no figures for goes to left_out."""
     for result in results:
-        lacking = []
+        if result.get("open_ended"):
+            left_out.append(f"Table {number}: {result['name']} was asked without options, the paper's rows were not")
+            continue
+        asked, lacking = (result.get("prompt", ""), result.get("sampling", {}).get("temperature", "")), []
         for benchmark, subset, expected in TABLES[number][0]:
             part = result["benchmarks"].get(benchmark, {"figures": None, "subsets": {}})
             delta = subset == "delta"
@@ -190,7 +195,7 @@ def our_records(number: int, results: list[dict], left_out: list[str]) -> Iterat
                 continue
             if values := gain(result, results, benchmark) if delta else figures and figures["accuracy"]:
                 percents, n = [f"{100 * value:{'+' if delta else ''}.2f}" for value in values], figures["questions"]
-                yield dict(zip(FIELDS, ("ours", result["name"], benchmark, subset, *percents, n, figures["samples"], "n" if n != expected else "")))
+                yield dict(zip(FIELDS, ("ours", result["name"], benchmark, subset, *percents, n, figures["samples"], "n" if n != expected else "", *asked)))
             else:
                 lacking.append(f"Δ on {benchmark} (no SIZE/base on the same questions)" if delta else f"{benchmark} {subset}".strip())
         if lacking:
@@ -206,8 +211,12 @@ def paper_tables(results: list[dict], out: Path) -> tuple[list[Path], list[str]]
         records = [*paper_records(number), *our_records(number, results, left_out)]
         rows: dict[str, dict] = {}
         for record in records:
-            name = record["method"] if record["by"] == "paper" else f"{record['method']} (ours, {record['samples']} samples a question)"
-            text = record["percent"] + (f" ({float(record['low']):.1f} … {float(record['high']):.1f})" if record["low"] else "")
+            name, sign = record["method"], "+" if record["subset"] == "delta" else ""
+            if record["by"] == "ours":
+                told = [f"{record['samples']} samples a question"] if record["samples"] > 1 else []
+                told += [f"{record['prompt']} prompt"] if record["prompt"] not in ("", "paper") else []
+                name += f" ({', '.join(['ours', *told])})"
+            text = record["percent"] + (f" ({float(record['low']):{sign}.1f} … {float(record['high']):{sign}.1f})" if record["low"] else "")
             text += "".join(f" [n = {record['questions']}]" if note == "n" else f" [{note}]" for note in record["notes"])
             rows.setdefault(name, {})[record["benchmark"], record["subset"]] = text
         titles = ["Δ" if subset == "delta" else f"{TITLES[benchmark]} {subset.split('=')[-1] or 'Overall'} (n = {n})" for benchmark, subset, n in columns]
@@ -216,8 +225,8 @@ def paper_tables(results: list[dict], out: Path) -> tuple[list[Path], list[str]]
         notes = [f"* [{'n = …' if note == 'n' else note}] {text}" for note, text in NOTES.items() if note in seen]
         notes.append("* Ours: in brackets the 95 % interval, over questions. The paper gives none; some of its values are rounded, others cut off.")
         paths += [out / f"table{number}.md", out / f"table{number}.csv"]
-        paths[-2].write_text("\n".join([markdown(cells), "", *notes, ""]))
-        with open(paths[-1], "w", newline="") as file:
+        data.write_text(paths[-2], "\n".join([markdown(cells), "", *notes, ""]))
+        with open(paths[-1], "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, FIELDS)
             writer.writeheader()
             writer.writerows(records)

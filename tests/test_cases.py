@@ -212,6 +212,17 @@ def hostile(tmp_path):
     return [make_run(tmp_path / "a", EVIL, answers, questions, judged, EVIL), make_run(tmp_path / "b<i>", "b-2", answers, questions)], questions
 
 
+def test_runs_without_options_are_shown_with_the_reference_text(tmp_path):
+    asked = data.Question("What is it?", {"A": "a stone", "B": "a cyst"}, "A", id="q")
+    runs = [make_run(tmp_path / "a", "a", {"q": [("<think> x </think> <answer> a stone </answer>", "stop")]}, [asked.opened()])]
+    runs[0].open_ended = True
+    assert cases.write_page(runs, [asked], tmp_path, "a-right", 5, tmp_path / "page.html") == 1
+    page = (tmp_path / "page.html").read_text()
+    assert "a stone <small>✓ reference answer" in page and "a cyst" not in page
+    with pytest.raises(data.RowError, match="some without"):
+        cases.write_page([runs[0], make_run(tmp_path / "b", "b", {"q": [("<answer> A </answer>", "stop")]}, [asked])], [asked], tmp_path, "", 5, tmp_path / "page.html")
+
+
 def test_hostile_text_stays_text_and_nothing_is_loaded(tmp_path, hostile):
     runs, questions = hostile
     shown, page = write(tmp_path, runs, questions)
@@ -231,8 +242,8 @@ def test_hostile_text_stays_text_and_nothing_is_loaded(tmp_path, hostile):
     text = page.text()
     assert text.count(EVIL) > 40 and questions[0].images[0] in text and f"reference answer: {EVIL}" not in text
     assert page.text("title.") == "Cases: every question" and f"chosen by {EVIL}, b-2" in text and f" · {EVIL}" in page.text("section.")
-    _, page = write(tmp_path, runs, questions, f"{EVIL}-right")
-    assert page.text("title.") == f"Cases: {EVIL}-right" and f"{EVIL}-right: 1 of the 4 questions" in page.text("header.")
+    _, page = write(tmp_path, runs, questions, f"{EVIL}-right")  # an option's whole text is an answer, and a whole reply an open one
+    assert page.text("title.") == f"Cases: {EVIL}-right" and f"{EVIL}-right: 3 of the 4 questions" in page.text("header.")
 
 
 def test_a_case_shows_what_an_auditor_needs(tmp_path):

@@ -17,7 +17,7 @@ def write_stage(folder, right: list[int], met: list[int], looking: list[int], fa
             criteria["Image_Analysis_Involvement"] = k < look
             criteria["No_Hallucination"] = k < 4 - wrong  # the last samples, so that the first may meet all
         entries.append(score.entry(question, rows, verdicts))
-    data.write_json(folder / "results.json", {"name": folder.name, "entries": entries})
+    evaluate.write_results(folder / "results.json", {"name": folder.name, **evaluate.make_results(entries)})
 
 
 def measured(tmp_path) -> dict[str, dict]:

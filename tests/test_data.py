@@ -281,12 +281,56 @@ def test_pronoun_i_is_not_the_ninth_option():
         ("The answer is A fracture", None),
         ("The answer is not A but C", None),
         ("Option B seems right", None),
-        ("B", None),  # bare text outside a block
         ("", None),
+        # a direct answer, as some prompts ask for: nothing but a letter, its text, or both
+        ("B", "B"),
+        ("(B)", "B"),
+        ("<think> x </think>\nB. MRI", "B"),
+        ("MRI", "B"),
+        ("B. CT", None),
+        ("MRI, I think", None),
+        ("B. A long look at it", None),
+        # the same in another dress
+        ("The answer is **B**.", "B"),
+        ("**Answer:** B", "B"),
+        ("Answer: **B**", "B"),
+        ("final answer: B", "B"),
+        ("Answer: $B$", "B"),
+        ("So \\boxed{\\textbf{B}}", "B"),
+        ("the answer is B because MRI shows it", "B"),
+        ("The correct answer is option B. Both A and C are wrong.", "B"),
+        ("The answer is B. MRI shows it best", "B"),
+        ("<answer> The answer is B </answer>", "B"),
+        ("<answer> Option B </answer>", "B"),
+        ("<answer> Answer: B </answer>", "B"),
+        ("<answer> B is correct </answer>", "B"),
+        ("<answer> B. MRI, because it shows soft tissue </answer>", "B"),
+        # two letters, or a word that begins like one
+        ("The answer is (A) or (B)", None),
+        ("The answer is A/B", None),
+        ("The answer is A, B", None),
+        ("The answer is D-dimer elevation", None),
+        ("The answer is C. difficile colitis", None),
+        ("The answer is B. CT", None),
+        ("<answer> (A)(B) </answer>", None),
+        ("<answer> A.B </answer>", None),
+        ("<answer> A; B </answer>", None),
+        ("<answer> A (B) </answer>", None),
+        ("<answer> D. coli sepsis </answer>", None),
+        ("<answer> B cell lymphoma </answer>", None),
     ],
 )
 def test_answer_is_taken_from_behind_the_thinking_and_from_the_last_block(response, letter):
     assert data.extract_choice(response, FOUR) == letter
+
+
+@pytest.mark.parametrize(
+    ("response", "right"),
+    [("two", True), ("<answer> 2 </answer>", True), ("<think> x </think> two", False), ("<answer> three </answer>", False), ("", False), ("It is two", False)],
+)
+def test_an_open_answer_has_the_words_of_one_of_the_accepted_answers(response, right):
+    # without any tag the whole reply is the answer; with a tag it must stand in its block
+    assert data.is_correct(response, data.Question("How many?", {}, "2", meta={"answers": ["2", "two"]})) is right
 
 
 def test_letter_outside_the_questions_options_is_not_read():

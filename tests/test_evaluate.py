@@ -312,7 +312,7 @@ def test_medxpertqas_own_prompt_has_two_turns_and_its_own_rule_reads_them_differ
         results = run(tmp_path, tmp_path / "out", "-n", "2", "--prompt", "official", engine=spec)
         again = run(tmp_path, tmp_path / "out", "-n", "2", "--prompt", "official", engine=spec)  # nothing is asked twice
     assert [text_of(body["messages"]) for body in requests[:1]] == ["Q: What is seen?\nAnswer Choices: (A) CT (B) MRI (C) PET\nA: Let's think step by step.[image]"]
-    assert {text_of(body["messages"]) for body in requests[1:]} == {"Therefore, among A through C, the answer is"} and len(requests) == 3  # two samples in the first
+    assert {text_of(body["messages"]) for body in requests[1:]} == {"Therefore, among A through C, the answer is"} and len(requests) == 2  # two samples in the first; both chains are the same
     assert requests[1]["messages"][-2]["content"].startswith("A long look")
     row = next(iter(data.read_jsonl(tmp_path / "out" / "predictions.jsonl")))[1]
     assert row["response"].endswith("Therefore, among A through C, the answer is Therefore it is B")
@@ -355,8 +355,57 @@ def test_free_answers_are_asked_for_without_options_and_graded_once(tmp_path):
     assert json.loads((tmp_path / "out" / "results.json").read_text())["entries"][0]["answer"] == "renal ultrasound"
 
 
+def test_free_answers_without_tags_are_graded_too(tmp_path):
+    data.write_jsonl(tmp_path / "test.jsonl", [data.Question("What is it?", OPTIONS, "B", source="medqa").to_row()])
+    with serving(lambda messages: '{"Correct": "Yes"}' if "<Reference>" in text_of(messages) else "It is an MRI scan") as (spec, requests):
+        results = run(tmp_path, tmp_path / "out", "--prompt", "bare", "--open-ended", spec, engine=spec)
+    assert results["groups"]["text"]["accuracy"][0] == 1 and len(requests) == 2
+    assert "official" not in results["benchmarks"]["medqa"]["figures"]  # the benchmark's rule reads letters, and there are none
+
+
+def test_the_benchmarks_own_prompts_are_not_put_without_options(tmp_path):
+    with pytest.raises(data.RowError, match="ask for a letter"):
+        evaluate.main(["run", "--engine", "clinic:hasty", "--questions", "none.jsonl", "--out", str(tmp_path / "out"), "--prompt", "official", "--open-ended", "clinic:judge"])
+
+
+def test_a_direct_letter_is_read_under_mmmus_own_prompt(tmp_path):
+    data.write_jsonl(tmp_path / "test.jsonl", [data.Question("What is it?", OPTIONS, "B", source="mmmu").to_row(), data.Question("How many?", {}, "2", source="mmmu").to_row()])
+    with serving(lambda messages: "2" if "How many" in text_of(messages) else "B") as (spec, _):
+        found = run(tmp_path, tmp_path / "out", "--prompt", "official", engine=spec)["benchmarks"]["mmmu"]["figures"]
+    assert found["accuracy"][0] == 1 == found["official"][0] and found["unparsed"] == 0
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Several benchmarks, several runs
+
+
+def test_a_question_of_two_benchmarks_counts_in_both_and_one_id_for_two_questions_is_refused(tmp_path):
+    shared = data.Question("Which one?", OPTIONS, "A", source="medqa")
+    other = data.Question("Which one?", OPTIONS, "A", source="mmmu")
+    assert shared.id == other.id
+    for name, question in (("one", shared), ("two", other), ("three", data.Question("Another?", OPTIONS, "A", id=shared.id))):
+        data.write_jsonl(tmp_path / f"{name}.jsonl", [question.to_row()])
+    paths = [str(tmp_path / f"{name}.jsonl") for name in ("one", "two", "three")]
+    found = evaluate.read_all([paths[0], paths[1], paths[0]])
+    assert {key: question.source for key, question in found.items()} == {shared.id: "medqa", f"{shared.id}-mmmu": "mmmu"}
+    assert all(key == question.id for key, question in found.items())
+    with pytest.raises(data.RowError, match="stands for another question"):
+        evaluate.read_all([paths[0], paths[2]])
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(data.RowError, match="no question in it"):
+        evaluate.read_all([str(tmp_path / "empty.jsonl")])
+
+
+def test_an_empty_answer_is_not_judged_and_verdicts_of_an_earlier_run_go(world, tmp_path):
+    questions = [q for q in data.read_questions(world / "test.jsonl") if q.images][:1]
+    data.write_jsonl(tmp_path / "test.jsonl", [questions[0].to_row()])
+    replies_file(tmp_path / "out", questions[0], [("", "blocked"), (data.join_response("The film shows it.", "x"), "stop")])
+    flags = ["run", "--engine", "clinic:hasty", "--questions", str(tmp_path / "test.jsonl"), "--images", str(world), "--out", str(tmp_path / "out"), "-n", "2"]
+    evaluate.main([*flags, "--judge", "clinic:judge"])
+    image = json.loads((tmp_path / "out" / "results.json").read_text())["groups"]["image"]
+    assert image["judged"] == 1 and image["unanswered"] == 0.5
+    evaluate.main(flags)
+    assert not (tmp_path / "out" / "verdicts.jsonl").exists()
 
 
 def test_benchmarks_are_told_apart_by_source_and_each_has_its_subsets(tmp_path):
@@ -375,7 +424,7 @@ def test_benchmarks_are_told_apart_by_source_and_each_has_its_subsets(tmp_path):
 def test_runs_are_compared_question_by_question(stages, tmp_path, capsys):
     evaluate.main(["compare", "--results", str(stages["hasty"]), str(stages["thorough"]), "--out", str(tmp_path / "compare.md")])
     said = (tmp_path / "compare.md").read_text()
-    assert said in capsys.readouterr().out and said.count("\n") == 2 + 2  # image and text questions were sampled differently often
+    assert said in capsys.readouterr().out and said.count("\n") == 2 + 2  # image and text questions apart
     one, two = (json.loads((stages[name] / "results.json").read_text())["groups"]["image"]["accuracy"][0] for name in ("hasty", "thorough"))
     assert f"{two - one:+.3f} (" in said
 
@@ -384,6 +433,24 @@ def test_runs_without_a_common_benchmark_are_not_compared(stages, tmp_path):
     evaluate.write_results(tmp_path / "results.json", {"name": "other", **evaluate.make_results([{**json.loads((stages["hasty"] / "results.json").read_text())["entries"][0], "source": "mmmu"}])})
     with pytest.raises(data.RowError, match="no benchmark in common"):
         evaluate.main(["compare", "--results", str(stages["hasty"]), str(tmp_path)])
+
+
+def test_what_only_one_run_was_asked_is_said(stages, tmp_path, capsys):
+    entries = json.loads((stages["hasty"] / "results.json").read_text())["entries"]
+    more = [{**entries[0], "id": "more", "source": "mmmu"}]
+    for name, members in (("one", entries), ("two", entries + more)):
+        evaluate.write_results(tmp_path / name / "results.json", {"name": name, **evaluate.make_results(members)})
+    evaluate.main(["compare", "--results", str(tmp_path / "one"), str(tmp_path / "two")])
+    assert "not compared, since only one of one and two was asked: mmmu" in capsys.readouterr().out
+    with pytest.raises(data.RowError, match="give two or more"):
+        evaluate.main(["compare", "--results", str(tmp_path / "one")])
+
+
+@pytest.mark.parametrize(("content", "said"), [("{", "not JSON"), ('{"name": "old", "groups": {}}', "missing 'benchmarks'")])
+def test_a_torn_or_older_results_file_is_named(tmp_path, content, said):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(data.RowError, match=said):
+        evaluate.main(["plot", "--results", str(tmp_path), "--out", str(tmp_path / "out")])
 
 
 @pytest.mark.parametrize("n", [["0"], ["1", "2", "3"]])

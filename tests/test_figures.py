@@ -213,17 +213,17 @@ def test_table_by_hand():
     assert found[""] == ["one", "two | 2"]
     assert found["image questions: questions × samples"] == ["2 × 4", "–"] and found["text questions: questions × samples"] == ["1 × 4", "1 × 2"]
     assert found["image questions: accuracy"] == [wilson((2 / 4 + 1 / 4) / 2, 2), "–"]
-    assert found["image questions: accuracy, the benchmark's own rule"] == [wilson(3 / 4, 2), "–"] and found["image questions: … which cannot read"] == ["0.250", "–"]
+    assert found["image questions: accuracy, by the benchmark's rule (official.py)"] == [wilson(3 / 4, 2), "–"] and found["image questions: … which cannot read"] == ["0.250", "–"]
     assert found["image questions: majority vote"] == [wilson(1 / 2, 2) + ", n = 4", "–"]  # p: A, q: B
     assert found["image questions: any right (pass@n)"][0] == wilson(1, 2) + ", n = 4"
     assert found["image questions: answers that cannot be read"][0] == "0.250" and found["image questions: answers cut off"][0] == "0.125"
-    assert found["image questions: chains that speak of the image"][0] == "0.375" and found["image questions: … first after this share of their words"][0] == "0.50"
+    assert found["image questions: chains that speak of the image"][0] == "0.375" and found["image questions: … first after this share of their characters"][0] == "0.50"
     assert found["image questions: words a chain"][0] == "18"  # (100 + 40) / 8 = 17.5
     assert found["image questions: chains that meet all four criteria"][0] == wilson(2 / 3, 1) and found["image questions: … No Hallucination"][0] == "0.667"
     assert found["image questions: hallucinate, of those that look"][0] == "0.333 of 3"
     assert found["text questions: accuracy"] == [wilson(3 / 4, 1), wilson(1 / 2, 1)]
     assert found["text questions: prompts over long"] == ["0.000", "0.500"] and found["text questions: unanswered"] == ["0.000", "0.500"]
-    assert found["medqa: accuracy"] == found["text questions: accuracy"] and found["mmmu: accuracy, the benchmark's own rule"] == [wilson(3 / 4, 2), "–"]
+    assert found["medqa: accuracy"] == found["text questions: accuracy"] and found["mmmu: accuracy, by the benchmark's rule (official.py)"] == [wilson(3 / 4, 2), "–"]
     # what no result has, has no row: nobody judged a text, and MedQA has no rule of its own
     assert not [label for label in found if label.startswith("text questions: chains") or label.startswith("medqa: accuracy,")]
 
@@ -252,11 +252,12 @@ def test_our_rows_stand_under_the_papers_with_interval_and_questions(printed, ev
     columns = tables.TABLES[number][0]
     assert len(shown["accuracy in %"]) == len(columns)
     names = list(shown)[1:]
-    ours = [name for name in names if "(ours," in name]
+    ours = [name for name in names if "(ours" in name]
     assert names[-len(ours) :] == ours and len(ours) == 6  # all but GPT-4o, which was asked MedQA only
-    assert ours[0] == "7B/base (ours, 32 samples a question)" and ours[-1] == "32B/Stage-I (ours, 1 samples a question)"
+    assert ours[0] == "7B/base (ours, 32 samples a question)" and ours[-1] == "32B/Stage-I (ours)"
     for record in records:
-        name = record["method"] + (f" (ours, {record['samples']} samples a question)" if record["by"] == "ours" else "")
+        samples = f", {record['samples']} samples a question" if record["samples"] not in ("", "1") else ""
+        name = record["method"] + (f" (ours{samples})" if record["by"] == "ours" else "")
         cell = shown[name][[column[:2] for column in columns].index((record["benchmark"], record["subset"]))]
         assert cell.startswith(record["percent"]) and float(cell.split()[0]) == float(record["percent"])
         if record["by"] == "ours":
@@ -288,7 +289,7 @@ def test_the_papers_cells_are_printed_as_they_are_with_their_notes(printed):
 def test_the_papers_number_of_questions_is_not_marked(tmp_path):
     counts = {"mmmu": 150, "mmmu-pro": 20}
     tables.paper_tables([result_of("7B/base", entries("base", 1, counts))], tmp_path)
-    row = cells((tmp_path / "table1.md").read_text())["7B/base (ours, 1 samples a question)"]
+    row = cells((tmp_path / "table1.md").read_text())["7B/base (ours)"]
     assert "[n" not in row[4] and row[6].endswith("[n = 20]") and row[:4] == ["–"] * 4
 
 

@@ -163,8 +163,8 @@ def test_seven_billion_by_hand(seven):
     assert block["weights"] == head["weights"] + 3 * 2 * 233_057_792
     assert block["gradients"] == head["gradients"] + 6 * 233_057_792 + 2 * 152_064 * 3584
     assert reduce["gradients"] == head["gradients"] + 6 * 1_089_998_336 and reduce["activations"] == 0
-    # logits: 512 rows of them in fp32 and in bf16, the head's gradient in fp32, and these rows' share of it in bf16
-    assert head["logits"] == (4 + 2) * 512 * 152_064 + (4 + 2) * 152_064 * 3584
+    # logits: 256 rows of them in fp32 and in bf16, the head's gradient in fp32, and these rows' share of it in bf16
+    assert head["logits"] == (4 + 2) * 256 * 152_064 + (4 + 2) * 152_064 * 3584
     # a token: norms 2 x (4 + 2 + 2) x 3584 + 8, attention 2 x 128 x (3 x 28 + 4 x 4) + 4 x 28 (rows branch), SwiGLU 4 x 2 x 18944
     one = 8192 * (57_344 + 8 + 25_600 + 112 + 151_552)
     assert plan.block_activations(seven["full"], load, 2) == one == 1_921_974_272
@@ -180,7 +180,7 @@ def test_lora_on_seven_billion_by_hand(seven):
     # frozen norms keep no product; k and v stay four heads; seven maps keep eight numbers a token; no gradient of the head
     token = 2 * (4 + 2) * 3584 + 8 + 2 * 128 * (2 * 28 + 2 * 4) + 4 * 28 + 8 * 18944 + 7 * 8 * 2
     assert plan.block_activations(seven["lora"], plan.Load(1, 8192, 8192, False, 0, False), 2) == 8192 * token
-    assert moments["head"]["logits"] == 512 * 152_064 * (4 + 2)  # in fp32 and in bf16
+    assert moments["head"]["logits"] == 256 * 152_064 * (4 + 2)  # in fp32 and in bf16
 
 
 def test_recommendation_prefers_no_checkpointing_then_the_most_rows():

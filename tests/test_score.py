@@ -17,8 +17,8 @@ OPTIONS = {"A": "CT", "B": "MRI", "C": "PET"}
 CHOICES = st.lists(st.sampled_from(["A", "B", "C", None]), min_size=1, max_size=8)
 
 
-def right_of(choices) -> list[bool]:
-    return [choice == "A" for choice in choices]
+def right_of(choices) -> tuple[bool, ...]:
+    return tuple(choice == "A" for choice in choices)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -86,13 +86,13 @@ def brute_majority(choices) -> str | None:
 @settings(max_examples=80, deadline=None)
 def test_majority_at_all_samples_is_the_plain_vote(choices):
     assert score.majority(choices) == brute_majority(choices)
-    assert score.majority_at(len(choices), choices, right_of(choices), 0) == (brute_majority(choices) == "A")
+    assert score.majority_at(len(choices), tuple(choices), right_of(choices), 0) == (brute_majority(choices) == "A")
 
 
 @given(CHOICES, st.integers(0, 99))
 @settings(max_examples=80, deadline=None)
 def test_majority_of_one_is_the_mean_accuracy_whatever_the_seed(choices, seed):
-    assert score.majority_at(1, choices, right_of(choices), seed) == pytest.approx(choices.count("A") / len(choices))
+    assert score.majority_at(1, tuple(choices), right_of(choices), seed) == pytest.approx(choices.count("A") / len(choices))
 
 
 @pytest.mark.parametrize("choices", ["AABBB-CA", "ABABABAB", "--A-B-A-", "BBBBBBBA", "AAAAAAAA", "CCBBAAAA"])
@@ -102,14 +102,20 @@ def test_majority_at_n_is_near_the_share_over_all_subsets(choices, n):
     subsets = list(itertools.combinations(choices, n))  # in the order sampled
     share = sum(brute_majority(subset) == "A" for subset in subsets) / len(subsets)
     error = math.sqrt(share * (1 - share) / score.SUBSETS)
-    assert abs(score.majority_at(n, choices, right_of(choices), seed=5) - share) <= 4 * error
+    assert abs(score.majority_at(n, tuple(choices), right_of(choices), seed=5) - share) <= 4 * error
 
 
 def test_majority_at_n_follows_from_its_seed():
     choices = list("AABBCABC")
     right = right_of(choices)
-    assert score.majority_at(4, choices, right, 1) == score.majority_at(4, choices, right, 1)
-    assert len({score.majority_at(4, choices, right, seed) for seed in range(10)}) > 1
+    assert score.majority_at(4, tuple(choices), right, 1) == score.majority_at(4, tuple(choices), right, 1)
+    assert len({score.majority_at(4, tuple(choices), right, seed) for seed in range(10)}) > 1
+
+
+@pytest.mark.parametrize(("choices", "share"), [("AB", 1 / 2), ("ABC", 1 / 3), ("AABB-", 1 / 2), ("AAB", 1), ("ABB", 0), ("BC", 0), ("--", 0), ("", 0)])
+def test_a_tie_broken_by_lot_is_right_one_time_in_as_many_as_are_tied(choices, share):
+    choices = [None if c == "-" else c for c in choices]
+    assert score.shared_vote(choices, right_of(choices)) == pytest.approx(share)
 
 
 def test_an_open_ended_vote_is_as_right_as_the_first_sample_that_gave_the_winning_answer():
@@ -163,9 +169,9 @@ def test_the_bootstrap_interval_is_near_the_normal_one_where_that_holds():
     assert score.bootstrap([0.25] * 9) == (0.25, 0.25)
 
 
-@pytest.mark.parametrize(("most", "expected"), [(1, [1]), (2, [1, 2]), (7, [1, 2, 4]), (8, [1, 2, 4, 8]), (32, [1, 2, 4, 8, 16, 32])])
-def test_curves_are_drawn_at_powers_of_two(most, expected):
-    assert score.powers_of_two(most) == expected
+@pytest.mark.parametrize(("most", "expected"), [(1, [1]), (2, [1, 2]), (7, [1, 2, 4, 7]), (10, [1, 2, 4, 8, 10]), (8, [1, 2, 4, 8]), (32, [1, 2, 4, 8, 16, 32])])
+def test_curves_are_drawn_at_powers_of_two_and_at_all_samples(most, expected):
+    assert score.sizes(most) == expected
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -249,8 +255,8 @@ def test_criteria_by_hand_and_hallucination_among_looking_chains_only():
     assert figures["judged"] == 6
     assert figures["criteria"] == pytest.approx({"Logical_Consistency": 1, look: 4 / 6, true: 4 / 6, "Reflection_Presence": 5 / 6})
     assert figures["judged_looking"] == 4 and figures["hallucinated"] == pytest.approx(1 / 4)
-    # all four criteria: 1 of 4 chains of p, 1 of 2 of q; the interval is over questions
-    assert figures["all_criteria"] == pytest.approx([(1 / 4 + 1 / 2) / 2, *score.wilson(0.375, 2)])
+    # all four criteria: 2 of 6 chains; the interval is over questions
+    assert figures["all_criteria"] == pytest.approx([2 / 6, *score.wilson(2 / 6, 2)])
 
 
 def test_nobody_who_looks_is_no_share_and_not_zero():
@@ -268,6 +274,7 @@ def test_comparison_by_hand():
     found = score.compare(first, second)
     assert found["questions"] == 4 and found["difference"][0] == pytest.approx((0 + 1 + 0 + 0.75) / 4)
     # votes: p is a tie that goes to the earliest, so only the first is right; q and s only the second
+    assert found["vote_difference"][0] == pytest.approx((2 - 1) / 4)
     assert (found["only_first"], found["only_second"]) == (1, 2) and found["p"] == score.mcnemar(1, 2) == 1.0
     assert found["difference"][1] <= found["difference"][0] <= found["difference"][2]
 
