@@ -43,7 +43,7 @@ import official
 import score
 import tables
 from asking import Ask, Sampling, add_flags, ask_all, ask_yes_no, image_paths, prompt_ask, question_asks, read_verdict, reply_row, setup_of
-from engines import checkpoint, open_engine
+from engines import Replicas, checkpoint, open_engine
 from judge import CRITERIA, judge_all, print_report
 
 # ours: paper silent
@@ -192,6 +192,8 @@ def run(args: argparse.Namespace) -> None:
         rows += ask_all(engine, part, sampling, path, lambda reply: reply_row(reply, args.engine), f"{kind} questions") if part else []
     if args.prompt == "official":
         ask_for_letters(engine, asks, rows, by_id, sampling, out / "letters.jsonl")
+    if isinstance(engine, Replicas):
+        engine.close()
     del engine  # grader and judge, if they are local, want its memory
     read_answers(rows, by_id, bool(args.open_ended))
     ungraded = grade(rows, by_id, args.open_ended, args) if args.open_ended else 0
@@ -290,7 +292,7 @@ def draw(args: argparse.Namespace) -> None:
 
 
 def show_cases(args: argparse.Namespace) -> None:
-    questions = list({question.id: question for path in args.questions for question in data.read_questions(path)}.values())
+    questions = list(read_all(args.questions).values())
     if args.n < 1:
         raise data.RowError(f"-n {args.n}: a page shows one case at least")
     count = cases.write_page([cases.read_run(folder) for folder in args.results], questions, args.images, args.only, args.n, args.out)
