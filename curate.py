@@ -148,10 +148,10 @@ def demands(step: str, questions: list[data.Question], args: argparse.Namespace)
 def replies(demand: Demand, ids: Collection[str], enough: Callable[[dict], bool], args: argparse.Namespace) -> dict[str, list[dict]]:
     """{id: its replies, the last of them enough, or not even after all attempts} for those ids that the demand asks about.
 
-    Attempts go round by round, and what is settled is not asked again: the result is the same, for fewer requests. Raises
-    RowError where a reply that is on disk was to another text of the question.
+    Attempts go round by round, and what is settled is not asked again: the result is the same, for fewer requests. A question
+    whose text has changed since, by an editor or a human, is asked anew.
     """
-    path, texts = Path(args.out) / demand.name, {ask.id: data.content_hash(ask.messages)[:16] for ask in demand.asks}
+    path = Path(args.out) / demand.name
     data.settle(path, {"engine": demand.spec, **vars(demand.sampling), "pixels": args.pixels, "tiles": args.tiles})
     said: dict[str, list[dict]] = {ask.id: [] for ask in demand.asks if ask.id in ids}
     if not said:
@@ -160,9 +160,7 @@ def replies(demand: Demand, ids: Collection[str], enough: Callable[[dict], bool]
     for attempt in range(demand.attempts):
         left = [replace(ask, samples=(attempt,)) for ask in demand.asks if ask.id in said and not (said[ask.id] and enough(said[ask.id][-1]))]
         title = f"{demand.role} {demand.spec}" + f", attempt {attempt + 1}" * (demand.attempts > 1)
-        for row in ask_all(engine, left, demand.sampling, path, lambda reply: {**reply_row(reply, demand.spec), "asked": texts[reply.id]}, title) if left else []:
-            if row.get("asked", texts[row["id"]]) != texts[row["id"]]:
-                raise data.RowError(f"{path}: question {row['id']} had another text when it was asked; remove the file, or write to another folder")
+        for row in ask_all(engine, left, demand.sampling, path, lambda reply: reply_row(reply, demand.spec), title, renew=True) if left else []:
             said[row["id"]].append(row)
     if isinstance(engine, Replicas):
         engine.close()  # the next engine needs the GPUs

@@ -166,10 +166,10 @@ def file_of(args: argparse.Namespace, role: str, engine: Engine) -> Path:
 
 
 def ask_texts(engine: Engine, role: str, asks: list[Ask], args: argparse.Namespace) -> list[dict]:
-    """The replies as rows, kept in OUT."""
+    """The replies as rows, kept in OUT. A question whose text has changed since is asked anew."""
     sampling, path = Sampling(args.temperature, 1.0, args.max_tokens, args.seed), file_of(args, role, engine)
     data.settle(path, {"engine": engine.spec, **vars(sampling), "pixels": args.pixels, "tiles": args.tiles})
-    return ask_all(engine, asks, sampling, path, lambda reply: {**reply_row(reply, engine.spec), "reasoning": reply.reasoning}, f"{role}, {engine.spec}")
+    return ask_all(engine, asks, sampling, path, lambda reply: {**reply_row(reply, engine.spec), "reasoning": reply.reasoning}, f"{role}, {engine.spec}", renew=True)
 
 
 def teach(engine: Engine, questions: list[data.Question], sample: int, args: argparse.Namespace) -> list[Chain]:

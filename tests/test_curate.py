@@ -520,13 +520,23 @@ def test_clinic_bank_holds_what_curation_must_find_and_without_it_all_else_is_th
     assert [replace(question, meta={}) for question in kept["spoilt"].values()] == [replace(question, meta={}) for question in kept["clean"].values()]
 
 
-def test_a_reply_to_another_text_of_the_question_is_refused(world, curated, tmp_path):
-    for path in curated.glob("expert-*"):
-        shutil.copy(path, tmp_path)
-    bank = data.read_questions(world / "bank.jsonl")
-    changed = write(tmp_path / "bank.jsonl", [replace(bank[0], question=bank[0].question + " Now?"), *bank[1:]])  # under the same id
-    with pytest.raises(data.RowError, match=f"question {bank[0].id} had another text when it was asked"):
-        run_curate(changed, tmp_path, "--images", str(world), "--experts", "clinic:expert-a", command="solvable")
+def test_only_what_a_human_has_corrected_since_is_asked_again_in_the_same_folder(world, tmp_path):
+    flags = ["--images", str(world), "--against", str(world / "test.jsonl"), "--limits", *"000", "--experts", "clinic:expert-a", "clinic:expert-b"]
+    run_curate(world / "bank.jsonl", tmp_path / "out", *flags)
+    files = [tmp_path / "out" / f"expert-clinic-expert-{name}.jsonl" for name in "ab"]
+    before = [path.read_bytes() for path in files]
+    changed = data.read_questions(tmp_path / "out" / "image.jsonl")[0]
+    (tmp_path / "reviewed.csv").write_text(f'id,question\n{changed.id},"{changed.question} Look well."\n', encoding="utf-8")
+    for _ in range(2):  # the second time nothing at all is asked
+        kept, rejected, _ = run_curate(world / "bank.jsonl", tmp_path / "out", *flags, "--reviewed", str(tmp_path / "reviewed.csv"))
+    added = [path.read_bytes().removeprefix(old) for path, old in zip(files, before)]
+    rows = [json.loads(line) for text in added for line in text.splitlines()]
+    assert rows and all(path.read_bytes().startswith(old) for path, old in zip(files, before))
+    assert {row["id"] for row in rows} == {changed.id} and len({(row["id"], row["sample"], row["engine"]) for row in rows}) == len(rows)
+    assert (kept.get(changed.id) or SimpleNamespace(question=rejected[changed.id]["question"])).question == f"{changed.question} Look well."
+    # and back again: the first replies are still there
+    run_curate(world / "bank.jsonl", tmp_path / "out", *flags)
+    assert [path.read_bytes().removeprefix(old) for path, old in zip(files, before)] == added
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -305,6 +305,15 @@ def test_resumed_distillation_asks_nothing_twice(distilled, tmp_path):
         assert (tmp_path / name).read_bytes() == (distilled / name).read_bytes()
 
 
+def test_a_question_whose_text_has_changed_is_asked_anew_and_no_other(serve, tmp_path):
+    server = served(serve, {"teacher": lambda question, time_: said_by("teacher", time_)})
+    questions = marked(tmp_path, "ab")
+    run_distill(questions, tmp_path / "out", teachers=(spec(server, "teacher"),))
+    write(questions, [q("What is <<new>>?", "a"), q("What is <<b>>?", "b")])
+    demos, _ = run_distill(questions, tmp_path / "out", teachers=(spec(server, "teacher"),))
+    assert server.by_model == {("teacher", name): 1 for name in ("a", "b", "new")} and len(demos) == 2
+
+
 def test_distillation_refuses_to_go_on_with_other_sampling(distilled, tmp_path):
     for path in distilled.glob("replies*"):
         shutil.copy(path, tmp_path)
