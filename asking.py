@@ -140,6 +140,7 @@ def ask_all(engine: Engine, asks: list[Ask], sampling: Sampling, path: Path, to_
     wanted = sum(len(ask.samples) for ask in asks)
     with open(path, "a", encoding="utf-8") as file, tqdm(total=wanted, initial=wanted - sum(len(ask.samples) for ask in pending), desc=title, unit="answer") as bar:
         for replies in engine.answer(pending, sampling):
+            replies = [replace(reply, text=clean(reply.text), reasoning=clean(reply.reasoning)) for reply in replies]
             new = [{**to_row(reply), "asked": contents[reply.id]} for reply in replies]
             data.append_jsonl(file, new)
             rows |= {(row["id"], row["sample"]): row for row in new}
@@ -156,6 +157,11 @@ def reply_row(reply: Reply, spec: str) -> dict:
     }  # fmt: skip
 
 
+def clean(text: str) -> str:
+    """Half a surrogate pair, which no file can hold, becomes U+FFFD; two that belong together become their character."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def read_object(reply: str) -> dict:
     """The JSON object of a reply, its keys in lower case. Raises ValueError if there is none. The last balanced {...} that is
     JSON counts, so prose and code fences around it do no harm."""
@@ -168,10 +174,13 @@ def read_object(reply: str) -> dict:
             value, end = decoder.raw_decode(reply, brace.start())
         except json.JSONDecodeError:
             continue
+        except RecursionError:
+            raise ValueError("the reply's JSON is nested too deeply") from None
         if isinstance(value, dict):
             found = value
     if found is None:
         raise ValueError("no JSON object in the reply")
+    found = json.loads(clean(json.dumps(found, ensure_ascii=False)))
     return {str(key).strip().casefold(): value for key, value in found.items()}
 
 

@@ -355,7 +355,8 @@ def plot_funnel(funnel: list[dict], path: Path) -> None:
         values = [row["modality"].get(name, 0) for name in names]
         bars = by.barh([y + offset for y in range(len(names))], values, 0.38, color=shade, edgecolor="black", lw=0.5)
         by.bar_label(bars, [f"{value:,}" for value in values], fontsize=8, padding=2)
-    by.set(title=f"by modality (light: {funnel[0]['filter']}, dark: after {funnel[-1]['filter']})", xlabel="image questions", yticks=range(len(names)), yticklabels=names)
+    by.set(title=f"by modality (light: {funnel[0]['filter']}, dark: after {funnel[-1]['filter']})", xlabel="image questions")
+    by.set_yticks(range(len(names)), names, parse_math=False)  # a name that an engine gave may hold a dollar sign
     by.invert_yaxis()
     by.margins(x=0.12)
     figure.savefig(path, dpi=110)

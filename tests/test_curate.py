@@ -259,6 +259,20 @@ def test_funnel_follows_every_question_to_where_it_went(tmp_path, films):
     assert all(sum(row["modality"].values()) == row["text"] + row["image"] for row in funnel)
 
 
+def test_a_modality_with_dollar_signs_is_drawn_as_it_is(tmp_path):
+    curate.plot_funnel([{"filter": "bank", "text": 0, "image": 2, "modality": {"a $\\frac{$ sign": 1, "$x": 1}}], tmp_path / "funnel.png")
+    assert (tmp_path / "funnel.png").stat().st_size > 0
+
+
+def test_replies_that_are_nested_without_end_or_hold_half_a_character_go_to_review_and_are_no_error(tmp_path, films):
+    said = {"deep": [('{"a":' * 100_000, "stop")] * 3, "half": [(edit("Half a \ud83d pair. What is it?", []), "stop")], "fine": [(edit("What is it?", []), "stop")]}
+    bank = [q("What is it?", key, images=("1.png",)) if key != "half" else q("Half a mended pair. What is it?", key, images=("1.png",)) for key in said]
+    replies(tmp_path / "out", "describe", "editor", said)
+    kept, _, _ = run_curate(write(tmp_path / "bank.jsonl", bank), tmp_path / "out", "--images", str(films), "--editor", "clinic:editor", command="describe")
+    assert kept["deep"].meta["needs_review"] == "no readable reply in 3 attempts" and kept["fine"].meta == {}
+    assert kept["half"].question == "Half a \ufffd pair. What is it?"
+
+
 @pytest.fixture(scope="module")
 def curated(world, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("curated")
@@ -422,7 +436,11 @@ EDITS = {  # name: (text, removed, what the fault says or None)
     "unit lost": (CUT.replace(" mmHg", ""), [PASSAGE], "number '120/80 mmHg' is lost"),
     "laboratory value lost": (CUT.replace("9.5 g/dL", "low"), [PASSAGE], "number '9.5 g/dL' is lost"),
     "age lost": (CUT.replace("45-year-old ", ""), [PASSAGE], "number '45-year' is lost"),
-    "vital sign removed, and said so": (CUT.replace("; his blood pressure is 120/80 mmHg", ""), [PASSAGE, "; his blood pressure is 120/80 mmHg"], None),
+    "vital sign removed, and said so": (CUT.replace("; his blood pressure is 120/80 mmHg", ""), [PASSAGE, "; his blood pressure is 120/80 mmHg"], "value '120/80 mmHg' is removed"),
+    "laboratory value removed, and said so": (CUT.replace("Hemoglobin is 9.5 g/dL. ", ""), [PASSAGE, "Hemoglobin is 9.5 g/dL."], "value '9.5 g/dL' is removed"),
+    "a new number": (CUT.replace("A film", "2 films"), [PASSAGE], "number '2' is new"),
+    "what is asked removed": (CUT.replace(" What is the diagnosis?", ""), [PASSAGE, "What is the diagnosis?"], "what is asked"),
+    "most of what is asked removed": (CUT.replace("What is the diagnosis?", "diagnosis?"), [PASSAGE, "What is the"], "what is asked"),
     "number of the passage is no loss": (CUT, [PASSAGE], None),
     "history lost without a word": (CUT.replace("man has a fever of", "man, fever"), [PASSAGE], None),  # three words of mending
     "more history lost": (CUT.replace("A film, <image 2>, is taken.", "<image 2>.").replace("What is the diagnosis", "What"), [PASSAGE], "are lost"),
@@ -434,6 +452,27 @@ EDITS = {  # name: (text, removed, what the fault says or None)
 def test_edit_that_breaks_a_rule_is_found_and_no_other(name):
     text, removed, fault = EDITS[name]
     found = descriptions.edit_fault(STEM, text, removed)
+    assert (found is None) if fault is None else (found and fault in found), found
+
+
+TURNED = {  # name: (question, edit, removed, what the fault says or None)
+    "not lost": ("A man has fever. Which of these is not a likely cause?", "A man has fever. Which of these is a likely cause?", [], "word 'not' is lost"),
+    "no lost": ("A man has no fever and pain. What now?", "A man has fever and pain. What now?", [], "word 'no' is lost"),
+    "not new": ("A man has fever today. Which is a likely cause?", "A man has fever. Which is not a likely cause?", [], "word 'not' is new"),
+    "denies new": ("A man reports having fever and pain. What now?", "A man denies fever and pain. What now?", [], "word 'denies' is new"),
+    "isn't lost": ("Which of these isn't a cause?", "Which of these is a cause?", [], "word 'isn't' is lost"),
+    "the other side": ("A man has pain in the left flank. What now?", "A man has pain in the right flank. What", [], "'left' is lost"),
+    "negation and side of the passage": ("A film shows no mass in the left lobe. The man coughs, and has a fever. What is it?", "A film. The man coughs, and has a fever. What is it?", ["shows no mass in the left lobe"], None),
+    "two words change places": ("The father has fever and the mother has cough. Which is ill?", "The mother has fever and the father has cough. Which is ill?", [], "is moved"),
+    "half of it gone": ("A man coughs. He takes aspirin. A film shows a dark mass in the upper lobe and more. What is it?", "A man coughs. What is it?", ["He takes aspirin.", "A film shows a dark mass in the upper lobe and more."], "more than half"),
+    "a word that is there twice, the second removed": ("He has a mass. The film shows a mass. He coughs. What is it?", "He has a mass. The film. He coughs. What is it?", ["shows a mass"], None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TURNED)
+def test_edit_that_turns_the_meaning_around_goes_to_review(name):
+    question, text, removed, fault = TURNED[name]
+    found = descriptions.edit_fault(question, text, removed)
     assert (found is None) if fault is None else (found and fault in found), found
 
 

@@ -424,6 +424,20 @@ def test_a_reply_to_something_else_under_the_same_id_is_refused_or_renewed_but_n
     assert len(ask(again, other)) == 3 and not again.asked
 
 
+def test_half_a_character_in_a_reply_is_replaced_and_the_reply_is_kept(tmp_path):
+    class Torn(Scribe):
+        def answer(self, asks, sampling):
+            yield [Reply("a", 0, "half \ud83d, whole \ud83d\ude00, \u4e2d", None, "stop", 0, "thought \udc00")]
+
+    def ask():
+        to_row = lambda reply: {**asking.reply_row(reply, "torn"), "reasoning": reply.reasoning}  # noqa: E731
+        return asking.ask_all(Torn(), [Ask("a", turns("a"), [], (0,))], WARM, tmp_path / "rows.jsonl", to_row, "test")
+
+    (row,) = ask()
+    assert row["response"] == "half \ufffd, whole \U0001f600, \u4e2d" and row["reasoning"] == "thought \ufffd"
+    assert [row] == [row for _, row in data.read_jsonl(tmp_path / "rows.jsonl")]
+
+
 def test_a_resumed_hf_run_writes_what_an_unbroken_one_writes(stopping, pictures, tmp_path):
     engine, asks = engine_of(stopping["qwen"]), asks_of(pictures, samples=3)
 
