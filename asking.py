@@ -175,12 +175,15 @@ def read_object(reply: str) -> dict:
         except json.JSONDecodeError:
             continue
         except RecursionError:
-            raise ValueError("the reply's JSON is nested too deeply") from None
+            raise ValueError("the JSON of the reply is nested too deeply") from None
         if isinstance(value, dict):
             found = value
     if found is None:
         raise ValueError("no JSON object in the reply")
-    found = json.loads(clean(json.dumps(found, ensure_ascii=False)))
+    try:
+        found = json.loads(clean(json.dumps(found, ensure_ascii=False)))  # escapes in the JSON may spell half a pair, too
+    except RecursionError:
+        raise ValueError("the JSON of the reply is nested too deeply") from None
     return {str(key).strip().casefold(): value for key, value in found.items()}
 
 

@@ -4,7 +4,7 @@
 
 An edit that breaks a rule (a figure reference, a number, a negation or a side lost, a vital sign removed, words lost that it
 does not own up to, words moved, ...) is not taken: the question stays as it is, is marked meta.needs_review and listed in review.csv. A human's text, from that file with its
-question column corrected, goes before the engine's. Options, answer and id are never touched, and meta.original keeps the
+question column corrected (or its fault emptied: it may stay), goes before the engine's; an untouched row goes on waiting. Options, answer and id are never touched, and meta.original keeps the
 text as it first was. The step itself, with its requests, is `curate.py describe`.
 
 Where we depart from the paper, or it is silent: it has GPT-4o and humans remove descriptions, and tells neither prompt nor
@@ -119,26 +119,61 @@ def edited(question: data.Question, text: str, marks: dict) -> data.Question:
     return replace(question, question=text, meta=meta | marks)
 
 
-def read_reviewed(path: str) -> dict[str, str]:
-    """{id: text} of a CSV with the columns id and question; review.csv with its question column corrected is one."""
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        rows = csv.DictReader(file)
-        if not {"id", "question"} <= set(rows.fieldnames or []):
-            raise data.RowError(f"{path}: columns are {rows.fieldnames}, expected id and question among them")
-        found = {}
-        for number, row in enumerate(rows, 2):
-            if not (row["question"] or "").strip() or row["id"] in found:
-                raise data.RowError(f"{path}: row {number}: {'id: it is there twice' if row['id'] in found else 'question: is empty; remove the row or write the text'}")
-            found[row["id"]] = row["question"].strip()
+def read_reviewed(path: str) -> dict[str, tuple[str, str]]:
+    """{id: (text, fault)} of a CSV with the columns id and question, and perhaps fault: review.csv with its question column
+    corrected is one."""
+    found = {}
+    for number, row in read_sheet(path, ["id", "question"]):
+        key = row["id"].removeprefix(ID)
+        if not row["question"].strip() or key in found:
+            raise data.RowError(f"{path}: row {number}: {'id: it is there twice' if key in found else 'question: is empty; remove the row or write the text'}")
+        found[key] = row["question"].strip(), (row.get("fault") or "").strip()
     return found
 
 
+def settled(reviewed: dict[str, tuple[str, str]], questions: dict[str, data.Question]) -> dict[str, str]:
+    """{id: text} of the rows in which a human has done something: a row whose text is as it was and whose fault still stands
+    there has not been looked at. To leave a question as it is, empty its fault."""
+    same = {key for key, (text, fault) in reviewed.items() if fault and key in questions and flat(text) == flat(questions[key].question)}
+    return {key: text for key, (text, _) in reviewed.items() if key not in same}
+
+
 def write_review(path: Path, questions: list[data.Question]) -> int:
-    """The questions that a human must look at: correct the column `question`, and give the file back with --reviewed."""
+    """The questions that a human must look at: correct the column `question`, or empty the column `fault` where the question
+    may stay as it is, and give the file back with --reviewed."""
     waiting = [question for question in questions if "needs_review" in question.meta]
-    with open(path.with_name(path.name + ".tmp"), "w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        rows.writerow(["id", "question", "fault", "suggestion", "images"])
-        rows.writerows([q.id, q.question, q.meta["needs_review"], q.meta["suggestion"], " ".join(q.images)] for q in waiting)
-    path.with_name(path.name + ".tmp").replace(path)
+    rows = [[ID + q.id, q.question, q.meta["needs_review"], q.meta.get("suggestion", ""), " ".join(q.images)] for q in waiting]
+    write_sheet(path, ["id", "question", "fault", "suggestion", "images"], rows)
     return len(waiting)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Sheets that go through a human's spreadsheet
+
+ID = "id:"  # in front of an id: a spreadsheet would take "12e45678" for a number
+csv.field_size_limit(2**31 - 1)  # of characters in a cell; a chain of reasoning is longer than Python's 131,072
+
+
+def read_sheet(path: str | Path, columns: list[str]) -> list[tuple[int, dict[str, str]]]:
+    """(number, row) of a CSV, numbered as a spreadsheet does: the first row is the header. Raises RowError for a file that
+    cannot be read and for a row without one of `columns`."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            sheet = csv.DictReader(file)
+            rows, names = list(enumerate(sheet, 2)), sheet.fieldnames or []
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise data.RowError(f"{path}: cannot be read ({error}); save the filled-in sheet as CSV in UTF-8") from None
+    if not set(columns) <= set(names):
+        raise data.RowError(f"{path}: columns are {names}, expected {' and '.join(columns)} among them; save the sheet as CSV with commas, its first line unchanged")
+    for number, row in rows:
+        if lacking := [name for name in columns if row[name] is None]:
+            raise data.RowError(f"{path}: row {number}: no column {lacking[0]!r}; save the sheet as CSV with commas, its first line unchanged")
+    return rows
+
+
+def write_sheet(path: Path, columns: list[str], rows: list[list]) -> None:
+    """Writes under a temporary name and renames. Spreadsheets tell UTF-8 by the mark in front."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file).writerows([columns, *rows])
+    temporary.replace(path)
