@@ -125,8 +125,8 @@ def ask_all(engine: Engine, asks: list[Ask], sampling: Sampling, path: Path, to_
     these asks, in their order. A reply on disk that was to another content of its id does not count and is asked for again if
     `renew`, for questions whose text may rightly change; else it raises RowError, before anything is asked.
     """
-    contents, rows = {ask.id: content_of(ask) for ask in asks}, {}
-    for row in data.resume_jsonl(path):
+    contents, rows, stored = {ask.id: content_of(ask) for ask in asks}, {}, data.resume_jsonl(path)
+    for row in stored:
         if row.get("asked", content := contents.get(row["id"])) == content:
             rows[row["id"], row["sample"]] = row
         elif content and not renew:
@@ -136,7 +136,7 @@ def ask_all(engine: Engine, asks: list[Ask], sampling: Sampling, path: Path, to_
         missing = tuple(k for k in ask.samples if (ask.id, k) not in rows)
         if missing:
             pending.append(replace(ask, samples=missing))
-    engine.proven = bool(rows)
+    engine.proven = bool(stored)
     wanted = sum(len(ask.samples) for ask in asks)
     with open(path, "a", encoding="utf-8") as file, tqdm(total=wanted, initial=wanted - sum(len(ask.samples) for ask in pending), desc=title, unit="answer") as bar:
         for replies in engine.answer(pending, sampling):
