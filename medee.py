@@ -195,9 +195,9 @@ class Stage:
         )
 
     def clear(self) -> None:
-        """Empties the folder for a new start, but for files of replies and their settings. What may not count any more is
-        set aside under another name."""
-        file, kept = self.folder / "begun.json", set()
+        """Empties the folder for a new start, but for files of replies, their settings, and the sheet that a human may have filled
+        in. Replies that may not count any more are set aside under another name."""
+        file, kept = self.folder / "begun.json", {self.folder / "review.csv"}
         begun = json.loads(file.read_text()) if file.exists() else None
         for record in sorted(self.folder.rglob("*.jsonl.settings.json") if self.script in ASKING else ()):
             replies = record.with_name(record.name.removesuffix(".settings.json"))

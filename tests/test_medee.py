@@ -85,11 +85,17 @@ def test_a_stage_that_starts_again_keeps_replies_that_it_would_ask_for_in_the_sa
     replies = stage.folder / "replies-clinic-thorough.jsonl"
     before = replies.read_bytes()
     (stage.folder / "other.txt").write_text("not a reply")
+    sheet = stage.folder / "review.csv"
+    sheet.write_text("chain,verdict\nchain-of-another-run,yes\n")
 
     def again(*more: str) -> medee.Stage:
         return medee.Stage("distill", "distill.py", (*stage.words, *more))
 
     longer = again("--words", "5", "300")  # nothing that an engine is asked with
+    with pytest.raises(SystemExit):  # a human's verdicts are not written over
+        longer.run()
+    assert "chain-of-another-run" in sheet.read_text()
+    sheet.unlink()
     longer.run()
     assert longer.state() == "done" and replies.read_bytes() == before and not (stage.folder / "other.txt").exists()
     bank = data.read_questions(tmp_path / "world" / "bank.jsonl")
