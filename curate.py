@@ -328,6 +328,8 @@ def check_early(bank: list[data.Question], args: argparse.Namespace) -> None:
     for flag, specs in (("--baselines", args.baselines), ("--experts", args.experts)):
         if twice := [spec for spec, count in Counter(specs).items() if count > 1]:
             raise data.RowError(f"{flag}: {twice[0]} is there twice; its replies would be the same")
+    if min(args.direct_attempts, args.expert_attempts) < 1:
+        raise data.RowError("--attempts: must be 1 or more")
     specs = {demand.spec for step in args.steps for demand in demands(step, bank, args)}
     for spec in sorted(specs if not args.dry_run else ()):
         if not (folder := checkpoint(spec)):  # a model is loaded when it is its turn

@@ -294,6 +294,8 @@ def run(args: argparse.Namespace) -> None:
         raise data.RowError(f"{out / 'review.csv'}: holds {len(lost)} verdicts that are not in --review; give it there, or move it away: it is written anew")
     questions = data.read_questions(args.questions)
     question_asks(questions, Path(args.images), 1)  # every image must be there before anything is asked
+    if args.chains < 1:
+        raise data.RowError(f"--chains {args.chains}: must be 1 or more")
     if twice := [spec for spec, count in Counter(args.teachers).items() if count > 1]:
         raise data.RowError(f"--teachers: {twice[0]} is there twice; its replies would be the same")
     if strangers := [teacher for teacher, _ in args.expand if teacher not in args.teachers]:
