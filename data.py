@@ -79,7 +79,8 @@ class Question:
         try:
             json.dumps(row, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
-            raise RowError(f"{where}: holds half a surrogate pair ({error.object[error.start : error.end]!r}), which no file can hold; write the character, or remove it") from None
+            half = error.object[error.start : error.end]
+            raise RowError(f"{where}: holds half a surrogate pair ({half!r}), which no file can hold; write the character, or remove it") from None
         if not row["question"].strip():
             raise RowError(f"{where}: question: is empty; remove the row or give it a text")
         if row["options"]:

@@ -3,8 +3,9 @@
     text, removed passages = an engine's reply;      taken  iff  nothing else is lost and nothing is new
 
 An edit that breaks a rule (a figure reference, a number, a negation or a side lost, a vital sign removed, words lost that it
-does not own up to, words moved, ...) is not taken: the question stays as it is, is marked meta.needs_review and listed in review.csv. A human's text, from that file with its
-question column corrected (or its fault emptied: it may stay), goes before the engine's; an untouched row goes on waiting. Options, answer and id are never touched, and meta.original keeps the
+does not own up to, words moved, ...) is not taken: the question stays as it is, is marked meta.needs_review and listed in
+review.csv. A human's text, from that file with its question column corrected (or its fault emptied: it may stay), goes before
+the engine's; an untouched row goes on waiting. Options, answer and id are never touched, and meta.original keeps the
 text as it first was. The step itself, with its requests, is `curate.py describe`.
 
 Where we depart from the paper, or it is silent: it has GPT-4o and humans remove descriptions, and tells neither prompt nor

@@ -12,7 +12,8 @@
 A stage is done when its folder has a stage.json whose command and input hashes are those asked for now. A stage that was
 killed goes on from its last row or step; one whose settings or inputs changed starts again, and so does all that
 depends on it. Replies of engines are paid for: a stage that starts again keeps those that it would ask for in the same
-way, and the others lie beside under another name. A change of the code is said, and undoes nothing. Nothing here computes: the miniature differs from the 7B in its recipe, never in its code path.
+way, and the others lie beside under another name. A change of the code is said, and undoes nothing. Nothing here computes: the
+miniature differs from the 7B in its recipe, never in its code path.
 
 Where we depart from the paper, or it is silent: see each script; the recipes below say which number is whose.
 """
