@@ -113,22 +113,35 @@ def setup_of(args: argparse.Namespace) -> Setup:
     return Setup(**{field.name: getattr(args, field.name) for field in fields(Setup)})
 
 
-def ask_all(engine: Engine, asks: list[Ask], sampling: Sampling, path: Path, to_row: Callable[[Reply], dict], title: str) -> list[dict]:
+def content_of(ask: Ask) -> str:
+    """A short hash of all that is asked: a reply to something else is no reply to this, though the id be the same."""
+    return data.content_hash([ask.messages, [data.file_hash(image) for image in ask.images]])[:16]
+
+
+def ask_all(engine: Engine, asks: list[Ask], sampling: Sampling, path: Path, to_row: Callable[[Reply], dict], title: str, renew: bool = False) -> list[dict]:
     """Asks whatever `path` does not hold yet, appending a row for each reply as it comes, with a progress bar.
 
-    Rows carry `id` and `sample`; a killed run asks nothing twice. Returns the rows of these asks, in their order.
+    Rows carry `id`, `sample` and `asked`, a hash of messages and images; a killed run asks nothing twice. Returns the rows of
+    these asks, in their order. A reply on disk that was to another content of its id does not count and is asked for again if
+    `renew`, for questions whose text may rightly change; else it raises RowError, before anything is asked.
     """
-    rows = {(row["id"], row["sample"]): row for row in data.resume_jsonl(path)}
+    contents, rows, stored = {ask.id: content_of(ask) for ask in asks}, {}, data.resume_jsonl(path)
+    for row in stored:
+        if row.get("asked", content := contents.get(row["id"])) == content:
+            rows[row["id"], row["sample"]] = row
+        elif content and not renew:
+            raise data.RowError(f"{path}: question {row['id']} had another text or other images when it was asked; remove the file, or write to another folder")
     pending = []
     for ask in asks:
         missing = tuple(k for k in ask.samples if (ask.id, k) not in rows)
         if missing:
             pending.append(replace(ask, samples=missing))
-    engine.proven = bool(rows)
+    engine.proven = bool(stored)
     wanted = sum(len(ask.samples) for ask in asks)
     with open(path, "a", encoding="utf-8") as file, tqdm(total=wanted, initial=wanted - sum(len(ask.samples) for ask in pending), desc=title, unit="answer") as bar:
         for replies in engine.answer(pending, sampling):
-            new = [to_row(reply) for reply in replies]
+            replies = [replace(reply, text=clean(reply.text), reasoning=clean(reply.reasoning)) for reply in replies]
+            new = [{**to_row(reply), "asked": contents[reply.id]} for reply in replies]
             data.append_jsonl(file, new)
             rows |= {(row["id"], row["sample"]): row for row in new}
             bar.set_postfix(engine.tally, refresh=False)
@@ -144,6 +157,11 @@ def reply_row(reply: Reply, spec: str) -> dict:
     }  # fmt: skip
 
 
+def clean(text: str) -> str:
+    """Half a surrogate pair, which no file can hold, becomes U+FFFD; two that belong together become their character."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def read_object(reply: str) -> dict:
     """The JSON object of a reply, its keys in lower case. Raises ValueError if there is none. The last balanced {...} that is
     JSON counts, so prose and code fences around it do no harm."""
@@ -156,10 +174,16 @@ def read_object(reply: str) -> dict:
             value, end = decoder.raw_decode(reply, brace.start())
         except json.JSONDecodeError:
             continue
+        except RecursionError:
+            raise ValueError("the JSON of the reply is nested too deeply") from None
         if isinstance(value, dict):
             found = value
     if found is None:
         raise ValueError("no JSON object in the reply")
+    try:
+        found = json.loads(clean(json.dumps(found, ensure_ascii=False)))  # escapes in the JSON may spell half a pair, too
+    except RecursionError:
+        raise ValueError("the JSON of the reply is nested too deeply") from None
     return {str(key).strip().casefold(): value for key, value in found.items()}
 
 

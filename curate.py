@@ -10,7 +10,7 @@ Each step is a command of its own that reads and writes questions.jsonl; `all` r
 and parts what is left: text questions become Stage I's demonstrations, image questions Stage II's preference pairs. Every
 rejected question is kept with the filter that rejected it, why, and on what evidence. Every reply is kept and nothing is asked twice.
 
-    python curate.py add medqa train.jsonl --images images --out bank.jsonl
+    python curate.py add medqa-train train.jsonl --images images --out bank.jsonl
     python curate.py all --questions bank.jsonl --images images --against test.jsonl --baselines hf:base --classifier clinic:classifier \\
         --experts clinic:expert-a clinic:expert-b --editor clinic:editor --out out/curate           --dry-run: what may it cost?
 
@@ -19,7 +19,8 @@ OUT/funnel.json and .png, OUT/review.csv, OUT/stage.json
 
 Where we depart from the paper, or it is silent:
   1. "Eliminate samples that could be solved directly" by two baselines: dropped if *any* of them is right in one greedy
-     attempt. (Its 8 to 12 % that remain are hard to reach if both must solve a question to drop it: --drop-if all.)
+     attempt. (Its 8 to 12 % that remain are hard to reach if both must solve a question to drop it: `difficulty --drop-if all`;
+     --drop-if and --attempts are flags of `difficulty` and `solvable` alone.)
   2. What a leak is stands in leaks.py, what an image description is in descriptions.py.
   3. The prompt that asks for a question's type is ours. Only pattern recognition is dropped; a label that cannot be read in
      three attempts drops the question too, under a reason of its own.
@@ -40,7 +41,7 @@ from pathlib import Path
 import data
 import leaks
 from asking import Ask, Sampling, add_flags, ask_all, image_paths, question_asks, reply_row, read_object, setup_of
-from descriptions import EDIT_PROMPT, edit_fault, edited, read_edit, read_reviewed, write_review
+from descriptions import EDIT_PROMPT, edit_fault, edited, read_edit, read_reviewed, settled, write_review
 from engines import Replicas, checkpoint, open_engine
 
 ATTEMPTS = 4  # paper 3.1: of an expert
@@ -148,10 +149,10 @@ def demands(step: str, questions: list[data.Question], args: argparse.Namespace)
 def replies(demand: Demand, ids: Collection[str], enough: Callable[[dict], bool], args: argparse.Namespace) -> dict[str, list[dict]]:
     """{id: its replies, the last of them enough, or not even after all attempts} for those ids that the demand asks about.
 
-    Attempts go round by round, and what is settled is not asked again: the result is the same, for fewer requests. Raises
-    RowError where a reply that is on disk was to another text of the question.
+    Attempts go round by round, and what is settled is not asked again: the result is the same, for fewer requests. A question
+    whose text has changed since, by an editor or a human, is asked anew.
     """
-    path, texts = Path(args.out) / demand.name, {ask.id: data.content_hash(ask.messages)[:16] for ask in demand.asks}
+    path = Path(args.out) / demand.name
     data.settle(path, {"engine": demand.spec, **vars(demand.sampling), "pixels": args.pixels, "tiles": args.tiles})
     said: dict[str, list[dict]] = {ask.id: [] for ask in demand.asks if ask.id in ids}
     if not said:
@@ -160,9 +161,7 @@ def replies(demand: Demand, ids: Collection[str], enough: Callable[[dict], bool]
     for attempt in range(demand.attempts):
         left = [replace(ask, samples=(attempt,)) for ask in demand.asks if ask.id in said and not (said[ask.id] and enough(said[ask.id][-1]))]
         title = f"{demand.role} {demand.spec}" + f", attempt {attempt + 1}" * (demand.attempts > 1)
-        for row in ask_all(engine, left, demand.sampling, path, lambda reply: {**reply_row(reply, demand.spec), "asked": texts[reply.id]}, title) if left else []:
-            if row.get("asked", texts[row["id"]]) != texts[row["id"]]:
-                raise data.RowError(f"{path}: question {row['id']} had another text when it was asked; remove the file, or write to another folder")
+        for row in ask_all(engine, left, demand.sampling, path, lambda reply: reply_row(reply, demand.spec), title, renew=True) if left else []:
             said[row["id"]].append(row)
     if isinstance(engine, Replicas):
         engine.close()  # the next engine needs the GPUs
@@ -235,8 +234,10 @@ def solvable(questions: list[data.Question], args: argparse.Namespace) -> dict[s
     is_right, rejected, ids = right(questions), {}, {question.id for question in questions}
     for demand in demands("solvable", questions, args):
         failed = {key: rows for key, rows in replies(demand, ids - rejected.keys(), is_right, args).items() if not is_right(rows[-1])}
-        reason = f"{demand.spec} failed all {demand.attempts} attempts"
-        rejected |= {key: {"filter": "solvable", "reason": reason, "evidence": demand.evidence(rows)} for key, rows in failed.items()}
+        for key, rows in failed.items():
+            ended = Counter({"stop": "wrong", "length": "cut off"}.get(row["finish_reason"], row["finish_reason"]) for row in rows)
+            reason = f"{demand.spec} failed all {demand.attempts} attempts: " + ", ".join(f"{number} {how}" for how, number in sorted(ended.items()))
+            rejected[key] = {"filter": "solvable", "reason": reason, "evidence": demand.evidence(rows)}
     return rejected
 
 
@@ -250,8 +251,11 @@ STEPS = ["leak", "difficulty", "type", "describe", "solvable"]  # the cheapest f
 def describe(questions: list[data.Question], args: argparse.Namespace) -> list[data.Question]:
     """The questions without what their text tells of the image: a human's text where there is one, else the engine's if it
     breaks no rule, else the text as it was, marked for review."""
-    reviewed = read_reviewed(args.reviewed) if args.reviewed else {}
     by_id, is_readable = {question.id: question for question in questions}, readable(read_edit)
+    sheet = read_reviewed(args.reviewed) if args.reviewed else {}
+    reviewed = settled(sheet, by_id)
+    if untouched := len(sheet) - len(reviewed):
+        print(f"{args.reviewed}: {untouched} rows are as they were, and go on waiting; correct the question, or empty the fault where it may stay")
     if elsewhere := sorted(reviewed.keys() - by_id.keys()):
         print(f"{args.reviewed}: {len(elsewhere)} of its questions are not here, or were rejected: {', '.join(elsewhere[:5])}")
     for key in reviewed.keys() & by_id.keys():
@@ -274,8 +278,9 @@ def describe(questions: list[data.Question], args: argparse.Namespace) -> list[d
 def run(args: argparse.Namespace) -> None:
     """The steps of a command, one after the other, on what the one before has left."""
     started, out = time.time(), Path(args.out)
-    bank = list({question.id: question for path in args.questions for question in data.read_questions(path)}.values())
-    question_asks(bank, Path(args.images), 1)  # every image must be there before an engine is asked
+    leaks.keep_apart(out, [*args.questions, *args.against, *filter(None, [args.reviewed])])
+    bank = leaks.read_bank(args.questions)
+    check_early(bank, args)
     if args.dry_run:
         return estimate(bank, args)
     out.mkdir(parents=True, exist_ok=True)
@@ -296,18 +301,41 @@ def run(args: argparse.Namespace) -> None:
         data.write_jsonl(out / name, (question.to_row() for question in questions))
     data.write_jsonl(out / "rejected.jsonl", ({**q.to_row(), **rejected[q.id]} for q in bank if q.id in rejected))
     outputs = [*parts, "rejected.jsonl", "funnel.json", "funnel.png"]
-    funnel = [{"filter": name, **count(questions)} for name, questions in after.items()]
+    idle = {"leak": not args.against, "difficulty": not args.baselines, "type": not args.classifier, "solvable": not args.experts}
+    funnel = [{"filter": name, **count(questions), **({"not_run": True} if idle.get(name) else {})} for name, questions in after.items()]
     data.write_json(out / "funnel.json", funnel)
     print_funnel(funnel)
     plot_funnel(funnel, out / "funnel.png")
-    figures = {"kept": len(left), **Counter(f"{row['filter']}: {row['reason']}" if row["filter"] != "leak" else "leak" for row in rejected.values())}
+    figures = {"kept": len(left), **Counter("leak" if row["filter"] == "leak" else f"{row['filter']}: " + re.sub("(?<= attempts): .*", "", row["reason"]) for row in rejected.values())}
     if "describe" in args.steps:
         outputs.append("review.csv")
         figures |= {"descriptions removed": removed, "to review": write_review(out / "review.csv", left)}
     print("\n".join(f"  {value:>7} {name}" for name, value in figures.items()))
-    engines = [checkpoint(demand.spec) for step in args.steps for demand in demands(step, left, args)]
-    inputs = [*args.questions, *args.against, *filter(None, [args.reviewed, *engines])]
+    asked = {demand.name: demand.spec for step in args.steps for demand in demands(step, left, args)}
+    for name in asked:
+        ended = Counter(row["finish_reason"] for _, row in data.read_jsonl(out / name)) if (out / name).exists() else Counter()
+        print(f"{name}: {ended.total()} replies" + "".join(f", {number} {how}" for how, number in sorted(ended.items())))
+    inputs = [*args.questions, *args.against, *filter(None, [args.reviewed, *map(checkpoint, asked.values())])]
     data.write_stage(out, args, inputs, [out / name for name in outputs], started, **figures)
+
+
+def check_early(bank: list[data.Question], args: argparse.Namespace) -> None:
+    """What would stop a later step is found before the first asks anything. Raises RowError, or Unavailable for an engine
+    without a key; what a model's folder lacks is found only when it is loaded."""
+    question_asks(bank, Path(args.images), 1)  # every image must be there
+    if args.reviewed:
+        read_reviewed(args.reviewed)
+    for flag, specs in (("--baselines", args.baselines), ("--experts", args.experts)):
+        if twice := [spec for spec, count in Counter(specs).items() if count > 1]:
+            raise data.RowError(f"{flag}: {twice[0]} is there twice; its replies would be the same")
+    if min(args.direct_attempts, args.expert_attempts) < 1:
+        raise data.RowError("--attempts: must be 1 or more")
+    specs = {demand.spec for step in args.steps for demand in demands(step, bank, args)}
+    for spec in sorted(specs if not args.dry_run else ()):
+        if not (folder := checkpoint(spec)):  # a model is loaded when it is its turn
+            open_engine(spec, setup_of(args))
+        elif not Path(folder).is_dir():
+            raise data.RowError(f"{spec}: no such folder")
 
 
 def estimate(bank: list[data.Question], args: argparse.Namespace) -> None:
@@ -322,11 +350,17 @@ def estimate(bank: list[data.Question], args: argparse.Namespace) -> None:
             totals.update(row)
             print(f"  {step:<12} {row['requests']:>10,} {row['in']:>14,} {row['out']:>14,}   {demand.spec}")
     print(f"  {'all':<12} {totals['requests']:>10,} {totals['in']:>14,} {totals['out']:>14,}")
+    print("not counted: requests repeated after an error of the server, or with more room (twice, four, eight times the tokens out) where thinking left none for an answer")
 
 
 def count(left: list[data.Question]) -> dict:
-    modality = Counter(question.meta.get("modality", "unknown") if question.images else "text" for question in left)
+    modality = Counter(str(question.meta.get("modality") or "unknown") if question.images else "text" for question in left)
     return {"text": sum(not q.images for q in left), "image": sum(bool(q.images) for q in left), "modality": dict(sorted(modality.items()))}
+
+
+def not_run(row: dict) -> str:
+    """What is said of a filter that had no engine, or no benchmarks: it dropped nothing but, of leaks, the bank's own repeats."""
+    return "" if not row.get("not_run") else " (repeats only)" if row["filter"] == "leak" else " (not run)"
 
 
 def print_funnel(funnel: list[dict]) -> None:
@@ -334,7 +368,7 @@ def print_funnel(funnel: list[dict]) -> None:
     print("questions left after    text   image    paper: text   image")
     for row in funnel:
         paper = "{:>14,} {:>7,}".format(*PAPER[row["filter"]]) if row["filter"] in PAPER else " " * 22
-        print(f"  {row['filter']:<18} {row['text']:>7} {row['image']:>7} {paper}   " + ", ".join(f"{name} {n}" for name, n in row["modality"].items() if name != "text"))
+        print(f"  {row['filter'] + not_run(row):<18} {row['text']:>7} {row['image']:>7} {paper}   " + ", ".join(f"{name} {n}" for name, n in row["modality"].items() if name != "text"))
 
 
 def plot_funnel(funnel: list[dict], path: Path) -> None:
@@ -350,14 +384,15 @@ def plot_funnel(funnel: list[dict], path: Path) -> None:
     for offset, kind, shade, hatch in ((-0.2, "text", "#d0d0d0", "//"), (0.2, "image", "#505050", None)):
         bars = ax.bar([x + offset for x in range(len(funnel))], [row[kind] for row in funnel], 0.38, color=shade, hatch=hatch, edgecolor="black", lw=0.5)
         ax.bar_label(bars, [f"{row[kind]:,}\n{row[kind] / max(1, funnel[0][kind]):.0%}" for row in funnel], fontsize=8, padding=2)
-    labels = [row["filter"] + ("\npaper: {:,} text\n{:,} image".format(*PAPER[row["filter"]]) if row["filter"] in PAPER else "") for row in funnel]
+    labels = [row["filter"] + not_run(row) + ("\npaper: {:,} text\n{:,} image".format(*PAPER[row["filter"]]) if row["filter"] in PAPER else "") for row in funnel]
     ax.set(title="questions left after each filter (hatched: text, dark: image)", ylabel="questions", xticks=range(len(funnel)), xticklabels=labels)
     ax.margins(y=0.15)
     for offset, row, shade in ((-0.2, funnel[0], "#d0d0d0"), (0.2, funnel[-1], "#505050")):
         values = [row["modality"].get(name, 0) for name in names]
         bars = by.barh([y + offset for y in range(len(names))], values, 0.38, color=shade, edgecolor="black", lw=0.5)
         by.bar_label(bars, [f"{value:,}" for value in values], fontsize=8, padding=2)
-    by.set(title=f"by modality (light: {funnel[0]['filter']}, dark: after {funnel[-1]['filter']})", xlabel="image questions", yticks=range(len(names)), yticklabels=names)
+    by.set(title=f"by modality (light: {funnel[0]['filter']}, dark: after {funnel[-1]['filter']})", xlabel="image questions")
+    by.set_yticks(range(len(names)), names, parse_math=False)  # a name that an engine gave may hold a dollar sign
     by.invert_yaxis()
     by.margins(x=0.12)
     figure.savefig(path, dpi=110)
@@ -389,7 +424,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         command.add_argument("--images", default=".", help="image root")
         command.add_argument("--out", required=True, help="folder to write")
         if name in ("leak", "all"):
-            command.add_argument("--against", nargs="+", default=[], help="benchmark questions that must not leak")
+            command.add_argument("--against", nargs="+", default=[], required=one, help="benchmark questions that must not leak")
             limits = [leaks.NGRAM, leaks.JACCARD, leaks.DISTANCE]
             command.add_argument("--limits", type=float, nargs=3, default=limits, metavar=("NGRAM", "JACCARD", "DISTANCE"), help="of a leak, as in leaks.py; 0 0 0: exact ones only")
         if name in ("difficulty", "all"):
@@ -407,7 +442,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         if name == "solvable":
             command.add_argument("--attempts", type=int, dest="expert_attempts", help="of each expert")
         if name in ("difficulty", "solvable", "all"):
-            command.add_argument("--max-tokens", type=int, default=2048, help="of a baseline's or an expert's answer")  # ours: paper silent
+            command.add_argument("--max-tokens", type=int, default=8192, help="of a baseline's or an expert's answer")  # ours: paper silent
         if name != "leak":
             command.add_argument("--dry-run", action="store_true", help="only tell what may be asked at most: nothing dropped but leaks, every attempt needed, 3 characters "
                                  "a token, an image of --pixels in patches of 28 x 28, every reply as long as it may be")  # fmt: skip

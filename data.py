@@ -74,7 +74,13 @@ class Question:
     @classmethod
     def from_row(cls, row: dict, where: str) -> "Question":
         """A checked question. Raises RowError naming `where` and the key."""
-        need(row, where, id=str, question=str, options=dict, answer=str, images=list)
+        row = {"source": "", "meta": {}, **row}
+        need(row, where, id=str, question=str, options=dict, answer=str, images=list, source=str, meta=dict)
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start : error.end]
+            raise RowError(f"{where}: holds half a surrogate pair ({half!r}), which no file can hold; write the character, or remove it") from None
         if not row["question"].strip():
             raise RowError(f"{where}: question: is empty; remove the row or give it a text")
         if row["options"]:
@@ -90,7 +96,7 @@ class Question:
         for image in row["images"]:
             if not isinstance(image, str) or Path(image).is_absolute() or ".." in Path(image).parts:
                 raise RowError(f"{where}: images: {image!r} must be a path inside the image root, without '..'")
-        return cls(row["question"], row["options"], row["answer"], row["images"], row.get("source", ""), row.get("meta", {}), row["id"])
+        return cls(row["question"], row["options"], row["answer"], row["images"], row["source"], row["meta"], row["id"])
 
     def to_row(self) -> dict:
         row = asdict(self)

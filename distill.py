@@ -29,9 +29,7 @@ Where we depart from the paper, or it is silent:
 """
 
 import argparse
-import csv
 import json
-import os
 import re
 import sys
 import time
@@ -42,7 +40,9 @@ from pathlib import Path
 
 import data
 from asking import Ask, Engine, Sampling, add_flags, ask_all, ask_yes_no, image_paths, prompt_ask, question_asks, read_verdict, reply_row, setup_of
+from descriptions import read_sheet, write_sheet
 from engines import open_engine
+from leaks import keep_apart
 
 LOOP = 8  # ours: words in a row that may not come three times
 CHECKS = {"Logical_Structure": "structure", "Plausibility_Coherence": "coherence"}  # paper 3.2: criteria (ii) and (iii)
@@ -166,10 +166,10 @@ def file_of(args: argparse.Namespace, role: str, engine: Engine) -> Path:
 
 
 def ask_texts(engine: Engine, role: str, asks: list[Ask], args: argparse.Namespace) -> list[dict]:
-    """The replies as rows, kept in OUT."""
+    """The replies as rows, kept in OUT. A question whose text has changed since is asked anew."""
     sampling, path = Sampling(args.temperature, 1.0, args.max_tokens, args.seed), file_of(args, role, engine)
     data.settle(path, {"engine": engine.spec, **vars(sampling), "pixels": args.pixels, "tiles": args.tiles})
-    return ask_all(engine, asks, sampling, path, lambda reply: {**reply_row(reply, engine.spec), "reasoning": reply.reasoning}, f"{role}, {engine.spec}")
+    return ask_all(engine, asks, sampling, path, lambda reply: {**reply_row(reply, engine.spec), "reasoning": reply.reasoning}, f"{role}, {engine.spec}", renew=True)
 
 
 def teach(engine: Engine, questions: list[data.Question], sample: int, args: argparse.Namespace) -> list[Chain]:
@@ -194,7 +194,9 @@ def expand(engine: Engine, chains: list[Chain], args: argparse.Namespace) -> Non
         chain.response = in_form(*match.groups()) if match else row["response"]
         chain.faults = check(chain.response, row["finish_reason"], chain.question, *args.words)
         chain.notes["expander"] = engine.spec
-        if "correct" in chain.faults:
+        if row["finish_reason"] != "stop":
+            chain.faults["expansion"] = f"is not finished: {row['finish_reason']}"
+        elif "correct" in chain.faults:
             chain.faults["expansion"] = f"does not keep the teacher's answer, {chain.question.answer}"
         elif len(chain.response.split()) <= len(in_form(summary, written_answer(chain.question)).split()):
             chain.faults["expansion"] = f"is no longer than the summary of {len(summary.split())} words"
@@ -238,15 +240,8 @@ def review(chain: Chain, told: dict[str, bool]) -> None:
 
 def read_review(path: str | Path) -> dict[str, bool]:
     """{chain's key: kept} of a filled-in sheet; an empty verdict says nothing. Raises RowError."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise data.RowError(f"{path}: cannot be read ({error}); save the filled-in sheet as CSV in UTF-8") from None
     told: dict[str, bool] = {}
-    for number, row in enumerate(rows, 2):  # as a spreadsheet numbers them: the first row is the header
-        if lacking := [name for name in ("chain", "verdict") if row.get(name) is None]:
-            raise data.RowError(f"{path}: row {number}: no column {lacking[0]!r}; save the sheet as CSV with commas, its first line unchanged")
+    for number, row in read_sheet(path, ["chain", "verdict"]):
         word = row["verdict"].strip().casefold()
         if word not in ("", "yes", "y", "no", "n"):
             raise data.RowError(f"{path}: row {number}: verdict: {row['verdict']!r} is neither yes nor no")
@@ -257,14 +252,12 @@ def read_review(path: str | Path) -> dict[str, bool]:
 
 def write_review(path: Path, chains: list[Chain], told: dict[str, bool]) -> None:
     """The sheet, with the verdicts that are known."""
-    with open(f"{path}.tmp", "w", newline="", encoding="utf-8-sig") as file:  # spreadsheets tell UTF-8 by the mark
-        sheet = csv.writer(file)
-        sheet.writerow(SHEET)
-        for c in chains:
-            verdict = {True: "yes", False: "no", None: ""}[told.get(c.key())]
-            checks = "; ".join(f"{name}: {fault}" for name, fault in c.faults.items()) or "passed"
-            sheet.writerow([c.question.id, c.sample, c.teacher, c.key(), data.question_text(c.question), " ".join(c.question.images), *data.split_response(c.response), checks, verdict])
-    os.replace(f"{path}.tmp", path)
+    rows = []
+    for c in chains:
+        verdict = {True: "yes", False: "no", None: ""}[told.get(c.key())]
+        checks = "; ".join(f"{name}: {fault}" for name, fault in c.faults.items()) or "passed"
+        rows.append([c.question.id, c.sample, c.teacher, c.key(), data.question_text(c.question), " ".join(c.question.images), *data.split_response(c.response), checks, verdict])
+    write_sheet(path, list(SHEET), rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -279,25 +272,32 @@ def make_demo(chain: Chain, form: str) -> dict:
     }  # fmt: skip
 
 
-def write_out(args: argparse.Namespace, inputs: list[str], started: float, kept: list[Chain], rejected: list[dict]) -> None:
-    """demos.jsonl, rejected.jsonl, stage.json, and the counts."""
+def write_out(args: argparse.Namespace, inputs: list[str], started: float, asked: int, kept: list[Chain], rejected: list[dict]) -> None:
+    """demos.jsonl, rejected.jsonl, stage.json, and the counts; `asked` is how many questions there were."""
     out = Path(args.out)
     data.write_jsonl(out / "demos.jsonl", (make_demo(chain, args.answer_form) for chain in kept))
     data.write_jsonl(out / "rejected.jsonl", rejected)
     by_teacher, by_fault = Counter(chain.teacher for chain in kept), Counter(name for row in rejected for name in row["faults"])
     print(f"{len(kept)} demonstrations: " + ", ".join(f"{teacher} {count}" for teacher, count in sorted(by_teacher.items())))
+    if asked > (having := len({chain.question.id for chain in kept})):
+        print(f"{asked - having} of {asked} questions have no demonstration")
     print(f"{len(rejected)} responses refused: " + ", ".join(f"{name} {count}" for name, count in by_fault.items()))
     data.write_stage(out, args, inputs, [out / "demos.jsonl"], started, demos=len(kept), refused=len(rejected), teachers=dict(by_teacher), faults=dict(by_fault))
 
 
 def run(args: argparse.Namespace) -> None:
     started, out, setup = time.time(), Path(args.out), setup_of(args)
+    keep_apart(out, [args.questions])
     out.mkdir(parents=True, exist_ok=True)
     told = read_review(args.review) if args.review else {}
     if (out / "review.csv").exists() and (lost := read_review(out / "review.csv").keys() - told.keys()):
         raise data.RowError(f"{out / 'review.csv'}: holds {len(lost)} verdicts that are not in --review; give it there, or move it away: it is written anew")
     questions = data.read_questions(args.questions)
     question_asks(questions, Path(args.images), 1)  # every image must be there before anything is asked
+    if args.chains < 1:
+        raise data.RowError(f"--chains {args.chains}: must be 1 or more")
+    if twice := [spec for spec, count in Counter(args.teachers).items() if count > 1]:
+        raise data.RowError(f"--teachers: {twice[0]} is there twice; its replies would be the same")
     if strangers := [teacher for teacher, _ in args.expand if teacher not in args.teachers]:
         raise data.RowError(f"--expand: {strangers[0]} is not among the --teachers")
     engines = [open_engine(spec, setup) for spec in args.teachers]
@@ -323,7 +323,7 @@ def run(args: argparse.Namespace) -> None:
     if unknown := told.keys() - {chain.key() for chain in to_review}:
         print(f"{args.review}: {len(unknown)} verdicts are on chains that this run did not make, or whose answer is wrong; they count for nothing")
     inputs = [args.questions] + ([args.review] if args.review else [])
-    write_out(args, inputs, started, [chain for question in questions for chain in kept[question.id]], [chain.rejection() for chain in refused])
+    write_out(args, inputs, started, len(questions), [chain for question in questions for chain in kept[question.id]], [chain.rejection() for chain in refused])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -380,6 +380,7 @@ def read_records(path: str) -> list[tuple[str, dict]]:
 
 def import_chains(args: argparse.Namespace) -> None:
     started, kept, rejected = time.time(), {}, []
+    keep_apart(Path(args.out), [args.file])
     samples: Counter = Counter()
     for number, (where, record) in enumerate(read_records(args.file), 1):
         try:
@@ -397,7 +398,7 @@ def import_chains(args: argparse.Namespace) -> None:
         chain.sample = samples[chain.question.id]
         samples[chain.question.id] += 1
         kept[chain.key()] = chain
-    write_out(args, [args.file], started, list(kept.values()), rejected)
+    write_out(args, [args.file], started, 0, list(kept.values()), rejected)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

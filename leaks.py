@@ -4,7 +4,7 @@
     run       the stems share n = 13 words in a row, anywhere
     jaccard   |A ∩ B| / |A ∪ B| >= 0.25, where A and B are the sets of 5-grams of words of two stems of 13 words or more
     image     an image is a benchmark's file, or the two dHashes differ in 4 of their 64 bits at most
-    repeat    exact, but with an earlier question of the bank itself
+    repeat    exact, but with an earlier question of the bank itself; one that has another answer is told apart
 
 A short stem ("What is the diagnosis?") is generic: it leaks as a whole question, options and images included, or by its
 image, never by its words. All rules are exact: benchmarks are small enough to be indexed whole, so nothing is sampled.
@@ -46,6 +46,27 @@ GRAM = 5  # ours: words in a piece of the Jaccard similarity
 SHORT = 13  # ours: a stem of fewer words is generic
 FLAT = 8  # ours: a dHash with fewer bits of one kind says no more than that the image is nearly flat
 BLOCK = 1024  # ours: images compared at once; 1024 x 3000 distances are 25 MB
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The bank
+
+
+def keep_apart(out: Path, paths: list[str]) -> None:
+    """Raises RowError for a file that is read, but lies in the folder that is written."""
+    for path in paths:
+        if Path(path).resolve().parent == out.resolve():
+            raise data.RowError(f"--out {out}: holds {path}, which is read here and might be written over; write to another folder, or move the file")
+
+
+def read_bank(paths: list[str]) -> list[data.Question]:
+    """The questions of several files, one that is in two of them once. Raises RowError where an id stands for two questions."""
+    bank: dict[str, data.Question] = {}
+    for path in paths:
+        for question in data.read_questions(path):
+            if bank.setdefault(question.id, question) != question:
+                raise data.RowError(f"{path}: id: {question.id!r} is another question in an earlier file; give one of them another id")
+    return list(bank.values())
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -197,9 +218,13 @@ def check(questions: list[data.Question], benchmarks: list[data.Question], image
             evidence = {"image": image, "benchmark_image": theirs, "distance": bits, "same_file": same}
             found[question.id] = leak("image", f"{image} {'is the very file' if same else f'differs in {bits} of 64 bits from an image'} of", owner[theirs], evidence)
         elif key in seen:
-            found[question.id] = {"filter": "leak", "reason": f"same as bank question {seen[key]}", "evidence": {"rule": "repeat", "question": seen[key]}}
+            first, answers = seen[key], [seen[key].answer_text(), question.answer_text()]
+            reason, evidence = f"same as bank question {first.id}", {"rule": "repeat", "question": first.id}
+            if len({data.normalise(text) for text in answers}) > 1:  # one of the two keys is wrong
+                reason, evidence = f"{reason}, with another answer", {**evidence, "answers": answers}
+            found[question.id] = {"filter": "leak", "reason": reason, "evidence": evidence}
         else:
-            seen[key] = question.id
+            seen[key] = question
     return found, likeness
 
 
@@ -243,15 +268,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     started, out = time.time(), Path(args.out)
-    bank: dict[str, data.Question] = {}
-    for path in args.questions:
-        for question in data.read_questions(path):
-            if bank.setdefault(question.id, question) != question:
-                raise data.RowError(f"{path}: id: {question.id!r} is another question in an earlier file; give one of them another id")
+    keep_apart(out, [*args.questions, *args.against])
+    bank = read_bank(args.questions)
     benchmarks = [question for path in args.against for question in data.read_questions(path)]
-    found, likeness = check(list(bank.values()), benchmarks, Path(args.images), args.ngram, args.jaccard, args.distance)
+    found, likeness = check(bank, benchmarks, Path(args.images), args.ngram, args.jaccard, args.distance)
     data.write_jsonl(out / "leaks.jsonl", ({"id": key, **row} for key, row in found.items()))
-    figures = print_audit(list(bank.values()), found, likeness)
+    figures = print_audit(bank, found, likeness)
     data.write_stage(out, args, [*args.questions, *args.against], [out / "leaks.jsonl"], started, **figures)
 
 

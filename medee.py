@@ -11,7 +11,9 @@
 
 A stage is done when its folder has a stage.json whose command and input hashes are those asked for now. A stage that was
 killed goes on from its last row or step; one whose settings or inputs changed starts again, and so does all that
-depends on it. A change of the code is said, and undoes nothing. Nothing here computes: the miniature differs from the 7B in its recipe, never in its code path.
+depends on it. Replies of engines are paid for: a stage that starts again keeps those that it would ask for in the same
+way, and the others lie beside under another name. A change of the code is said, and undoes nothing. Nothing here computes: the
+miniature differs from the 7B in its recipe, never in its code path.
 
 Where we depart from the paper, or it is silent: see each script; the recipes below say which number is whose.
 """
@@ -21,7 +23,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -31,6 +32,7 @@ from pathlib import Path
 import data
 
 HERE = Path(__file__).resolve().parent
+ASKING = ("curate.py", "distill.py", "rollout.py", "evaluate.py")  # scripts whose folders hold replies of engines
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,11 @@ WORLDS = {  # questions of the clinic's bank and tests, the base model's schooli
 # Stages
 
 
+def model_path(word: str) -> str:
+    """The path in a word of a command: its own, or that of a local engine's model."""
+    return str(Path(re.sub(r"^(?:(?:text|image)=)?(?:hf|vllm):", "", word)))
+
+
 @dataclass(frozen=True)
 class Stage:
     """One command. Its folder is its --out; its inputs are the files of the run that its flags name."""
@@ -122,9 +129,9 @@ class Stage:
         """{path: hash} of the files and model folders among the words, own output, cache and image root aside."""
         found = {}
         for before, word in zip(("", *self.words), self.words):
-            path = Path(word.removeprefix("hf:").removeprefix("vllm:"))
-            if before not in ("--out", "--cache", "--images") and ("/" in word or word.startswith(("hf:", "vllm:"))) and path.exists():
-                found[str(path)] = data.file_hash(path)
+            path = model_path(word)
+            if before not in ("--out", "--cache", "--images") and ("/" in word or path != word) and Path(path).exists():
+                found[path] = data.file_hash(path)
         return found
 
     def sources(self) -> dict[str, str]:
@@ -163,6 +170,53 @@ class Stage:
         lost = [name for name, digest in outputs.items() if not (self.folder / name).exists() or data.file_hash(self.folder / name) != digest]
         return f"its output {lost[0]} changed" if lost else "done"
 
+    def flags(self, of: list[str] | tuple[str, ...]) -> dict[str, list[str]]:
+        """{flag: its values} of a command's words."""
+        found, values = {}, []
+        for word in of:
+            if re.match(r"--?[a-z]", word):
+                values = found.setdefault(word.lstrip("-"), [])
+            else:
+                values.append(word)
+        return found
+
+    def stale(self, settings: dict, begun: dict) -> bool:
+        """Whether replies with these settings may not count any more: a flag of that name or a model that they name changed.
+        curate.py and distill.py have files for each engine, and ask changed questions anew by themselves; others do not.
+        rollout.py's replies are its very output, which must hold no others."""
+        before, after, now = self.flags(begun["command"]), self.flags(self.words), self.inputs()
+        changed = {path for path, digest in begun["inputs"].items() if now.get(path) != digest}
+        values = [value for value in settings.values() if isinstance(value, str)]
+        gone = [value for value in values if value in begun["command"] and value not in self.words]
+        return (
+            self.script == "rollout.py"
+            or any(before.get(flag) != after.get(flag) for flag in (key.replace("_", "-") for key in settings))
+            or any(model_path(value) in changed for value in values)
+            or bool(changed or gone) and self.script not in ("curate.py", "distill.py")
+        )
+
+    def clear(self) -> None:
+        """Empties the folder for a new start, but for files of replies, their settings, and the sheet that a human may have filled
+        in. Replies that may not count any more are set aside under another name."""
+        file, kept = self.folder / "begun.json", {self.folder / "review.csv"}
+        begun = json.loads(file.read_text()) if file.exists() else None
+        for record in sorted(self.folder.rglob("*.jsonl.settings.json") if self.script in ASKING else ()):
+            replies = record.with_name(record.name.removesuffix(".settings.json"))
+            if replies.exists() and (begun is None or self.stale(json.loads(record.read_text()), begun)):
+                number = next(n for n in range(1, 10**6) if not replies.with_name(f"{replies.name}.{n}").exists())
+                print(f"   {replies} may have been asked for in another way; it is set aside as {replies.name}.{number}")
+                replies.rename(f"{replies}.{number}")
+                record.rename(f"{replies}.{number}.settings")
+            elif replies.exists():
+                kept |= {replies, record}
+        aside = re.compile(r".*\.jsonl\.\d+(\.settings)?")
+        for path in sorted(self.folder.rglob("*"), reverse=True):  # what a folder holds before the folder
+            if path.is_dir() and not path.is_symlink():
+                if not any(path.iterdir()):
+                    path.rmdir()
+            elif path not in kept and not aside.fullmatch(path.name):
+                path.unlink()
+
     def run(self) -> None:
         """Runs the command unless it is done, from where it was stopped if nothing changed. Raises SystemExit if it fails."""
         state = self.state()
@@ -173,7 +227,7 @@ class Stage:
         if state == "done":
             return
         if state != "interrupted":
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self.clear()
             data.write_json(self.folder / "begun.json", {"command": [self.script, *self.words], "inputs": self.inputs(), "sources": self.sources()})
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(self.ranks)] if self.ranks else [sys.executable]
         # a busy neighbour slows spinning threads several-fold; waiting threads give way
@@ -184,9 +238,10 @@ class Stage:
 
 
 def words(flags: dict) -> list[str]:
-    """{"lr": 1e-4, "n": 8, "checkpointing": True} -> ["--lr", "0.0001", "-n", "8", "--checkpointing"]"""
+    """{"lr": 1e-4, "n": 8, "checkpointing": True} -> ["--lr", "0.0001", "-n", "8", "--checkpointing"]; a list of lists repeats its flag."""
     out = []
-    for name, value in flags.items():
+    repeated = [(name, one) for name, value in flags.items() for one in (value if isinstance(value, list) and value and isinstance(value[0], list) else [value])]
+    for name, value in repeated:
         out.append(("-" if len(name) == 1 else "--") + name)
         if value is not True:
             out += [str(part) for part in value] if isinstance(value, (list, tuple)) else [str(value)]
@@ -362,7 +417,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     real.add_argument("--classifier", required=True, help="engine that tells the type of image questions")
     real.add_argument("--editor", required=True, help="engine that takes image descriptions out of questions")
     real.add_argument("--teachers", nargs="+", required=True, help="engines that write demonstrations")
-    real.add_argument("--expand", nargs=2, default=[], metavar=("TEACHER", "EXPANDER"), help="a teacher that tells a summary, and the engine that writes it out")
+    real.add_argument("--expand", nargs=2, action="append", default=[], metavar=("TEACHER", "EXPANDER"), help="a teacher that tells a summary, and the engine that writes it out; may be repeated")
     real.add_argument("--checker", default="", help="engine that checks demonstrations for structure and plausibility")
     real.add_argument("--judge", required=True, help="engine that judges chains")
     real.add_argument("--gpus", type=int, default=8, help="ranks of torchrun")

@@ -84,7 +84,7 @@ def run_curate(bank: Path | list[Path], out: Path, *more: str, command: str = "a
 # Difficulty and solvability: truth tables
 
 
-def test_question_is_kept_iff_each_expert_solves_it_at_least_once(tmp_path):
+def test_question_is_kept_iff_each_expert_solves_it_at_least_once(tmp_path, capsys):
     # AND over experts of OR over attempts: (4, 0) is dropped, (1, 1) and (4, 4) are kept
     patterns = ["----", "+---", "-+--", "---+", "++++", "!!!!", "????", "-!?-", "?!-+"]
     table = {f"{a} {b}": (a, b) for a, b in itertools.product(patterns, repeat=2)}
@@ -98,7 +98,13 @@ def test_question_is_kept_iff_each_expert_solves_it_at_least_once(tmp_path):
     assert {"++++ ----", "---- ++++"} <= set(rejected) and {"+--- ---+", "++++ ++++"} <= set(kept)
     for key, row in rejected.items():
         failed = "clinic:expert-a" if "+" not in table[key][0] else "clinic:expert-b"
-        assert row["filter"] == "solvable" and row["reason"] == f"{failed} failed all 4 attempts"
+        assert row["filter"] == "solvable" and row["reason"].startswith(f"{failed} failed all 4 attempts: ")
+    ended = {"----": "4 wrong", "!!!!": "4 cut off", "????": "4 wrong", "-!?-": "1 cut off, 3 wrong"}
+    assert {key.split()[0]: row["reason"].rpartition(": ")[2] for key, row in rejected.items() if key.endswith(" ++++")} == ended
+    said = capsys.readouterr().out
+    assert re.search(r"\d+ solvable: clinic:expert-a failed all 4 attempts\n", said)  # the reasons in the summary are few
+    total = 4 * 9 * len(patterns)
+    assert f"expert-clinic-expert-a.jsonl: {total} replies, {6 * 9} length, {total - 6 * 9} stop" in said
     assert all((tmp_path / "out" / f"expert-clinic-{name}.jsonl").read_bytes() == text for name, text in before.items())  # nothing was asked
 
 
@@ -242,7 +248,7 @@ def test_funnel_follows_every_question_to_where_it_went(tmp_path, films):
         {"filter": "bank", "text": 4, "image": 6, "modality": {"scan": 2, "smear": 3, "text": 4, "unknown": 1}},
         {"filter": "leak", "text": 3, "image": 5, "modality": {"scan": 2, "smear": 2, "text": 3, "unknown": 1}},
         {"filter": "difficulty", "text": 2, "image": 4, "modality": {"scan": 1, "smear": 2, "text": 2, "unknown": 1}},
-        {"filter": "type", "text": 2, "image": 4, "modality": {"scan": 1, "smear": 2, "text": 2, "unknown": 1}},
+        {"filter": "type", "text": 2, "image": 4, "modality": {"scan": 1, "smear": 2, "text": 2, "unknown": 1}, "not_run": True},
         {"filter": "solvable", "text": 1, "image": 3, "modality": {"scan": 1, "smear": 1, "text": 1, "unknown": 1}},
     ]
     assert {key: row["filter"] for key, row in rejected.items()} == {
@@ -257,6 +263,105 @@ def test_funnel_follows_every_question_to_where_it_went(tmp_path, films):
         dropped = sum(row["filter"] == after["filter"] for row in rejected.values())
         assert before["text"] + before["image"] - after["text"] - after["image"] == dropped
     assert all(sum(row["modality"].values()) == row["text"] + row["image"] for row in funnel)
+
+
+def test_a_modality_with_dollar_signs_is_drawn_as_it_is(tmp_path):
+    curate.plot_funnel([{"filter": "bank", "text": 0, "image": 2, "modality": {"a $\\frac{$ sign": 1, "$x": 1}}], tmp_path / "funnel.png")
+    assert (tmp_path / "funnel.png").stat().st_size > 0
+
+
+def test_replies_that_are_nested_without_end_or_hold_half_a_character_go_to_review_and_are_no_error(tmp_path, films):
+    said = {"deep": [('{"a":' * 100_000, "stop")] * 3, "half": [(edit("Half a \ud83d pair. What is it?", []), "stop")], "fine": [(edit("What is it?", []), "stop")]}
+    bank = [q("What is it?", key, images=("1.png",)) if key != "half" else q("Half a mended pair. What is it?", key, images=("1.png",)) for key in said]
+    replies(tmp_path / "out", "describe", "editor", said)
+    kept, _, _ = run_curate(write(tmp_path / "bank.jsonl", bank), tmp_path / "out", "--images", str(films), "--editor", "clinic:editor", command="describe")
+    assert kept["deep"].meta["needs_review"] == "no readable reply in 3 attempts" and kept["fine"].meta == {}
+    assert kept["half"].question == "Half a \ufffd pair. What is it?"
+
+
+def test_a_step_that_had_no_engine_or_no_benchmarks_does_not_look_passed(tmp_path, capsys, monkeypatch):
+    drawn = []
+    from matplotlib.axes import Axes
+
+    original = Axes.set
+    monkeypatch.setattr(Axes, "set", lambda self, **what: (drawn.append(what.get("xticklabels")), original(self, **what))[1])
+    bank = [q("Question 1", "a"), q("question 1", "again")]
+    replies(tmp_path / "out", "baseline", "hasty", {"a": [SAID["-"]]})
+    _, _, funnel = run_curate(write(tmp_path / "bank.jsonl", bank), tmp_path / "out", "--baselines", "clinic:hasty")
+    assert [(row["filter"], "not_run" in row) for row in funnel] == [("bank", False), ("leak", True), ("difficulty", False), ("type", True), ("solvable", True)]
+    said = capsys.readouterr().out
+    assert [name in said for name in ("leak (repeats only)", "difficulty (", "type (not run)", "solvable (not run)")] == [True, False, True, True]
+    assert [label.split("\n")[0] for label in drawn[0]] == ["bank", "leak (repeats only)", "difficulty", "type (not run)", "solvable (not run)"]
+    with pytest.raises(SystemExit):
+        curate.parse(["leak", "--questions", "bank.jsonl", "--out", "out"])
+    assert "--against" in capsys.readouterr().err
+
+
+LATE = {  # what would stop a late step: (flags, what is said)
+    "no expert for image questions": (["--experts", "text=clinic:expert-a"], "none of text=clinic:expert-a is for image questions"),
+    "the same expert twice": (["--experts", "clinic:expert-a", "clinic:expert-a"], "--experts: clinic:expert-a is there twice"),
+    "the same baseline twice": (["--baselines", "clinic:hasty", "clinic:hasty"], "--baselines: clinic:hasty is there twice"),
+    "no key": (["--experts", "https://api.example.com/v1#m"], "no key; set EXAMPLE_API_KEY"),
+    "no model": (["--experts", "hf:nowhere/model"], "hf:nowhere/model: no such folder"),
+    "no reviewed file": (["--reviewed", "nowhere.csv"], "nowhere.csv: cannot be read"),
+    "no such engine": (["--editor", "oracle:x"], "oracle:x: unknown engine"),
+}
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_what_would_stop_a_late_step_stops_before_the_first_asks_anything(tmp_path, films, name, monkeypatch):
+    monkeypatch.delenv("EXAMPLE_API_KEY", raising=False)
+    flags, said = LATE[name]
+    bank = write(tmp_path / "bank.jsonl", [q("Question 1", "text"), q("Question 2", "image", images=("1.png",))])
+    baselines = [] if "--baselines" in flags else ["--baselines", "clinic:hasty"]
+    with pytest.raises(SystemExit, match=re.escape(said)):
+        run_curate(bank, tmp_path / "out", "--images", str(films), *baselines, *flags)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("command", "flag"), [("difficulty", "--baselines"), ("solvable", "--experts")])
+def test_no_attempt_at_all_is_refused(tmp_path, command, flag):
+    with pytest.raises(data.RowError, match="--attempts: must be 1 or more"):
+        run_curate(write(tmp_path / "bank.jsonl", [q("Question 1", "a")]), tmp_path / "out", flag, "clinic:expert-a", "--attempts", "0", command=command)
+
+
+def test_a_file_that_is_read_may_not_lie_in_the_folder_that_is_written(tmp_path):
+    bank = write(tmp_path / "out" / "questions.jsonl", [q("Question 1", "a")])
+    (tmp_path / "out" / "review.csv").write_text("id,question\n")
+    before = bank.read_bytes()
+    with pytest.raises(data.RowError, match="--out .*: holds .*questions.jsonl, which is read here"):
+        run_curate(bank, tmp_path / "out", "--baselines", "clinic:hasty", command="difficulty")
+    with pytest.raises(data.RowError, match="holds .*review.csv"):
+        run_curate(write(tmp_path / "bank.jsonl", []), tmp_path / "out", "--reviewed", str(tmp_path / "out" / "review.csv"), command="describe")
+    assert bank.read_bytes() == before
+
+
+def test_an_id_that_stands_for_two_questions_is_refused(tmp_path):
+    files = [write(tmp_path / "one.jsonl", [q("What of the heart?", "1")]), write(tmp_path / "two.jsonl", [q("What of the liver?", "1")])]
+    with pytest.raises(data.RowError, match="two.jsonl: id: '1' is another question in an earlier file"):
+        run_curate(files, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"meta": None}, "meta: expected dict"), ({"meta": [1]}, "meta: expected dict"), ({"source": 7}, "source: expected str"),
+     ({"question": "Half \ud83d of it?"}, "half a surrogate pair"), ({"meta": {"why": ["\udc00"]}}, "half a surrogate pair")],
+)  # fmt: skip
+def test_a_bank_whose_meta_source_or_characters_cannot_be_kept_is_refused_by_line(tmp_path, change, said):
+    (tmp_path / "bank.jsonl").write_text(json.dumps({**q("Question 1", "a").to_row(), **change}) + "\n")
+    with pytest.raises(data.RowError, match=f"bank.jsonl:1: .*{said}"):
+        run_curate(tmp_path / "bank.jsonl", tmp_path / "out")
+
+
+def test_a_modality_that_is_no_text_is_counted_under_its_name(tmp_path, films):
+    bank = [q(f"Question {i}", str(i), images=("1.png",), meta={"modality": what}) for i, what in enumerate((["ct"], None, "ct"))]
+    _, _, funnel = run_curate(write(tmp_path / "bank.jsonl", bank), tmp_path / "out", "--images", str(films))
+    assert funnel[0]["modality"] == {"['ct']": 1, "ct": 1, "unknown": 1}
+
+
+def test_answers_of_experts_and_baselines_have_the_room_of_every_other_stage():
+    command = ["--questions", "b", "--out", "o"]
+    assert {curate.parse([name, *command, *more]).max_tokens for name, more in (("all", []), ("difficulty", ["--baselines", "x"]), ("solvable", ["--experts", "x"]))} == {8192}
 
 
 @pytest.fixture(scope="module")
@@ -422,7 +527,11 @@ EDITS = {  # name: (text, removed, what the fault says or None)
     "unit lost": (CUT.replace(" mmHg", ""), [PASSAGE], "number '120/80 mmHg' is lost"),
     "laboratory value lost": (CUT.replace("9.5 g/dL", "low"), [PASSAGE], "number '9.5 g/dL' is lost"),
     "age lost": (CUT.replace("45-year-old ", ""), [PASSAGE], "number '45-year' is lost"),
-    "vital sign removed, and said so": (CUT.replace("; his blood pressure is 120/80 mmHg", ""), [PASSAGE, "; his blood pressure is 120/80 mmHg"], None),
+    "vital sign removed, and said so": (CUT.replace("; his blood pressure is 120/80 mmHg", ""), [PASSAGE, "; his blood pressure is 120/80 mmHg"], "value '120/80 mmHg' is removed"),
+    "laboratory value removed, and said so": (CUT.replace("Hemoglobin is 9.5 g/dL. ", ""), [PASSAGE, "Hemoglobin is 9.5 g/dL."], "value '9.5 g/dL' is removed"),
+    "a new number": (CUT.replace("A film", "2 films"), [PASSAGE], "number '2' is new"),
+    "what is asked removed": (CUT.replace(" What is the diagnosis?", ""), [PASSAGE, "What is the diagnosis?"], "what is asked"),
+    "most of what is asked removed": (CUT.replace("What is the diagnosis?", "diagnosis?"), [PASSAGE, "What is the"], "what is asked"),
     "number of the passage is no loss": (CUT, [PASSAGE], None),
     "history lost without a word": (CUT.replace("man has a fever of", "man, fever"), [PASSAGE], None),  # three words of mending
     "more history lost": (CUT.replace("A film, <image 2>, is taken.", "<image 2>.").replace("What is the diagnosis", "What"), [PASSAGE], "are lost"),
@@ -434,6 +543,27 @@ EDITS = {  # name: (text, removed, what the fault says or None)
 def test_edit_that_breaks_a_rule_is_found_and_no_other(name):
     text, removed, fault = EDITS[name]
     found = descriptions.edit_fault(STEM, text, removed)
+    assert (found is None) if fault is None else (found and fault in found), found
+
+
+TURNED = {  # name: (question, edit, removed, what the fault says or None)
+    "not lost": ("A man has fever. Which of these is not a likely cause?", "A man has fever. Which of these is a likely cause?", [], "word 'not' is lost"),
+    "no lost": ("A man has no fever and pain. What now?", "A man has fever and pain. What now?", [], "word 'no' is lost"),
+    "not new": ("A man has fever today. Which is a likely cause?", "A man has fever. Which is not a likely cause?", [], "word 'not' is new"),
+    "denies new": ("A man reports having fever and pain. What now?", "A man denies fever and pain. What now?", [], "word 'denies' is new"),
+    "isn't lost": ("Which of these isn't a cause?", "Which of these is a cause?", [], "word 'isn't' is lost"),
+    "the other side": ("A man has pain in the left flank. What now?", "A man has pain in the right flank. What", [], "'left' is lost"),
+    "negation and side of the passage": ("A film shows no mass in the left lobe. The man coughs, and has a fever. What is it?", "A film. The man coughs, and has a fever. What is it?", ["shows no mass in the left lobe"], None),
+    "two words change places": ("The father has fever and the mother has cough. Which is ill?", "The mother has fever and the father has cough. Which is ill?", [], "is moved"),
+    "half of it gone": ("A man coughs. He takes aspirin. A film shows a dark mass in the upper lobe and more. What is it?", "A man coughs. What is it?", ["He takes aspirin.", "A film shows a dark mass in the upper lobe and more."], "more than half"),
+    "a word that is there twice, the second removed": ("He has a mass. The film shows a mass. He coughs. What is it?", "He has a mass. The film. He coughs. What is it?", ["shows a mass"], None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TURNED)
+def test_edit_that_turns_the_meaning_around_goes_to_review(name):
+    question, text, removed, fault = TURNED[name]
+    found = descriptions.edit_fault(question, text, removed)
     assert (found is None) if fault is None else (found and fault in found), found
 
 
@@ -477,23 +607,40 @@ def test_descriptions_are_cut_or_left_for_review_and_a_human_goes_first(tmp_path
         "broken": {"needs_review": "the number '9.5 g/dL' is lost", "suggestion": CUT.replace("9.5", "9")},
         "mute": {"needs_review": "no readable reply in 3 attempts", "suggestion": ""}, "cut off": {"needs_review": "no readable reply in 3 attempts", "suggestion": ""},
     }  # fmt: skip
-    with open(tmp_path / "out" / "review.csv", newline="", encoding="utf-8") as file:
+    with open(tmp_path / "out" / "review.csv", newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
-    assert [row["id"] for row in rows] == ["broken", "mute", "cut off"] and all(row["question"] == STEM and row["images"] == "1.png" for row in rows)
+    assert [row["id"] for row in rows] == ["id:broken", "id:mute", "id:cut off"] and all(row["question"] == STEM and row["images"] == "1.png" for row in rows)
     assert rows[0]["fault"] == "the number '9.5 g/dL' is lost" and rows[0]["suggestion"] == CUT.replace("9.5", "9")
     # the human step: review.csv itself, its question column corrected, on what describe wrote, without an engine
     with open(tmp_path / "filled.csv", "w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, rows[0])
         table.writeheader()
-        table.writerows({**row, "question": CUT if row["id"] == "broken" else row["question"]} for row in rows)
+        table.writerow({**rows[0], "question": CUT})
+        table.writerow({**rows[1], "fault": ""})  # it may stay as it is
+        table.writerow(rows[2])  # not looked at
     after, _, _ = run_curate(tmp_path / "out" / "questions.jsonl", tmp_path / "human", "--images", str(films), "--reviewed", str(tmp_path / "filled.csv"), command="describe")
     assert after["broken"].question == CUT and after["broken"].meta == {"original": STEM, "reviewed": True} and after["broken"].id == "broken"
-    assert after["mute"].question == STEM and after["mute"].meta == {"reviewed": True}  # it may stay as it is
+    assert after["mute"].question == STEM and after["mute"].meta == {"reviewed": True}
+    assert after["cut off"] == kept["cut off"] and "1 rows are as they were, and go on waiting" in capsys.readouterr().out
     assert after["cut"] == kept["cut"] and after["human"] == kept["human"]
-    assert (tmp_path / "human" / "review.csv").read_text() == "id,question,fault,suggestion,images\n"
+    waiting = descriptions.read_sheet(tmp_path / "human" / "review.csv", ["id", "fault"])
+    assert [(row["id"], row["fault"]) for _, row in waiting] == [("id:cut off", "no readable reply in 3 attempts")]
 
 
-@pytest.mark.parametrize(("text", "said"), [("id,text\na,b\n", "expected id and question"), ("id,question\na,\n", "row 2: question: is empty"), ("id,question\na,x\na,y\n", "row 3: id: it is there twice")])
+def test_a_sheet_survives_a_spreadsheet(tmp_path):
+    long = "x" * 140_000 + ", 10 µg at 37 °C"
+    questions = [q(long, "12e45678", meta={"needs_review": "why", "suggestion": ""})]
+    assert descriptions.write_review(tmp_path / "review.csv", questions) == 1
+    assert (tmp_path / "review.csv").read_bytes().startswith(b"\xef\xbb\xbfid,question")  # by this mark spreadsheets tell UTF-8
+    assert b"\r\nid:12e45678," in (tmp_path / "review.csv").read_bytes()  # and this is no number to them
+    assert descriptions.read_reviewed(tmp_path / "review.csv") == {"12e45678": (long, "why")}
+    (tmp_path / "western.csv").write_bytes("id,question\na,37 °C\n".encode("cp1252"))
+    for name in ("western.csv", "nowhere.csv"):
+        with pytest.raises(data.RowError, match=f"{name}: cannot be read .*save the filled-in sheet as CSV in UTF-8"):
+            descriptions.read_reviewed(tmp_path / name)
+
+
+@pytest.mark.parametrize(("text", "said"), [("id,text\na,b\n", "expected id and question"), ("id,question\na\n", "row 2: no column 'question'"), ("id,question\na,\n", "row 2: question: is empty"), ("id,question\na,x\na,y\n", "row 3: id: it is there twice")])
 def test_reviewed_file_that_cannot_be_used_is_refused_by_row(tmp_path, text, said):
     (tmp_path / "reviewed.csv").write_text(text)
     with pytest.raises(data.RowError, match=said):
@@ -520,13 +667,23 @@ def test_clinic_bank_holds_what_curation_must_find_and_without_it_all_else_is_th
     assert [replace(question, meta={}) for question in kept["spoilt"].values()] == [replace(question, meta={}) for question in kept["clean"].values()]
 
 
-def test_a_reply_to_another_text_of_the_question_is_refused(world, curated, tmp_path):
-    for path in curated.glob("expert-*"):
-        shutil.copy(path, tmp_path)
-    bank = data.read_questions(world / "bank.jsonl")
-    changed = write(tmp_path / "bank.jsonl", [replace(bank[0], question=bank[0].question + " Now?"), *bank[1:]])  # under the same id
-    with pytest.raises(data.RowError, match=f"question {bank[0].id} had another text when it was asked"):
-        run_curate(changed, tmp_path, "--images", str(world), "--experts", "clinic:expert-a", command="solvable")
+def test_only_what_a_human_has_corrected_since_is_asked_again_in_the_same_folder(world, tmp_path):
+    flags = ["--images", str(world), "--against", str(world / "test.jsonl"), "--limits", *"000", "--experts", "clinic:expert-a", "clinic:expert-b"]
+    run_curate(world / "bank.jsonl", tmp_path / "out", *flags)
+    files = [tmp_path / "out" / f"expert-clinic-expert-{name}.jsonl" for name in "ab"]
+    before = [path.read_bytes() for path in files]
+    changed = data.read_questions(tmp_path / "out" / "image.jsonl")[0]
+    (tmp_path / "reviewed.csv").write_text(f'id,question\n{changed.id},"{changed.question} Look well."\n', encoding="utf-8")
+    for _ in range(2):  # the second time nothing at all is asked
+        kept, rejected, _ = run_curate(world / "bank.jsonl", tmp_path / "out", *flags, "--reviewed", str(tmp_path / "reviewed.csv"))
+    added = [path.read_bytes().removeprefix(old) for path, old in zip(files, before)]
+    rows = [json.loads(line) for text in added for line in text.splitlines()]
+    assert rows and all(path.read_bytes().startswith(old) for path, old in zip(files, before))
+    assert {row["id"] for row in rows} == {changed.id} and len({(row["id"], row["sample"], row["engine"]) for row in rows}) == len(rows)
+    assert (kept.get(changed.id) or SimpleNamespace(question=rejected[changed.id]["question"])).question == f"{changed.question} Look well."
+    # and back again: the first replies are still there
+    run_curate(world / "bank.jsonl", tmp_path / "out", *flags)
+    assert [path.read_bytes().removeprefix(old) for path, old in zip(files, before)] == added
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -547,7 +704,9 @@ def test_dry_run_tells_what_may_be_asked_at_most_and_asks_nothing(tmp_path, film
     flags = ["--images", str(films), "--against", str(against), "--pixels", str(28 * 28 * 50), "--max-tokens", "1000", "--dry-run"]
     curate.main(["all", "--questions", str(write(tmp_path / "bank.jsonl", bank)), "--out", str(tmp_path / "out"), *engines, *flags])
     assert not (tmp_path / "out").exists()
-    rows = [line.split() for line in capsys.readouterr().out.replace(",", "").splitlines()[2:]]
+    *lines, note = capsys.readouterr().out.replace(",", "").splitlines()[2:]
+    assert note.startswith("not counted: requests repeated") and "more room" in note
+    rows = [line.split() for line in lines]
     prompt = len(data.SYSTEM_PROMPT) + 100 + len(data.question_text(bank[0]).removeprefix(bank[0].question))
     both = 2 * prompt / 3 + 100  # two images of 50 tokens
     assert [row[:2] + row[3:] for row in rows] == [
@@ -657,8 +816,7 @@ def test_a_thousand_questions_meet_their_fates_though_killed_at_every_stage(tmp_
         assert ("original" in question.meta, "needs_review" in question.meta) == (fate[key] == "told", fate[key] == "spoilt")
         assert (question.options, question.answer, question.images) == (bank[key].options, bank[key].answer, bank[key].images)
         assert question.meta.get("modality") == (("mri" if int(key.split("-")[0]) % 2 else "ct") if question.images else None)
-    with open(out / "review.csv", newline="") as file:
-        assert {row["id"] for row in csv.DictReader(file)} == {key for key in bank if fate[key] == "spoilt"}
+    assert descriptions.read_reviewed(out / "review.csv").keys() == {key for key in bank if fate[key] == "spoilt"}
     figures = json.loads((out / "stage.json").read_text())["figures"]
     assert (figures["leak"], figures["type: pattern recognition"], figures["type: no readable type in 3 attempts"]) == (440, 30, 15)
     assert (figures["kept"], figures["descriptions removed"], figures["to review"]) == (195, 35, 20)

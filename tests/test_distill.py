@@ -305,11 +305,39 @@ def test_resumed_distillation_asks_nothing_twice(distilled, tmp_path):
         assert (tmp_path / name).read_bytes() == (distilled / name).read_bytes()
 
 
+def test_a_question_whose_text_has_changed_is_asked_anew_and_no_other(serve, tmp_path):
+    server = served(serve, {"teacher": lambda question, time_: said_by("teacher", time_)})
+    questions = marked(tmp_path, "ab")
+    run_distill(questions, tmp_path / "out", teachers=(spec(server, "teacher"),))
+    write(questions, [q("What is <<new>>?", "a"), q("What is <<b>>?", "b")])
+    demos, _ = run_distill(questions, tmp_path / "out", teachers=(spec(server, "teacher"),))
+    assert server.by_model == {("teacher", name): 1 for name in ("a", "b", "new")} and len(demos) == 2
+
+
 def test_distillation_refuses_to_go_on_with_other_sampling(distilled, tmp_path):
     for path in distilled.glob("replies*"):
         shutil.copy(path, tmp_path)
     with pytest.raises(data.RowError, match="temperature"):
         run_distill(distilled / "questions.jsonl", tmp_path, "--temperature", "0.5")
+
+
+def test_what_would_go_wrong_late_is_refused_at_once(tmp_path):
+    questions = write(tmp_path / "out" / "questions.jsonl", [q("Question?", "k")])
+    with pytest.raises(data.RowError, match="--out .*out: holds .*questions.jsonl, which is read here"):
+        run_distill(questions, tmp_path / "out")
+    with pytest.raises(data.RowError, match="--out .*out: holds .*questions.jsonl"):
+        distill.main(["import", str(questions), "--format", "huatuo", "--out", str(tmp_path / "out")])
+    with pytest.raises(data.RowError, match="--teachers: clinic:hasty is there twice"):
+        run_distill(questions, tmp_path / "other", teachers=("clinic:hasty", "clinic:hasty"))
+    with pytest.raises(data.RowError, match="--chains 0: must be 1 or more"):
+        run_distill(questions, tmp_path / "other", "--chains", "0")
+
+
+def test_questions_without_a_demonstration_are_counted(tmp_path, capsys):
+    prepared(tmp_path, {"0": "t", "1": "", "2": ""})
+    assert "2 of 3 questions have no demonstration" in capsys.readouterr().out
+    prepared(tmp_path / "all", {"0": "t"})
+    assert "no demonstration" not in capsys.readouterr().out
 
 
 def test_unknown_teacher_and_a_stranger_to_expand_are_refused_by_name(tmp_path):
@@ -413,6 +441,9 @@ def test_a_summary_is_written_out_and_the_result_must_meet_every_criterion_and_k
     assert server.by_model == {**{("teacher", name): 1 for name in names}, **{("expander", name): 1 for name in names if name != "teacher is wrong"}}
     prompts = [body["messages"][0]["content"] for _, _, body in server.requests if body["model"] == "expander"]
     assert all(f"<Summary> {SHORT}" in prompt and "(C) rest" in prompt and "<Answer> B. surgery </Answer>" in prompt for prompt in prompts)
+    assert {row["id"]: row["faults"]["expansion"] for row in rejected if row["id"] in ("cut off", "another answer")} == {
+        "cut off": "is not finished: length", "another answer": "does not keep the teacher's answer, B",
+    }  # fmt: skip
     run_distill(*command, teachers=(teacher,))
     assert max(server.by_model.values()) == 1  # the same command again asks nothing
 
@@ -617,8 +648,9 @@ def test_verdicts_written_into_the_runs_own_sheet_are_not_lost(reviewed):
     [
         ("chain,verdict\na,maybe\n", "row 2: verdict: 'maybe' is neither yes nor no"),
         ("chain,verdict\na,yes\na,no\n", "row 3: verdict: another row says the opposite"),
-        ("chain;verdict\na;yes\n", "row 2: no column 'chain'"),
-        ("chain,id\na,1\n", "row 2: no column 'verdict'"),
+        ("chain;verdict\na;yes\n", "columns are .*, expected chain and verdict among them"),
+        ("chain,verdict\na\n", "row 2: no column 'verdict'"),
+        ("chain,id\na,1\n", "columns are .*, expected chain and verdict among them"),
         (None, "cannot be read"),
     ],
 )

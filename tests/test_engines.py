@@ -396,6 +396,48 @@ def test_asking_resumes_after_a_kill_and_asks_nothing_twice(tmp_path):
     assert len(list(data.read_jsonl(path))) == 14
 
 
+@pytest.mark.parametrize("what", ["text", "image"])
+def test_a_reply_to_something_else_under_the_same_id_is_refused_or_renewed_but_never_taken(tmp_path, pictures, what):
+    path, film = tmp_path / "rollouts.jsonl", tmp_path / "film.png"
+    film.write_bytes(pictures[0].read_bytes())
+
+    def ask(scribe, text="Why?", renew=False):
+        asks = [Ask("a", turns(text), [film], (0, 1)), Ask("b", turns("Who?"), [], (0,))]
+        return asking.ask_all(scribe, asks, WARM, path, lambda reply: asking.reply_row(reply, "scribe"), "test", renew)
+
+    first = ask(Scribe())
+    rows = list(data.read_jsonl(path))
+    other = "Why?"
+    if what == "text":
+        other = "Why not?"
+    else:
+        film.write_bytes(pictures[1].read_bytes() + b" ")
+    with pytest.raises(data.RowError, match="rollouts.jsonl: question a had another text or other images when it was asked; remove"):
+        ask(Scribe(), other)
+    assert list(data.read_jsonl(path)) == rows
+    scribe, again = Scribe(), Scribe()
+    renewed = ask(scribe, other, renew=True)
+    assert scribe.asked == Counter({("a", 0): 1, ("a", 1): 1}) and renewed[2] == first[2] and renewed[0]["asked"] != first[0]["asked"]
+    assert ask(again, other, renew=True) == renewed and not again.asked
+    # replies that do not say what was asked are taken as they are
+    data.write_jsonl(path, ({key: value for key, value in row.items() if key != "asked"} for _, row in rows))
+    assert len(ask(again, other)) == 3 and not again.asked
+
+
+def test_half_a_character_in_a_reply_is_replaced_and_the_reply_is_kept(tmp_path):
+    class Torn(Scribe):
+        def answer(self, asks, sampling):
+            yield [Reply("a", 0, "half \ud83d, whole \ud83d\ude00, \u4e2d", None, "stop", 0, "thought \udc00")]
+
+    def ask():
+        to_row = lambda reply: {**asking.reply_row(reply, "torn"), "reasoning": reply.reasoning}  # noqa: E731
+        return asking.ask_all(Torn(), [Ask("a", turns("a"), [], (0,))], WARM, tmp_path / "rows.jsonl", to_row, "test")
+
+    (row,) = ask()
+    assert row["response"] == "half \ufffd, whole \U0001f600, \u4e2d" and row["reasoning"] == "thought \ufffd"
+    assert [row] == [row for _, row in data.read_jsonl(tmp_path / "rows.jsonl")]
+
+
 def test_a_resumed_hf_run_writes_what_an_unbroken_one_writes(stopping, pictures, tmp_path):
     engine, asks = engine_of(stopping["qwen"]), asks_of(pictures, samples=3)
 

@@ -462,3 +462,14 @@ def test_real_questions_are_known_when_edited_and_no_two_are_taken_for_one():
     rng = random.Random(0)
     edited = [q(" ".join("edited" if rng.random() < 0.1 else word for word in question.question.split()), question.id) for question in medqa]
     assert len(leaks.find(edited, medqa, Path("."), ngram=20, jaccard=0.25)) > 0.95 * len(edited)
+
+
+def test_a_repeat_with_another_answer_has_a_reason_of_its_own(tmp_path):
+    other = dict(zip("ABCD", ["two", "one", "three", "four"]))
+    options = dict(zip("ABCD", ["one", "two", "three", "four"]))
+    bank = [
+        data.Question("What is it?", options, "A", id="first"), data.Question("what IS it", other, "B", id="same"), data.Question("What is it", other, "A", id="another"),
+    ]  # fmt: skip
+    found = leaks.find(bank, [], tmp_path)
+    assert {key: row["reason"] for key, row in found.items()} == {"same": "same as bank question first", "another": "same as bank question first, with another answer"}
+    assert found["another"]["evidence"] == {"rule": "repeat", "question": "first", "answers": ["one", "two"]}

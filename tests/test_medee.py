@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import data
+import distill
 import medee
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,6 +74,85 @@ def test_a_stage_without_stage_json_is_interrupted_and_goes_on(tmp_path):
     assert stage.state() == "done" and (stage.folder / "demos.jsonl").read_bytes() == demos
 
 
+def answers(path: Path) -> int:
+    return len(path.read_bytes().splitlines())
+
+
+def test_a_stage_that_starts_again_keeps_replies_that_it_would_ask_for_in_the_same_way(tmp_path, capsys):
+    world_stage(tmp_path).run()
+    stage = distill_stage(tmp_path)
+    stage.run()
+    replies = stage.folder / "replies-clinic-thorough.jsonl"
+    before = replies.read_bytes()
+    (stage.folder / "other.txt").write_text("not a reply")
+    sheet = stage.folder / "review.csv"
+    sheet.write_text("chain,verdict\nchain-of-another-run,yes\n")
+
+    def again(*more: str) -> medee.Stage:
+        return medee.Stage("distill", "distill.py", (*stage.words, *more))
+
+    longer = again("--words", "5", "300")  # nothing that an engine is asked with
+    with pytest.raises(SystemExit):  # a human's verdicts are not written over
+        longer.run()
+    assert "chain-of-another-run" in sheet.read_text()
+    sheet.unlink()
+    longer.run()
+    assert longer.state() == "done" and replies.read_bytes() == before and not (stage.folder / "other.txt").exists()
+    bank = data.read_questions(tmp_path / "world" / "bank.jsonl")
+    bank[0].question += " Think well."
+    data.write_jsonl(tmp_path / "world" / "bank.jsonl", (question.to_row() for question in bank))
+    assert longer.state().endswith("bank.jsonl changed")
+    longer.run()  # the changed question is asked anew, the others are not
+    assert replies.read_bytes().startswith(before) and [json.loads(line)["id"] for line in replies.read_bytes().removeprefix(before).splitlines()] == [bank[0].id]
+    capsys.readouterr()
+    warmer, held = again("--words", "5", "300", "--temperature", "0.9"), replies.read_bytes()
+    warmer.run()
+    assert warmer.state() == "done" and "replies-clinic-thorough.jsonl may have been asked for in another way" in capsys.readouterr().out
+    assert Path(f"{replies}.1").read_bytes() == held and answers(replies) == len(bank)
+    assert json.loads(Path(f"{replies}.1.settings").read_text())["temperature"] == 1.0
+    stage.run()  # and once more: what was set aside stays
+    assert answers(Path(f"{replies}.2")) == len(bank) and Path(f"{replies}.1").read_bytes() == held
+
+
+STALE = {  # (script, what changed): whether its file of replies may not count any more
+    ("curate.py", "flag"): True, ("curate.py", "model"): True, ("curate.py", "questions"): False, ("curate.py", "judge"): False,
+    ("evaluate.py", "flag"): True, ("evaluate.py", "model"): True, ("evaluate.py", "questions"): True, ("evaluate.py", "judge"): False,
+    ("rollout.py", "judge"): True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("script", "what"), STALE)
+def test_replies_of_a_changed_model_or_to_changed_questions_are_set_aside(tmp_path, script, what):
+    model, bank = tmp_path / "model", tmp_path / "bank.jsonl"
+    model.mkdir()
+    (model / "weights").write_text("old")
+    bank.write_text("{}\n")
+
+    def stage(seed: int, judge: str) -> medee.Stage:
+        return medee.Stage("x", script, ("run", "--engine", f"hf:{model}", "--questions", str(bank), "--seed", str(seed), "--judge", judge, "--out", str(tmp_path / "out")))
+
+    before = stage(0, "clinic:judge")
+    data.write_json(before.folder / "begun.json", {"command": [script, *before.words], "inputs": before.inputs(), "sources": {}})
+    replies = before.folder / "replies.jsonl"
+    replies.write_text("{}\n")
+    data.settle(replies, {"engine": f"hf:{model}", "seed": 0})
+    if what == "model":
+        (model / "weights").write_text("new")
+    if what == "questions":
+        bank.write_text("{}\n{}\n")
+    stage(int(what == "flag"), "gemini:g" if what == "judge" else "clinic:judge").clear()
+    assert replies.exists() != STALE[script, what] and Path(f"{replies}.1").exists() == STALE[script, what]
+
+
+def test_replies_without_a_record_of_how_they_were_begun_are_set_aside_and_not_lost(tmp_path):
+    replies = tmp_path / "distill" / "replies-clinic-thorough.jsonl"
+    replies.parent.mkdir()
+    replies.write_text("{}\n")
+    data.settle(replies, {"seed": 0})
+    distill_stage(tmp_path).clear()
+    assert sorted(path.name for path in replies.parent.iterdir()) == [f"{replies.name}.1", f"{replies.name}.1.settings"]
+
+
 def test_a_change_of_the_code_is_said_and_undoes_nothing(tmp_path, capsys):
     stage = world_stage(tmp_path)
     assert {"clinic.py", "data.py", "model.py", "train.py"} <= stage.sources().keys()  # what it imports, and what that imports
@@ -95,7 +175,7 @@ def test_a_failing_stage_stops_the_run_and_names_itself(tmp_path):
 
 ENGINES = {
     "curate": {"baselines": ["vllm:base"], "experts": ["gemini:a"], "classifier": "gemini:a", "editor": "gemini:a"},
-    "distill": {"teachers": ["gemini:a"], "expand": ["gemini:a", "gemini:b"], "checker": "gemini:c"}, "judge": "gemini:a",
+    "distill": {"teachers": ["gemini:a"], "expand": [["gemini:a", "gemini:b"]], "checker": "gemini:c"}, "judge": "gemini:a",
 }  # fmt: skip
 
 
@@ -116,6 +196,15 @@ def test_every_command_of_every_recipe_parses_with_its_own_script():
 
 def test_words_of_a_command_carry_switches_lists_and_numbers():
     assert medee.words({"lr": 1e-4, "n": 8, "checkpointing": True, "test": ["a", "b"]}) == ["--lr", "0.0001", "-n", "8", "--checkpointing", "--test", "a", "b"]
+
+
+def test_several_teachers_may_be_expanded_each_by_its_own_engine(capsys):
+    engines = [word for flag in ("baselines", "experts", "classifier", "editor", "judge") for word in (f"--{flag}", "gemini:g")]
+    expand = ["--teachers", "gemini:a", "gemini:b", "--expand", "gemini:a", "gemini:x", "--expand", "gemini:b", "gemini:y"]
+    medee.main(["run", "qwen2.5-vl-7b", "--questions", "bank.jsonl", "--test", "test.jsonl", *engines, *expand, "--dry"])
+    command = next(line for line in capsys.readouterr().out.splitlines() if "distill.py" in line)
+    assert "--expand gemini:a gemini:x --expand gemini:b gemini:y" in command
+    assert distill.parse(command.split()[2:]).expand == [["gemini:a", "gemini:x"], ["gemini:b", "gemini:y"]]
 
 
 def test_recipes_carry_the_numbers_that_the_paper_gives():
