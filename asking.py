@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 import data
 
-ATTEMPTS = 3  # ours: paper silent; how often a verdict is asked for until it can be read
+ATTEMPTS = 3  # ours: paper silent; how often a verdict or a label is asked for until it can be read
+ROOM = 4096  # ours: paper silent; tokens for one, with room for an engine that thinks before its JSON
 
 
 @dataclass(frozen=True)
@@ -113,9 +114,9 @@ def setup_of(args: argparse.Namespace) -> Setup:
     return Setup(**{field.name: getattr(args, field.name) for field in fields(Setup)})
 
 
-def content_of(ask: Ask) -> str:
+def content_of(said: list[dict] | str, images: list[Path]) -> str:
     """A short hash of all that is asked: a reply to something else is no reply to this, though the id be the same."""
-    return data.content_hash([ask.messages, [data.file_hash(image) for image in ask.images]])[:16]
+    return data.content_hash([said, [data.file_hash(image) for image in images]])[:16]
 
 
 def ask_all(engine: Engine, asks: list[Ask], sampling: Sampling, path: Path, to_row: Callable[[Reply], dict], title: str, renew: bool = False) -> list[dict]:
@@ -125,7 +126,7 @@ def ask_all(engine: Engine, asks: list[Ask], sampling: Sampling, path: Path, to_
     these asks, in their order. A reply on disk that was to another content of its id does not count and is asked for again if
     `renew`, for questions whose text may rightly change; else it raises RowError, before anything is asked.
     """
-    contents, rows, stored = {ask.id: content_of(ask) for ask in asks}, {}, data.resume_jsonl(path)
+    contents, rows, stored = {ask.id: content_of(ask.messages, ask.images) for ask in asks}, {}, data.resume_jsonl(path)
     for row in stored:
         if row.get("asked", content := contents.get(row["id"])) == content:
             rows[row["id"], row["sample"]] = row
@@ -147,6 +148,27 @@ def ask_all(engine: Engine, asks: list[Ask], sampling: Sampling, path: Path, to_
             bar.set_postfix(engine.tally, refresh=False)
             bar.update(len(new))
     return [rows[ask.id, k] for ask in asks for k in ask.samples]
+
+
+def ask_until(engine: Engine, asks: list[Ask], attempts: int, enough: Callable[[dict], bool], sampling: Sampling, path: Path, to_row: Callable[[Reply], dict], title: str, renew: bool = False) -> dict[str, list[dict]]:
+    """{ask id: its replies as rows, the last of them `enough`, or not even after all attempts}. Asks of one id are one.
+
+    Attempts are samples of their own and go round by round, and what is settled is not asked again: the result is the same,
+    for fewer requests.
+    """
+    by_id = {ask.id: ask for ask in asks}
+    said: dict[str, list[dict]] = {key: [] for key in by_id}
+    for attempt in range(attempts):
+        left = [replace(by_id[key], samples=(attempt,)) for key, rows in said.items() if not (rows and enough(rows[-1]))]
+        shown = title if attempt == 0 else f"{title}, attempt {attempt + 1}"
+        for row in ask_all(engine, left, sampling, path, to_row, shown, renew) if left else []:
+            said[row["id"]].append(row)
+    return said
+
+
+def replies_path(out: str | Path, role: str, spec: str) -> Path:
+    """Where a stage keeps what an engine replied in a role."""
+    return Path(out) / (f"{role}-" + "".join(c if c.isalnum() else "-" for c in spec).strip("-") + ".jsonl")
 
 
 def reply_row(reply: Reply, spec: str) -> dict:
@@ -216,16 +238,12 @@ def read_verdict(reply: dict, keys: Sequence[str]) -> tuple[dict[str, bool] | No
 def ask_yes_no(engine: Engine, asks: list[Ask], keys: Sequence[str], seed: int, path: Path, title: str) -> dict[str, dict]:
     """{ask id: its last reply, as a row of `path`}, for read_verdict. What cannot be read is asked again, under the next sample's
     number, up to ATTEMPTS times in all. Asks of one id are one."""
-    sampling = Sampling(0.0, 1.0, 4096, seed)  # ours: paper silent; room for an engine that thinks before its JSON
-    by_id, said = {ask.id: ask for ask in asks}, {}
-    pending = list(by_id)
-    for attempt in range(ATTEMPTS):
-        again = [replace(by_id[key], samples=(attempt,)) for key in pending]
-        shown = title if attempt == 0 else f"{title}, attempt {attempt + 1}"
-        replies = ask_all(engine, again, sampling, path, lambda r: {"id": r.id, "sample": r.sample, "raw": r.text, "finish_reason": r.finish_reason}, shown) if again else []
-        said |= {reply["id"]: reply for reply in replies}
-        pending = [key for key in pending if read_verdict(said[key], keys)[0] is None]
-    return said
+
+    def to_row(reply: Reply) -> dict:
+        return {"id": reply.id, "sample": reply.sample, "raw": reply.text, "finish_reason": reply.finish_reason}
+
+    said = ask_until(engine, asks, ATTEMPTS, lambda row: read_verdict(row, keys)[0] is not None, Sampling(0.0, 1.0, ROOM, seed), path, to_row, title)
+    return {key: rows[-1] for key, rows in said.items()}
 
 
 def image_paths(question: data.Question, image_root: Path) -> list[Path]:
@@ -244,5 +262,4 @@ def question_asks(questions: list[data.Question], image_root: Path, samples: int
 
 def prompt_ask(id: str, prompt: str, images: list[Path]) -> Ask:
     """A prompt about question `id`. The ask's own id is a hash of all that is asked, so that the same is never asked twice."""
-    content = data.content_hash([prompt, [data.file_hash(image) for image in images]])[:16]
-    return Ask(f"{id}/{content}", [{"role": "user", "content": prompt}], images, (0,))
+    return Ask(f"{id}/{content_of(prompt, images)}", [{"role": "user", "content": prompt}], images, (0,))

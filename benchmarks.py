@@ -47,7 +47,6 @@ HEALTH = {  # MMMU's Health & Medicine: subject -> (questions in MMMU validation
 MOST_IMAGES = 7  # MMMU's columns image_1 ... image_7
 VISION_STEM = "Answer the multiple-choice question in the image."  # ours: the vision config has no text of its own
 SUBSETS = ("question_type", "medical_task", "body_system", "subject", "modality")  # keys of meta that tables part by
-MARK = re.compile(r"<image\s+(\d+)>")
 
 # ---------------------------------------------------------------------------------------------------------------
 # Rows of a published file
@@ -288,7 +287,7 @@ def mmmu(row: dict, where: str) -> Item:
         answer = meta["answers"][0]
     cells = [picture(row.get(f"image_{n}"), f"{where}: image_{n}") for n in range(1, MOST_IMAGES + 1)]
     images = [cell for cell in cells if cell]
-    marks = [int(n) for n in MARK.findall("\n".join([row["question"], *map(str, options.values())]))]
+    marks = [int(n) for n in data.IMAGE_MARK.findall("\n".join([row["question"], *map(str, options.values())]))]
     for n in {*marks, *(n for n, cell in enumerate(cells, 1) if cell)}:
         if not 1 <= n <= len(images) or not cells[n - 1]:
             raise data.RowError(f"{where}: image_{n} is missing, or one before it is; the text's marks are {marks}")

@@ -23,8 +23,6 @@ verdict beside each chain, the whole chain, and the first cases that meet the co
 
 import base64
 import html
-import json
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -54,11 +52,7 @@ class Run:
 
 def read_run(folder: str | Path) -> Run:
     """A run's results. Raises RowError if they are not there, or are without entries."""
-    path = Path(folder) / "results.json"
-    if not path.is_file():
-        raise data.RowError(f"{path}: no such file; give folders that `evaluate.py run` wrote")
-    results = json.loads(path.read_text(encoding="utf-8"))
-    data.need(results, str(path), name=str, entries=list)
+    results = score.read_results(folder, {"name": str, "entries": list})
     return Run(results["name"], Path(folder), {entry["id"]: entry for entry in results["entries"]}, bool(results.get("open_ended")))
 
 
@@ -248,11 +242,8 @@ def write_page(runs: list[Run], questions: list[data.Question], image_root: str 
     articles = [case_html(number, question, Path(image_root), runs, samples) for number, question in enumerate(shown, 1)]
     asked = " and ".join(named) or "every question"
     header = header_html(runs, common, len(chosen), len(shown), asked)
-    out, temporary = Path(out), Path(f"{out}.tmp")
-    out.parent.mkdir(parents=True, exist_ok=True)
     page = PAGE.format(title=html.escape(asked), style=STYLE, header=header, cases="\n".join(articles))
-    temporary.write_text(page, encoding="utf-8", errors="xmlcharrefreplace")  # half a surrogate pair is no text, but no reason to stop
-    os.replace(temporary, out)
+    data.write_text(out, page.encode("utf-8", "xmlcharrefreplace").decode())  # half a surrogate pair is no text, but no reason to stop
     return len(shown)
 
 

@@ -40,14 +40,13 @@ from pathlib import Path
 
 import data
 import leaks
-from asking import Ask, Sampling, add_flags, ask_all, image_paths, question_asks, reply_row, read_object, setup_of
+from asking import ATTEMPTS as LABELS
+from asking import ROOM, Ask, Sampling, add_flags, ask_until, image_paths, question_asks, replies_path, reply_row, read_object, setup_of
 from descriptions import EDIT_PROMPT, edit_fault, edited, read_edit, read_reviewed, settled, write_review
 from engines import Replicas, checkpoint, open_engine
 
 ATTEMPTS = 4  # paper 3.1: of an expert
 DIRECT = 1  # ours: paper silent; attempts of a baseline
-LABELS = 3  # ours: paper silent; attempts at a reply that can be read
-ROOM = 4096  # ours: paper silent; tokens for a label or an edited text, with room for an engine that thinks before its JSON
 PAPER = {"bank": (37_000, 17_000), "solvable": (3_000, 2_000)}  # paper 3.1: text and image questions
 TYPES = ("pattern_recognition", "knowledge_recall", "clinical_reasoning")  # ours: paper silent but for the first
 
@@ -115,7 +114,7 @@ class Demand:
 
     @property
     def name(self) -> str:
-        return f"{self.role}-" + "".join(c if c.isalnum() else "-" for c in self.spec).strip("-") + ".jsonl"
+        return replies_path("", self.role, self.spec).name
 
     def evidence(self, rows: list[dict]) -> dict:
         """Where an auditor finds the replies that decided, and how each of them ended."""
@@ -147,22 +146,16 @@ def demands(step: str, questions: list[data.Question], args: argparse.Namespace)
 
 
 def replies(demand: Demand, ids: Collection[str], enough: Callable[[dict], bool], args: argparse.Namespace) -> dict[str, list[dict]]:
-    """{id: its replies, the last of them enough, or not even after all attempts} for those ids that the demand asks about.
-
-    Attempts go round by round, and what is settled is not asked again: the result is the same, for fewer requests. A question
-    whose text has changed since, by an editor or a human, is asked anew.
-    """
+    """{id: its replies, the last of them enough, or not even after all attempts} for those ids that the demand asks about. A
+    question whose text has changed since, by an editor or a human, is asked anew."""
     path = Path(args.out) / demand.name
     data.settle(path, {"engine": demand.spec, **vars(demand.sampling), "pixels": args.pixels, "tiles": args.tiles})
-    said: dict[str, list[dict]] = {ask.id: [] for ask in demand.asks if ask.id in ids}
-    if not said:
-        return said
+    asks = [ask for ask in demand.asks if ask.id in ids]
+    if not asks:
+        return {}
     engine = open_engine(demand.spec, setup_of(args))
-    for attempt in range(demand.attempts):
-        left = [replace(ask, samples=(attempt,)) for ask in demand.asks if ask.id in said and not (said[ask.id] and enough(said[ask.id][-1]))]
-        title = f"{demand.role} {demand.spec}" + f", attempt {attempt + 1}" * (demand.attempts > 1)
-        for row in ask_all(engine, left, demand.sampling, path, lambda reply: reply_row(reply, demand.spec), title, renew=True) if left else []:
-            said[row["id"]].append(row)
+    title = f"{demand.role} {demand.spec}"
+    said = ask_until(engine, asks, demand.attempts, enough, demand.sampling, path, lambda reply: reply_row(reply, demand.spec), title, renew=True)
     if isinstance(engine, Replicas):
         engine.close()  # the next engine needs the GPUs
     return said

@@ -39,6 +39,7 @@ SYSTEM_PROMPT = (
     "The reasoning process and answer are enclosed within <think> </think> and <answer> </answer> tags, respectively, "
     "i.e., <think> reasoning process here </think> <answer> answer here </answer>."
 )
+IMAGE_MARK = re.compile(r"<image\s+(\d+)>")  # how published questions name their images in the text
 LETTERS = "ABCDEFGHIJ"  # ten options at most: MMMU-Pro, MedXpertQA-Text
 
 # span labels of a token; 0 is not supervised. TAG holds the four tags and the end-of-turn token.

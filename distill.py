@@ -39,7 +39,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import data
-from asking import Ask, Engine, Sampling, add_flags, ask_all, ask_yes_no, image_paths, prompt_ask, question_asks, read_verdict, reply_row, setup_of
+from asking import Ask, Engine, Sampling, add_flags, ask_all, ask_yes_no, image_paths, prompt_ask, question_asks, read_verdict, replies_path, reply_row, setup_of
 from descriptions import read_sheet, write_sheet
 from engines import open_engine
 from leaks import keep_apart
@@ -161,13 +161,9 @@ def written_answer(question: data.Question, form: str = "letter-text") -> str:
     return question.answer_text() if form == "text" or not question.options else f"{question.answer}. {question.answer_text()}"
 
 
-def file_of(args: argparse.Namespace, role: str, engine: Engine) -> Path:
-    return Path(args.out) / (f"{role}-" + re.sub(r"[\W_]", "-", engine.spec) + ".jsonl")
-
-
 def ask_texts(engine: Engine, role: str, asks: list[Ask], args: argparse.Namespace) -> list[dict]:
     """The replies as rows, kept in OUT. A question whose text has changed since is asked anew."""
-    sampling, path = Sampling(args.temperature, 1.0, args.max_tokens, args.seed), file_of(args, role, engine)
+    sampling, path = Sampling(args.temperature, 1.0, args.max_tokens, args.seed), replies_path(args.out, role, engine.spec)
     data.settle(path, {"engine": engine.spec, **vars(sampling), "pixels": args.pixels, "tiles": args.tiles})
     return ask_all(engine, asks, sampling, path, lambda reply: {**reply_row(reply, engine.spec), "reasoning": reply.reasoning}, f"{role}, {engine.spec}", renew=True)
 
@@ -209,7 +205,7 @@ def check_by_engine(engine: Engine, chains: list[Chain], args: argparse.Namespac
     for chain in unsettled:
         prompt = CHECK_PROMPT % (data.question_text(chain.question), chain.response)
         asks.append(prompt_ask(chain.question.id, prompt, image_paths(chain.question, Path(args.images))))
-    path = file_of(args, "checks", engine)
+    path = replies_path(args.out, "checks", engine.spec)
     data.settle(path, {"engine": engine.spec, "seed": args.seed, "pixels": args.pixels, "tiles": args.tiles})
     said = ask_yes_no(engine, asks, list(CHECKS), args.seed, path, f"checks, {engine.spec}")
     for chain, ask in zip(unsettled, asks):

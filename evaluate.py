@@ -238,18 +238,8 @@ def print_results(results: dict) -> None:
 
 
 def read_results(folders: list[str]) -> list[dict]:
-    """Raises RowError for a folder that `run` did not finish."""
-    found = []
-    for folder in folders:
-        path = Path(folder) / "results.json"
-        if not path.exists():
-            raise data.RowError(f"{path}: no such file; evaluate.py run writes it into its --out")
-        try:
-            found.append(json.loads(path.read_text(encoding="utf-8")))
-            data.need(found[-1], str(path), name=str, groups=dict, benchmarks=dict, subsets=dict, entries=list)
-        except json.JSONDecodeError as error:
-            raise data.RowError(f"{path}: not JSON ({error}); run the evaluation again") from None
-    return found
+    """With all figures. Raises RowError for a folder that `run` did not finish, or an older version wrote."""
+    return [score.read_results(folder, {"name": str, "groups": dict, "benchmarks": dict, "subsets": dict, "entries": list}) for folder in folders]
 
 
 def compare(args: argparse.Namespace) -> None:

@@ -16,8 +16,6 @@ import re
 
 import data
 
-MARK = re.compile(r"<image\s+(\d+)>")
-
 # Zero-shot prompts: the form of an option, and the text. {images} stands for the images that the text itself does not place.
 MEDXPERTQA = "({}) {} ", "Q: {question}\nAnswer Choices: {choices}\nA: Let's think step by step.{images}"
 MMMU = "({}) {}\n", "{images}{question}\n\n{choices}\n\nAnswer with the option's letter from the given choices directly."
@@ -119,7 +117,7 @@ def messages(question: data.Question) -> tuple[list[dict], list[str]]:
     marked = question.meta.get("image_marks", [])
     unmarked = "".join(f"<image {n}>" for n in range(1, len(question.images) + 1) if n not in marked)
     choices = "".join(form.format(letter, said) for letter, said in question.options.items()).rstrip(" ")
-    pieces = MARK.split(text.format(question=question.question, choices=choices, images=unmarked))  # text, number, text, ...
+    pieces = data.IMAGE_MARK.split(text.format(question=question.question, choices=choices, images=unmarked))  # text, number, text, ...
     parts, shown = [], []
     for at, piece in enumerate(pieces):
         if at % 2 == 0:

@@ -18,18 +18,21 @@ of one question are not independent); where a question counts in part, a mean of
 answers that Wilson's formula supposes, and the interval is too wide rather than too narrow.
 """
 
+import json
 import math
 import random
 import statistics
 from collections import Counter
 from functools import lru_cache
+from pathlib import Path
 
+import benchmarks
 import data
 from judge import CRITERIA, first_look
 
 SUBSETS = 100  # ours: seeded subsets behind MV@n
 RESAMPLES = 10_000  # ours: bootstrap over questions
-GROUPS = ("question_type", "medical_task", "body_system", "subject", "modality", "kind")  # keys of a question's meta that reports are split by
+GROUPS = (*benchmarks.SUBSETS, "kind")  # keys of a question's meta that reports are split by
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -113,6 +116,19 @@ def bootstrap(values: list[float], seed: int = 0) -> tuple[float, float]:
 
 # ---------------------------------------------------------------------------------------------------------------
 # Entries
+
+def read_results(folder: str | Path, wanted: dict[str, type]) -> dict:
+    """What evaluate.py run wrote of one run. Raises RowError where it is not there, torn, or without a wanted key."""
+    path = Path(folder) / "results.json"
+    if not path.is_file():
+        raise data.RowError(f"{path}: no such file; evaluate.py run writes it into its --out")
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise data.RowError(f"{path}: not JSON ({error}); run the evaluation again") from None
+    data.need(results, str(path), **wanted)
+    return results
+
 
 def choice_of(response: str, question: data.Question) -> str | None:
     """What votes are counted by: the letter or, open-ended, the normalised answer (the reference as it is written, where equal)."""
