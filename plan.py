@@ -31,7 +31,6 @@ from torch import nn
 
 import lora
 import model
-import train
 
 GB = 2**30  # as in the lines that training prints
 ROOM = 0.9  # ours: the share of a GPU that may be planned for; fragments, NCCL buffers and workspaces take from the rest
