@@ -22,6 +22,7 @@ from typing import Protocol
 from tqdm import tqdm
 
 import data
+import stage
 
 ATTEMPTS = 3  # ours: paper silent; how often a verdict or a label is asked for until it can be read
 ROOM = 4096  # ours: paper silent; tokens for one, with room for an engine that thinks before its JSON
@@ -94,6 +95,8 @@ class Setup:
     max_requests: int = 0  # ours
 
 
+SPEED = ("batch", "replicas", "tensor_parallel", "concurrency", "max_requests")  # change how fast, not what
+
 FLAGS = {
     "pixels": "largest image, Qwen and remote engines; as in training",
     "tiles": "most tiles of an image, InternVL; as in training",
@@ -108,6 +111,7 @@ FLAGS = {
 def add_flags(parser: argparse.ArgumentParser) -> None:
     for field in fields(Setup):
         parser.add_argument("--" + field.name.replace("_", "-"), type=int, default=field.default, help=FLAGS[field.name])
+    parser.add_argument("--replies", default="", help="folder of all replies; default: replies/ beside --out")
 
 
 def setup_of(args: argparse.Namespace) -> Setup:
@@ -119,38 +123,56 @@ def content_of(said: list[dict] | str, images: list[Path]) -> str:
     return data.content_hash([said, [data.file_hash(image) for image in images]])[:16]
 
 
-def ask_all(engine: Engine, asks: list[Ask], sampling: Sampling, path: Path, to_row: Callable[[Reply], dict], title: str, renew: bool = False) -> list[dict]:
-    """Asks whatever `path` does not hold yet, appending a row for each reply as it comes, with a progress bar.
+def checkpoint(spec: str) -> str | None:
+    """The folder of a local engine's model; None for other engines."""
+    kind, _, rest = spec.partition(":")
+    return rest if kind in ("hf", "vllm") else None
 
-    Rows carry `id`, `sample` and `asked`, a hash of messages and images; a killed run asks nothing twice. Returns the rows of
-    these asks, in their order. A reply on disk that was to another content of its id does not count and is asked for again if
-    `renew`, for questions whose text may rightly change; else it raises RowError, before anything is asked.
+
+def identity(spec: str) -> str:
+    """What answers under a spec: of a local engine the content of its model, not its path. A remote model is known by its name
+    only: one that is retrained behind `vllm serve` under its old name cannot be told from the old one."""
+    folder = checkpoint(spec)
+    return spec if folder is None else f"{spec.partition(':')[0]}:{stage.fingerprint(folder)}"
+
+
+def replies_file(args: argparse.Namespace, role: str, spec: str, sampling: Sampling) -> Path:
+    """Where replies are kept: one file for each role, engine, sampling and image settings, in RUN/replies, beside --out. They
+    outlive the folders that are made from them. NAME.settings.json says what the hash in the name stands for."""
+    folder = Path(args.replies or Path(args.out).parent / "replies")
+    settings = {"role": role, "engine": identity(spec), **vars(sampling), "pixels": args.pixels, "tiles": args.tiles}
+    name = re.sub(r"\W+", "-", spec).strip("-")[-48:]
+    path = folder / f"{role}-{name}-{data.content_hash(settings)[:8]}.jsonl"
+    if not path.with_suffix(".settings.json").exists():
+        data.write_json(path.with_suffix(".settings.json"), settings)
+    return path
+
+
+def ask_all(engine: Engine, asks: list[Ask], sampling: Sampling, path: Path, to_row: Callable[[Reply], dict], title: str) -> dict[tuple[str, int], dict]:
+    """{(id, sample): row} of these asks, in the file's order. Asks whatever `path` does not hold yet, appending a row for each
+    reply as it comes, with a progress bar.
+
+    Rows carry `id`, `sample` and `asked`, a hash of messages and images; a killed run asks nothing twice, and a reply to
+    another text or image of the same id is no reply to this.
     """
-    contents, rows, stored = {ask.id: content_of(ask.messages, ask.images) for ask in asks}, {}, data.resume_jsonl(path)
-    for row in stored:
-        if row.get("asked", content := contents.get(row["id"])) == content:
-            rows[row["id"], row["sample"]] = row
-        elif content and not renew:
-            raise data.RowError(f"{path}: question {row['id']} had another text or other images when it was asked; remove the file, or write to another folder")
-    pending = []
-    for ask in asks:
-        missing = tuple(k for k in ask.samples if (ask.id, k) not in rows)
-        if missing:
-            pending.append(replace(ask, samples=missing))
-    engine.proven = bool(stored)
-    wanted = sum(len(ask.samples) for ask in asks)
-    with open(path, "a", encoding="utf-8") as file, tqdm(total=wanted, initial=wanted - sum(len(ask.samples) for ask in pending), desc=title, unit="answer") as bar:
-        for replies in engine.answer(pending, sampling):
+    contents, wanted = {ask.id: content_of(ask.messages, ask.images) for ask in asks}, {(ask.id, k) for ask in asks for k in ask.samples}
+    with stage.appending(path) as file:
+        stored = data.resume_jsonl(path)
+        rows = {key: row for row in stored if (key := (row["id"], row["sample"])) in wanted and row.get("asked") == contents[row["id"]]}
+        left = [replace(ask, samples=missing) for ask in asks if (missing := tuple(k for k in ask.samples if (ask.id, k) not in rows))]
+        engine.proven, bar = bool(stored), tqdm(total=len(wanted), initial=len(rows), desc=title, unit="answer")
+        for replies in engine.answer(left, sampling):
             replies = [replace(reply, text=clean(reply.text), reasoning=clean(reply.reasoning)) for reply in replies]
             new = [{**to_row(reply), "asked": contents[reply.id]} for reply in replies]
             data.append_jsonl(file, new)
             rows |= {(row["id"], row["sample"]): row for row in new}
             bar.set_postfix(engine.tally, refresh=False)
             bar.update(len(new))
-    return [rows[ask.id, k] for ask in asks for k in ask.samples]
+        bar.close()
+    return rows
 
 
-def ask_until(engine: Engine, asks: list[Ask], attempts: int, enough: Callable[[dict], bool], sampling: Sampling, path: Path, to_row: Callable[[Reply], dict], title: str, renew: bool = False) -> dict[str, list[dict]]:
+def ask_until(engine: Engine, asks: list[Ask], attempts: int, enough: Callable[[dict], bool], sampling: Sampling, path: Path, to_row: Callable[[Reply], dict], title: str) -> dict[str, list[dict]]:
     """{ask id: its replies as rows, the last of them `enough`, or not even after all attempts}. Asks of one id are one.
 
     Attempts are samples of their own and go round by round, and what is settled is not asked again: the result is the same,
@@ -161,21 +183,16 @@ def ask_until(engine: Engine, asks: list[Ask], attempts: int, enough: Callable[[
     for attempt in range(attempts):
         left = [replace(by_id[key], samples=(attempt,)) for key, rows in said.items() if not (rows and enough(rows[-1]))]
         shown = title if attempt == 0 else f"{title}, attempt {attempt + 1}"
-        for row in ask_all(engine, left, sampling, path, to_row, shown, renew) if left else []:
-            said[row["id"]].append(row)
+        for (key, _), row in (ask_all(engine, left, sampling, path, to_row, shown) if left else {}).items():
+            said[key].append(row)
     return said
-
-
-def replies_path(out: str | Path, role: str, spec: str) -> Path:
-    """Where a stage keeps what an engine replied in a role."""
-    return Path(out) / (f"{role}-" + "".join(c if c.isalnum() else "-" for c in spec).strip("-") + ".jsonl")
 
 
 def reply_row(reply: Reply, spec: str) -> dict:
     """A reply as a row of rollouts.jsonl."""
     return {
         "id": reply.id, "sample": reply.sample, "engine": spec, "response": reply.text, "token_ids": reply.token_ids,
-        "finish_reason": reply.finish_reason, "seed": reply.seed, "response_sha": data.content_hash(reply.text)[:16],
+        "finish_reason": reply.finish_reason, "seed": reply.seed, "response_sha": data.response_hash(reply.text),
     }  # fmt: skip
 
 
@@ -235,23 +252,26 @@ def read_verdict(reply: dict, keys: Sequence[str]) -> tuple[dict[str, bool] | No
         return None, str(reason)
 
 
-def ask_yes_no(engine: Engine, asks: list[Ask], keys: Sequence[str], seed: int, path: Path, title: str) -> dict[str, dict]:
-    """{ask id: its last reply, as a row of `path`}, for read_verdict. What cannot be read is asked again, under the next sample's
+def ask_yes_no(engine: Engine, asks: list[Ask], keys: Sequence[str], role: str, args: argparse.Namespace) -> dict[str, dict]:
+    """{ask id: its last reply, as a row, for read_verdict}. What cannot be read is asked again, under the next sample's
     number, up to ATTEMPTS times in all. Asks of one id are one."""
 
     def to_row(reply: Reply) -> dict:
         return {"id": reply.id, "sample": reply.sample, "raw": reply.text, "finish_reason": reply.finish_reason}
 
-    said = ask_until(engine, asks, ATTEMPTS, lambda row: read_verdict(row, keys)[0] is not None, Sampling(0.0, 1.0, ROOM, seed), path, to_row, title)
+    sampling = Sampling(0.0, 1.0, ROOM, args.seed)
+    path = replies_file(args, role, engine.spec, sampling)
+    said = ask_until(engine, asks, ATTEMPTS, lambda row: read_verdict(row, keys)[0] is not None, sampling, path, to_row, f"{role}, {engine.spec}")
     return {key: rows[-1] for key, rows in said.items()}
 
 
 def image_paths(question: data.Question, image_root: Path) -> list[Path]:
     """Raises RowError for an image that is not there."""
-    for image in question.images:
-        if not (image_root / image).is_file():
-            raise data.RowError(f"question {question.id}: image {image} is not below {image_root}; check --images")
-    return [image_root / image for image in question.images]
+    paths = [data.image_file(image_root, image) for image in question.images]
+    for path in paths:
+        if not path.is_file():
+            raise data.RowError(f"question {question.id}: image {path.relative_to(image_root)} is not below {image_root}; check --images")
+    return paths
 
 
 def question_asks(questions: list[data.Question], image_root: Path, samples: int) -> list[Ask]:

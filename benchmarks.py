@@ -30,7 +30,6 @@ import io
 import json
 import os
 import re
-import sys
 import zipfile
 import zlib
 from collections import Counter
@@ -39,6 +38,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import data
+import stage
 
 HEALTH = {  # MMMU's Health & Medicine: subject -> (questions in MMMU validation, in MMMU-Pro test)
     "Basic_Medical_Science": (30, 52), "Clinical_Medicine": (30, 59), "Diagnostics_and_Laboratory_Medicine": (30, 60),
@@ -493,4 +493,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    stage.run_script(main)

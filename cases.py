@@ -32,6 +32,7 @@ from pathlib import Path
 
 import data
 import score
+import stage
 from asking import image_paths
 
 LONGEST, SMALL = 900, 256  # ours: pixels of an image's longer side: at most, and up to which it is kept exactly and enlarged
@@ -61,16 +62,13 @@ def read_samples(run: Run, wanted: dict[str, data.Question]) -> dict[str, list[t
     results, predictions and verdicts do not speak of the same answers."""
     verdicts, rows, path = {}, {id: [] for id in wanted}, run.folder / "predictions.jsonl"
     if (judged := run.folder / "verdicts.jsonl").exists():
-        for where, row in data.read_jsonl(judged):
-            data.need(row, where, id=str, sample=int, response_sha=str)
-            verdicts[row["id"], row["sample"]] = row
-    for where, row in data.read_jsonl(path):
-        if row.get("id") in wanted:
-            data.need(row, where, sample=int, engine=str, response=str, finish_reason=str, seed=int, correct=bool)
+        verdicts = {(row["id"], row["sample"]): row for row in data.read_rows(judged, "verdicts")}
+    for row in data.read_rows(path, "rollouts"):
+        if row["id"] in wanted:
+            data.need(row, str(path), engine=str, seed=int, correct=bool)
             row.pop("token_ids", None)  # most of a row, and not shown
-            row["response_sha"] = data.content_hash(row["response"])[:16]
             if (verdict := verdicts.get((row["id"], row["sample"]))) and verdict["response_sha"] != row["response_sha"]:
-                raise data.RowError(f"{where}: the verdict on sample {row['sample']} of question {row['id']} is on another text; judge this run again")
+                raise data.RowError(f"{path}: the verdict on sample {row['sample']} of question {row['id']} is on another text; judge this run again")
             rows[row["id"]].append(row)
     for id, question in wanted.items():
         rows[id].sort(key=lambda row: row["sample"])
@@ -243,7 +241,7 @@ def write_page(runs: list[Run], questions: list[data.Question], image_root: str 
     asked = " and ".join(named) or "every question"
     header = header_html(runs, common, len(chosen), len(shown), asked)
     page = PAGE.format(title=html.escape(asked), style=STYLE, header=header, cases="\n".join(articles))
-    data.write_text(out, page.encode("utf-8", "xmlcharrefreplace").decode())  # half a surrogate pair is no text, but no reason to stop
+    stage.new_file(out, page, [])
     return len(shown)
 
 

@@ -31,7 +31,6 @@ import argparse
 import json
 import random
 import re
-import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,6 +39,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 import data
+import stage
 
 SIDE = 56  # pixels: 4 x 4 patches of 14, merged to 2 x 2 image tokens
 SIGNS = {
@@ -610,9 +610,9 @@ def teach(args: argparse.Namespace) -> None:
     import train
 
     started, out = time.time(), Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     device = train.init_ranks()
-    train.same_run(out, args, [])
+    if not train.begin(args, []):
+        return
     tokenizer = make_tokenizer(args.family, args.seed)
     network, image_processor = build(args.family, args.size, tokenizer, args.seed)
     network.config.save_pretrained(out)
@@ -685,8 +685,8 @@ def teach(args: argparse.Namespace) -> None:
     )  # fmt: skip
     if train.rank() == 0:
         model.save_policy(out, policy, processor, train.whole_tensors(policy))
-        data.write_stage(out, args, [], [path for path in out.glob("*.safetensors")], started)
-    train.forget_state(out)
+        stage.finish(args, [path for path in out.glob("*.safetensors")], started, {})
+    train.end(out)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -696,7 +696,8 @@ def teach(args: argparse.Namespace) -> None:
 def world(args: argparse.Namespace) -> None:
     """The question bank, development questions to choose settings on, and test questions to measure once."""
     started, out = time.time(), Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    if not stage.open_folder(args, []):
+        return
     counts = {"bank": (args.image, args.text), "dev": (args.dev_image, args.dev_text), "test": (args.test_image, args.test_text)}
     for name, (image, text) in counts.items():
         questions = make_questions(image, args.seed, f"{name}-image", True, out, args.modalities)
@@ -706,15 +707,16 @@ def world(args: argparse.Namespace) -> None:
         questions += look_questions(image // SPOILT, args.seed, out, args.modalities) if name == "bank" else []
         data.write_jsonl(out / f"{name}.jsonl", (question.to_row() for question in questions))
         print(f"{name}: {sum(bool(q.images) for q in questions)} image questions, {text} text questions")
-    data.write_stage(out, args, [], [out / f"{name}.jsonl" for name in counts], started)
+    stage.finish(args, [out / f"{name}.jsonl" for name in counts], started, {})
 
 
 def show(args: argparse.Namespace) -> None:
     """A sheet with a film of every sign, number and side, and one question of each kind with a full chain."""
     from PIL import ImageDraw
 
-    out, noise, rng = Path(args.out), np.random.default_rng(args.seed), random.Random(args.seed)
-    out.mkdir(parents=True, exist_ok=True)
+    started, out, noise, rng = time.time(), Path(args.out), np.random.default_rng(args.seed), random.Random(args.seed)
+    if not stage.open_folder(args, []):
+        return
     big, margin = 2 * SIDE, 90
     sheet = Image.new("RGB", (margin + 6 * (big + 4), len(MODALITY_OF) * (big + 4)), "white")
     pen = ImageDraw.Draw(sheet)
@@ -732,6 +734,7 @@ def show(args: argparse.Namespace) -> None:
             print(f"\n--- {kind}, {'image' if film else 'text'} question, answer {question.answer}\n{data.question_text(question)}")
         for style in ("thorough", "hasty", "bookish"):
             print(f"{style}: {chain(case, kind, style)}")
+    stage.finish(args, [out / "films.png"], started, {})
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -768,4 +771,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    stage.run_script(main)

@@ -31,7 +31,6 @@ Where we depart from the paper, or it is silent:
 
 import argparse
 import re
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Collection
@@ -40,10 +39,11 @@ from pathlib import Path
 
 import data
 import leaks
+import stage
 from asking import ATTEMPTS as LABELS
-from asking import ROOM, Ask, Sampling, add_flags, ask_until, image_paths, question_asks, replies_path, reply_row, read_object, setup_of
+from asking import ROOM, SPEED, Ask, Sampling, add_flags, ask_until, checkpoint, identity, image_paths, question_asks, read_object, replies_file, reply_row, setup_of
 from descriptions import EDIT_PROMPT, edit_fault, edited, read_edit, read_reviewed, settled, write_review
-from engines import Replicas, checkpoint, open_engine
+from engines import Replicas, open_engine
 
 ATTEMPTS = 4  # paper 3.1: of an expert
 DIRECT = 1  # ours: paper silent; attempts of a baseline
@@ -71,7 +71,8 @@ Rejection = dict  # {"filter", "reason", "evidence"}
 
 
 def add(args: argparse.Namespace) -> None:
-    """Adds files of a known format to a bank. A question that the bank holds already, whatever its source, is told and left out."""
+    """Adds files of a known format to a bank. A question that the bank holds already, whatever its source, is told and left out.
+    Whatever else is there under the bank's name is an error, and stays."""
     import benchmarks
 
     if args.name not in benchmarks.READERS:
@@ -104,7 +105,7 @@ def leak(questions: list[data.Question], args: argparse.Namespace) -> dict[str, 
 
 @dataclass(frozen=True)
 class Demand:
-    """What a step wants of one engine, at most: so many replies to each ask. They are kept in the file `name` of OUT."""
+    """What a step wants of one engine, at most: so many replies to each ask. They are kept in `file`."""
 
     role: str
     spec: str
@@ -112,13 +113,12 @@ class Demand:
     attempts: int
     sampling: Sampling
 
-    @property
-    def name(self) -> str:
-        return replies_path("", self.role, self.spec).name
+    def file(self, args: argparse.Namespace) -> Path:
+        return replies_file(args, self.role, self.spec, self.sampling)
 
-    def evidence(self, rows: list[dict]) -> dict:
+    def evidence(self, rows: list[dict], args: argparse.Namespace) -> dict:
         """Where an auditor finds the replies that decided, and how each of them ended."""
-        return {"engine": self.spec, "replies": self.name, "samples": [row["sample"] for row in rows], "ended": [row["finish_reason"] for row in rows]}
+        return {"engine": self.spec, "replies": self.file(args).name, "samples": [row["sample"] for row in rows], "ended": [row["finish_reason"] for row in rows]}
 
 
 def demands(step: str, questions: list[data.Question], args: argparse.Namespace) -> list[Demand]:
@@ -148,16 +148,16 @@ def demands(step: str, questions: list[data.Question], args: argparse.Namespace)
 def replies(demand: Demand, ids: Collection[str], enough: Callable[[dict], bool], args: argparse.Namespace) -> dict[str, list[dict]]:
     """{id: its replies, the last of them enough, or not even after all attempts} for those ids that the demand asks about. A
     question whose text has changed since, by an editor or a human, is asked anew."""
-    path = Path(args.out) / demand.name
-    data.settle(path, {"engine": demand.spec, **vars(demand.sampling), "pixels": args.pixels, "tiles": args.tiles})
     asks = [ask for ask in demand.asks if ask.id in ids]
     if not asks:
         return {}
     engine = open_engine(demand.spec, setup_of(args))
     title = f"{demand.role} {demand.spec}"
-    said = ask_until(engine, asks, demand.attempts, enough, demand.sampling, path, lambda reply: reply_row(reply, demand.spec), title, renew=True)
+    said = ask_until(engine, asks, demand.attempts, enough, demand.sampling, demand.file(args), lambda reply: reply_row(reply, demand.spec), title)
     if isinstance(engine, Replicas):
         engine.close()  # the next engine needs the GPUs
+    ended = Counter(row["finish_reason"] for rows in said.values() for row in rows)
+    print(f"{title}: {ended.total()} replies" + "".join(f", {number} {how}" for how, number in sorted(ended.items())))
     return said
 
 
@@ -189,7 +189,7 @@ def difficulty(questions: list[data.Question], args: argparse.Namespace) -> dict
     for demand in wanted:
         solved = {key: rows for key, rows in replies(demand, open_ids, is_right, args).items() if is_right(rows[-1])}
         for key, rows in solved.items():
-            solvers[key].append(demand.evidence(rows))
+            solvers[key].append(demand.evidence(rows, args))
         open_ids = open_ids & solved.keys() if args.drop_if == "all" else open_ids - solved.keys()
     dropped = {key: found for key, found in solvers.items() if found and (args.drop_if == "any" or len(found) == len(wanted))}
     return {key: {"filter": "difficulty", "reason": "solved directly by " + " and ".join(one["engine"] for one in found), "evidence": found} for key, found in dropped.items()}
@@ -212,13 +212,13 @@ def question_type(questions: list[data.Question], args: argparse.Namespace) -> d
     for demand in demands("type", questions, args):
         for key, rows in replies(demand, by_id, is_readable, args).items():
             if not is_readable(rows[-1]):
-                rejected[key] = {"filter": "type", "reason": f"no readable type in {demand.attempts} attempts", "evidence": demand.evidence(rows)}
+                rejected[key] = {"filter": "type", "reason": f"no readable type in {demand.attempts} attempts", "evidence": demand.evidence(rows, args)}
                 continue
             label, question = read_type(rows[-1]["response"]), by_id[key]
             known = question.meta.get("modality") or label["modality"]
             question.meta = {**question.meta, "type": label["type"], **({"modality": known} if known else {})}
             if label["type"] == "pattern_recognition":
-                rejected[key] = {"filter": "type", "reason": "pattern recognition", "evidence": {**demand.evidence(rows), "why": label["why"]}}
+                rejected[key] = {"filter": "type", "reason": "pattern recognition", "evidence": {**demand.evidence(rows, args), "why": label["why"]}}
     return rejected
 
 
@@ -230,7 +230,7 @@ def solvable(questions: list[data.Question], args: argparse.Namespace) -> dict[s
         for key, rows in failed.items():
             ended = Counter({"stop": "wrong", "length": "cut off"}.get(row["finish_reason"], row["finish_reason"]) for row in rows)
             reason = f"{demand.spec} failed all {demand.attempts} attempts: " + ", ".join(f"{number} {how}" for how, number in sorted(ended.items()))
-            rejected[key] = {"filter": "solvable", "reason": reason, "evidence": demand.evidence(rows)}
+            rejected[key] = {"filter": "solvable", "reason": reason, "evidence": demand.evidence(rows, args)}
     return rejected
 
 
@@ -271,18 +271,24 @@ def describe(questions: list[data.Question], args: argparse.Namespace) -> list[d
 def run(args: argparse.Namespace) -> None:
     """The steps of a command, one after the other, on what the one before has left."""
     started, out = time.time(), Path(args.out)
-    leaks.keep_apart(out, [*args.questions, *args.against, *filter(None, [args.reviewed])])
     bank = leaks.read_bank(args.questions)
     check_early(bank, args)
     if args.dry_run:
         return estimate(bank, args)
-    out.mkdir(parents=True, exist_ok=True)
+    specs = dict.fromkeys(demand.spec for step in args.steps for demand in demands(step, bank, args))
+    inputs = [*args.questions, *args.against, *filter(None, [args.reviewed, *map(checkpoint, specs)])]
+    if not stage.open_folder(args, inputs, SPEED):
+        return
     left, rejected, after = bank, {}, {"bank" if len(args.steps) > 1 else "given": bank}
     for step in args.steps:
         if step == "describe":
             left = describe(left, args)
             removed = sum("original" in question.meta for question in left)
             bank = list({**{question.id: question for question in bank}, **{question.id: question for question in left}}.values())
+            waiting = [question for question in left if "needs_review" in question.meta]
+            if not args.keep_unreviewed:
+                rejected |= {q.id: {"filter": "review", "reason": "waits for a human", "evidence": {"fault": q.meta["needs_review"]}} for q in waiting}
+            left = after[step] = [question for question in left if question.id not in rejected]
             continue
         rejected |= (found := FILTERS[step](left, args))
         left = after[step] = [question for question in left if question.id not in found]
@@ -294,22 +300,16 @@ def run(args: argparse.Namespace) -> None:
         data.write_jsonl(out / name, (question.to_row() for question in questions))
     data.write_jsonl(out / "rejected.jsonl", ({**q.to_row(), **rejected[q.id]} for q in bank if q.id in rejected))
     outputs = [*parts, "rejected.jsonl", "funnel.json", "funnel.png"]
-    idle = {"leak": not args.against, "difficulty": not args.baselines, "type": not args.classifier, "solvable": not args.experts}
+    idle = {"leak": not args.against, "difficulty": not args.baselines, "type": not args.classifier, "describe": not (args.editor or args.reviewed), "solvable": not args.experts}
     funnel = [{"filter": name, **count(questions), **({"not_run": True} if idle.get(name) else {})} for name, questions in after.items()]
     data.write_json(out / "funnel.json", funnel)
     print_funnel(funnel)
     plot_funnel(funnel, out / "funnel.png")
     figures = {"kept": len(left), **Counter("leak" if row["filter"] == "leak" else f"{row['filter']}: " + re.sub("(?<= attempts): .*", "", row["reason"]) for row in rejected.values())}
     if "describe" in args.steps:
-        outputs.append("review.csv")
-        figures |= {"descriptions removed": removed, "to review": write_review(out / "review.csv", left)}
+        figures |= {"descriptions removed": removed, "to review": write_review(out / "review.csv", waiting)}
     print("\n".join(f"  {value:>7} {name}" for name, value in figures.items()))
-    asked = {demand.name: demand.spec for step in args.steps for demand in demands(step, left, args)}
-    for name in asked:
-        ended = Counter(row["finish_reason"] for _, row in data.read_jsonl(out / name)) if (out / name).exists() else Counter()
-        print(f"{name}: {ended.total()} replies" + "".join(f", {number} {how}" for how, number in sorted(ended.items())))
-    inputs = [*args.questions, *args.against, *filter(None, [args.reviewed, *map(checkpoint, asked.values())])]
-    data.write_stage(out, args, inputs, [out / name for name in outputs], started, **figures)
+    stage.finish(args, [out / name for name in outputs], started, figures, {spec: identity(spec) for spec in specs})
 
 
 def check_early(bank: list[data.Question], args: argparse.Namespace) -> None:
@@ -327,8 +327,8 @@ def check_early(bank: list[data.Question], args: argparse.Namespace) -> None:
     for spec in sorted(specs if not args.dry_run else ()):
         if not (folder := checkpoint(spec)):  # a model is loaded when it is its turn
             open_engine(spec, setup_of(args))
-        elif not Path(folder).is_dir():
-            raise data.RowError(f"{spec}: no such folder")
+        elif not (Path(folder) / "config.json").is_file():
+            raise data.RowError(f"{spec}: {folder} is no model's folder: it has no config.json")
 
 
 def estimate(bank: list[data.Question], args: argparse.Namespace) -> None:
@@ -412,7 +412,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name, help in helps.items():
         command, one = commands.add_parser(name, help=help), name != "all"
         command.set_defaults(run=run, steps=[name] if one else STEPS, direct_attempts=DIRECT, expert_attempts=ATTEMPTS, drop_if="any")
-        command.set_defaults(against=[], baselines=[], classifier="", experts=[], editor="", reviewed="", dry_run=False)
+        command.set_defaults(against=[], baselines=[], classifier="", experts=[], editor="", reviewed="", keep_unreviewed=False, dry_run=False)
         command.add_argument("--questions", nargs="+", required=True, help="questions.jsonl files")
         command.add_argument("--images", default=".", help="image root")
         command.add_argument("--out", required=True, help="folder to write")
@@ -428,6 +428,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             command.add_argument("--experts", nargs="+", default=[], required=one, help="engines that must each solve a question once; text=SPEC, image=SPEC: only such questions")
         if name in ("describe", "all"):
             command.add_argument("--editor", default="", help="engine that takes image descriptions out of questions")
+            command.add_argument("--keep-unreviewed", action="store_true", help="let questions in whose description nobody could remove; else they wait in review.csv")
             command.add_argument("--reviewed", default="", help="CSV with columns id and question: a human's texts, which go before the engine's")
         if name == "difficulty":
             command.add_argument("--drop-if", choices=["any", "all"], help="a baseline solves it, or every one")
@@ -450,4 +451,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    stage.run_script(main)

@@ -21,16 +21,14 @@ Where we depart from the paper, or it is silent:
 
 import argparse
 import hashlib
-import importlib.metadata
 import json
 import os
 import re
-import sys
-import time
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 # paper App. A, the system turn of every training, rollout and evaluation prompt
 SYSTEM_PROMPT = (
@@ -75,29 +73,8 @@ class Question:
     @classmethod
     def from_row(cls, row: dict, where: str) -> "Question":
         """A checked question. Raises RowError naming `where` and the key."""
-        row = {"source": "", "meta": {}, **row}
-        need(row, where, id=str, question=str, options=dict, answer=str, images=list, source=str, meta=dict)
-        try:
-            json.dumps(row, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            half = error.object[error.start : error.end]
-            raise RowError(f"{where}: holds half a surrogate pair ({half!r}), which no file can hold; write the character, or remove it") from None
-        if not row["question"].strip():
-            raise RowError(f"{where}: question: is empty; remove the row or give it a text")
-        if row["options"]:
-            letters = list(row["options"])
-            if letters != list(LETTERS[: len(letters)]):
-                raise RowError(f"{where}: options: letters are {letters}, expected A, B, C ... in order, ten at most")
-            if not all(isinstance(text, str) and text.strip() for text in row["options"].values()):
-                raise RowError(f"{where}: options: every option must be a text that is not empty")
-            if row["answer"] not in row["options"]:
-                raise RowError(f"{where}: answer: {row['answer']!r} is not among the options {letters}")
-        elif not row["answer"].strip():
-            raise RowError(f"{where}: answer: is empty; an open-ended question needs a reference text")
-        for image in row["images"]:
-            if not isinstance(image, str) or Path(image).is_absolute() or ".." in Path(image).parts:
-                raise RowError(f"{where}: images: {image!r} must be a path inside the image root, without '..'")
-        return cls(row["question"], row["options"], row["answer"], row["images"], row["source"], row["meta"], row["id"])
+        check_row({"source": "", "meta": {}, **row}, where, "questions")
+        return cls(**{"source": "", "meta": {}, **row})
 
     def to_row(self) -> dict:
         row = asdict(self)
@@ -275,12 +252,17 @@ def is_correct(response: str, question: Question) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Files: JSONL that names its mistakes, survives a kill, and is hashed into stage.json
+# Files: JSON and JSONL that name their mistakes and survive a kill
 
 
 def content_hash(value) -> str:
     """SHA-256 of a JSON value, independent of key order."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def response_hash(response: str) -> str:
+    """A short hash of a response, by which verdicts name it."""
+    return content_hash(response)[:16]
 
 
 def sample_seed(seed: int, key: str, sample: int) -> int:
@@ -293,45 +275,67 @@ def need(row: dict, where: str, **types: type) -> None:
     for key, kind in types.items():
         if key not in row:
             raise RowError(f"{where}: missing '{key}'; the row has {sorted(row)}")
-        if not isinstance(row[key], kind):
-            raise RowError(f"{where}: {key}: expected {kind.__name__}, found {type(row[key]).__name__} {str(row[key])[:60]!r}")
+        if not isinstance(row[key], kind) or (isinstance(row[key], bool) and kind is not bool):
+            found = f"{type(row[key]).__name__} {str(row[key])[:60]!r}"
+            raise RowError(f"{where}: {key}: expected {kind.__name__}, found {found}")
+
+
+def load_json(text: str | bytes, where: str):
+    """The JSON value of a text. Raises RowError naming `where` for anything that is not JSON, for NaN and Infinity, for a
+    key that an object has twice, for nesting too deep, and for half a surrogate pair, which no file can hold."""
+
+    def unique(pairs: list[tuple]) -> dict:
+        counts = Counter(key for key, _ in pairs)
+        if len(counts) < len(pairs):
+            raise ValueError(f"the key {counts.most_common(1)[0][0]!r} is there twice")
+        return dict(pairs)
+
+    def refuse(constant: str):
+        raise ValueError(f"{constant} is no JSON number")
+
+    try:
+        if isinstance(text, bytes):
+            text = text.decode()
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+        if "\\u" in text:  # an escape may spell half a pair
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError as error:
+        half = error.object[error.start : error.end]
+        message = f"holds half a surrogate pair ({half!r})"
+    except RecursionError:
+        message = "is nested too deeply"
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are such
+        message = f"not JSON ({error})"
+    raise RowError(f"{where}: {message}; remove it or write it again")
+
+
+def open_file(path: str | Path):
+    """A file to read, as bytes. Raises RowError where there is no regular file: a pipe would be waited for without end."""
+    if not Path(path).exists():
+        raise RowError(f"{path}: no such file; run the stage that writes it, or check the path")
+    if not Path(path).is_file():
+        raise RowError(f"{path}: is not a file")
+    return open(path, "rb")
+
+
+def read_json(path: str | Path):
+    """The JSON value of a file. Raises RowError naming it."""
+    with open_file(path) as file:
+        return load_json(file.read(), str(path))
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
     """(where, row) for each line, where = "file:line". A torn last line (a writer was killed) is an error here;
     `resume_jsonl` mends it for the stage that writes the file."""
-    path = Path(path)
-    if not path.exists():
-        raise RowError(f"{path}: no such file; run the stage that writes it, or check the path")
-    with open(path, "rb") as lines:
+    with open_file(path) as lines:
         for number, line in enumerate(lines, 1):
-            where = f"{path}:{number}"
             if not line.strip():
                 continue
-            try:
-                row = json.loads(line.decode())
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise RowError(f"{where}: not JSON ({error}); remove the line or write it again") from None
+            row, where = load_json(line, f"{path}:{number}"), f"{path}:{number}"
             if not isinstance(row, dict):
                 raise RowError(f"{where}: expected an object, found {type(row).__name__}")
             yield where, row
-
-
-def read_questions(path: str | Path) -> list[Question]:
-    """Every question of a file, checked; a repeated id is an error."""
-    questions, seen = [], {}
-    for where, row in read_jsonl(path):
-        question = Question.from_row(row, where)
-        if question.id in seen:
-            raise RowError(f"{where}: id: {question.id!r} is already on {seen[question.id]}")
-        seen[question.id] = where
-        questions.append(question)
-    return questions
-
-
-def read_metrics(folder: str | Path) -> list[dict]:
-    """The steps of a training run: loss and figures, one row a step."""
-    return [row for _, row in read_jsonl(Path(folder) / "metrics.jsonl")]
 
 
 def write_jsonl(path: str | Path, rows: Iterable[dict]) -> int:
@@ -381,105 +385,169 @@ def append_jsonl(file, rows: Iterable[dict]) -> None:
     file.flush()
 
 
-def settle(path: str | Path, settings: dict) -> None:
-    """Holds a file that is resumed to the settings it was begun with. Raises RowError if they differ: half a file made
-    one way and half another could not be told apart later."""
-    record = Path(path).with_name(Path(path).name + ".settings.json")
-    if Path(path).exists() and record.exists():
-        before = json.loads(record.read_text())
-        changed = {k: (before.get(k), settings.get(k)) for k in sorted(before | settings) if before.get(k) != settings.get(k)}
-        if changed:
-            said = ", ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in changed.items())
-            raise RowError(f"{path}: was begun with other settings ({said}); remove the file, or write to another folder")
-    write_json(record, settings)
-
-
 def file_hash(path: str | Path) -> str:
-    """SHA-256 of a file's bytes; of a folder, of its files' names and hashes (our own records and logs left out). Raises
-    RowError where there is neither."""
-    path = Path(path)
-    if not path.exists():
-        raise RowError(f"{path}: no such file or folder")
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and p.name not in OWN_RECORDS)
-        return content_hash([[str(p.relative_to(path)), file_hash(p)] for p in files])
-    stat = path.stat()
-    key = (str(path.resolve()), stat.st_size, stat.st_mtime_ns)
-    if key not in _HASHES:
-        digest = hashlib.sha256()
-        with open(path, "rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
-        _HASHES[key] = digest.hexdigest()
-    return _HASHES[key]
+    """SHA-256 of a file's bytes. Raises RowError where there is no file. A process reads a file once for each size and mtime."""
+    with open_file(path) as file:
+        stat = os.fstat(file.fileno())
+        key = (str(Path(path).resolve()), stat.st_size, stat.st_mtime_ns)
+        if key not in HASHES:
+            HASHES[key] = hashlib.file_digest(file, "sha256").hexdigest()
+    return HASHES[key]
 
 
-OWN_RECORDS = {"begun.json", "stage.json", "metrics.jsonl", "state.settings.json"}
-_HASHES: dict[tuple, str] = {}  # one process's memory, by path, size and mtime
+HASHES: dict[tuple[str, int, int], str] = {}  # (path, size, mtime in ns) -> SHA-256
 
 
-def write_stage(folder: str | Path, args: argparse.Namespace, inputs: list[str | Path], outputs: list[str | Path], started: float, **figures) -> None:
-    """stage.json, written last: its presence says that the folder is complete, and it says what made it."""
-    folder = Path(folder)
-    versions = {}
-    for package in ("torch", "transformers", "numpy", "pillow", "safetensors", "vllm", "openai", "google-genai"):
+def is_inside(path) -> bool:
+    """Whether a name is a path that stays inside the folder it is relative to."""
+    return isinstance(path, str) and bool(path.strip("./ ")) and "\0" not in path and not PurePosixPath(path).is_absolute() and ".." not in PurePosixPath(path).parts
+
+
+def image_file(image_root: str | Path, image: str) -> Path:
+    """Where an image of a row lies. Raises RowError for a path that leaves the image root."""
+    if not is_inside(image):
+        raise RowError(f"image {image!r}: must be a path inside the image root, without '..'")
+    return Path(image_root) / image
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# One schema for each kind of row
+
+Rule = tuple[str, Callable[[object], bool]]  # what a value must be, in words and as a test
+FINISH_REASONS = ("stop", "length", "overlong", "blocked", "refused", "empty")  # asking.Reply says what they mean
+
+
+def is_turn(turn) -> bool:
+    return isinstance(turn, dict) and turn.keys() == {"role", "content"} and turn["role"] in ("system", "user", "assistant") and isinstance(turn["content"], str)
+
+
+ANY: Rule = ("anything", lambda value: True)
+TEXT: Rule = ("a text", lambda value: isinstance(value, str))
+FILLED: Rule = ("a text that is not empty", lambda value: isinstance(value, str) and bool(value.strip()))
+WHOLE: Rule = ("a whole number of 0 or more", lambda value: type(value) is int and value >= 0)
+TRUTH: Rule = ("true or false", lambda value: type(value) is bool)
+OBJECT: Rule = ("an object", lambda value: isinstance(value, dict))
+NAMES: Rule = ("a list of texts", lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value))
+IMAGES: Rule = ("a list of paths inside the image root, without '..'", lambda value: isinstance(value, list) and all(map(is_inside, value)))
+OPTIONS: Rule = (
+    "an object of two to ten different texts with the letters A, B, C ... in order, or {}",
+    lambda value: isinstance(value, dict) and (not value or len(value) > 1) and list(value) == list(LETTERS[: len(value)])
+    and all(FILLED[1](text) for text in value.values()) and len({" ".join(text.split()) for text in value.values()}) == len(value),
+)  # fmt: skip
+TURNS: Rule = ("a list of turns, each with a role and a content that is a text, the last one the user's", lambda value: isinstance(value, list) and value != [] and all(map(is_turn, value)) and value[-1]["role"] == "user")
+DEMO: Rule = ("three turns of system, user, assistant", lambda value: isinstance(value, list) and all(map(is_turn, value)) and [turn["role"] for turn in value] == ["system", "user", "assistant"])
+TOKENS: Rule = ("a list of token ids, or null", lambda value: value is None or (isinstance(value, list) and all(map(WHOLE[1], value))))
+CRITERIA: Rule = ("an object of criteria that are true or false, or null", lambda value: value is None or (isinstance(value, dict) and value != {} and all(type(met) is bool for met in value.values())))
+CHOICE: Rule = ("a text, or null", lambda value: value is None or isinstance(value, str))
+FINISH: Rule = (f"one of {', '.join(FINISH_REASONS)}", lambda value: value in FINISH_REASONS)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a row of one kind of file holds: keys that it must have, keys that it may have, and what no two rows share."""
+
+    required: dict[str, Rule]
+    optional: dict[str, Rule]
+    unique: Callable[[dict], object]
+
+
+KINDS = {
+    "questions": Kind(
+        {"id": FILLED, "question": FILLED, "options": OPTIONS, "answer": FILLED, "images": IMAGES}, {"source": TEXT, "meta": OBJECT},
+        lambda row: row["id"],
+    ),
+    "demos": Kind(
+        {"id": FILLED, "messages": DEMO, "images": IMAGES},
+        {"sample": WHOLE, "teacher": TEXT, "checks": OBJECT, "expander": TEXT, "checker": TEXT, "review": TEXT, "meta": OBJECT},
+        lambda row: (row["id"], row["messages"][-1]["content"]),
+    ),
+    "rollouts": Kind(
+        {"id": FILLED, "sample": WHOLE, "response": TEXT, "token_ids": TOKENS, "finish_reason": FINISH, "response_sha": TEXT},
+        {"engine": TEXT, "seed": WHOLE, "asked": TEXT, "reasoning": TEXT, "extracted": CHOICE, "correct": TRUTH, "official": CHOICE, "official_correct": TRUTH},
+        lambda row: (row["id"], row["sample"]),
+    ),
+    "verdicts": Kind(
+        {"id": FILLED, "sample": WHOLE, "response_sha": TEXT, "criteria": CRITERIA, "verdict_sha": TEXT},
+        {"error": CHOICE, "judge": TEXT, "raw": TEXT}, lambda row: (row["id"], row["sample"]),
+    ),
+    "pairs": Kind(
+        {"id": FILLED, "prompt": TURNS, "images": IMAGES, "chosen": FILLED, "rejected": FILLED, "failed": NAMES},
+        {f"{side}_{key}": rule for side in ("chosen", "rejected") for key, rule in (("sample", WHOLE), ("token_ids", TOKENS), ("verdict", TEXT))},
+        lambda row: (row["id"], row["chosen"], row["rejected"]),
+    ),
+    "key": Kind({"case": FILLED, "id": FILLED, "response_sha": TEXT}, {}, lambda row: row["case"]),
+    "metrics": Kind({"step": WHOLE, "loss": ("a number", lambda value: type(value) in (int, float))}, {}, lambda row: row["step"]),
+}  # fmt: skip
+# the key that only rows of a kind have, in this order: a loss names its own figures, "chosen" among them
+TOLD_BY = {"metrics": "step", "key": "case", "pairs": "chosen", "demos": "messages", "verdicts": "verdict_sha", "rollouts": "response"}
+
+
+def kind_of(row: dict) -> str:
+    return next((kind for kind, key in TOLD_BY.items() if key in row), "questions")
+
+
+def check_row(row: dict, where: str, kind: str) -> None:
+    """Raises RowError, naming `where` and the key, unless a row is a whole row of its kind and nothing else."""
+    if (found := kind_of(row)) != kind:
+        raise RowError(f"{where}: this is a row of {found}, expected {kind}")
+    schema = KINDS[kind]
+    known = schema.required | schema.optional
+    if missing := [key for key in schema.required if key not in row]:
+        raise RowError(f"{where}: missing '{missing[0]}'; the row has {sorted(row)}")
+    if kind != "metrics" and (strange := [key for key in row if key not in known]):  # a loss names its own figures
+        raise RowError(f"{where}: {strange[0]}: is no key of {kind}; known are {', '.join(known)}")
+    for key, (wanted, holds) in known.items():
+        if key in row and not holds(row[key]):
+            raise RowError(f"{where}: {key}: expected {wanted}, found {str(row[key])[:80]!r}")
+    if kind == "questions" and row["options"] and row["answer"] not in row["options"]:
+        raise RowError(f"{where}: answer: {row['answer']!r} is not among the options {list(row['options'])}")
+    if kind == "demos" and split_response(row["messages"][2]["content"]) is None:
+        raise RowError(f"{where}: messages: the assistant turn is not one <think> block followed by one <answer> block")
+    if kind == "pairs" and row["chosen"] == row["rejected"]:
+        raise RowError(f"{where}: rejected: is the same text as chosen; a pair must differ")
+    if kind == "rollouts" and row["response_sha"] != response_hash(row["response"]):
+        raise RowError(f"{where}: response_sha: {row['response_sha']!r} is not the hash of the response")
+
+
+def checked_rows(path: str | Path, kind: str) -> Iterator[dict | RowError]:
+    """Every row of a file, or what is wrong with it: rows of `kind`, no two of them the same, one at least."""
+    count, seen = 0, {}
+    for count, (where, row) in enumerate(read_jsonl(path), 1):
         try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items() if not callable(value)}
-    write_json(folder / "stage.json", {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "settings": settings,
-        "inputs": {str(path): file_hash(path) for path in inputs},
-        "outputs": {str(Path(path).relative_to(folder)): file_hash(path) for path in outputs},
-        "figures": figures,
-        "versions": {"python": sys.version.split()[0], **versions},
-        "seconds": round(time.time() - started, 1),
-    })  # fmt: skip
+            check_row(row, where, kind)
+            same = KINDS[kind].unique(row)
+            if seen.setdefault(same, where) != where:
+                raise RowError(f"{where}: {str(same)[:80]!r} is already on {seen[same]}; remove one of the rows")
+            yield row
+        except RowError as error:
+            yield error
+    if not count:
+        yield RowError(f"{path}: no row in it; look at what the stage that writes {kind} printed")
+
+
+def read_rows(path: str | Path, kind: str) -> list[dict]:
+    """Every row of a file of one kind ("demos", "pairs", ...), checked before anything is done with any of them. Raises the
+    first RowError."""
+    rows = []
+    for row in checked_rows(path, kind):
+        if isinstance(row, RowError):
+            raise row
+        rows.append(row)
+    return rows
+
+
+def read_questions(path: str | Path) -> list[Question]:
+    """Every question of a file, checked."""
+    return [Question(**row) for row in read_rows(path, "questions")]
+
+
+def read_metrics(folder: str | Path) -> list[dict]:
+    """The steps of a training run: loss and figures, one row a step."""
+    return read_rows(Path(folder) / "metrics.jsonl", "metrics")
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # python data.py check FILE
-
-
-def check_row(row: dict, where: str) -> str:
-    """Validates one row of any of the project's files by the keys it has. Returns the kind. Raises RowError."""
-    if "chosen" in row:
-        need(row, where, id=str, prompt=list, images=list, chosen=str, rejected=str, failed=list)
-        if row["chosen"] == row["rejected"]:
-            raise RowError(f"{where}: rejected: is the same text as chosen; a pair must differ")
-        return "pairs"
-    if "messages" in row:
-        need(row, where, id=str, messages=list, images=list)
-        if not all(isinstance(message, dict) and isinstance(message.get("content"), str) for message in row["messages"]):
-            raise RowError(f"{where}: messages: each must be an object with a role and a content that is a text")
-        roles = [message.get("role") for message in row["messages"]]
-        if roles != ["system", "user", "assistant"]:
-            raise RowError(f"{where}: messages: roles are {roles}, expected system, user, assistant")
-        if split_response(row["messages"][2]["content"]) is None:
-            raise RowError(f"{where}: messages: the assistant turn is not one <think> block followed by one <answer> block")
-        return "demos"
-    if "verdict_sha" in row:
-        need(row, where, id=str, sample=int, response_sha=str)
-        return "verdicts"
-    if "response" in row:
-        need(row, where, id=str, sample=int, response=str, finish_reason=str)
-        return "rollouts"
-    Question.from_row(row, where)
-    return "questions"
-
-
-def read_rows(path: str | Path, kind: str) -> list[dict]:
-    """Every row of a file of one kind ("demos", "pairs", ...), checked before anything is done with any of them."""
-    rows = []
-    for where, row in read_jsonl(path):
-        if (found := check_row(row, where)) != kind:
-            raise RowError(f"{where}: this is a row of {found}, expected {kind}")
-        rows.append(row)
-    if not rows:
-        raise RowError(f"{path}: no row in it; look at what the stage that writes {kind} printed")
-    return rows
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -490,22 +558,23 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     mistakes = 0
     for path in args.files:
-        kinds: dict[str, int] = {}
+        good, kind = 0, "questions"
         try:
-            for where, row in read_jsonl(path):
-                try:
-                    kind = check_row(row, where)
-                    kinds[kind] = kinds.get(kind, 0) + 1
-                except RowError as error:
+            kind = next((kind_of(row) for _, row in read_jsonl(path)), kind)  # a file holds one kind: its first row's
+            for row in checked_rows(path, kind):
+                good += not isinstance(row, RowError)
+                if isinstance(row, RowError):
                     mistakes += 1
-                    print(error)
-        except RowError as error:
+                    print(row)
+        except RowError as error:  # from here on the file cannot be read
             mistakes += 1
             print(error)
-        print(f"{path}: " + (", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "no valid row"))
+        print(f"{path}: {good} {kind}" if good else f"{path}: no valid row")
     print(f"{mistakes} mistakes")
     return 1 if mistakes else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from stage import run_script
+
+    run_script(main)

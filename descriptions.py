@@ -13,6 +13,7 @@ rules; these are ours.
 """
 
 import csv
+import io
 import re
 from collections import Counter
 from dataclasses import replace
@@ -142,10 +143,9 @@ def settled(reviewed: dict[str, tuple[str, str]], questions: dict[str, data.Ques
 def write_review(path: Path, questions: list[data.Question]) -> int:
     """The questions that a human must look at: correct the column `question`, or empty the column `fault` where the question
     may stay as it is, and give the file back with --reviewed."""
-    waiting = [question for question in questions if "needs_review" in question.meta]
-    rows = [[ID + q.id, q.question, q.meta["needs_review"], q.meta.get("suggestion", ""), " ".join(q.images)] for q in waiting]
+    rows = [[ID + q.id, q.question, q.meta["needs_review"], q.meta.get("suggestion", ""), " ".join(q.images)] for q in questions]
     write_sheet(path, ["id", "question", "fault", "suggestion", "images"], rows)
-    return len(waiting)
+    return len(questions)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -173,8 +173,13 @@ def read_sheet(path: str | Path, columns: list[str]) -> list[tuple[int, dict[str
 
 
 def write_sheet(path: Path, columns: list[str], rows: list[list]) -> None:
-    """Writes under a temporary name and renames. Spreadsheets tell UTF-8 by the mark in front."""
+    """Writes a sheet where none is. Raises RowError where one with another content is: a human may have filled it in.
+    Spreadsheets tell UTF-8 by the mark in front."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([columns, *rows])
+    content = text.getvalue().encode("utf-8-sig")
+    if path.exists() and path.read_bytes() != content:
+        raise data.RowError(f"{path}: is there already, and a human may have filled it in; move it away")
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", newline="", encoding="utf-8-sig") as file:
-        csv.writer(file).writerows([columns, *rows])
+    temporary.write_bytes(content)
     temporary.replace(path)

@@ -31,7 +31,6 @@ Where we depart from the paper, or it is silent:
 import argparse
 import json
 import re
-import sys
 import time
 import unicodedata
 from collections import Counter
@@ -39,10 +38,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import data
-from asking import Ask, Engine, Sampling, add_flags, ask_all, ask_yes_no, image_paths, prompt_ask, question_asks, read_verdict, replies_path, reply_row, setup_of
+import stage
+from asking import SPEED, Ask, Engine, Sampling, add_flags, ask_all, ask_yes_no, checkpoint, identity, image_paths, prompt_ask, question_asks, read_verdict, replies_file, reply_row, setup_of
 from descriptions import read_sheet, write_sheet
 from engines import open_engine
-from leaks import keep_apart
 
 LOOP = 8  # ours: words in a row that may not come three times
 CHECKS = {"Logical_Structure": "structure", "Plausibility_Coherence": "coherence"}  # paper 3.2: criteria (ii) and (iii)
@@ -162,17 +161,18 @@ def written_answer(question: data.Question, form: str = "letter-text") -> str:
 
 
 def ask_texts(engine: Engine, role: str, asks: list[Ask], args: argparse.Namespace) -> list[dict]:
-    """The replies as rows, kept in OUT. A question whose text has changed since is asked anew."""
-    sampling, path = Sampling(args.temperature, 1.0, args.max_tokens, args.seed), replies_path(args.out, role, engine.spec)
-    data.settle(path, {"engine": engine.spec, **vars(sampling), "pixels": args.pixels, "tiles": args.tiles})
-    return ask_all(engine, asks, sampling, path, lambda reply: {**reply_row(reply, engine.spec), "reasoning": reply.reasoning}, f"{role}, {engine.spec}", renew=True)
+    """The replies as rows, in the order of the asks."""
+    sampling = Sampling(args.temperature, 1.0, args.max_tokens, args.seed)
+    path = replies_file(args, role, engine.spec, sampling)
+    rows = ask_all(engine, asks, sampling, path, lambda reply: {**reply_row(reply, engine.spec), "reasoning": reply.reasoning}, f"{role}, {engine.spec}")
+    return [rows[ask.id, k] for ask in asks for k in ask.samples]
 
 
 def teach(engine: Engine, questions: list[data.Question], sample: int, args: argparse.Namespace) -> list[Chain]:
     """What a teacher says to the paper's own prompt, in the questions' order."""
     asks = [replace(ask, samples=(sample,)) for ask in question_asks(questions, Path(args.images), 1)]
     chains = []
-    for question, row in zip(questions, ask_texts(engine, "replies", asks, args)):
+    for question, row in zip(questions, ask_texts(engine, "teacher", asks, args)):
         response = read_reply(row["response"], row["reasoning"], question.options)
         chains.append(Chain(question, sample, engine.spec, response, check(response, row["finish_reason"], question, *args.words)))
     return chains
@@ -185,7 +185,7 @@ def expand(engine: Engine, chains: list[Chain], args: argparse.Namespace) -> Non
     summaries = [(data.split_response(chain.response) or (chain.response,))[0] for chain in right]
     prompts = [EXPAND_PROMPT % (data.question_text(c.question), summary, written_answer(c.question)) for c, summary in zip(right, summaries)]
     asks = [prompt_ask(chain.question.id, prompt, []) for chain, prompt in zip(right, prompts)]
-    for chain, summary, row in zip(right, summaries, ask_texts(engine, "expansions", asks, args)):
+    for chain, summary, row in zip(right, summaries, ask_texts(engine, "expander", asks, args)):
         match = EXPANSION.fullmatch(row["response"])
         chain.response = in_form(*match.groups()) if match else row["response"]
         chain.faults = check(chain.response, row["finish_reason"], chain.question, *args.words)
@@ -205,9 +205,7 @@ def check_by_engine(engine: Engine, chains: list[Chain], args: argparse.Namespac
     for chain in unsettled:
         prompt = CHECK_PROMPT % (data.question_text(chain.question), chain.response)
         asks.append(prompt_ask(chain.question.id, prompt, image_paths(chain.question, Path(args.images))))
-    path = replies_path(args.out, "checks", engine.spec)
-    data.settle(path, {"engine": engine.spec, "seed": args.seed, "pixels": args.pixels, "tiles": args.tiles})
-    said = ask_yes_no(engine, asks, list(CHECKS), args.seed, path, f"checks, {engine.spec}")
+    said = ask_yes_no(engine, asks, list(CHECKS), "checker", args)
     for chain, ask in zip(unsettled, asks):
         chain.notes["checker"] = engine.spec
         met, error = read_verdict(said[ask.id], list(CHECKS))
@@ -268,7 +266,7 @@ def make_demo(chain: Chain, form: str) -> dict:
     }  # fmt: skip
 
 
-def write_out(args: argparse.Namespace, inputs: list[str], started: float, asked: int, kept: list[Chain], rejected: list[dict]) -> None:
+def write_out(args: argparse.Namespace, started: float, asked: int, kept: list[Chain], rejected: list[dict], engines: dict[str, str]) -> None:
     """demos.jsonl, rejected.jsonl, stage.json, and the counts; `asked` is how many questions there were."""
     out = Path(args.out)
     data.write_jsonl(out / "demos.jsonl", (make_demo(chain, args.answer_form) for chain in kept))
@@ -278,16 +276,13 @@ def write_out(args: argparse.Namespace, inputs: list[str], started: float, asked
     if asked > (having := len({chain.question.id for chain in kept})):
         print(f"{asked - having} of {asked} questions have no demonstration")
     print(f"{len(rejected)} responses refused: " + ", ".join(f"{name} {count}" for name, count in by_fault.items()))
-    data.write_stage(out, args, inputs, [out / "demos.jsonl"], started, demos=len(kept), refused=len(rejected), teachers=dict(by_teacher), faults=dict(by_fault))
+    figures = {"demos": len(kept), "refused": len(rejected), "teachers": dict(by_teacher), "faults": dict(by_fault)}
+    stage.finish(args, [out / "demos.jsonl", out / "rejected.jsonl"], started, figures, engines)
 
 
 def run(args: argparse.Namespace) -> None:
     started, out, setup = time.time(), Path(args.out), setup_of(args)
-    keep_apart(out, [args.questions])
-    out.mkdir(parents=True, exist_ok=True)
     told = read_review(args.review) if args.review else {}
-    if (out / "review.csv").exists() and (lost := read_review(out / "review.csv").keys() - told.keys()):
-        raise data.RowError(f"{out / 'review.csv'}: holds {len(lost)} verdicts that are not in --review; give it there, or move it away: it is written anew")
     questions = data.read_questions(args.questions)
     question_asks(questions, Path(args.images), 1)  # every image must be there before anything is asked
     if args.chains < 1:
@@ -296,6 +291,9 @@ def run(args: argparse.Namespace) -> None:
         raise data.RowError(f"--teachers: {twice[0]} is there twice; its replies would be the same")
     if strangers := [teacher for teacher, _ in args.expand if teacher not in args.teachers]:
         raise data.RowError(f"--expand: {strangers[0]} is not among the --teachers")
+    specs = dict.fromkeys([*args.teachers, *(spec for _, spec in args.expand), *filter(None, [args.checker])])
+    if not stage.open_folder(args, [args.questions, *filter(None, [args.review, *map(checkpoint, specs)])], SPEED):
+        return
     engines = [open_engine(spec, setup) for spec in args.teachers]
     expanders = {teacher: open_engine(spec, setup) for teacher, spec in args.expand}
     checker = open_engine(args.checker, setup) if args.checker else None
@@ -318,8 +316,8 @@ def run(args: argparse.Namespace) -> None:
     write_review(out / "review.csv", to_review, told)
     if unknown := told.keys() - {chain.key() for chain in to_review}:
         print(f"{args.review}: {len(unknown)} verdicts are on chains that this run did not make, or whose answer is wrong; they count for nothing")
-    inputs = [args.questions] + ([args.review] if args.review else [])
-    write_out(args, inputs, started, len(questions), [chain for question in questions for chain in kept[question.id]], [chain.rejection() for chain in refused])
+    chosen = [chain for question in questions for chain in kept[question.id]]
+    write_out(args, started, len(questions), chosen, [chain.rejection() for chain in refused], {spec: identity(spec) for spec in specs})
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -376,7 +374,8 @@ def read_records(path: str) -> list[tuple[str, dict]]:
 
 def import_chains(args: argparse.Namespace) -> None:
     started, kept, rejected = time.time(), {}, []
-    keep_apart(Path(args.out), [args.file])
+    if not stage.open_folder(args, [args.file]):
+        return
     samples: Counter = Counter()
     for number, (where, record) in enumerate(read_records(args.file), 1):
         try:
@@ -394,7 +393,7 @@ def import_chains(args: argparse.Namespace) -> None:
         chain.sample = samples[chain.question.id]
         samples[chain.question.id] += 1
         kept[chain.key()] = chain
-    write_out(args, [args.file], started, 0, list(kept.values()), rejected)
+    write_out(args, started, 0, list(kept.values()), rejected, {})
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -430,4 +429,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    stage.run_script(main)

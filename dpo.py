@@ -22,9 +22,9 @@ Where we depart from the paper, or it is silent:
 """
 
 import argparse
+import hashlib
 import json
 import math
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -38,6 +38,7 @@ from tqdm import tqdm
 import data
 import lora
 import model
+import stage
 import train
 from sft import check, gate_policy, gate_rows, save
 
@@ -82,7 +83,7 @@ def pair_loss(logp: Tensor, batch: model.Batch, beta: float) -> tuple[Tensor, fl
 
 def encode_pair(row: dict, processor: model.Processor, image_root: Path) -> model.Row:
     """prompt -> chosen, prompt -> rejected"""
-    images = [processor.encode_file(image_root / image) for image in row["images"]]
+    images = [processor.encode_file(data.image_file(image_root, image)) for image in row["images"]]
     encoded = [processor.encode_prompt(row["prompt"], images)]
     for side, which in (("chosen", CHOSEN), ("rejected", REJECTED)):
         if row.get(f"{side}_token_ids"):
@@ -98,7 +99,7 @@ def encode_pair(row: dict, processor: model.Processor, image_root: Path) -> mode
 
 def pair_key(row: model.Row, checkpoint: str) -> str:
     """What a reference value depends on: the checkpoint's files, the tokens, the pixels."""
-    pixels = [data.hashlib.sha256(image.pixels.numpy().tobytes()).hexdigest() for image in row[0].images]
+    pixels = [hashlib.sha256(image.pixels.numpy().tobytes()).hexdigest() for image in row[0].images]
     return data.content_hash([checkpoint, [segment.ids for segment in row], pixels])
 
 
@@ -194,10 +195,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args, started = parse(argv), time.time()
     out, image_root = Path(args.out), Path(args.images)
-    out.mkdir(parents=True, exist_ok=True)
     device = train.init_ranks()
+    if not train.begin(args, [args.model, args.pairs]):
+        return
     pairs = data.read_rows(args.pairs, "pairs")
-    train.same_run(out, args, [args.model, args.pairs])
     textual = sum(not (row.get("chosen_token_ids") and row.get("rejected_token_ids")) for row in pairs)
     if textual and args.require_token_ids:
         raise data.RowError(f"{args.pairs}: {textual} pairs have no token ids; sample with an engine that tells them, or drop --require-token-ids")
@@ -220,7 +221,7 @@ def main(argv: list[str] | None = None) -> None:
     def encode_row(index: int) -> model.Row:
         return encode_pair(kept[index], processor, image_root)
 
-    (checkpoint,) = train.gather_rows([data.file_hash(args.model)] if train.rank() == 0 else [])  # a 72B takes minutes: once, not on every rank
+    (checkpoint,) = train.gather_rows([stage.fingerprint(args.model)] if train.rank() == 0 else [])  # a 72B takes minutes: once, not on every rank
     values = references(out / "reference.jsonl", policy, len(kept), encode_row, processor, checkpoint, args.micro_batch, device)
 
     def encode(index: int) -> tuple[model.Row, list[float]]:
@@ -237,12 +238,12 @@ def main(argv: list[str] | None = None) -> None:
         seed=args.seed, save_every=args.save_every,
     )  # fmt: skip
     save(out, policy, processor, (args.rank, args.alpha, args.model) if args.method == "lora" else None)
-    train.forget_state(out)
     if train.rank() == 0:
         figures = {"pairs": len(kept), "dropped": len(pairs) - len(kept), "steps": len(history), "first_loss": history[0]["loss"], "last_loss": history[-1]["loss"]}
-        data.write_stage(out, args, [args.model, args.pairs], [out / "merged"], started, **figures)
+        stage.finish(args, [out / "merged"], started, figures)
         train.print0(json.dumps(figures))
+    train.end(out)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    stage.run_script(main)

@@ -50,12 +50,6 @@ def open_engine(spec: str, setup: Setup) -> Engine:
     return HFEngine(spec, rest, setup) if kind == "hf" else VLLMEngine(spec, rest, setup)
 
 
-def checkpoint(spec: str) -> str | None:
-    """The folder of a local engine's model, to be hashed among a stage's inputs; None for other engines."""
-    kind, _, rest = spec.partition(":")
-    return rest if kind in ("hf", "vllm") else None
-
-
 class ClinicEngine:
     """The miniature's roles. They reply with text, like any remote engine, and no token ids."""
 

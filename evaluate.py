@@ -12,9 +12,8 @@ the figures are stands in score.py, tables and pictures in tables.py and figures
     python evaluate.py cases out/stage1 out/stage2 --only stage1-wrong,stage2-right --questions medxpertqa.jsonl --out cases.html
     python evaluate.py report --results out/base out/stage1 out/stage2 --out out/report      one page of the whole method
 
-run reads questions.jsonl; writes OUT/predictions.jsonl, OUT/verdicts.jsonl (with --judge), OUT/results.json, OUT/stage.json;
-replies.jsonl, letters.jsonl, grades.jsonl and judge/ hold what was asked, so that nothing is asked twice. results.json has an
-entry for each question, from which all the other commands work, without the model.
+run reads questions.jsonl; writes OUT/predictions.jsonl, OUT/verdicts.jsonl (with --judge), OUT/results.json, OUT/stage.json.
+results.json has an entry for each question, from which all the other commands work, without the model.
 
 Where we depart from the paper, or it is silent:
   1. T = 0.5 is the paper's for majority vote and pass@n; its main tables name no decoding. Ours: the same samples serve
@@ -31,7 +30,6 @@ import argparse
 import json
 import random
 import statistics
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -41,9 +39,10 @@ import data
 import figures
 import official
 import score
+import stage
 import tables
-from asking import Ask, Sampling, add_flags, ask_all, ask_yes_no, image_paths, prompt_ask, question_asks, read_verdict, reply_row, setup_of
-from engines import Replicas, checkpoint, open_engine
+from asking import SPEED, Ask, Sampling, add_flags, ask_all, ask_yes_no, checkpoint, identity, image_paths, prompt_ask, question_asks, read_verdict, replies_file, reply_row, setup_of
+from engines import Replicas, open_engine
 from judge import CRITERIA, judge_all, print_report
 
 # ours: paper silent
@@ -68,20 +67,19 @@ def make_ask(question: data.Question, style: str, image_root: Path, samples: int
     return ask if style == "paper" else replace(ask, messages=ask.messages[1:])
 
 
-def ask_for_letters(engine, asks: dict[str, Ask], rows: list[dict], questions: dict[str, data.Question], sampling: Sampling, path: Path) -> None:
+def ask_for_letters(engine, asks: dict[str, Ask], rows: list[dict], questions: dict[str, data.Question], sampling: Sampling, args: argparse.Namespace) -> None:
     """MedXpertQA's second turn: the letter, asked for after each finished chain, is added to the response."""
     second = {}  # by the row's place: the same chain is asked about once, and another chain anew
     for place, row in enumerate(rows):
         turn = official.second_turn(questions[row["id"]], row["response"]) if row["finish_reason"] == "stop" else None
         if turn:
             second[place] = replace(asks[row["id"]], id=f"{row['id']}/{data.content_hash(turn)[:16]}", messages=[*asks[row["id"]].messages, *turn], samples=(0,))
-    data.settle(path, {"engine": engine.spec, **vars(sampling)})
-    wanted = list({ask.id: ask for ask in second.values()}.values())
-    said = {row["id"]: row for row in ask_all(engine, wanted, sampling, path, lambda reply: reply_row(reply, engine.spec), "letters")} if wanted else {}
+    wanted, path = list({ask.id: ask for ask in second.values()}.values()), replies_file(args, "letter", engine.spec, sampling)
+    said = ask_all(engine, wanted, sampling, path, lambda reply: reply_row(reply, engine.spec), "letters") if wanted else {}
     for place, ask in second.items():
-        row, letter = rows[place], said[ask.id]
+        row, letter = rows[place], said[ask.id, 0]
         response = f"{row['response']}\n\n{official.trigger(questions[row['id']])} {letter['response']}"
-        row |= {"response": response, "response_sha": data.content_hash(response)[:16], "token_ids": None, "finish_reason": letter["finish_reason"]}
+        row |= {"response": response, "response_sha": data.response_hash(response), "token_ids": None, "finish_reason": letter["finish_reason"]}
 
 
 def read_all(paths: list[str]) -> dict[str, data.Question]:
@@ -115,11 +113,10 @@ def read_answers(rows: list[dict], questions: dict[str, data.Question], open_end
 def grade(rows: list[dict], questions: dict[str, data.Question], spec: str, args: argparse.Namespace) -> int:
     """Has an engine say which free answers mean the reference; those with its very words are right already. What it does not
     say readably is wrong. Returns how many those are."""
-    engine, path = open_engine(spec, setup_of(args)), Path(args.out) / "grades.jsonl"
-    data.settle(path, {"grader": spec, "seed": args.seed})
+    engine = open_engine(spec, setup_of(args))
     unsure = [row for row in rows if row["extracted"] and not row["correct"]]
     asks = [prompt_ask(row["id"], GRADE_PROMPT % (questions[row["id"]].question, questions[row["id"]].answer, data.free_answer(row["response"])), []) for row in unsure]
-    said = ask_yes_no(engine, asks, ("Correct",), args.seed, path, f"grades, {spec}")
+    said = ask_yes_no(engine, asks, ("Correct",), "grader", args)
     graded = [read_verdict(said[ask.id], ("Correct",))[0] for ask in asks]
     for row, verdict in zip(unsure, graded):
         row["correct"] = bool(verdict and verdict["Correct"])
@@ -177,21 +174,23 @@ def run(args: argparse.Namespace) -> None:
         raise data.RowError(f"-n {' '.join(map(str, args.n))}: expected one number of samples, or two: of image and of text questions")
     if args.open_ended and args.prompt == "official":
         raise data.RowError("--open-ended with --prompt official: the benchmarks' own prompts ask for a letter; take paper or bare")
+    specs = [spec for spec in (args.engine, args.open_ended, args.judge) if spec]
+    if not stage.open_folder(args, [*args.questions, *filter(None, map(checkpoint, specs))], SPEED):
+        return
     by_id = read_all(args.questions)
-    out.mkdir(parents=True, exist_ok=True)
     if args.open_ended:
         by_id = {key: question.opened() for key, question in by_id.items()}
     asks = {key: make_ask(question, args.prompt, image_root, args.n[0 if question.images else -1]) for key, question in by_id.items()}
     sampling = Sampling(args.temperature, args.top_p, args.max_tokens, args.seed)
-    path = out / "replies.jsonl"
-    data.settle(path, {"engine": args.engine, "prompt": args.prompt, "open_ended": bool(args.open_ended), **vars(sampling), "pixels": args.pixels, "tiles": args.tiles})
+    path = replies_file(args, "evaluate", args.engine, sampling)
     engine = open_engine(args.engine, setup_of(args))
     rows = []
     for kind in ("image", "text"):  # apart, so that a batch has one number of samples a question
         part = [ask for ask in asks.values() if bool(by_id[ask.id].images) == (kind == "image")]
-        rows += ask_all(engine, part, sampling, path, lambda reply: reply_row(reply, args.engine), f"{kind} questions") if part else []
+        said = ask_all(engine, part, sampling, path, lambda reply: reply_row(reply, args.engine), f"{kind} questions") if part else {}
+        rows += [said[ask.id, k] for ask in part for k in ask.samples]
     if args.prompt == "official":
-        ask_for_letters(engine, asks, rows, by_id, sampling, out / "letters.jsonl")
+        ask_for_letters(engine, asks, rows, by_id, sampling, args)
     if isinstance(engine, Replicas):
         engine.close()
     del engine  # grader and judge, if they are local, want its memory
@@ -202,14 +201,11 @@ def run(args: argparse.Namespace) -> None:
     criteria, outputs = {}, [out / "predictions.jsonl", out / "results.json"]
     if args.judge:
         judge = open_engine(args.judge, setup_of(args))
-        settings = {"seed": args.seed, "pixels": args.pixels, "tiles": args.tiles}
         chains = [row for row in rows if by_id[row["id"]].images and row["response"].strip()]  # there is nothing to judge in no answer
-        verdicts = judge_all(judge, chains, by_id, image_root, out / "judge", settings)
+        verdicts = judge_all(judge, chains, by_id, args)
         data.write_jsonl(out / "verdicts.jsonl", verdicts)
         criteria = {(row["id"], row["sample"]): row["criteria"] for row in verdicts}
         outputs.append(out / "verdicts.jsonl")
-    else:
-        (out / "verdicts.jsonl").unlink(missing_ok=True)  # of an earlier run, on other answers
     samples: dict[str, list[dict]] = {key: [] for key in by_id}
     for row in rows:
         samples[row["id"]].append(row)
@@ -220,7 +216,7 @@ def run(args: argparse.Namespace) -> None:
     print_results(results)
     if ungraded:
         print(f"{ungraded} answers have no readable grade, and count as wrong")
-    data.write_stage(out, args, [*args.questions, *filter(None, [checkpoint(args.engine)])], outputs, started)
+    stage.finish(args, outputs, started, {}, {spec: identity(spec) for spec in specs})
 
 
 def print_results(results: dict) -> None:
@@ -267,14 +263,16 @@ def compare(args: argparse.Namespace) -> None:
             )  # fmt: skip
     print("\n".join(lines))
     if args.out:
-        data.write_text(Path(args.out), "\n".join(lines) + "\n")
+        stage.new_file(args.out, "\n".join(lines) + "\n", [])
 
 
 def draw(args: argparse.Namespace) -> None:
     """`table` and `plot`: what the paper shows, from whatever results have it; what they lack is said."""
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    started, out = time.time(), Path(args.out)
+    if not stage.open_folder(args, [Path(folder) / "results.json" for folder in args.results]):
+        return
     paths, left_out = args.what(read_results(args.results), out)
+    stage.finish(args, paths, started, {})
     for path in paths:
         if path.suffix == ".md":
             print(path.read_text(encoding="utf-8"))
@@ -291,23 +289,25 @@ def show_cases(args: argparse.Namespace) -> None:
 
 def report(args: argparse.Namespace) -> None:
     started, out = time.time(), Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    results = read_results(args.results)
-    text = tables.table(results)
-    data.write_text(out / "table.md", text + "\n")
-    outputs, inputs = [out / "table.md"], [Path(folder) / "results.json" for folder in args.results]
     if bool(args.sft) != bool(args.dpo):
         raise data.RowError("--sft and --dpo go together: the curves of both stages are on one picture")
+    inputs = [Path(folder) / "results.json" for folder in args.results]
+    inputs += [Path(folder) / "metrics.jsonl" for folder in (args.sft, args.dpo) if folder]
+    inputs += [Path(args.pairs) / name for name in ("pairs.jsonl", "report.json") if args.pairs]
+    if not stage.open_folder(args, inputs):
+        return
+    results = read_results(args.results)
+    text, outputs = tables.table(results), [out / "table.md"]
+    data.write_text(out / "table.md", text + "\n")
     if args.sft:
         figures.plot_report(results, data.read_metrics(args.sft), data.read_metrics(args.dpo), out / "report.png")
         outputs.append(out / "report.png")
     if args.pairs:
-        figures.plot_films([row for _, row in data.read_jsonl(Path(args.pairs) / "pairs.jsonl")], Path(args.images), out / "films.png")
+        figures.plot_films(data.read_rows(Path(args.pairs) / "pairs.jsonl", "pairs"), Path(args.images), out / "films.png")
         outputs += [out / "films.png"] if (out / "films.png").exists() else []
-        inputs.append(Path(args.pairs) / "pairs.jsonl")
-        print_report(json.loads((Path(args.pairs) / "report.json").read_text()))
+        print_report(data.read_json(Path(args.pairs) / "report.json"))
     print("\n" + text)
-    data.write_stage(out, args, inputs, outputs, started)
+    stage.finish(args, outputs, started, {})
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -382,7 +382,7 @@ def claims(args: argparse.Namespace) -> None:
     for row in found:
         runs = ", ".join(f"{a:.3f} → {b:.3f}" for a, b in row["levels"])
         lines.append(f"| {row['claim']} | {runs} | {row['mean']:+.3f} | {row['low']:+.3f} … {row['high']:+.3f} | {'yes' if row['shown'] else '**no**'} |")
-    data.write_text(Path(args.out), "\n".join(lines) + "\n")
+    stage.new_file(args.out, "\n".join(lines) + "\n", [])
     print("\n".join(lines))
 
 
@@ -444,4 +444,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    stage.run_script(main)

@@ -30,13 +30,11 @@ Where we depart from the paper, or it is silent:
 """
 
 import argparse
-import csv
 import math
 import random
 import re
 import shutil
 import statistics
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -45,7 +43,9 @@ from pathlib import Path
 import numpy as np
 
 import data
-from asking import Ask, Engine, add_flags, ask_yes_no, image_paths, prompt_ask, read_verdict, setup_of
+import stage
+from asking import SPEED, Ask, Engine, add_flags, ask_yes_no, checkpoint, identity, image_paths, prompt_ask, read_verdict, setup_of
+from descriptions import read_sheet, write_sheet
 from engines import open_engine
 
 CRITERIA = ("Logical_Consistency", "Image_Analysis_Involvement", "No_Hallucination", "Reflection_Presence")  # MMRP, paper 3.3
@@ -105,14 +105,10 @@ def verdict_row(rollout: dict, judge: str, reply: dict) -> dict:
     return {**row, "verdict_sha": data.content_hash(row)[:16]}
 
 
-def judge_all(engine: Engine, rollouts: list[dict], questions: dict[str, data.Question], image_root: Path, cache: Path, settings: dict) -> list[dict]:
-    """A verdict on each rollout, in their order. Replies are kept in the folder `cache` as they come, one file for each judge
-    and its settings ("seed" and whatever changes what it sees), so a kill, a retry or new rollouts ask nothing twice."""
-    path = cache / f"replies-{data.content_hash([engine.spec, settings])[:8]}.jsonl"
-    cache.mkdir(parents=True, exist_ok=True)
-    data.settle(path, {"judge": engine.spec, **settings})
-    asks = [judge_ask(questions[row["id"]], row, image_root) for row in rollouts]
-    said = ask_yes_no(engine, asks, KEYS, settings["seed"], path, "verdicts")
+def judge_all(engine: Engine, rollouts: list[dict], questions: dict[str, data.Question], args: argparse.Namespace) -> list[dict]:
+    """A verdict on each rollout, in their order. A kill, a retry or new rollouts ask nothing twice."""
+    asks = [judge_ask(questions[row["id"]], row, Path(args.images)) for row in rollouts]
+    said = ask_yes_no(engine, asks, KEYS, "judge", args)
     return [verdict_row(row, engine.spec, said[ask.id]) for row, ask in zip(rollouts, asks)]
 
 
@@ -122,31 +118,27 @@ def right_by_rule(rollouts: list[dict], questions: dict[str, data.Question]) -> 
 
 
 def read_rollouts(path: str, questions: dict[str, data.Question]) -> list[dict]:
-    rows = []
-    for where, row in data.read_jsonl(path):
-        data.need(row, where, id=str, sample=int, response=str, finish_reason=str, response_sha=str)
-        if "token_ids" not in row:
-            raise data.RowError(f"{where}: missing 'token_ids'; null where the engine does not tell them")
-        if row["id"] not in questions:
-            raise data.RowError(f"{where}: id: {row['id']!r} is not in the questions; give the file the rollouts were made from")
-        rows.append(row)
+    rows = data.read_rows(path, "rollouts")
+    if stranger := next((row["id"] for row in rows if row["id"] not in questions), None):
+        raise data.RowError(f"{path}: id: {stranger!r} is not in the questions; give the file the rollouts were made from")
     return rows
 
 
 def verdicts(args: argparse.Namespace) -> None:
     started, out = time.time(), Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
+    if not stage.open_folder(args, [args.rollouts, args.questions, *filter(None, [checkpoint(args.judge)])], SPEED):
+        return
     questions = {question.id: question for question in data.read_questions(args.questions)}
     rollouts = read_rollouts(args.rollouts, questions)
     right = right_by_rule(rollouts, questions)
     print(f"{len(rollouts)} candidates, {len(right)} right by rule: those go to {args.judge}")
     engine = open_engine(args.judge, setup_of(args))
-    settings = {"seed": args.seed, "pixels": args.pixels, "tiles": args.tiles}
-    rows = judge_all(engine, right, questions, Path(args.images), Path(args.cache or out), settings)
+    rows = judge_all(engine, right, questions, args)
     data.write_jsonl(out / "verdicts.jsonl", rows)
     unread = sum(row["criteria"] is None for row in rows)
     print(f"{len(rows)} verdicts, {unread} unreadable and left out")
-    data.write_stage(out, args, [args.rollouts, args.questions], [out / "verdicts.jsonl"], started, judged=len(rows), unreadable=unread)
+    figures = {"judged": len(rows), "unreadable": unread}
+    stage.finish(args, [out / "verdicts.jsonl"], started, figures, {args.judge: identity(args.judge)})
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -263,6 +255,8 @@ def print_report(report: dict) -> None:
 
 def pairs(args: argparse.Namespace) -> None:
     started, out = time.time(), Path(args.out)
+    if not stage.open_folder(args, [args.rollouts, args.questions, args.verdicts]):
+        return
     questions = {question.id: question for question in data.read_questions(args.questions)}
     rollouts = read_rollouts(args.rollouts, questions)
     judged = data.read_rows(args.verdicts, "verdicts")
@@ -271,7 +265,7 @@ def pairs(args: argparse.Namespace) -> None:
     data.write_jsonl(out / "pairs.jsonl", rows)
     data.write_json(out / "report.json", report)
     print_report(report)
-    data.write_stage(out, args, [args.rollouts, args.questions, args.verdicts], [out / "pairs.jsonl"], started, **{k: v for k, v in report.items() if isinstance(v, int)})
+    stage.finish(args, [out / "pairs.jsonl", out / "report.json"], started, {k: v for k, v in report.items() if isinstance(v, int)})
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -287,6 +281,8 @@ CELL = 32_767  # characters of a cell, in the spreadsheets that raters use
 def sample(args: argparse.Namespace) -> None:
     """Draws chains with a readable verdict, each text once, and lays them out for raters who must not know the verdicts."""
     started, out, image_root = time.time(), Path(args.out), Path(args.images)
+    if not stage.open_folder(args, [args.verdicts, args.rollouts, args.questions]):
+        return
     questions = {question.id: question for question in data.read_questions(args.questions)}
     chains = {(row["id"], row["response_sha"]): row for row in read_rollouts(args.rollouts, questions)}
     judged = {(row["id"], row["response_sha"]) for row in data.read_rows(args.verdicts, "verdicts") if row["criteria"]}
@@ -296,9 +292,7 @@ def sample(args: argparse.Namespace) -> None:
         raise data.RowError(f"{args.verdicts}: {len(judged)} chains have a readable verdict, fewer than -n {args.n}; ask for fewer")
     drawn = random.Random(args.seed).sample(sorted(judged), args.n)
     sheet, key = [], []
-    if (out / "sheet").exists():
-        raise data.RowError(f"{out / 'sheet'}: is there already, and may be half filled in; move it away, or write to another folder")
-    (out / "sheet" / "images").mkdir(parents=True)
+    (out / "sheet" / "images").mkdir(parents=True, exist_ok=True)
     for number, (question_id, response_sha) in enumerate(drawn, 1):
         question, case, copies = questions[question_id], f"case-{number:04d}", []
         for index, image in enumerate(image_paths(question, image_root), 1):  # under new names: a file's own may tell the answer
@@ -310,26 +304,19 @@ def sample(args: argparse.Namespace) -> None:
             print(f"{case}: a text of {len(longest)} characters; a spreadsheet shows {CELL} of them, so have it read from sheet.csv itself")
         sheet.append([*told, *[""] * len(CRITERIA)])
         key.append({"case": case, "id": question_id, "response_sha": response_sha})
-    with open(out / "sheet" / "sheet.csv", "w", newline="", encoding="utf-8-sig") as file:  # spreadsheets tell UTF-8 by the mark
-        csv.writer(file).writerows([SHEET, *sheet])
+    write_sheet(out / "sheet" / "sheet.csv", list(SHEET), sheet)
     data.write_jsonl(out / "key.jsonl", key)
     print(f"{args.n} of {len(judged)} judged chains. {out / 'sheet'} is for the raters: Yes or No in the columns {', '.join(CRITERIA)}.")
     print(f"Each rater fills in a copy of sheet.csv. Keep {out / 'key.jsonl'} to yourself: it says which chain is which.")
-    data.write_stage(out, args, [args.verdicts, args.rollouts, args.questions], [out / "sheet" / "sheet.csv", out / "key.jsonl"], started, cases=args.n)
+    stage.finish(args, [out / "key.jsonl"], started, {"cases": args.n})  # raters may fill in the sheet where it lies
 
 
-def read_sheet(path: str, cases: Sequence[str]) -> dict[str, dict[str, bool]]:
+def read_ratings(path: str, cases: Sequence[str]) -> dict[str, dict[str, bool]]:
     """{case: {criterion: met}} from a sheet that a rater filled in. Raises RowError that lists every mistake by row and
     column: a sheet counts whole or not at all."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise data.RowError(f"{path}: cannot be read ({error}); save the filled-in sheet as CSV in UTF-8") from None
-    if lacking := [name for name in ("id", *CRITERIA) if not rows or name not in rows[0]]:
-        raise data.RowError(f"{path}: no column {lacking[0]!r}; save the filled-in sheet as CSV with commas, its first line unchanged")
+    rows = read_sheet(path, ["id", *CRITERIA])
     found, mistakes = {}, []
-    for number, row in enumerate(rows, 2):  # as a spreadsheet numbers them: the first row is the header
+    for number, row in rows:
         where, case = f"row {number} ({row['id']})", row["id"]
         if case not in cases:
             mistakes.append(f"{where}, column id: is not a case of the key; rows must keep the id they were given")
@@ -410,9 +397,10 @@ def plot_agreement(cases: np.ndarray, figures: dict, path: Path) -> None:
 
 def agree(args: argparse.Namespace) -> None:
     started, out = time.time(), Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    key = {row["case"]: (row["id"], row["response_sha"]) for _, row in data.read_jsonl(args.key)}
-    sheets = [read_sheet(path, list(key)) for path in args.human]
+    if not stage.open_folder(args, [*args.human, args.key, args.verdicts]):
+        return
+    key = {row["case"]: (row["id"], row["response_sha"]) for row in data.read_rows(args.key, "key")}
+    sheets = [read_ratings(path, list(key)) for path in args.human]
     verdict_of = {(row["id"], row["response_sha"]): row["criteria"] for row in data.read_rows(args.verdicts, "verdicts")}
     if lacking := [case for case, chain in key.items() if chain not in verdict_of]:
         raise data.RowError(f"{args.verdicts}: no verdict on {len(lacking)} of {len(key)} cases, the first is {lacking[0]}; give the verdicts of the same rollouts")
@@ -437,7 +425,7 @@ def agree(args: argparse.Namespace) -> None:
         print(f"{name:<27} {rates}   accuracy {shown(f'{name}.accuracy', '.3f')}   kappa {shown(f'{name}.kappa', '.3f')}")
     data.write_json(out / "agreement.json", {"cases": len(cases), "raters": len(sheets), "figures": figures, "intervals": intervals})
     plot_agreement(cases, figures, out / "agreement.png")
-    data.write_stage(out, args, [*args.human, args.key, args.verdicts], [out / "agreement.json", out / "agreement.png"], started, cases=len(cases), raters=len(sheets))
+    stage.finish(args, [out / "agreement.json", out / "agreement.png"], started, {"cases": len(cases), "raters": len(sheets)})
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -458,7 +446,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     ask.add_argument("--judge", required=True, help="engine spec of the judge")
     for command in (ask, draw):
         command.add_argument("--images", default=".", help="image root")
-    ask.add_argument("--cache", default="", help="folder of the judge's replies, to share between runs; default: --out")
     add_flags(ask)
     ask.set_defaults(run=verdicts)
     cut.add_argument("--criteria", nargs="+", choices=CRITERIA, default=list(CRITERIA), help="what a positive must meet")  # paper 3.3: all four
@@ -479,4 +466,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    stage.run_script(main)

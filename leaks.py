@@ -26,7 +26,6 @@ Where we depart from the paper, or it is silent:
 """
 
 import argparse
-import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +37,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import data
+import stage
 
 NGRAM = 13  # ours: paper silent
 JACCARD = 0.25  # ours: paper silent; see departure 2
@@ -50,13 +50,6 @@ BLOCK = 1024  # ours: images compared at once; 1024 x 3000 distances are 25 MB
 
 # ---------------------------------------------------------------------------------------------------------------
 # The bank
-
-
-def keep_apart(out: Path, paths: list[str]) -> None:
-    """Raises RowError for a file that is read, but lies in the folder that is written."""
-    for path in paths:
-        if Path(path).resolve().parent == out.resolve():
-            raise data.RowError(f"--out {out}: holds {path}, which is read here and might be written over; write to another folder, or move the file")
 
 
 def read_bank(paths: list[str]) -> list[data.Question]:
@@ -166,7 +159,7 @@ def leaked_images(questions: list[data.Question], benchmarks: list[data.Question
     is not there."""
     for question in questions + benchmarks:
         for image in question.images:
-            if not (image_root / image).is_file():
+            if not data.image_file(image_root, image).is_file():
                 raise data.RowError(f"question {question.id}: image {image} is not below {image_root}; check --images")
     own, theirs = (sorted({image for question in side for image in question.images}) for side in (questions, benchmarks))
     files = {data.file_hash(image_root / image): image for image in theirs}
@@ -268,14 +261,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     started, out = time.time(), Path(args.out)
-    keep_apart(out, [*args.questions, *args.against])
+    if not stage.open_folder(args, [*args.questions, *args.against]):
+        return
     bank = read_bank(args.questions)
     benchmarks = [question for path in args.against for question in data.read_questions(path)]
     found, likeness = check(bank, benchmarks, Path(args.images), args.ngram, args.jaccard, args.distance)
     data.write_jsonl(out / "leaks.jsonl", ({"id": key, **row} for key, row in found.items()))
     figures = print_audit(bank, found, likeness)
-    data.write_stage(out, args, [*args.questions, *args.against], [out / "leaks.jsonl"], started, **figures)
+    stage.finish(args, [out / "leaks.jsonl"], started, figures)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    stage.run_script(main)

@@ -9,17 +9,17 @@
     python medee.py plan qwen2.5-vl-7b --gpus 8  will it fit? memory of a GPU in both stages, term by term
     python medee.py claims                       the demo over several seeds, and what it shows with intervals
 
-A stage is done when its folder has a stage.json whose command and input hashes are those asked for now. A stage that was
-killed goes on from its last row or step; one whose settings or inputs changed starts again, and so does all that
-depends on it. Replies of engines are paid for: a stage that starts again keeps those that it would ask for in the same
-way, and the others lie beside under another name. A change of the code is said, and undoes nothing. Nothing here computes: the
-miniature differs from the 7B in its recipe, never in its code path.
+A stage is done when its folder has a stage.json and the command and input hashes are those asked for now. A stage that was
+killed goes on from its last row or step. One whose settings or inputs changed is set aside whole, as NAME.1, and made anew,
+and so is all that depends on it; nothing is ever deleted. Replies of engines are paid for: they lie in RUN/replies, and
+what is still valid is not asked again. A folder that this run did not begin is left alone, or taken over with --adopt. A
+change of the code is said, and undoes nothing. Nothing here computes: the miniature differs from the 7B in its recipe, never
+in its code path.
 
 Where we depart from the paper, or it is silent: see each script; the recipes below say which number is whose.
 """
 
 import argparse
-import json
 import os
 import re
 import shlex
@@ -30,9 +30,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import data
+import stage
 
 HERE = Path(__file__).resolve().parent
-ASKING = ("curate.py", "distill.py", "rollout.py", "evaluate.py")  # scripts whose folders hold replies of engines
 
 
 @dataclass(frozen=True)
@@ -102,15 +102,30 @@ WORLDS = {  # questions of the clinic's bank and tests, the base model's schooli
 # ---------------------------------------------------------------------------------------------------------------
 # Stages
 
+PLACES = ("out", "images", "replies")  # flags whose folders are no inputs
 
-def model_path(word: str) -> str:
-    """The path in a word of a command: its own, or that of a local engine's model."""
-    return str(Path(re.sub(r"^(?:(?:text|image)=)?(?:hf|vllm):", "", word)))
+
+def named_files(words: tuple[str, ...]) -> dict[str, str]:
+    """{path: fingerprint} of every file and model folder that the flags of a command name."""
+    found, flag = {}, ""
+    for word in words if words[0].startswith("-") else words[1:]:  # without the command's name
+        if re.match(r"--?[a-z]", word):
+            flag = word.lstrip("-")
+            continue
+        path = re.sub(r"^(?:(?:text|image)=)?(?:hf|vllm):", "", word)
+        if flag not in PLACES and path and Path(path).exists():
+            found[path] = stage.fingerprint(path)
+    return found
+
+
+def size_of(folder: Path) -> str:
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One command. Its folder is its --out; its inputs are the files of the run that its flags name."""
+    """One command. Its folder is its --out; medee.json in it says with which command and inputs this run began it."""
 
     name: str
     script: str
@@ -125,110 +140,58 @@ class Stage:
         launcher = ["torchrun", "--nproc_per_node", str(self.ranks)] if self.ranks else ["python"]
         return [*launcher, self.script, *self.words]
 
-    def inputs(self) -> dict[str, str]:
-        """{path: hash} of the files and model folders among the words, own output, cache and image root aside."""
-        found = {}
-        for before, word in zip(("", *self.words), self.words):
-            path = model_path(word)
-            if before not in ("--out", "--cache", "--images") and ("/" in word or path != word) and Path(path).exists():
-                found[path] = data.file_hash(path)
-        return found
-
-    def sources(self) -> dict[str, str]:
-        """{file: hash} of the script and of every file of the project that it imports, directly or not."""
-        found, waiting = {}, [self.script]
-        while waiting:
-            name = waiting.pop()
-            if name not in found and (HERE / name).exists():
-                text = (HERE / name).read_text(encoding="utf-8")
-                found[name] = data.content_hash(text)
-                waiting += [f"{module}.py" for module in re.findall(r"^\s*(?:import|from) (\w+)", text, re.M)]
-        return found
-
-    def edited(self) -> list[str]:
-        """Files of the project that changed since the stage was begun. They do not undo it: a corrected comment must not
-        cost a week of training. Whoever knows that the change matters removes the folder."""
-        now = self.sources()
-        then = json.loads((self.folder / "begun.json").read_text())["sources"]
-        return sorted(name for name in now.keys() | then.keys() if now.get(name) != then.get(name))
+    def record(self) -> dict:
+        return {"command": [self.script, *self.words], "inputs": named_files(self.words)}
 
     def state(self) -> str:
-        """done, or why not: "to do", "interrupted", or what changed since it was made."""
-        finished, begun = self.folder / "stage.json", self.folder / "begun.json"
+        """done, or why not: "to do", "interrupted", "not begun by this run", or what changed since it was begun."""
+        begun, finished = self.folder / "medee.json", self.folder / "stage.json"
         if not begun.exists():
-            return "to do"
-        record = json.loads(begun.read_text())
-        if record["command"] != [self.script, *self.words]:
+            return "not begun by this run" if self.folder.exists() and any(self.folder.iterdir()) else "to do"
+        record, now = data.read_json(begun), self.record()
+        if record["command"] != now["command"]:
             return "its settings changed"
-        now = self.inputs()
-        changed = [path for path, digest in record["inputs"].items() if now.get(path) != digest]
-        if changed or now.keys() - record["inputs"].keys():
-            return f"{changed[0] if changed else 'an input'} changed"
+        if changed := sorted(path for path in record["inputs"].keys() | now["inputs"].keys() if record["inputs"].get(path) != now["inputs"].get(path)):
+            return f"{changed[0]} changed"
         if not finished.exists():
             return "interrupted"
-        outputs = json.loads(finished.read_text())["outputs"]
-        lost = [name for name, digest in outputs.items() if not (self.folder / name).exists() or data.file_hash(self.folder / name) != digest]
-        return f"its output {lost[0]} changed" if lost else "done"
+        lost = stage.changed_output(self.folder, data.read_json(finished))
+        return f"its output {lost} changed" if lost else "done"
 
-    def flags(self, of: list[str] | tuple[str, ...]) -> dict[str, list[str]]:
-        """{flag: its values} of a command's words."""
-        found, values = {}, []
-        for word in of:
-            if re.match(r"--?[a-z]", word):
-                values = found.setdefault(word.lstrip("-"), [])
-            else:
-                values.append(word)
-        return found
+    def edited(self) -> list[str]:
+        """Files of the project that changed since the stage was finished. They do not undo it: a corrected comment must not
+        cost a week of training. Whoever knows that the change matters moves the folder away."""
+        then = data.read_json(self.folder / "stage.json")["sources"]
+        return sorted(name for name, digest in then.items() if not (HERE / name).exists() or data.file_hash(HERE / name) != digest)
 
-    def stale(self, settings: dict, begun: dict) -> bool:
-        """Whether replies with these settings may not count any more: a flag of that name or a model that they name changed.
-        curate.py and distill.py have files for each engine, and ask changed questions anew by themselves; others do not.
-        rollout.py's replies are its very output, which must hold no others."""
-        before, after, now = self.flags(begun["command"]), self.flags(self.words), self.inputs()
-        changed = {path for path, digest in begun["inputs"].items() if now.get(path) != digest}
-        values = [value for value in settings.values() if isinstance(value, str)]
-        gone = [value for value in values if value in begun["command"] and value not in self.words]
-        return (
-            self.script == "rollout.py"
-            or any(before.get(flag) != after.get(flag) for flag in (key.replace("_", "-") for key in settings))
-            or any(model_path(value) in changed for value in values)
-            or bool(changed or gone) and self.script not in ("curate.py", "distill.py")
-        )
+    def set_aside(self, why: str) -> None:
+        """Gives the folder another name: nothing is deleted."""
+        aside = next(path for n in range(1, 10**6) if not (path := self.folder.with_name(f"{self.folder.name}.{n}")).exists())
+        print(f"   {self.folder} is set aside as {aside.name} ({size_of(self.folder)}): {why}", flush=True)
+        self.folder.rename(aside)
 
-    def clear(self) -> None:
-        """Empties the folder for a new start, but for files of replies, their settings, and the sheet that a human may have filled
-        in. Replies that may not count any more are set aside under another name."""
-        file, kept = self.folder / "begun.json", {self.folder / "review.csv"}
-        begun = json.loads(file.read_text()) if file.exists() else None
-        for record in sorted(self.folder.rglob("*.jsonl.settings.json") if self.script in ASKING else ()):
-            replies = record.with_name(record.name.removesuffix(".settings.json"))
-            if replies.exists() and (begun is None or self.stale(json.loads(record.read_text()), begun)):
-                number = next(n for n in range(1, 10**6) if not replies.with_name(f"{replies.name}.{n}").exists())
-                print(f"   {replies} may have been asked for in another way; it is set aside as {replies.name}.{number}")
-                replies.rename(f"{replies}.{number}")
-                record.rename(f"{replies}.{number}.settings")
-            elif replies.exists():
-                kept |= {replies, record}
-        aside = re.compile(r".*\.jsonl\.\d+(\.settings)?")
-        for path in sorted(self.folder.rglob("*"), reverse=True):  # what a folder holds before the folder
-            if path.is_dir() and not path.is_symlink():
-                if not any(path.iterdir()):
-                    path.rmdir()
-            elif path not in kept and not aside.fullmatch(path.name):
-                path.unlink()
+    def adopt(self) -> None:
+        """Takes a finished folder that was made by hand for this stage's. Raises RowError unless it is whole."""
+        if not (self.folder / "stage.json").exists():
+            raise data.RowError(f"--adopt {self.name}: {self.folder} has no stage.json; only a finished stage can be adopted")
+        finished = data.read_json(self.folder / "stage.json")
+        if lost := stage.changed_output(self.folder, finished):
+            raise data.RowError(f"--adopt {self.name}: {self.folder / lost} is not as its stage.json has it")
+        data.write_json(self.folder / "medee.json", {**self.record(), "adopted": finished["command"]})
 
     def run(self) -> None:
         """Runs the command unless it is done, from where it was stopped if nothing changed. Raises SystemExit if it fails."""
         state = self.state()
-        print(f"\n== {self.name}: {state}" + ("" if state in ("done", "to do", "interrupted") else "; it starts again"), flush=True)
-        print("   $ " + shlex.join(self.command()), flush=True)
-        if state in ("done", "interrupted") and self.edited():
-            print(f"   note: {', '.join(self.edited())} changed since this was begun; if that matters here, remove {self.folder}")
+        print(f"\n== {self.name}: {state}\n   $ {shlex.join(self.command())}", flush=True)
+        if state == "not begun by this run":
+            raise data.RowError(f"{self.folder} was not begun by this run, and is left alone; give --adopt {self.name} if it is this stage, finished by hand, or another --out")
         if state == "done":
+            if edited := self.edited():
+                print(f"   note: {', '.join(edited)} changed since this was made; if that matters here, move {self.folder} away")
             return
-        if state != "interrupted":
-            self.clear()
-            data.write_json(self.folder / "begun.json", {"command": [self.script, *self.words], "inputs": self.inputs(), "sources": self.sources()})
+        if state not in ("to do", "interrupted"):
+            self.set_aside(state)
+        data.write_json(self.folder / "medee.json", self.record())
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(self.ranks)] if self.ranks else [sys.executable]
         # a busy neighbour slows spinning threads several-fold; waiting threads give way
         environment = {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **os.environ}
@@ -253,24 +216,24 @@ def method(recipe: Recipe, base: str, run: Path, bank: list[str], images: str, a
     at = {name: str(run / name) for name in ("curate", "distill", "sft", "rollout", "verdicts", "pairs", "dpo", "eval-base", "eval-stage1", "eval-stage2", "report")}
     shared = {"images": images, **recipe.images}
 
-    def stage(name: str, script: str, command: str, flags: dict, ranks: int = 0) -> Stage:
+    def make(name: str, script: str, command: str, flags: dict, ranks: int = 0) -> Stage:
         return Stage(name, script, (*([command] if command else []), *words({**flags, "out": at[name]})), ranks)
 
     rollouts = {"rollouts": f"{at['rollout']}/rollouts.jsonl", "questions": f"{at['curate']}/image.jsonl"}
     stages = [
-        stage("curate", "curate.py", "all", {"questions": bank, "against": against, **engines["curate"], **shared, **recipe.curate, "seed": seed}),
-        stage("distill", "distill.py", "run", {"questions": f"{at['curate']}/text.jsonl", **engines["distill"], **recipe.distill, "seed": seed}),
-        stage("sft", "sft.py", "", {"model": base, "demos": f"{at['distill']}/demos.jsonl", **shared, **recipe.sft, "seed": seed}, ranks),
-        stage("rollout", "rollout.py", "", {"engine": f"{recipe.engine}:{at['sft']}/merged", "questions": f"{at['curate']}/image.jsonl", **shared, **recipe.rollout, "seed": seed}),
-        stage("verdicts", "judge.py", "verdicts", {"judge": engines["judge"], **rollouts, **shared, "cache": str(run / "judge-cache"), "seed": seed}),
-        stage("pairs", "judge.py", "pairs", {"verdicts": f"{at['verdicts']}/verdicts.jsonl", **rollouts, **recipe.pairs, "seed": seed}),
-        stage("dpo", "dpo.py", "", {"model": f"{at['sft']}/merged", "pairs": f"{at['pairs']}/pairs.jsonl", **shared, **recipe.dpo, "seed": seed}, ranks),
+        make("curate", "curate.py", "all", {"questions": bank, "against": against, **engines["curate"], **shared, **recipe.curate, "seed": seed}),
+        make("distill", "distill.py", "run", {"questions": f"{at['curate']}/text.jsonl", **engines["distill"], **recipe.distill, "seed": seed}),
+        make("sft", "sft.py", "", {"model": base, "demos": f"{at['distill']}/demos.jsonl", **shared, **recipe.sft, "seed": seed}, ranks),
+        make("rollout", "rollout.py", "", {"engine": f"{recipe.engine}:{at['sft']}/merged", "questions": f"{at['curate']}/image.jsonl", **shared, **recipe.rollout, "seed": seed}),
+        make("verdicts", "judge.py", "verdicts", {"judge": engines["judge"], **rollouts, **shared, "seed": seed}),
+        make("pairs", "judge.py", "pairs", {"verdicts": f"{at['verdicts']}/verdicts.jsonl", **rollouts, **recipe.pairs, "seed": seed}),
+        make("dpo", "dpo.py", "", {"model": f"{at['sft']}/merged", "pairs": f"{at['pairs']}/pairs.jsonl", **shared, **recipe.dpo, "seed": seed}, ranks),
     ]
     for name, title, folder in (("eval-base", "base", base), ("eval-stage1", "+ Stage I", f"{at['sft']}/merged"), ("eval-stage2", "+ Stage II", f"{at['dpo']}/merged")):
         flags = {"engine": f"{recipe.engine}:{folder}", "name": title, "questions": test, **shared, **recipe.evaluate, "judge": engines["judge"], "seed": seed}
-        stages.append(stage(name, "evaluate.py", "run", flags))
+        stages.append(make(name, "evaluate.py", "run", flags))
     results = [at["eval-base"], at["eval-stage1"], at["eval-stage2"]]
-    stages.append(stage("report", "evaluate.py", "report", {"results": results, "sft": at["sft"], "dpo": at["dpo"], "pairs": at["pairs"], "images": images}))
+    stages.append(make("report", "evaluate.py", "report", {"results": results, "sft": at["sft"], "dpo": at["dpo"], "pairs": at["pairs"], "images": images}))
     return stages
 
 
@@ -300,10 +263,11 @@ def demo_stages(run: Path, family: str, size: str, world: str, seed: int) -> lis
 def run_stages(stages: list[Stage], run: Path, what: str) -> None:
     """Runs what is not done, and remembers the list for `status`."""
     started = time.time()
-    data.write_json(run / "run.json", {"started_in": os.getcwd(), "stages": [[stage.name, stage.script, list(stage.words), stage.ranks] for stage in stages]})
-    for number, stage in enumerate(stages, 1):
+    stage.remember(run)
+    data.write_json(run / "run.json", {"started_in": os.getcwd(), "stages": [[one.name, one.script, list(one.words), one.ranks] for one in stages]})
+    for number, one in enumerate(stages, 1):
         print(f"\n[{number}/{len(stages)}, {time.time() - started:.0f} s]", end="", flush=True)
-        stage.run()
+        one.run()
     print(f"\n{what} took {time.time() - started:.0f} s. In {run}:")
     for name, about in (
         ("report/report.png", "accuracy, criteria, training curves, MV@n and pass@n"),
@@ -322,7 +286,7 @@ def print_summary(run: Path) -> None:
     from curate import print_funnel
 
     print()
-    print_funnel(json.loads((run / "curate" / "funnel.json").read_text()))
+    print_funnel(data.read_json(run / "curate" / "funnel.json"))
 
 
 def demo(args: argparse.Namespace) -> None:
@@ -336,15 +300,21 @@ def run(args: argparse.Namespace) -> None:
     folder = Path(args.out)
     recipe = RECIPES[args.recipe]
     engines = {
-        "curate": {"baselines": args.baselines, "experts": args.experts, "classifier": args.classifier, "editor": args.editor},
+        "curate": {"baselines": args.baselines, "experts": args.experts, "classifier": args.classifier, "editor": args.editor} | ({"reviewed": args.reviewed} if args.reviewed else {}) | ({"keep-unreviewed": True} if args.keep_unreviewed else {}),
         "distill": {"teachers": args.teachers} | ({"expand": args.expand} if args.expand else {}) | ({"checker": args.checker} if args.checker else {}),
         "judge": args.judge,
     }
     stages = method(recipe, args.base or recipe.base, folder, args.questions, args.images, args.test, args.test, engines, args.gpus, args.seed)
     if args.dry:
-        for stage in stages:
-            print(shlex.join(stage.command()))
+        for one in stages:
+            print(shlex.join(one.command()))
         return
+    adopted = {one.name: one for one in stages if one.name in args.adopt}
+    if strange := set(args.adopt) - adopted.keys():
+        raise data.RowError(f"--adopt {strange.pop()}: is no stage; they are {', '.join(one.name for one in stages)}")
+    stage.remember(folder)
+    for one in adopted.values():
+        one.adopt()
     run_stages(stages, folder, args.recipe)
 
 
@@ -357,13 +327,13 @@ def plan(args: argparse.Namespace) -> None:
     recipe = RECIPES[args.recipe]
     config = AutoConfig.from_pretrained(args.base, trust_remote_code=False, local_files_only=True) if args.base else config_of(SIZES[args.recipe])
     print(f"{args.recipe} on {args.gpus} GPUs of {args.memory:.0f} GB, rows of {args.len} tokens; shapes of {args.base or 'the published config, from memory (--base FOLDER reads yours)'}")
-    for stage in [args.stage] if args.stage else ["sft", "dpo"]:
-        flags = getattr(recipe, stage)
-        method, count = ("lora", 0) if stage == "sft" else (flags["method"], args.images)
+    for name in [args.stage] if args.stage else ["sft", "dpo"]:
+        flags = getattr(recipe, name)
+        method, count = ("lora", 0) if name == "sft" else (flags["method"], args.images)
         policy = shapes(config, method, flags.get("rank", RANK))
         images = count * image_bytes(policy, recipe.images.get("pixels", 0), recipe.images.get("tiles", 1))
-        title = f"\n{'Stage I, sft.py' if stage == 'sft' else 'Stage II, dpo.py'} ({method}; images a row: {count})"
-        print(report(title, policy, args.gpus, args.len, stage == "dpo", images, ROOM * args.memory, max(1, flags["batch"] // args.gpus)))
+        title = f"\n{'Stage I, sft.py' if name == 'sft' else 'Stage II, dpo.py'} ({method}; images a row: {count})"
+        print(report(title, policy, args.gpus, args.len, name == "dpo", images, ROOM * args.memory, max(1, flags["batch"] // args.gpus)))
 
 
 def claims(args: argparse.Namespace) -> None:
@@ -371,7 +341,7 @@ def claims(args: argparse.Namespace) -> None:
     for seed in args.seeds:
         stages = demo_stages(folder / f"seed-{seed}", args.family, args.size, "normal", seed)
         run_stages(stages, folder / f"seed-{seed}", f"seed {seed}")
-    words = ["evaluate.py", "claims", "--runs", *[str(folder / f"seed-{seed}") for seed in args.seeds], "--out", args.write]
+    words = ["evaluate.py", "claims", "--runs", *[str(folder / f"seed-{seed}") for seed in args.seeds], "--out", args.write or str(folder / "CLAIMS.md")]
     print("\n   $ " + shlex.join(["python", *words]), flush=True)
     subprocess.run([sys.executable, str(HERE / words[0]), *words[1:]], check=True)
 
@@ -380,19 +350,16 @@ def status(args: argparse.Namespace) -> None:
     folder = Path(args.out)
     if not (folder / "run.json").exists():
         raise SystemExit(f"{folder} holds no run; start one with: python medee.py demo --out {folder}")
-    record = json.loads((folder / "run.json").read_text())
+    record = data.read_json(folder / "run.json")
+    stage.remember(folder.resolve())
     os.chdir(record["started_in"])  # the commands' paths are relative to it
     for name, script, stage_words, ranks in record["stages"]:
-        stage = Stage(name, script, tuple(stage_words), ranks)
-        state, extra = stage.state(), ""
+        one = Stage(name, script, tuple(stage_words), ranks)
+        state, extra = one.state(), ""
         if state == "done":
-            record = json.loads((stage.folder / "stage.json").read_text())
+            record = data.read_json(one.folder / "stage.json")
             extra = f"{record['seconds']:>7.1f} s   " + ", ".join(f"{key} {value}" for key, value in record["figures"].items() if not isinstance(value, dict))
-        elif state == "interrupted":
-            rows = sum(len(path.read_text().splitlines()) for path in stage.folder.glob("*.jsonl"))
-            extra = f"   {rows} rows so far"
-        if state in ("done", "interrupted") and stage.edited():
-            extra += f"   ({', '.join(stage.edited())} changed since)"
+            extra += f"   ({', '.join(edited)} changed since)" if (edited := one.edited()) else ""
         print(f"{name:<12} {state:<12} {extra}")
 
 
@@ -423,6 +390,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     real.add_argument("--gpus", type=int, default=8, help="ranks of torchrun")
     real.add_argument("--out", default="runs/full", help="run folder")
     real.add_argument("--seed", type=int, default=0)
+    real.add_argument("--reviewed", default="", help="review.csv of curate with its question column corrected, as curate.py takes it")
+    real.add_argument("--keep-unreviewed", action="store_true", help="as in curate.py: questions that wait for a human are let in")
+    real.add_argument("--adopt", nargs="+", default=[], metavar="STAGE", help="stages that were finished by hand in this run's folder")
     real.add_argument("--dry", action="store_true", help="print the commands only")
     real.set_defaults(act=run)
     several = commands.add_parser("claims", help="the demo over several seeds, and what it shows")
@@ -430,7 +400,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     several.add_argument("--seeds", type=int, nargs="+", default=[21, 22, 23], help="none of them was used to choose a setting")
     several.add_argument("--size", choices=["tiny", "small"], default="tiny")
     several.add_argument("--family", choices=["qwen", "internvl"], default="qwen")
-    several.add_argument("--write", default="CLAIMS.md", help="file for the table")
+    several.add_argument("--write", default="", help="file for the table; default: CLAIMS.md in --out")
     several.set_defaults(act=claims)
     fits = commands.add_parser("plan", help="will it fit? memory of a GPU, term by term, and the micro-batch for it")
     fits.add_argument("recipe", choices=[name for name in RECIPES if not name.startswith("mini")])
@@ -453,4 +423,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    stage.run_script(main)

@@ -27,7 +27,6 @@ import json
 import math
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -38,6 +37,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 import data
+import stage
 
 MAX_PIXELS = 768 * 768  # ours: paper silent (LLaMA-Factory's image_max_pixels)
 TILES = 1  # ours: paper silent (LLaMA-Factory trains InternVL on one tile an image)
@@ -699,4 +699,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    stage.run_script(main)

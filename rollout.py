@@ -14,14 +14,14 @@ Where we depart from the paper, or it is silent:
 """
 
 import argparse
-import sys
 import time
 from collections import Counter
 from pathlib import Path
 
 import data
-from asking import Sampling, add_flags, ask_all, question_asks, reply_row, setup_of
-from engines import checkpoint, open_engine
+import stage
+from asking import SPEED, Sampling, add_flags, ask_all, checkpoint, identity, question_asks, replies_file, reply_row, setup_of
+from engines import open_engine
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -41,20 +41,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args, started = parse(argv), time.time()
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / "rollouts.jsonl"
+    path = Path(args.out) / "rollouts.jsonl"
+    if not stage.open_folder(args, [args.questions, *filter(None, [checkpoint(args.engine)])], SPEED):
+        return
     asks = question_asks(data.read_questions(args.questions), Path(args.images), args.n)
     sampling = Sampling(args.temperature, args.top_p, args.max_tokens, args.seed)
-    data.settle(path, {"engine": args.engine, **vars(sampling), "pixels": args.pixels, "tiles": args.tiles})
+    replies = replies_file(args, "rollout", args.engine, sampling)
     engine = open_engine(args.engine, setup_of(args))
-    rows = ask_all(engine, asks, sampling, path, lambda reply: reply_row(reply, args.engine), "rollouts")
+    rows = list(ask_all(engine, asks, sampling, replies, lambda reply: reply_row(reply, args.engine), "rollouts").values())
+    data.write_jsonl(path, rows)
     ends = Counter(row["finish_reason"] for row in rows)
     cut, none = ends.pop("length", 0), {reason: count for reason, count in sorted(ends.items()) if reason != "stop"}
     print(f"{len(rows)} answers to {len(asks)} questions, {cut} cut off by --max-tokens {args.max_tokens}" + "".join(f", {count} {reason}" for reason, count in none.items()))
-    inputs = [args.questions, *filter(None, [checkpoint(args.engine)])]
-    data.write_stage(out, args, inputs, [path], started, answers=len(rows), cut_off=cut, unanswered=sum(none.values()))
+    figures = {"answers": len(rows), "cut_off": cut, "unanswered": sum(none.values())}
+    stage.finish(args, [path], started, figures, {args.engine: identity(args.engine)})
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    stage.run_script(main)

@@ -18,7 +18,6 @@ of one question are not independent); where a question counts in part, a mean of
 answers that Wilson's formula supposes, and the interval is too wide rather than too narrow.
 """
 
-import json
 import math
 import random
 import statistics
@@ -122,10 +121,8 @@ def read_results(folder: str | Path, wanted: dict[str, type]) -> dict:
     path = Path(folder) / "results.json"
     if not path.is_file():
         raise data.RowError(f"{path}: no such file; evaluate.py run writes it into its --out")
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise data.RowError(f"{path}: not JSON ({error}); run the evaluation again") from None
+    results = data.read_json(path)
+    data.need({"results": results}, str(path), results=dict)
     data.need(results, str(path), **wanted)
     return results
 

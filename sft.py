@@ -21,7 +21,6 @@ Where we depart from the paper, or it is silent:
 """
 
 import argparse
-import sys
 import time
 import unicodedata
 from collections.abc import Callable
@@ -33,6 +32,7 @@ from torch import Tensor, nn
 import data
 import lora
 import model
+import stage
 import train
 
 MAX_LENGTH = 8192  # ours: paper silent; prompt and response together
@@ -53,7 +53,7 @@ def sft_loss(logp: Tensor, batch: model.Batch, weights: dict[int, float]) -> tup
 
 def encode_demo(row: dict, processor: model.Processor, image_root: Path) -> model.Row:
     """prompt -> response"""
-    images = [processor.encode_file(image_root / image) for image in row["images"]]
+    images = [processor.encode_file(data.image_file(image_root, image)) for image in row["images"]]
     prompt = processor.encode_prompt(row["messages"][:-1], images)
     return [prompt, processor.encode_response(row["messages"][-1]["content"])]
 
@@ -177,8 +177,9 @@ def main(argv: list[str] | None = None) -> None:
     args, started = parse(argv), time.time()
     out, image_root = Path(args.out), Path(args.images)
     device = train.init_ranks()
+    if not train.begin(args, [args.model, *args.demos]):
+        return
     rows = [row for path in args.demos for row in data.read_rows(path, "demos")]
-    train.same_run(out, args, [args.model, *args.demos])
     processor = model.Processor(args.model, args.pixels, args.tiles)
     lengths = gate_rows(" ".join(args.demos), rows, lambda row: encode_demo(row, processor, image_root), lambda row: [row["messages"][-1]["content"]], processor)
     kept = [row for row, length in zip(rows, lengths) if length <= args.max_length]
@@ -208,11 +209,11 @@ def main(argv: list[str] | None = None) -> None:
         seed=args.seed, save_every=args.save_every,
     )  # fmt: skip
     save(out, policy, processor, (args.rank, args.alpha, args.model) if args.method == "lora" else None)
-    train.forget_state(out)
     if train.rank() == 0:
         figures = {"rows": len(kept), "dropped": len(rows) - len(kept), "steps": len(history), "first_loss": history[0]["loss"], "last_loss": history[-1]["loss"]}
-        data.write_stage(out, args, [args.model, *args.demos], [out / "merged"], started, **figures)
+        stage.finish(args, [out / "merged"], started, figures)
+    train.end(out)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    stage.run_script(main)

@@ -48,6 +48,7 @@ from torch.distributed.tensor import DTensor
 import data
 import lora
 import model
+import stage
 
 BETAS, EPS, WEIGHT_DECAY = (0.9, 0.999), 1e-8, 0.0  # ours: paper silent (LLaMA-Factory / transformers defaults)
 WARMUP = 0.1  # ours: paper silent (LLaMA-Factory's examples); share of the steps
@@ -251,13 +252,13 @@ def save_state(folder: Path, policy: nn.Module, optimizer: torch.optim.Optimizer
     barrier()
 
 
-def same_run(out: Path, args: argparse.Namespace, inputs: list[str | Path]) -> None:
-    """Holds a training run to the settings and inputs it was begun with: a state must not go on under others. Raises RowError."""
-    if rank() == 0:
-        free = ("out", "save_every", "print_every", "micro_batch", "checkpointing", "replicas", "run")  # change nothing but rounding
-        settings = {key: value for key, value in vars(args).items() if key not in free}
-        data.settle(out / "state", {**settings, "inputs": [data.file_hash(path) for path in inputs]})
-    barrier()
+FREE = ("save_every", "print_every", "micro_batch", "checkpointing", "replicas")  # change nothing but rounding
+
+
+def begin(args: argparse.Namespace, inputs: list[str | Path]) -> bool:
+    """stage.open_folder, by the first rank for all of them. A collective."""
+    (todo,) = gather_rows([stage.open_folder(args, inputs, FREE)] if rank() == 0 else [])
+    return todo
 
 
 def load_state(folder: Path, policy: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -379,7 +380,7 @@ def fit(
     return history
 
 
-def forget_state(out: Path) -> None:
+def end(out: Path) -> None:
     """Removes the states of a run whose result is saved."""
     barrier()
     if rank() == 0:
