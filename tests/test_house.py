@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # each file may import only files before it
 TABLE = [
-    "data", "lora", "model", "train", "clinic", "decode", "asking", "remote", "engines", "benchmarks", "official", "leaks",
+    "data", "flags", "lora", "model", "train", "clinic", "decode", "asking", "remote", "engines", "benchmarks", "official", "leaks",
     "descriptions", "curate", "distill", "sft", "rollout", "judge", "dpo", "score", "tables", "figures", "cases", "evaluate", "plan", "medee",
 ]  # fmt: skip
 STAGES = ["data", "model", "clinic", "benchmarks", "leaks", "curate", "distill", "sft", "rollout", "judge", "dpo", "evaluate", "medee"]
@@ -49,10 +49,11 @@ def test_the_model_knows_nothing_of_ranks(name):
     assert "torch.distributed" not in source(name)
 
 
-def test_data_needs_only_the_standard_library():
+@pytest.mark.parametrize("name", ["data", "flags"])
+def test_data_and_flags_need_only_the_standard_library(name):
     import sys
 
-    assert imports("data") <= set(sys.stdlib_module_names)
+    assert imports(name) <= set(sys.stdlib_module_names)
 
 
 @pytest.mark.parametrize("name", TABLE)
