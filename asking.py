@@ -22,6 +22,7 @@ from typing import Protocol
 from tqdm import tqdm
 
 import data
+import flags
 
 ATTEMPTS = 3  # ours: paper silent; how often a verdict or a label is asked for until it can be read
 ROOM = 4096  # ours: paper silent; tokens for one, with room for an engine that thinks before its JSON
@@ -95,7 +96,7 @@ class Setup:
 
 
 FLAGS = {
-    "pixels": "largest image, Qwen and remote engines; as in training",
+    "pixels": "largest image in pixels, Qwen and remote engines; as in training",
     "tiles": "most tiles of an image, InternVL; as in training",
     "batch": "samples at once of a local engine",
     "replicas": "processes of a local engine, each with its own GPUs; 0: as many as the GPUs allow",
@@ -105,9 +106,21 @@ FLAGS = {
 }
 
 
+TYPES = {
+    "pixels": flags.PIXELS,
+    "tiles": flags.TILES,
+    "batch": flags.whole(1),
+    "replicas": flags.whole(0, 256),  # ours: each is a process with a model of its own
+    "tensor_parallel": flags.whole(1),
+    "concurrency": flags.whole(1, 1000),  # ours: OpenAI's client opens no more connections
+    "max_requests": flags.whole(0),
+}
+
+
 def add_flags(parser: argparse.ArgumentParser) -> None:
     for field in fields(Setup):
-        parser.add_argument("--" + field.name.replace("_", "-"), type=int, default=field.default, help=FLAGS[field.name])
+        name, of = "--" + field.name.replace("_", "-"), TYPES[field.name]
+        parser.add_argument(name, type=of, default=field.default, help=FLAGS[field.name])
 
 
 def setup_of(args: argparse.Namespace) -> Setup:
