@@ -54,8 +54,8 @@ def number(low: float = -INF, high: float = INF, above: float = -INF) -> Callabl
 
 
 def temperature(word: str) -> float:
-    """The type of a sampling temperature: 0, which is greedy, or 0.01 to 100. vLLM raises whatever
-    is between 0 and 0.01 to 0.01. Logits over a tiny or a huge number are not finite in fp32."""
+    """The type of a sampling temperature: 0, which is greedy, or 0.01 to 100. Between 0 and
+    0.01 vLLM samples at 0.01, or greedily. Logits over a tiny or huge number overflow in fp32."""
     value = number(0, 100)(word)
     if 0 < value < 0.01:
         raise argparse.ArgumentTypeError(f"must be 0, or a number of 0.01 or more, not {word!r}")
