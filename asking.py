@@ -22,6 +22,7 @@ from typing import Protocol
 from tqdm import tqdm
 
 import data
+import flags
 import stage
 
 ATTEMPTS = 3  # ours: paper silent; how often a verdict or a label is asked for until it can be read
@@ -98,7 +99,7 @@ class Setup:
 SPEED = ("batch", "replicas", "tensor_parallel", "concurrency", "max_requests")  # change how fast, not what
 
 FLAGS = {
-    "pixels": "largest image, Qwen and remote engines; as in training",
+    "pixels": "largest image in pixels, Qwen and remote engines; as in training",
     "tiles": "most tiles of an image, InternVL; as in training",
     "batch": "samples at once of a local engine",
     "replicas": "processes of a local engine, each with its own GPUs; 0: as many as the GPUs allow",
@@ -108,9 +109,21 @@ FLAGS = {
 }
 
 
+TYPES = {
+    "pixels": flags.PIXELS,
+    "tiles": flags.TILES,
+    "batch": flags.whole(1),
+    "replicas": flags.whole(0, 256),  # ours: each is a process with a model of its own
+    "tensor_parallel": flags.whole(1),
+    "concurrency": flags.whole(1, 1000),  # ours: OpenAI's client opens no more connections
+    "max_requests": flags.whole(0),
+}
+
+
 def add_flags(parser: argparse.ArgumentParser) -> None:
     for field in fields(Setup):
-        parser.add_argument("--" + field.name.replace("_", "-"), type=int, default=field.default, help=FLAGS[field.name])
+        name, of = "--" + field.name.replace("_", "-"), TYPES[field.name]
+        parser.add_argument(name, type=of, default=field.default, help=FLAGS[field.name])
     parser.add_argument("--replies", default="", help="folder of all replies; default: replies/ beside --out")
 
 

@@ -39,6 +39,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 import data
+import flags
 import stage
 
 SIDE = 56  # pixels: 4 x 4 patches of 14, merged to 2 x 2 image tokens
@@ -742,26 +743,41 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     made = commands.add_parser("world", help="write questions and films")
     for name, count in (("text", 900), ("image", 1100), ("dev-image", 200), ("dev-text", 50), ("test-image", 300), ("test-text", 150)):
-        made.add_argument(f"--{name}", type=int, default=count, help="how many questions")
+        # ours: one modality has 248,832 different text questions; a search for more never ends
+        made.add_argument(
+            f"--{name}", type=flags.whole(0, 200_000), default=count, help="how many questions"
+        )
     made.set_defaults(run=world)
     taught = commands.add_parser("teach", help="teach the base model from scratch")
     taught.add_argument("--family", choices=["qwen", "internvl"], default="qwen")
     taught.add_argument("--size", choices=sorted(SIZES), default="tiny")
-    taught.add_argument("--films", type=int, default=6000, help="films to learn to see from")
-    taught.add_argument("--eye-epochs", type=float, default=3, help="rounds over the films for the eye alone")
-    taught.add_argument("--steps", type=int, default=240, help="of the joint lessons")
-    taught.add_argument("--batch", type=int, default=24, help="lessons a step")
-    taught.add_argument("--lr", type=float, default=3e-3)
-    taught.add_argument("--save-every", type=int, default=50, help="steps between states to resume from")
-    taught.add_argument("--print-every", type=int, default=10, help="steps between printed lines")
+    taught.add_argument(
+        "--films", type=flags.whole(1), default=6000, help="films to learn to see from"
+    )
+    taught.add_argument(
+        "--eye-epochs", type=flags.EPOCHS, default=3, help="rounds over the films for the eye alone"
+    )
+    taught.add_argument("--steps", type=flags.whole(1), default=240, help="of the joint lessons")
+    taught.add_argument("--batch", type=flags.whole(1), default=24, help="lessons a step")
+    taught.add_argument("--lr", type=flags.RATE, default=3e-3)
+    taught.add_argument(
+        "--save-every", type=flags.whole(0), default=50,
+        help="steps between states to resume from; 0: no states",
+    )  # fmt: skip
+    taught.add_argument(
+        "--print-every", type=flags.whole(1), default=10, help="steps between printed lines"
+    )
     taught.set_defaults(run=teach)
     shown = commands.add_parser("show", help="a sheet of films and one question of each kind")
     shown.set_defaults(run=show)
     for command in (made, taught, shown):
         command.add_argument("--out", required=True, help="folder to write")
-        command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--seed", type=flags.SEED, default=0)
     for command in (made, taught):
-        command.add_argument("--modalities", type=int, choices=range(1, len(SIGNS) + 1), default=len(SIGNS), help="how many of the clinic's modalities")
+        command.add_argument(
+            "--modalities", type=flags.whole(1, len(SIGNS)), default=len(SIGNS),
+            help="how many of the clinic's modalities",
+        )  # fmt: skip
     return parser.parse_args(argv)
 
 

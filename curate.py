@@ -38,6 +38,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import data
+import flags
 import leaks
 import stage
 from asking import ATTEMPTS as LABELS
@@ -321,8 +322,6 @@ def check_early(bank: list[data.Question], args: argparse.Namespace) -> None:
     for flag, specs in (("--baselines", args.baselines), ("--experts", args.experts)):
         if twice := [spec for spec, count in Counter(specs).items() if count > 1]:
             raise data.RowError(f"{flag}: {twice[0]} is there twice; its replies would be the same")
-    if min(args.direct_attempts, args.expert_attempts) < 1:
-        raise data.RowError("--attempts: must be 1 or more")
     specs = {demand.spec for step in args.steps for demand in demands(step, bank, args)}
     for spec in sorted(specs if not args.dry_run else ()):
         if not (folder := checkpoint(spec)):  # a model is loaded when it is its turn
@@ -419,7 +418,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         if name in ("leak", "all"):
             command.add_argument("--against", nargs="+", default=[], required=one, help="benchmark questions that must not leak")
             limits = [leaks.NGRAM, leaks.JACCARD, leaks.DISTANCE]
-            command.add_argument("--limits", type=float, nargs=3, default=limits, metavar=("NGRAM", "JACCARD", "DISTANCE"), help="of a leak, as in leaks.py; 0 0 0: exact ones only")
+            command.add_argument(
+                "--limits", type=flags.number(0), nargs=3, default=limits,
+                metavar=("NGRAM", "JACCARD", "DISTANCE"),
+                help="of a leak in words, share and bits, as in leaks.py; 0 0 0: exact ones only",
+            )  # fmt: skip
         if name in ("difficulty", "all"):
             command.add_argument("--baselines", nargs="+", default=[], required=one, help="engines that must not solve a question directly")
         if name in ("type", "all"):
@@ -432,17 +435,33 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             command.add_argument("--reviewed", default="", help="CSV with columns id and question: a human's texts, which go before the engine's")
         if name == "difficulty":
             command.add_argument("--drop-if", choices=["any", "all"], help="a baseline solves it, or every one")
-            command.add_argument("--attempts", type=int, dest="direct_attempts", help="of each baseline; 1 is greedy, more are sampled at temperature 1")
+            command.add_argument(
+                "--attempts", type=flags.SAMPLES, dest="direct_attempts",
+                help="of each baseline; 1 is greedy, more are sampled at temperature 1",
+            )  # fmt: skip
         if name == "solvable":
-            command.add_argument("--attempts", type=int, dest="expert_attempts", help="of each expert")
+            command.add_argument(
+                "--attempts", type=flags.SAMPLES, dest="expert_attempts", help="of each expert"
+            )
         if name in ("difficulty", "solvable", "all"):
-            command.add_argument("--max-tokens", type=int, default=8192, help="of a baseline's or an expert's answer")  # ours: paper silent
+            command.add_argument(
+                "--max-tokens", type=flags.TOKENS, default=8192,  # ours: paper silent
+                help="of a baseline's or an expert's answer",
+            )  # fmt: skip
         if name != "leak":
             command.add_argument("--dry-run", action="store_true", help="only tell what may be asked at most: nothing dropped but leaks, every attempt needed, 3 characters "
                                  "a token, an image of --pixels in patches of 28 x 28, every reply as long as it may be")  # fmt: skip
             add_flags(command)
-            command.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(argv)
+            command.add_argument("--seed", type=flags.SEED, default=0)
+    args = parser.parse_args(argv)
+    if "limits" in args:
+        ngram, jaccard, distance = args.limits
+        if ngram % 1 or jaccard > 1 or distance not in range(65):
+            parser.error(
+                "argument --limits: NGRAM must be a whole number of words, JACCARD at most 1, "
+                "DISTANCE a whole number of bits, at most 64"
+            )
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:

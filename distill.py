@@ -38,6 +38,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import data
+import flags
 import stage
 from asking import SPEED, Ask, Engine, Sampling, add_flags, ask_all, ask_yes_no, checkpoint, identity, image_paths, prompt_ask, question_asks, read_verdict, replies_file, reply_row, setup_of
 from descriptions import read_sheet, write_sheet
@@ -285,8 +286,6 @@ def run(args: argparse.Namespace) -> None:
     told = read_review(args.review) if args.review else {}
     questions = data.read_questions(args.questions)
     question_asks(questions, Path(args.images), 1)  # every image must be there before anything is asked
-    if args.chains < 1:
-        raise data.RowError(f"--chains {args.chains}: must be 1 or more")
     if twice := [spec for spec, count in Counter(args.teachers).items() if count > 1]:
         raise data.RowError(f"--teachers: {twice[0]} is there twice; its replies would be the same")
     if strangers := [teacher for teacher, _ in args.expand if teacher not in args.teachers]:
@@ -405,11 +404,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     ask.add_argument("--teachers", nargs="+", required=True, help="engine specs, asked in turn")
     ask.add_argument("--expand", nargs=2, action="append", default=[], metavar=("TEACHER", "EXPANDER"), help="a teacher that tells a summary, and the engine that writes it out")
     ask.add_argument("--checker", default="", help="engine that checks structure and plausibility")
-    ask.add_argument("--chains", type=int, default=1, help="chains of a question")  # ours: paper silent
+    ask.add_argument(
+        "--chains", type=flags.SAMPLES, default=1, help="chains of a question"
+    )  # ours: paper silent
     ask.add_argument("--review", default="", help="a filled-in copy of review.csv")
-    ask.add_argument("--temperature", type=float, default=1.0)  # ours: paper silent
-    ask.add_argument("--max-tokens", type=int, default=8192)  # ours: paper silent
-    ask.add_argument("--seed", type=int, default=0)
+    ask.add_argument("--temperature", type=flags.temperature, default=1.0)  # ours: paper silent
+    ask.add_argument("--max-tokens", type=flags.TOKENS, default=8192)  # ours: paper silent
+    ask.add_argument("--seed", type=flags.SEED, default=0)
     add_flags(ask)
     ask.set_defaults(act=run)
     ready = commands.add_parser("import", help="turn existing chains into demonstrations")
@@ -419,8 +420,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for command in (ask, ready):
         command.add_argument("--out", required=True, help="folder to write")
         command.add_argument("--answer-form", choices=["letter-text", "text"], default="letter-text")
-        command.add_argument("--words", type=int, nargs=2, default=[5, 4000], metavar=("MIN", "MAX"), help="shortest and longest reasoning")  # ours: paper silent
-    return parser.parse_args(argv)
+        command.add_argument(
+            "--words", type=flags.whole(0), nargs=2, default=[5, 4000],  # ours: paper silent
+            metavar=("MIN", "MAX"), help="words of the shortest and the longest reasoning",
+        )  # fmt: skip
+    args = parser.parse_args(argv)
+    if args.words[0] > args.words[1]:
+        parser.error(f"argument --words: MIN {args.words[0]} is above MAX {args.words[1]}")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:

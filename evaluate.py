@@ -37,6 +37,7 @@ from pathlib import Path
 import cases
 import data
 import figures
+import flags
 import official
 import score
 import stage
@@ -170,7 +171,7 @@ def write_results(path: Path, results: dict) -> None:
 
 def run(args: argparse.Namespace) -> None:
     started, out, image_root = time.time(), Path(args.out), Path(args.images)
-    if len(args.n) > 2 or min(args.n) < 1:
+    if len(args.n) > 2:
         raise data.RowError(f"-n {' '.join(map(str, args.n))}: expected one number of samples, or two: of image and of text questions")
     if args.open_ended and args.prompt == "official":
         raise data.RowError("--open-ended with --prompt official: the benchmarks' own prompts ask for a letter; take paper or bare")
@@ -281,8 +282,6 @@ def draw(args: argparse.Namespace) -> None:
 
 def show_cases(args: argparse.Namespace) -> None:
     questions = list(read_all(args.questions).values())
-    if args.n < 1:
-        raise data.RowError(f"-n {args.n}: a page shows one case at least")
     count = cases.write_page([cases.read_run(folder) for folder in args.results], questions, args.images, args.only, args.n, args.out)
     print(f"{args.out}: {count} cases")
 
@@ -395,15 +394,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     one.add_argument("--images", default=".", help="image root")
     one.add_argument("--out", required=True, help="folder to write")
     one.add_argument("--name", default="", help="how tables call it; default: the folder's name")
-    one.add_argument("-n", type=int, nargs="+", default=[1], metavar="N", help="samples of a question; the paper's MV@n and pass@n use 32. A second number: of a question without images")
-    one.add_argument("--temperature", type=float, default=0.5)  # paper 4.3
-    one.add_argument("--top-p", type=float, default=1.0)  # ours: paper silent
-    one.add_argument("--max-tokens", type=int, default=8192)  # ours: paper silent
+    one.add_argument(
+        "-n", type=flags.SAMPLES, nargs="+", default=[1], metavar="N",
+        help="samples of a question; the paper's MV@n and pass@n use 32. "
+        "A second number: of a question without images",
+    )  # fmt: skip
+    one.add_argument("--temperature", type=flags.temperature, default=0.5)  # paper 4.3
+    one.add_argument(
+        "--top-p", type=flags.number(above=0, high=1), default=1.0
+    )  # ours: paper silent
+    one.add_argument("--max-tokens", type=flags.TOKENS, default=8192)  # ours: paper silent
     one.add_argument("--prompt", choices=["paper", "official", "bare"], default="paper", help="whose prompt")
     one.add_argument("--open-ended", default="", metavar="GRADER", help="without options; this engine says which answers mean the reference")
     one.add_argument("--judge", default="", help="engine spec; judges every chain on an image question")
     add_flags(one)
-    one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--seed", type=flags.SEED, default=0)
     one.set_defaults(act=run)
     pair = commands.add_parser("compare", help="each run against the one before it, on the same questions")
     pair.add_argument("--results", nargs="+", required=True, help="folders of `run`")
@@ -418,7 +423,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     seen = commands.add_parser("cases", help="single cases as one page, chains side by side")
     seen.add_argument("results", nargs="+", help="folders of `run`")
     seen.add_argument("--only", default="", help="conditions such as stage1-wrong,stage2-right; see cases.py")
-    seen.add_argument("-n", type=int, default=20, help="most cases on the page")
+    seen.add_argument("-n", type=flags.whole(1), default=20, help="most cases on the page")
     seen.add_argument("--questions", nargs="+", required=True, help="the questions that the runs were evaluated on")
     seen.add_argument("--images", default=".", help="image root")
     seen.add_argument("--out", default="cases.html", help="page to write")

@@ -43,6 +43,7 @@ from pathlib import Path
 import numpy as np
 
 import data
+import flags
 import stage
 from asking import SPEED, Ask, Engine, add_flags, ask_yes_no, checkpoint, identity, image_paths, prompt_ask, read_verdict, setup_of
 from descriptions import read_sheet, write_sheet
@@ -442,7 +443,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         command.add_argument("--verdicts", required=True, help="verdicts.jsonl")
     for command in (ask, cut, draw, compare):
         command.add_argument("--out", required=True, help="folder to write")
-        command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--seed", type=flags.SEED, default=0)
     ask.add_argument("--judge", required=True, help="engine spec of the judge")
     for command in (ask, draw):
         command.add_argument("--images", default=".", help="image root")
@@ -450,9 +451,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     ask.set_defaults(run=verdicts)
     cut.add_argument("--criteria", nargs="+", choices=CRITERIA, default=list(CRITERIA), help="what a positive must meet")  # paper 3.3: all four
     cut.add_argument("--rule", choices=RULES, default="all")  # ours: paper silent
-    cut.add_argument("--cap", type=int, default=0, help="most pairs of one question; 0 keeps all")  # ours: paper silent
+    cut.add_argument(
+        "--cap", type=flags.whole(0), default=0, help="most pairs of one question; 0 keeps all"
+    )  # ours: paper silent
     cut.set_defaults(run=pairs)
-    draw.add_argument("-n", type=int, default=1000, help="cases")  # paper 3.3
+    draw.add_argument("-n", type=flags.whole(1), default=1000, help="cases")  # paper 3.3
     draw.set_defaults(run=sample)
     compare.add_argument("--human", nargs="+", required=True, help="filled-in sheets, one a rater")
     compare.add_argument("--key", required=True, help="key.jsonl of the sample")

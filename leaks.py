@@ -37,6 +37,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import data
+import flags
 import stage
 
 NGRAM = 13  # ours: paper silent
@@ -251,9 +252,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--questions", nargs="+", required=True, help="the bank")
     parser.add_argument("--against", nargs="+", required=True, help="benchmark questions that must not leak")
     parser.add_argument("--images", default=".", help="image root of both")
-    parser.add_argument("--ngram", type=int, default=NGRAM, help="words in a row that may not be shared with a benchmark; 0: any may")
-    parser.add_argument("--jaccard", type=float, default=JACCARD, help="similarity from which on a stem is a benchmark's; 0: none is")
-    parser.add_argument("--distance", type=int, default=DISTANCE, help="bits of 64 up to which an image is a benchmark's; 0: same file only")
+    parser.add_argument(
+        "--ngram", type=flags.whole(0), default=NGRAM,
+        help="words in a row that may not be shared with a benchmark; 0: any may",
+    )  # fmt: skip
+    parser.add_argument(
+        "--jaccard", type=flags.number(0, 1), default=JACCARD,
+        help="similarity from which on a stem is a benchmark's; 0: none is",
+    )  # fmt: skip
+    parser.add_argument(
+        "--distance", type=flags.whole(0, 64), default=DISTANCE,
+        help="bits of 64 up to which an image is a benchmark's; 0: same file only",
+    )  # fmt: skip
     parser.add_argument("--out", required=True, help="folder to write")
     return parser.parse_args(argv)
 

@@ -30,6 +30,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import data
+import flags
 import stage
 
 HERE = Path(__file__).resolve().parent
@@ -368,7 +369,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     small = commands.add_parser("demo", help="the whole method in the miniature clinic")
     small.add_argument("--out", default="runs/demo", help="run folder")
-    small.add_argument("--seed", type=int, default=0, help="of the world, the base model and every draw")
+    small.add_argument(
+        "--seed", type=flags.SEED, default=0, help="of the world, the base model and every draw"
+    )
     small.add_argument("--size", choices=["tiny", "small"], default="tiny", help="of the model")
     small.add_argument("--family", choices=["qwen", "internvl"], default="qwen")
     small.add_argument("--fast", action="store_true", help="a smaller world: whether the chain is whole, not what it shows")
@@ -387,9 +390,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     real.add_argument("--expand", nargs=2, action="append", default=[], metavar=("TEACHER", "EXPANDER"), help="a teacher that tells a summary, and the engine that writes it out; may be repeated")
     real.add_argument("--checker", default="", help="engine that checks demonstrations for structure and plausibility")
     real.add_argument("--judge", required=True, help="engine that judges chains")
-    real.add_argument("--gpus", type=int, default=8, help="ranks of torchrun")
+    real.add_argument(
+        "--gpus", type=flags.whole(0), default=8,
+        help="ranks of torchrun; 0: one process without it",
+    )  # fmt: skip
     real.add_argument("--out", default="runs/full", help="run folder")
-    real.add_argument("--seed", type=int, default=0)
+    real.add_argument("--seed", type=flags.SEED, default=0)
     real.add_argument("--reviewed", default="", help="review.csv of curate with its question column corrected, as curate.py takes it")
     real.add_argument("--keep-unreviewed", action="store_true", help="as in curate.py: questions that wait for a human are let in")
     real.add_argument("--adopt", nargs="+", default=[], metavar="STAGE", help="stages that were finished by hand in this run's folder")
@@ -397,18 +403,28 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     real.set_defaults(act=run)
     several = commands.add_parser("claims", help="the demo over several seeds, and what it shows")
     several.add_argument("--out", default="runs/claims", help="folder of the runs")
-    several.add_argument("--seeds", type=int, nargs="+", default=[21, 22, 23], help="none of them was used to choose a setting")
+    several.add_argument(
+        "--seeds", type=flags.SEED, nargs="+", default=[21, 22, 23],
+        help="none of them was used to choose a setting",
+    )  # fmt: skip
     several.add_argument("--size", choices=["tiny", "small"], default="tiny")
     several.add_argument("--family", choices=["qwen", "internvl"], default="qwen")
     several.add_argument("--write", default="", help="file for the table; default: CLAIMS.md in --out")
     several.set_defaults(act=claims)
     fits = commands.add_parser("plan", help="will it fit? memory of a GPU, term by term, and the micro-batch for it")
     fits.add_argument("recipe", choices=[name for name in RECIPES if not name.startswith("mini")])
-    fits.add_argument("--gpus", type=int, default=8, help="that share the weights")
-    fits.add_argument("--len", type=int, default=8192, help="tokens of the longest row: prompt, images, and in Stage II both responses")
+    fits.add_argument("--gpus", type=flags.whole(1), default=8, help="that share the weights")
+    fits.add_argument(
+        "--len", type=flags.whole(1), default=8192,
+        help="tokens of the longest row: prompt, images, and in Stage II both responses",
+    )  # fmt: skip
     fits.add_argument("--stage", choices=["sft", "dpo"], default="", help="default: both")
-    fits.add_argument("--images", type=int, default=1, help="images of a row in Stage II")
-    fits.add_argument("--memory", type=float, default=80, help="GB of a GPU")
+    fits.add_argument(
+        "--images", type=flags.whole(0), default=1, help="images of a row in Stage II"
+    )
+    fits.add_argument(
+        "--memory", type=flags.number(above=0), default=80, help="GB of a GPU"
+    )
     fits.add_argument("--base", default="", help="local model folder whose config.json is read, instead of the published shapes")
     fits.set_defaults(act=plan)
     state = commands.add_parser("status", help="which stages of a run are done")

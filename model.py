@@ -37,6 +37,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 import data
+import flags
 import stage
 
 MAX_PIXELS = 768 * 768  # ours: paper silent (LLaMA-Factory's image_max_pixels)
@@ -693,7 +694,7 @@ def main(argv: list[str] | None = None) -> None:
     shown = commands.add_parser("show", help="print rows with every token coloured by its label")
     shown.add_argument("file")
     shown.add_argument("--model", required=True, help="folder whose tokenizer is used")
-    shown.add_argument("-n", type=int, default=3, help="how many rows")
+    shown.add_argument("-n", type=flags.whole(1), default=3, help="how many rows")
     args = parser.parse_args(argv)
     show(args.file, args.model, args.n)
 

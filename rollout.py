@@ -19,6 +19,7 @@ from collections import Counter
 from pathlib import Path
 
 import data
+import flags
 import stage
 from asking import SPEED, Sampling, add_flags, ask_all, checkpoint, identity, question_asks, replies_file, reply_row, setup_of
 from engines import open_engine
@@ -30,11 +31,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--questions", required=True, help="questions.jsonl")
     parser.add_argument("--images", default=".", help="image root")
     parser.add_argument("--out", required=True, help="folder to write")
-    parser.add_argument("-n", type=int, default=8, help="samples a question")  # paper 3.3
-    parser.add_argument("--temperature", type=float, default=0.95)  # ours: paper silent
-    parser.add_argument("--top-p", type=float, default=0.95)  # ours: paper silent
-    parser.add_argument("--max-tokens", type=int, default=8192)  # ours: paper silent
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("-n", type=flags.SAMPLES, default=8, help="samples a question")  # paper 3.3
+    parser.add_argument("--temperature", type=flags.temperature, default=0.95)  # ours: paper silent
+    parser.add_argument(
+        "--top-p", type=flags.number(above=0, high=1), default=0.95
+    )  # ours: paper silent
+    parser.add_argument("--max-tokens", type=flags.TOKENS, default=8192)  # ours: paper silent
+    parser.add_argument("--seed", type=flags.SEED, default=0)
     add_flags(parser)
     return parser.parse_args(argv)
 

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 import data
+import flags
 import lora
 import model
 import stage
@@ -155,22 +156,53 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--images", default=".", help="image root")
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--method", choices=["lora", "full"], default="lora")  # paper App. C
-    parser.add_argument("--rank", type=int, default=lora.RANK)
-    parser.add_argument("--alpha", type=float, default=lora.ALPHA)
-    parser.add_argument("--lr", type=float, default=1e-4)  # paper App. C
-    parser.add_argument("--epochs", type=float, default=3)  # ours: paper silent (LLaMA-Factory example)
-    parser.add_argument("--batch", type=int, default=64, help="rows a step, over all ranks")  # ours: paper silent (the same)
-    parser.add_argument("--micro-batch", type=int, default=1, help="rows at once on one rank")
-    parser.add_argument("--max-length", type=int, default=MAX_LENGTH, help="longer rows are dropped and counted")
-    parser.add_argument("--pack", type=int, default=0, help="pack demonstrations into rows of up to this many tokens")
-    parser.add_argument("--weights", type=float, nargs=3, default=[1.0, 1.0, 1.0], metavar=("THINK", "ANSWER", "TAG"))
-    parser.add_argument("--pixels", type=int, default=model.MAX_PIXELS, help="largest image, Qwen")
-    parser.add_argument("--tiles", type=int, default=model.TILES, help="most tiles of an image, InternVL")
+    parser.add_argument("--rank", type=flags.RANK, default=lora.RANK)
+    parser.add_argument("--alpha", type=flags.ALPHA, default=lora.ALPHA)
+    parser.add_argument("--lr", type=flags.RATE, default=1e-4)  # paper App. C
+    parser.add_argument(
+        "--epochs", type=flags.EPOCHS, default=3
+    )  # ours: paper silent (LLaMA-Factory example)
+    parser.add_argument(
+        "--batch", type=flags.whole(1), default=64, help="rows a step, over all ranks"
+    )  # ours: paper silent (the same)
+    parser.add_argument(
+        "--micro-batch", type=flags.whole(1), default=1, help="rows at once on one rank"
+    )
+    parser.add_argument(
+        "--max-length", type=flags.whole(1), default=MAX_LENGTH,
+        help="in tokens; longer rows are dropped and counted",
+    )  # fmt: skip
+    parser.add_argument(
+        "--pack", type=flags.whole(0), default=0,
+        help="pack demonstrations into rows of up to this many tokens; 0: one each",
+    )  # fmt: skip
+    parser.add_argument(
+        # ours: weighted sums must be finite in fp32
+        "--weights", type=flags.number(0, 1e6), nargs=3, default=[1.0, 1.0, 1.0],
+        metavar=("THINK", "ANSWER", "TAG"), help="of the spans' tokens in the loss",
+    )  # fmt: skip
+    parser.add_argument(
+        "--pixels", type=flags.PIXELS, default=model.MAX_PIXELS,
+        help="largest image in pixels, Qwen",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tiles", type=flags.TILES, default=model.TILES, help="most tiles of an image, InternVL"
+    )
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in backward: less memory, a third more time")
-    parser.add_argument("--replicas", type=int, default=1, help="copies of the model, each sharded over its part of the ranks: the number of nodes, or 1")
-    parser.add_argument("--save-every", type=int, default=50, help="steps between states to resume from")
-    parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--replicas", type=flags.whole(1), default=1,
+        help="copies of the model, each sharded over its part of the ranks: "
+        "the number of nodes, or 1",
+    )  # fmt: skip
+    parser.add_argument(
+        "--save-every", type=flags.whole(0), default=50,
+        help="steps between states to resume from; 0: no states",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=flags.SEED, default=0)
+    args = parser.parse_args(argv)
+    if not any(args.weights):
+        parser.error("argument --weights: at least one of them must be above 0")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:

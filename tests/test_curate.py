@@ -319,12 +319,6 @@ def test_what_would_stop_a_late_step_stops_before_the_first_asks_anything(tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("command", "flag"), [("difficulty", "--baselines"), ("solvable", "--experts")])
-def test_no_attempt_at_all_is_refused(tmp_path, command, flag):
-    with pytest.raises(data.RowError, match="--attempts: must be 1 or more"):
-        run_curate(write(tmp_path / "bank.jsonl", [q("Question 1", "a")]), tmp_path / "out", flag, "clinic:expert-a", "--attempts", "0", command=command)
-
-
 def test_a_file_that_is_read_may_not_lie_in_the_folder_that_is_written(tmp_path):
     bank = write(tmp_path / "out" / "questions.jsonl", [q("Question 1", "a")])
     (tmp_path / "out" / "review.csv").write_text("id,question\n")

@@ -329,8 +329,6 @@ def test_what_would_go_wrong_late_is_refused_at_once(tmp_path):
         distill.main(["import", str(questions), "--format", "huatuo", "--out", str(tmp_path / "out")])
     with pytest.raises(data.RowError, match="--teachers: clinic:hasty is there twice"):
         run_distill(questions, tmp_path / "other", teachers=("clinic:hasty", "clinic:hasty"))
-    with pytest.raises(data.RowError, match="--chains 0: must be 1 or more"):
-        run_distill(questions, tmp_path / "other", "--chains", "0")
 
 
 def test_questions_without_a_demonstration_are_counted(tmp_path, capsys):

@@ -1,0 +1,73 @@
+"""Types of the numeric flags: argparse refuses a value that cannot work, by its flag, exit code 2.
+
+    add("--batch", type=flags.whole(1))                       1, 2, 3 ...
+    add("--cap", type=flags.whole(0))                         a count, 0 included
+    add("--distance", type=flags.whole(0, 64))                a bounded count
+    add("--jaccard", type=flags.number(0, 1))                 0 <= x <= 1
+    add("--top-p", type=flags.number(above=0, high=1))        0 < x <= 1
+
+A range is the widest that the code behind the flag handles. Ranges that several scripts share stand
+below. A condition on several values of one flag is checked after parse_args, with parser.error.
+
+Where we depart from the paper, or it is silent: it has no command line. All of this is ours.
+"""
+
+import argparse
+import math
+from collections.abc import Callable
+
+LARGEST = 2**63 - 1  # a larger number overflows in range() and in tensors
+INF = math.inf
+
+
+def whole(low: int, high: int = LARGEST) -> Callable[[str], int]:
+    """The type of a whole number from low to high, both included."""
+
+    def read(word: str) -> int:
+        try:
+            value = int(word)
+        except ValueError:
+            value = low - 1
+        if low <= value <= high:
+            return value
+        bounds = f"{low} or more" if high == LARGEST and value < low else f"{low} to {high}"
+        raise argparse.ArgumentTypeError(f"must be a whole number of {bounds}, not {word!r}")
+
+    return read
+
+
+def number(low: float = -INF, high: float = INF, above: float = -INF) -> Callable[[str], float]:
+    """The type of a finite number: low and high are included in the range, `above` is not."""
+    bounds = {f"above {above:g}": above, f"of {low:g} or more": low, f"of at most {high:g}": high}
+    wanted = " and ".join(text for text, bound in bounds.items() if math.isfinite(bound))
+
+    def read(word: str) -> float:
+        try:
+            value = float(word)
+        except ValueError:
+            value = math.nan
+        if math.isfinite(value) and low <= value <= high and above < value:
+            return value
+        raise argparse.ArgumentTypeError(f"must be a finite number {wanted}, not {word!r}")
+
+    return read
+
+
+def temperature(word: str) -> float:
+    """The type of a sampling temperature: 0, which is greedy, or 0.01 to 100. Between 0 and
+    0.01 vLLM samples at 0.01, or greedily. Logits over a tiny or huge number overflow in fp32."""
+    value = number(0, 100)(word)
+    if 0 < value < 0.01:
+        raise argparse.ArgumentTypeError(f"must be 0, or a number of 0.01 or more, not {word!r}")
+    return value
+
+
+SEED = whole(0, 2**64 - 1)  # numpy takes no negative seed, torch none of more than 64 bits
+PIXELS = whole(28 * 28, 16384 * 28 * 28)  # one image token of Qwen, and its processor's own maximum
+TILES = whole(1, 40)  # ours: InternVL's own maximum; an image is compared with all grids up to it
+SAMPLES = whole(1, 10_000)  # ours: all answers to one question are held in memory together
+TOKENS = whole(1, 2**20)  # ours: a local engine makes room for all of them before the first
+RANK = whole(1, 8192)  # ours: the largest model's width, which no update's rank exceeds
+ALPHA = number(above=0, high=1e6)  # ours: alpha / rank must be finite in fp32
+RATE = number(above=0, high=1)  # ours: AdamW moves a weight by about the learning rate in one step
+EPOCHS = number(above=0, high=1e6)  # ours: the number of steps must be finite
