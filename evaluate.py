@@ -269,10 +269,10 @@ def compare(args: argparse.Namespace) -> None:
 
 def draw(args: argparse.Namespace) -> None:
     """`table` and `plot`: what the paper shows, from whatever results have it; what they lack is said."""
-    started, out = time.time(), Path(args.out)
+    started, results = time.time(), read_results(args.results)
     if not stage.open_folder(args, [Path(folder) / "results.json" for folder in args.results]):
         return
-    paths, left_out = args.what(read_results(args.results), out)
+    paths, left_out = args.what(results, Path(args.out))
     stage.finish(args, paths, started, {})
     for path in paths:
         if path.suffix == ".md":
@@ -293,9 +293,9 @@ def report(args: argparse.Namespace) -> None:
     inputs = [Path(folder) / "results.json" for folder in args.results]
     inputs += [Path(folder) / "metrics.jsonl" for folder in (args.sft, args.dpo) if folder]
     inputs += [Path(args.pairs) / name for name in ("pairs.jsonl", "report.json") if args.pairs]
+    results = read_results(args.results)
     if not stage.open_folder(args, inputs):
         return
-    results = read_results(args.results)
     text, outputs = tables.table(results), [out / "table.md"]
     data.write_text(out / "table.md", text + "\n")
     if args.sft:

@@ -10,6 +10,14 @@ sys.path.insert(0, str(ROOT))
 
 import clinic  # noqa: E402
 import model  # noqa: E402
+import stage  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def folders_are_let_go():
+    """A script lets go of its output folder when it ends; a main that raises inside a test does not end the process."""
+    yield
+    stage.release()
 
 
 def build_folder(family: str, folder: Path, seed: int = 0) -> Path:
