@@ -154,7 +154,7 @@ def replies_file(args: argparse.Namespace, role: str, spec: str, sampling: Sampl
     outlive the folders that are made from them. NAME.settings.json says what the hash in the name stands for."""
     folder = Path(args.replies or Path(args.out).parent / "replies")
     settings = {"role": role, "engine": identity(spec), **vars(sampling), "pixels": args.pixels, "tiles": args.tiles}
-    name = re.sub(r"\W+", "-", spec).strip("-")[-48:]
+    name = re.sub(r"\W+", "-", settings["engine"])[:40].strip("-")
     path = folder / f"{role}-{name}-{data.content_hash(settings)[:8]}.jsonl"
     if not path.with_suffix(".settings.json").exists():
         data.write_json(path.with_suffix(".settings.json"), settings)

@@ -30,6 +30,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
+import flags
+
 # paper App. A, the system turn of every training, rollout and evaluation prompt
 SYSTEM_PROMPT = (
     "You are a helpful assistant. A conversation between User and Assistant. The user asks a question, and the Assistant solves it. "
@@ -575,6 +577,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from stage import run_script
-
-    run_script(main)
+    flags.run_script(main)

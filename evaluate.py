@@ -449,4 +449,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    stage.run_script(main)
+    flags.run_script(main)

@@ -1,4 +1,6 @@
-"""Types of the numeric flags: argparse refuses a value that cannot work, by its flag, exit code 2.
+"""The command line: types of numeric flags, and what surrounds every main.
+
+argparse refuses a value that cannot work, by its flag, with exit code 2:
 
     add("--batch", type=flags.whole(1))                       1, 2, 3 ...
     add("--cap", type=flags.whole(0))                         a count, 0 included
@@ -9,12 +11,20 @@
 A range is the widest that the code behind the flag handles. Ranges that several scripts share stand
 below. A condition on several values of one flag is checked after parse_args, with parser.error.
 
+`run_script(main)` ends every script: a mistake of the user becomes one paragraph and exit code 1, a
+fault of ours a traceback. With --debug everything is a traceback.
+
 Where we depart from the paper, or it is silent: it has no command line. All of this is ours.
 """
 
 import argparse
+import errno
 import math
+import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
 
 LARGEST = 2**63 - 1  # a larger number overflows in range() and in tensors
 INF = math.inf
@@ -71,3 +81,54 @@ RANK = whole(1, 8192)  # ours: the largest model's width, which no update's rank
 ALPHA = number(above=0, high=1e6)  # ours: alpha / rank must be finite in fp32
 RATE = number(above=0, high=1)  # ours: AdamW moves a weight by about the learning rate in one step
 EPOCHS = number(above=0, high=1e6)  # ours: the number of steps must be finite
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Around every main
+
+HINTS = {  # what to do about an operating system's error
+    errno.ENOSPC: "free some space; the same command goes on",
+    errno.EACCES: "check who may read and write there",
+    errno.EROFS: "choose a place that can be written",
+}
+
+
+_folder: Path | None = None  # where this process writes
+
+
+def working_in(folder: Path) -> None:
+    """Says where the script writes, for whoever interrupts it."""
+    global _folder
+    _folder = folder
+
+
+def explain(error: Exception) -> str | None:
+    """What a user or a machine caused, in one paragraph: what, where, what to do. None for a fault of ours."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return f"out of memory ({error}); give smaller batches, or more memory"
+    if isinstance(error, UnicodeError):
+        return f"a text that no file can hold or that is not UTF-8 ({error}); write it again"
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror or error}; {HINTS.get(error.errno, 'check the path')}"
+    return None
+
+
+def run_script(main: Callable[[list[str]], object]) -> NoReturn:
+    """Runs a script's main on the command line and ends the process. A mistake of the user or the machine ends it with one
+    paragraph and exit code 1 (2 for a wrong flag); a traceback is for our own faults, or for --debug."""
+    argv = [word for word in sys.argv[1:] if word != "--debug"]
+    try:
+        code = main(argv)
+        sys.stdout.flush()
+        raise SystemExit(code)
+    except KeyboardInterrupt:
+        kept = f"what is done is kept in {_folder}" if _folder else "nothing was begun"
+        raise SystemExit(f"\nstopped; {kept}; the same command goes on") from None
+    except BrokenPipeError:  # whoever read our output has gone, and nobody reads this
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except Exception as error:
+        if "--debug" in sys.argv or not (said := explain(error)):
+            raise
+        raise SystemExit(f"{Path(sys.argv[0]).name}: {said}") from None

@@ -3,7 +3,6 @@
     open_folder     nothing is lost: an input, a finished result, or the work of another process is refused
     finish          stage.json, written last: what made this folder, from which inputs, with which hashes
     fingerprint     a file or folder by its content; of a model's folder: config, tokenizer, processor and weights
-    run_script      every script's main: a user's mistake becomes one paragraph, not a traceback
 
 A folder is in one of three states. It is new; or begun.json holds the settings and inputs of work that can go on; or
 stage.json says that it is finished. The same command goes on, or says that it is finished. Another command is refused with
@@ -19,19 +18,19 @@ Where we depart from the paper, or it is silent: it says nothing of files.
 """
 
 import argparse
-import errno
 import fcntl
 import importlib.metadata
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import IO
 
 import data
+import flags
 
 HERE = Path(__file__).resolve().parent
 RECORDS = ("begun.json", "stage.json", "medee.json", ".lock")  # of the folder itself, no result
@@ -96,7 +95,6 @@ def fingerprint(path: str | Path) -> str:
 # Opening and finishing a folder
 
 _locks: dict[Path, IO] = {}  # folder -> its open lock file, until the folder is finished or the script ends
-_open: Path | None = None  # the folder that this process works in
 
 
 def settings_of(args: argparse.Namespace, free: Iterable[str] = ()) -> dict:
@@ -151,7 +149,6 @@ def open_folder(args: argparse.Namespace, inputs: Iterable[str | Path], free: It
     Raises RowError, before anything is written, where --out is no folder or holds an input; was begun or finished with
     other settings or inputs; holds what no command of ours wrote; or is being written by another process.
     """
-    global _open
     out, inputs = Path(args.out), [Path(path) for path in inputs]
     if not str(args.out) or (out.exists() and not out.is_dir()):
         raise data.RowError(f"--out {args.out}: a folder is wanted there")
@@ -160,14 +157,14 @@ def open_folder(args: argparse.Namespace, inputs: Iterable[str | Path], free: It
             raise data.RowError(f"--out {out}: holds {path}, which is read here; write to another folder")
     remember(out.parent)
     now = {"settings": settings_of(args, free), "inputs": {str(path): fingerprint(path) for path in inputs}}
+    results = sorted(path.name for path in out.iterdir() if path.name not in RECORDS) if out.exists() else []
+    if results and not any((out / name).exists() for name in RECORDS[:2]):
+        raise data.RowError(f"--out {out}: holds {results[0]}, which no finished or begun command wrote; write to another folder")
     if out.resolve() not in _locks:
         _locks[out.resolve()] = hold(out / ".lock", f"--out {out}")
-    _open = out
+    flags.working_in(out)
     finished = (out / "stage.json").exists()
-    record = data.read_json(out / ("stage.json" if finished else "begun.json")) if finished or (out / "begun.json").exists() else None
-    results = [path.name for path in out.iterdir() if path.name not in RECORDS]
-    if results and record is None:
-        raise data.RowError(f"--out {out}: holds {sorted(results)[0]}, which no finished or begun command wrote; write to another folder")
+    record = data.read_json(out / ("stage.json" if finished else "begun.json")) if finished or results else {}
     if (finished or results) and (differs := difference(record, **now)):
         was = "finished" if finished else "begun"
         raise data.RowError(f"--out {out}: was {was} with other settings or inputs ({differs}); write to another folder, or move this one away")
@@ -217,47 +214,3 @@ def new_file(path: str | Path, content: str, inputs: Iterable[str | Path]) -> No
     if path.exists() and path.read_text(encoding="utf-8", errors="replace") != content:
         raise data.RowError(f"--out {path}: is there already, with another content; move it away, or name another file")
     data.write_text(path, content)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Around every main
-
-HINTS = {  # what to do about an operating system's error
-    errno.ENOSPC: "free some space; the same command goes on",
-    errno.EACCES: "check who may read and write there",
-    errno.EROFS: "choose a place that can be written",
-}
-
-
-def explain(error: Exception) -> str | None:
-    """What a user or a machine caused, in one paragraph: what, where, what to do. None for a fault of ours."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return f"out of memory ({error}); give smaller batches, or more memory"
-    if isinstance(error, UnicodeError):
-        return f"a text that no file can hold or that is not UTF-8 ({error}); write it again"
-    if isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror or error}; {HINTS.get(error.errno, 'check the path')}"
-    return None
-
-
-def run_script(main: Callable[[list[str]], object]) -> NoReturn:
-    """Runs a script's main on the command line and ends the process. A mistake of the user or the machine ends it with one
-    paragraph and exit code 1 (2 for a wrong flag); a traceback is for our own faults, or for --debug."""
-    argv = [word for word in sys.argv[1:] if word != "--debug"]
-    try:
-        code = main(argv)
-        sys.stdout.flush()
-        raise SystemExit(code)
-    except KeyboardInterrupt:
-        kept = f"what is done is kept in {_open}" if _open else "nothing was begun"
-        raise SystemExit(f"\nstopped; {kept}; the same command goes on") from None
-    except BrokenPipeError:  # whoever read our output has gone, and nobody reads this
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1) from None
-    except Exception as error:
-        if "--debug" in sys.argv or not (said := explain(error)):
-            raise
-        raise SystemExit(f"{Path(sys.argv[0]).name}: {said}") from None
-    finally:
-        release()

@@ -1,8 +1,8 @@
 """The vocabulary of the method: prompts, responses, supervised spans, answers read by rule, and files that survive a kill."""
 
-import argparse
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -475,15 +475,6 @@ def test_content_hash_does_not_depend_on_key_order_but_on_every_value():
     assert data.content_hash({"a": 1, "b": [2]}) != data.content_hash({"a": 1, "b": [3]})
 
 
-def test_folder_hash_sees_names_and_bytes_but_not_our_own_records(tmp_path):
-    (tmp_path / "a.bin").write_bytes(b"1")
-    before = data.file_hash(tmp_path)
-    (tmp_path / "stage.json").write_text("{}")
-    assert data.file_hash(tmp_path) == before
-    (tmp_path / "b.bin").write_bytes(b"1")
-    assert data.file_hash(tmp_path) != before
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # JSONL
 
@@ -562,53 +553,23 @@ def test_writer_that_fails_half_way_leaves_the_old_file_whole(tmp_path):
     assert path.read_text() == '{"a": 1}\n'
 
 
-@pytest.mark.parametrize("change", [{"temperature": 0.5}, {"engine": "other"}, {"more": 1}])
-def test_settle_refuses_to_go_on_with_changed_settings(tmp_path, change):
-    path, begun = tmp_path / "replies.jsonl", {"engine": "clinic:hasty", "temperature": 1.0}
-    data.settle(path, begun)
-    write(path, {"a": 1})
-    data.settle(path, dict(begun))  # the same settings go on
-    with pytest.raises(data.RowError) as error:
-        data.settle(path, {**begun, **change})
-    assert str(path) in str(error.value) and all(key in str(error.value) for key in change)
-    data.settle(path, dict(begun))  # and the refusal changed nothing
-
-
-def test_settle_accepts_new_settings_once_the_file_is_removed(tmp_path):
-    path = tmp_path / "replies.jsonl"
-    data.settle(path, {"seed": 0})
-    data.settle(path, {"seed": 1})  # nothing was written under the first
-    write(path, {"a": 1})
-    with pytest.raises(data.RowError):
-        data.settle(path, {"seed": 0})
-
-
 # ---------------------------------------------------------------------------------------------------------------
-# stage.json and `check`
-
-
-def test_stage_record_says_what_made_the_folder(tmp_path):
-    source, out = write(tmp_path / "in.jsonl", {"a": 1}), tmp_path / "out"
-    made = write(tmp_path / "made.jsonl", {"b": 2})
-    out.mkdir()
-    made = made.rename(out / "made.jsonl")
-    args = argparse.Namespace(seed=3, where=Path("x/y"), run=print, engine="clinic:hasty")
-    data.write_stage(out, args, [source], [made], 0.0, kept=7)
-    stage = json.loads((out / "stage.json").read_text())
-    assert stage["settings"] == {"seed": 3, "where": "x/y", "engine": "clinic:hasty"}  # functions are no settings
-    assert stage["inputs"] == {str(source): hashlib.sha256(b'{"a": 1}\n').hexdigest()}
-    assert stage["outputs"] == {"made.jsonl": hashlib.sha256(b'{"b": 2}\n').hexdigest()}
-    assert stage["figures"] == {"kept": 7}
-    assert stage["versions"]["python"] == "{}.{}.{}".format(*sys.version_info) and stage["versions"]["numpy"]
-    assert stage["command"] and stage["seconds"] > 0
+# One schema for each kind of row, and `check`
 
 
 TURNS = [*data.prompt_messages(data.Question("q", FOUR, "B"))]
 DEMO = {"id": "q", "messages": [*TURNS, {"role": "assistant", "content": data.join_response("x", "B")}], "images": []}
-ROLLOUT = {"id": "q", "sample": 0, "response": "x", "finish_reason": "stop"}
+ROLLOUT = {
+    "id": "q", "sample": 0, "response": "x", "token_ids": None, "finish_reason": "stop",
+    "response_sha": hashlib.sha256(b'"x"').hexdigest()[:16],
+}  # fmt: skip
 VERDICT = {"id": "q", "sample": 0, "response_sha": "aa", "verdict_sha": "bb", "criteria": None}
 PAIR = {"id": "q", "prompt": TURNS, "images": [], "chosen": "a", "rejected": "b", "failed": ["Reflection_Presence"]}
-GOOD = {"questions": question_row(), "demos": DEMO, "rollouts": ROLLOUT, "verdicts": VERDICT, "pairs": PAIR}
+KEY = {"case": "case-0001", "id": "q", "response_sha": "aa"}
+STEP = {"step": 0, "loss": 0.5, "chosen": -3.0}
+GOOD = {
+    "questions": question_row(), "demos": DEMO, "rollouts": ROLLOUT, "verdicts": VERDICT, "pairs": PAIR, "key": KEY, "metrics": STEP,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", GOOD)
@@ -618,29 +579,125 @@ def test_check_passes_a_good_file_and_names_its_kind(tmp_path, capsys, kind):
     assert f"{path}: 1 {kind}\n0 mistakes" in capsys.readouterr().out
 
 
-BAD = {
-    "not JSON": ("{", ""),
-    "a question without its answer": ({k: v for k, v in question_row().items() if k != "answer"}, "answer"),
-    "a question whose answer is no option": (question_row(answer="F"), "answer"),
-    "a pair of one text": ({**PAIR, "rejected": "a"}, "rejected"),
-    "a pair without its failures": ({k: v for k, v in PAIR.items() if k != "failed"}, "failed"),
-    "a demo without a system turn": ({**DEMO, "messages": DEMO["messages"][1:]}, "messages"),
-    "a demo out of form": ({**DEMO, "messages": [*TURNS, {"role": "assistant", "content": "B"}]}, "messages"),
-    "a demo whose turn is a text": ({**DEMO, "messages": ["hello"]}, "messages"),
-    "a demo whose turn has no content": ({**DEMO, "messages": [*TURNS, {"role": "assistant"}]}, "messages"),
-    "a rollout without a finish reason": ({k: v for k, v in ROLLOUT.items() if k != "finish_reason"}, "finish_reason"),
-    "a rollout numbered by a text": ({**ROLLOUT, "sample": "0"}, "sample"),
-    "a verdict on nothing": ({k: v for k, v in VERDICT.items() if k != "response_sha"}, "response_sha"),
-}
+def test_every_kind_is_told_by_its_own_key_and_has_a_good_row_here():
+    assert GOOD.keys() == data.KINDS.keys()
+    assert {kind: data.kind_of(row) for kind, row in GOOD.items()} == {kind: kind for kind in GOOD}
+
+
+def without(row: dict, key: str) -> dict:
+    return {name: value for name, value in row.items() if name != key}
+
+
+def turn(role: str, content) -> dict:
+    return {"role": role, "content": content}
+
+
+PATHS = ("/etc/passwd", "../../x.png", "a/../../x.png", "", ".", "a\0b", 5, None, ["x.png"])
+BAD = {  # what is wrong: (kind, the row or its line, what the message must name)
+    "not JSON": ("questions", "{", "JSON"),
+    "NaN": ("questions", '{"id": "a", "question": "Q", "options": {}, "answer": "x", "images": [], "meta": {"n": NaN}}', "NaN"),
+    "infinity": ("metrics", '{"step": 1, "loss": Infinity}', "Infinity"),
+    "an answer given twice": ("questions", '{"id": "a", "question": "Q", "options": {}, "answer": "x", "images": [], "answer": "y"}', "'answer'"),
+    "a letter given twice": ("questions", '{"id": "a", "question": "Q", "options": {"A": "x", "A": "y"}, "answer": "A", "images": []}', "'A'"),
+    "half a pair in a question": ("questions", '{"id": "a", "question": "\\ud800", "options": {}, "answer": "x", "images": []}', "surrogate"),
+    "half a pair in a demo": ("demos", json.dumps({**DEMO, "teacher": "\ud800"}), "surrogate"),
+    "nested without end": ("questions", "[" * 100_000, "nested"),
+    "a list": ("questions", "[1]", "object"),
+    "a question without its answer": ("questions", without(question_row(id="b"), "answer"), "answer"),
+    "a question whose answer is no option": ("questions", question_row(id="b", answer="F"), "answer"),
+    "an empty question": ("questions", question_row(id="b", question=" "), "question"),
+    "a number for a question": ("questions", question_row(id="b", question=5), "question"),
+    "an id that is a number": ("questions", question_row(id=7), "id"),
+    "an empty id": ("questions", question_row(id=""), "id"),
+    "a choice of one option": ("questions", question_row(id="b", options={"A": "x"}, answer="A"), "options"),
+    "two options of one text": ("questions", question_row(id="b", options={"A": "x", "B": " x "}, answer="A"), "options"),
+    "an empty option": ("questions", question_row(id="b", options={"A": "x", "B": ""}, answer="A"), "options"),
+    "letters out of order": ("questions", question_row(id="b", options={"B": "x", "A": "y"}, answer="A"), "options"),
+    "eleven options": ("questions", question_row(id="b", options=dict(zip("ABCDEFGHIJK", map(str, range(11)))), answer="A"), "options"),
+    "options as a list": ("questions", question_row(id="b", options=["x", "y"]), "options"),
+    "images as a text": ("questions", question_row(id="b", images="x.png"), "images"),
+    "meta as a list": ("questions", question_row(id="b", meta=[]), "meta"),
+    "a misspelt key": ("questions", {**question_row(id="b"), "Images": ["x.png"]}, "Images"),
+    "an open question without a reference": ("questions", question_row(id="b", options={}, answer=" "), "answer"),
+    "a pair of one text": ("pairs", {**PAIR, "rejected": "a"}, "rejected"),
+    "an empty chosen": ("pairs", {**PAIR, "chosen": ""}, "chosen"),
+    "a pair without its failures": ("pairs", without(PAIR, "failed"), "failed"),
+    "failures as a text": ("pairs", {**PAIR, "failed": "Reflection_Presence"}, "failed"),
+    "a prompt of texts": ("pairs", {**PAIR, "prompt": ["x"]}, "prompt"),
+    "an empty prompt": ("pairs", {**PAIR, "prompt": []}, "prompt"),
+    "a prompt that ends with the assistant": ("pairs", {**PAIR, "prompt": [*TURNS, turn("assistant", "x")]}, "prompt"),
+    "a prompt of a strange role": ("pairs", {**PAIR, "prompt": [turn("tool", "x"), TURNS[1]]}, "prompt"),
+    "token ids as a text": ("pairs", {**PAIR, "chosen_token_ids": "abc"}, "chosen_token_ids"),
+    "a token id that is true": ("pairs", {**PAIR, "rejected_token_ids": [1, True]}, "rejected_token_ids"),
+    "a token id below 0": ("pairs", {**PAIR, "rejected_token_ids": [-1]}, "rejected_token_ids"),
+    "a demo without a system turn": ("demos", {**DEMO, "messages": DEMO["messages"][1:]}, "messages"),
+    "a demo out of form": ("demos", {**DEMO, "messages": [*TURNS, turn("assistant", "B")]}, "messages"),
+    "a demo whose turn is a text": ("demos", {**DEMO, "messages": ["hello"]}, "messages"),
+    "a demo whose turn has no content": ("demos", {**DEMO, "messages": [*TURNS, {"role": "assistant"}]}, "messages"),
+    "a demo whose content is a list": ("demos", {**DEMO, "messages": [TURNS[0], turn("user", ["x"]), DEMO["messages"][2]]}, "messages"),
+    "a demo's sample below 0": ("demos", {**DEMO, "sample": -1}, "sample"),
+    "a rollout without a finish reason": ("rollouts", without(ROLLOUT, "finish_reason"), "finish_reason"),
+    "an unknown finish reason": ("rollouts", {**ROLLOUT, "finish_reason": "done"}, "finish_reason"),
+    "a rollout numbered by a text": ("rollouts", {**ROLLOUT, "sample": "0"}, "sample"),
+    "a rollout numbered by true": ("rollouts", {**ROLLOUT, "sample": True}, "sample"),
+    "a rollout without token ids": ("rollouts", without(ROLLOUT, "token_ids"), "token_ids"),
+    "a hash of another response": ("rollouts", {**ROLLOUT, "response": "y"}, "response_sha"),
+    "a rollout that is correct by a word": ("rollouts", {**ROLLOUT, "correct": "No"}, "correct"),
+    "a verdict on nothing": ("verdicts", without(VERDICT, "response_sha"), "response_sha"),
+    "a verdict in words": ("verdicts", {**VERDICT, "criteria": "No"}, "criteria"),
+    "a criterion in words": ("verdicts", {**VERDICT, "criteria": {"No_Hallucination": "No"}}, "criteria"),
+    "no criteria at all": ("verdicts", {**VERDICT, "criteria": {}}, "criteria"),
+    "a loss that is a text": ("metrics", {"step": 1, "loss": "0.5"}, "loss"),
+    "a key without its case": ("key", {**without(KEY, "case"), "case": ""}, "case"),
+    "a second kind of row": ("questions", DEMO, "demos"),
+    "a demo among pairs": ("pairs", DEMO, "demos"),
+    **{f"a path like {path!r} in {kind}": (kind, {**GOOD[kind], "id": "b", "images": [path]}, "images") for path in PATHS for kind in ("questions", "demos", "pairs")},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_check_fails_on_a_bad_row_and_names_file_line_and_key(tmp_path, capsys, name):
-    row, key = BAD[name]
-    path = write(tmp_path / "x.jsonl", question_row(), row)
+def test_a_bad_row_is_refused_by_check_and_by_the_reader_naming_file_line_and_key(tmp_path, capsys, name):
+    kind, row, key = BAD[name]
+    path = write(tmp_path / "x.jsonl", {**GOOD[kind], "step": 0} if kind == "metrics" else GOOD[kind], row)
     assert data.main(["check", str(path)]) == 1
     said = capsys.readouterr().out
     assert f"{path}:2: " in said and key in said and "1 mistakes" in said
+    with pytest.raises(data.RowError) as refused:
+        data.read_questions(path) if kind == "questions" else data.read_rows(path, kind)
+    assert f"{path}:2: " in str(refused.value) and key in str(refused.value)
+
+
+@pytest.mark.parametrize("kind", GOOD)
+def test_a_row_that_says_a_thing_twice_is_refused_and_both_lines_are_named(tmp_path, kind):
+    path = write(tmp_path / "x.jsonl", GOOD[kind], GOOD[kind])
+    with pytest.raises(data.RowError, match=f"{re.escape(str(path))}:2: .* is already on {re.escape(str(path))}:1"):
+        data.read_rows(path, kind)
+
+
+def test_contrary_verdicts_on_one_sample_are_refused(tmp_path):
+    yes, no = ({**VERDICT, "criteria": {"No_Hallucination": met}} for met in (True, False))
+    with pytest.raises(data.RowError, match="is already on"):
+        data.read_rows(write(tmp_path / "x.jsonl", yes, no), "verdicts")
+
+
+def test_an_empty_file_is_said_to_be_empty_and_is_no_success(tmp_path, capsys):
+    path = write(tmp_path / "x.jsonl", "", "")
+    assert data.main(["check", str(path)]) == 1 and "no row in it" in capsys.readouterr().out
+    with pytest.raises(data.RowError, match="x.jsonl: no row in it"):
+        data.read_rows(path, "questions")
+
+
+def test_a_pipe_and_a_folder_are_no_files_to_read(tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")  # whoever opens it waits for a writer
+    for path in (tmp_path / "pipe", tmp_path):
+        assert data.main(["check", str(path)]) == 1 and "is not a file" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("image", PATHS)
+def test_no_path_leaves_the_image_root(tmp_path, image):
+    with pytest.raises(data.RowError, match="inside the image root"):
+        data.image_file(tmp_path, image)
+    assert data.image_file(tmp_path, "a/b..png") == tmp_path / "a" / "b..png"
 
 
 def test_check_of_several_files_fails_if_one_is_bad_or_missing(tmp_path):
@@ -658,5 +715,5 @@ def test_check_counts_every_mistake_of_a_file(tmp_path, capsys):
 
 
 def test_hash_of_what_is_not_there_is_refused_by_name(tmp_path):
-    with pytest.raises(data.RowError, match="gone: no such file or folder"):
+    with pytest.raises(data.RowError, match="gone: no such file"):
         data.file_hash(tmp_path / "gone")

@@ -1,10 +1,14 @@
 """engines.py against Hugging Face's own generate() and against a hand loop that samples one token at a time without a cache."""
 
+import argparse
 import importlib.util
 import json
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +22,7 @@ import engines
 import model
 from asking import Ask, Reply, Sampling
 
+ROOT = Path(__file__).resolve().parent.parent
 GREEDY = Sampling(temperature=0.0, top_p=1.0, max_tokens=10)
 WARM = Sampling(temperature=0.8, top_p=0.9, max_tokens=12, seed=5)
 STOP_BOOST = 1.4  # about one token in ten ends the turn
@@ -255,7 +260,8 @@ def test_replies_carry_text_finish_reason_and_the_seed_of_their_own(stopping, fa
         else:
             assert len(reply.token_ids) == WARM.max_tokens
         row = json.loads(json.dumps(asking.reply_row(reply, engine.spec)))
-        assert data.check_row(row, "here") == "rollouts" and row["engine"] == engine.spec and row["token_ids"] == reply.token_ids
+        data.check_row(row, "here", "rollouts")
+        assert row["engine"] == engine.spec and row["token_ids"] == reply.token_ids
 
 
 def test_a_limit_of_one_token_cuts_every_answer_or_ends_it(stopping):
@@ -385,8 +391,8 @@ def test_asking_resumes_after_a_kill_and_asks_nothing_twice(tmp_path):
     assert whole.count(b"\n") == 7
     path.write_bytes(whole[:-10])  # the machine went down in the middle of a line
     rows = ask(second)
-    assert [(row["id"], row["sample"]) for row in rows] == [(name, k) for name in "abcd" for k in range(3)]
-    assert [row["response"] for row in rows] == [f"{name} says {k}" for name in "abcd" for k in range(3)]
+    assert rows.keys() == {(name, k) for name in "abcd" for k in range(3)}
+    assert all(row["response"] == f"{name} says {k}" for (name, k), row in rows.items())
     torn = list(first.asked)[-1]
     assert first.asked + second.asked == Counter({(name, k): 1 + ((name, k) == torn) for name in "abcd" for k in range(3)})
     assert ask(third) == rows and not third.asked
@@ -397,31 +403,67 @@ def test_asking_resumes_after_a_kill_and_asks_nothing_twice(tmp_path):
 
 
 @pytest.mark.parametrize("what", ["text", "image"])
-def test_a_reply_to_something_else_under_the_same_id_is_refused_or_renewed_but_never_taken(tmp_path, pictures, what):
+def test_a_reply_to_something_else_under_the_same_id_is_never_taken_and_stays(tmp_path, pictures, what):
     path, film = tmp_path / "rollouts.jsonl", tmp_path / "film.png"
     film.write_bytes(pictures[0].read_bytes())
 
-    def ask(scribe, text="Why?", renew=False):
+    def ask(scribe, text="Why?"):
         asks = [Ask("a", turns(text), [film], (0, 1)), Ask("b", turns("Who?"), [], (0,))]
-        return asking.ask_all(scribe, asks, WARM, path, lambda reply: asking.reply_row(reply, "scribe"), "test", renew)
+        return asking.ask_all(scribe, asks, WARM, path, lambda reply: asking.reply_row(reply, "scribe"), "test")
 
     first = ask(Scribe())
-    rows = list(data.read_jsonl(path))
-    other = "Why?"
-    if what == "text":
-        other = "Why not?"
-    else:
+    before = path.read_bytes()
+    other = "Why not?" if what == "text" else "Why?"
+    if what == "image":
         film.write_bytes(pictures[1].read_bytes() + b" ")
-    with pytest.raises(data.RowError, match="rollouts.jsonl: question a had another text or other images when it was asked; remove"):
-        ask(Scribe(), other)
-    assert list(data.read_jsonl(path)) == rows
     scribe, again = Scribe(), Scribe()
-    renewed = ask(scribe, other, renew=True)
-    assert scribe.asked == Counter({("a", 0): 1, ("a", 1): 1}) and renewed[2] == first[2] and renewed[0]["asked"] != first[0]["asked"]
-    assert ask(again, other, renew=True) == renewed and not again.asked
-    # replies that do not say what was asked are taken as they are
-    data.write_jsonl(path, ({key: value for key, value in row.items() if key != "asked"} for _, row in rows))
-    assert len(ask(again, other)) == 3 and not again.asked
+    renewed = ask(scribe, other)
+    assert scribe.asked == Counter({("a", 0): 1, ("a", 1): 1})
+    assert renewed["b", 0] == first["b", 0] and renewed["a", 0]["asked"] != first["a", 0]["asked"]
+    assert ask(again, other) == renewed and not again.asked
+    assert path.read_bytes().startswith(before)  # the first replies were paid for
+    # a reply that does not say what was asked answers nothing
+    rows = [row for _, row in data.read_jsonl(path)]
+    data.write_jsonl(path, ({key: value for key, value in row.items() if key != "asked"} for row in rows))
+    assert ask(again, other).keys() == renewed.keys() and len(again.asked) == 3
+
+
+def test_two_processes_never_append_to_one_file_of_replies(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    hold = "import stage, sys, pathlib; file = stage.appending(pathlib.Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+    other = subprocess.Popen([sys.executable, "-c", hold, str(path)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    asks, scribe = [Ask("a", turns("a"), [], (0,))], Scribe()
+    with pytest.raises(data.RowError, match="rows.jsonl: another process"):
+        asking.ask_all(scribe, asks, WARM, path, lambda reply: asking.reply_row(reply, "scribe"), "test")
+    assert not scribe.asked
+    other.kill()  # -9: whoever is dead holds nothing
+    other.wait()
+    assert len(asking.ask_all(scribe, asks, WARM, path, lambda reply: asking.reply_row(reply, "scribe"), "test")) == 1
+
+
+def test_replies_are_bound_to_what_answers_and_to_every_setting(tmp_path, folders):
+    model = tmp_path / "model"
+    shutil.copytree(folders["qwen"], model)
+    args = argparse.Namespace(out=str(tmp_path / "run" / "rollout"), replies="", pixels=3136, tiles=1)
+
+    def name(role="rollout", spec=f"hf:{model}", sampling=WARM, **changed):
+        return asking.replies_file(argparse.Namespace(**{**vars(args), **changed}), role, spec, sampling).name
+
+    names = [name(), name(role="judge"), name(spec=f"vllm:{model}"), name(sampling=replace(WARM, seed=99)), name(pixels=784), name(tiles=4)]
+    assert len(set(names)) == len(names) and name() == names[0]
+    assert {path.name for path in (tmp_path / "run" / "replies").glob("*.jsonl")} == set()
+    (model / "README.md").write_text("About this model")
+    (model / ".cache" / "huggingface").mkdir(parents=True)
+    (model / ".cache" / "huggingface" / "download.json").write_text("{}")
+    assert name() == names[0]  # not the model
+    shutil.move(model, tmp_path / "moved")
+    assert name(spec=f"hf:{tmp_path / 'moved'}") == names[0]  # nor is its place
+    weights = next((tmp_path / "moved").glob("*.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert name(spec=f"hf:{tmp_path / 'moved'}") != names[0]
 
 
 def test_half_a_character_in_a_reply_is_replaced_and_the_reply_is_kept(tmp_path):
@@ -433,7 +475,7 @@ def test_half_a_character_in_a_reply_is_replaced_and_the_reply_is_kept(tmp_path)
         to_row = lambda reply: {**asking.reply_row(reply, "torn"), "reasoning": reply.reasoning}  # noqa: E731
         return asking.ask_all(Torn(), [Ask("a", turns("a"), [], (0,))], WARM, tmp_path / "rows.jsonl", to_row, "test")
 
-    (row,) = ask()
+    (row,) = ask().values()
     assert row["response"] == "half \ufffd, whole \U0001f600, \u4e2d" and row["reasoning"] == "thought \ufffd"
     assert [row] == [row for _, row in data.read_jsonl(tmp_path / "rows.jsonl")]
 
