@@ -470,7 +470,7 @@ def run(args: argparse.Namespace) -> None:
             if not args.images:
                 raise data.RowError(f"{args.path}: has images; say with --images where they go")
             questions = read(args.name, args.path, Path(args.images))
-        data.write_jsonl(args.out, (question.to_row() for question in questions))
+        stage.new_file(args.out, data.jsonl_text(question.to_row() for question in questions), [args.path])
         print(f"{args.out}: {len(questions)} questions")
     inspect(args.name, questions)
 

@@ -76,8 +76,10 @@ def add(args: argparse.Namespace) -> None:
     Whatever else is there under the bank's name is an error, and stays."""
     import benchmarks
 
-    if args.name not in benchmarks.READERS:
-        raise data.RowError(f"{args.name}: no such reader; known are {', '.join(sorted(benchmarks.READERS))}")
+    benchmarks.reader_of(args.name)
+    if Path(args.out).resolve() in [Path(path).resolve() for path in args.paths]:
+        raise data.RowError(f"--out {args.out}: is read here; name another file")
+    lock = stage.hold(Path(f"{args.out}.lock"), f"--out {args.out}")
     bank = {question.id: question for question in data.read_questions(args.out)} if Path(args.out).exists() else {}
     for path in args.paths:
         count, repeats = len(bank), []
@@ -92,6 +94,7 @@ def add(args: argparse.Namespace) -> None:
     data.write_jsonl(args.out, (question.to_row() for question in bank.values()))
     images = sum(bool(question.images) for question in bank.values())
     print(f"{args.out}: {len(bank) - images} text questions, {images} image questions")
+    lock.close()
 
 
 def leak(questions: list[data.Question], args: argparse.Namespace) -> dict[str, Rejection]:

@@ -381,9 +381,13 @@ def resume_jsonl(path: str | Path) -> list[dict]:
     return [row for _, row in read_jsonl(path)]
 
 
+def jsonl_text(rows: Iterable[dict]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
 def append_jsonl(file, rows: Iterable[dict]) -> None:
     """Appends rows to an open text file and pushes them out of this process, so that a kill loses none of them."""
-    file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    file.write(jsonl_text(rows))
     file.flush()
 
 

@@ -264,11 +264,13 @@ def demo_stages(run: Path, family: str, size: str, world: str, seed: int) -> lis
 def run_stages(stages: list[Stage], run: Path, what: str) -> None:
     """Runs what is not done, and remembers the list for `status`."""
     started = time.time()
+    lock = stage.hold(run / ".lock", f"--out {run}")
     stage.remember(run)
     data.write_json(run / "run.json", {"started_in": os.getcwd(), "stages": [[one.name, one.script, list(one.words), one.ranks] for one in stages]})
     for number, one in enumerate(stages, 1):
         print(f"\n[{number}/{len(stages)}, {time.time() - started:.0f} s]", end="", flush=True)
         one.run()
+    lock.close()
     print(f"\n{what} took {time.time() - started:.0f} s. In {run}:")
     for name, about in (
         ("report/report.png", "accuracy, criteria, training curves, MV@n and pass@n"),

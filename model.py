@@ -38,7 +38,6 @@ from torch import Tensor, nn
 
 import data
 import flags
-import stage
 
 MAX_PIXELS = 768 * 768  # ours: paper silent (LLaMA-Factory's image_max_pixels)
 TILES = 1  # ours: paper silent (LLaMA-Factory trains InternVL on one tile an image)

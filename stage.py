@@ -21,7 +21,6 @@ import argparse
 import fcntl
 import importlib.metadata
 import json
-import os
 import sys
 import time
 from collections.abc import Iterable

@@ -39,17 +39,26 @@ def test_a_finished_stage_is_done_and_not_run_again(tmp_path, capsys):
     assert "python clinic.py world" in capsys.readouterr().out  # the command a user would type is printed
 
 
-def test_a_changed_setting_reruns_the_stage_and_what_depends_on_it(tmp_path, capsys):
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_changed_setting_sets_the_stage_aside_and_what_depends_on_it_and_deletes_nothing(tmp_path, capsys):
     world_stage(tmp_path).run()
     distill_stage(tmp_path).run()
     assert distill_stage(tmp_path).state() == "done"
+    before = {name: files(tmp_path / name) for name in ("world", "distill")}
     changed = world_stage(tmp_path, text=7)
     assert changed.state() == "its settings changed"
     changed.run()
     assert distill_stage(tmp_path).state() == f"{tmp_path}/world/bank.jsonl changed"
     distill_stage(tmp_path).run()
     assert distill_stage(tmp_path).state() == "done"
-    assert "its settings changed; it starts again" in capsys.readouterr().out
+    assert {name: files(tmp_path / f"{name}.1") for name in before} == before
+    said = capsys.readouterr().out
+    assert f"{tmp_path / 'world'} is set aside as world.1 (" in said and "MB): its settings changed" in said
+    world_stage(tmp_path).run()  # and once more: what was set aside stays
+    assert files(tmp_path / "world.1") == before["world"] and (tmp_path / "world.2").is_dir()
 
 
 def test_an_output_that_was_edited_makes_the_stage_run_again(tmp_path):
@@ -60,111 +69,134 @@ def test_an_output_that_was_edited_makes_the_stage_run_again(tmp_path):
     assert stage.state() == "its output test.jsonl changed"
 
 
+def replies_of(run: Path, role: str) -> list[Path]:
+    return sorted((run / "replies").glob(f"{role}-*.jsonl"))
+
+
 def test_a_stage_without_stage_json_is_interrupted_and_goes_on(tmp_path):
     world_stage(tmp_path).run()
     stage = distill_stage(tmp_path)
     stage.run()
     demos = (stage.folder / "demos.jsonl").read_bytes()
     (stage.folder / "stage.json").unlink()
-    replies = next(stage.folder.glob("replies-*.jsonl"))
+    (replies,) = replies_of(tmp_path, "teacher")
     lines = replies.read_bytes().splitlines(keepends=True)
     replies.write_bytes(b"".join(lines[:3]) + lines[3][:10])  # killed while writing the fourth row
     assert stage.state() == "interrupted"
     stage.run()
     assert stage.state() == "done" and (stage.folder / "demos.jsonl").read_bytes() == demos
+    assert replies.read_bytes() == b"".join(lines)
 
 
-def answers(path: Path) -> int:
-    return len(path.read_bytes().splitlines())
-
-
-def test_a_stage_that_starts_again_keeps_replies_that_it_would_ask_for_in_the_same_way(tmp_path, capsys):
+def test_what_is_still_valid_is_never_asked_again(tmp_path):
     world_stage(tmp_path).run()
     stage = distill_stage(tmp_path)
     stage.run()
-    replies = stage.folder / "replies-clinic-thorough.jsonl"
+    (replies,) = replies_of(tmp_path, "teacher")
     before = replies.read_bytes()
-    (stage.folder / "other.txt").write_text("not a reply")
-    sheet = stage.folder / "review.csv"
-    sheet.write_text("chain,verdict\nchain-of-another-run,yes\n")
 
     def again(*more: str) -> medee.Stage:
         return medee.Stage("distill", "distill.py", (*stage.words, *more))
 
-    longer = again("--words", "5", "300")  # nothing that an engine is asked with
-    with pytest.raises(SystemExit):  # a human's verdicts are not written over
-        longer.run()
-    assert "chain-of-another-run" in sheet.read_text()
-    sheet.unlink()
-    longer.run()
-    assert longer.state() == "done" and replies.read_bytes() == before and not (stage.folder / "other.txt").exists()
+    again("--words", "5", "300").run()  # nothing that an engine is asked with
+    assert replies_of(tmp_path, "teacher") == [replies] and replies.read_bytes() == before
     bank = data.read_questions(tmp_path / "world" / "bank.jsonl")
     bank[0].question += " Think well."
     data.write_jsonl(tmp_path / "world" / "bank.jsonl", (question.to_row() for question in bank))
-    assert longer.state().endswith("bank.jsonl changed")
-    longer.run()  # the changed question is asked anew, the others are not
-    assert replies.read_bytes().startswith(before) and [json.loads(line)["id"] for line in replies.read_bytes().removeprefix(before).splitlines()] == [bank[0].id]
-    capsys.readouterr()
-    warmer, held = again("--words", "5", "300", "--temperature", "0.9"), replies.read_bytes()
-    warmer.run()
-    assert warmer.state() == "done" and "replies-clinic-thorough.jsonl may have been asked for in another way" in capsys.readouterr().out
-    assert Path(f"{replies}.1").read_bytes() == held and answers(replies) == len(bank)
-    assert json.loads(Path(f"{replies}.1.settings").read_text())["temperature"] == 1.0
-    stage.run()  # and once more: what was set aside stays
-    assert answers(Path(f"{replies}.2")) == len(bank) and Path(f"{replies}.1").read_bytes() == held
+    again("--words", "5", "300").run()  # the changed question is asked anew, the others are not
+    asked = replies.read_bytes().removeprefix(before).splitlines()
+    assert replies.read_bytes().startswith(before) and [json.loads(line)["id"] for line in asked] == [bank[0].id]
+    held = replies.read_bytes()
+    again("--temperature", "0.9").run()  # another way to ask: a file of its own
+    assert len(replies_of(tmp_path, "teacher")) == 2 and replies.read_bytes() == held
 
 
-STALE = {  # (script, what changed): whether its file of replies may not count any more
-    ("curate.py", "flag"): True, ("curate.py", "model"): True, ("curate.py", "questions"): False, ("curate.py", "judge"): False,
-    ("evaluate.py", "flag"): True, ("evaluate.py", "model"): True, ("evaluate.py", "questions"): True, ("evaluate.py", "judge"): False,
-    ("rollout.py", "judge"): True,
-}  # fmt: skip
+def test_a_sheet_that_a_human_filled_in_is_no_changed_output_and_outlives_every_change(tmp_path):
+    world_stage(tmp_path).run()
+    stage = distill_stage(tmp_path)
+    stage.run()
+    sheet = stage.folder / "review.csv"
+    sheet.write_text("chain,verdict\nchain-of-a-human,yes\n")
+    assert stage.state() == "done"
+    medee.Stage("distill", "distill.py", (*stage.words, "--words", "5", "300")).run()
+    assert (tmp_path / "distill.1" / "review.csv").read_text() == "chain,verdict\nchain-of-a-human,yes\n"
 
 
-@pytest.mark.parametrize(("script", "what"), STALE)
-def test_replies_of_a_changed_model_or_to_changed_questions_are_set_aside(tmp_path, script, what):
-    model, bank = tmp_path / "model", tmp_path / "bank.jsonl"
-    model.mkdir()
-    (model / "weights").write_text("old")
-    bank.write_text("{}\n")
-
-    def stage(seed: int, judge: str) -> medee.Stage:
-        return medee.Stage("x", script, ("run", "--engine", f"hf:{model}", "--questions", str(bank), "--seed", str(seed), "--judge", judge, "--out", str(tmp_path / "out")))
-
-    before = stage(0, "clinic:judge")
-    data.write_json(before.folder / "begun.json", {"command": [script, *before.words], "inputs": before.inputs(), "sources": {}})
-    replies = before.folder / "replies.jsonl"
-    replies.write_text("{}\n")
-    data.settle(replies, {"engine": f"hf:{model}", "seed": 0})
-    if what == "model":
-        (model / "weights").write_text("new")
-    if what == "questions":
-        bank.write_text("{}\n{}\n")
-    stage(int(what == "flag"), "gemini:g" if what == "judge" else "clinic:judge").clear()
-    assert replies.exists() != STALE[script, what] and Path(f"{replies}.1").exists() == STALE[script, what]
+def test_a_bank_in_the_folder_where_the_command_is_typed_counts_by_its_content(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bank.jsonl").write_text("{}\n")
+    stage = medee.Stage("x", "curate.py", ("all", "--questions", "bank.jsonl", "--images", "films", "--out", "run/x"))
+    before = stage.record()["inputs"]
+    (tmp_path / "bank.jsonl").write_text("{}\n{}\n")
+    assert list(before) == ["bank.jsonl"] and stage.record()["inputs"] != before
 
 
-def test_replies_without_a_record_of_how_they_were_begun_are_set_aside_and_not_lost(tmp_path):
-    replies = tmp_path / "distill" / "replies-clinic-thorough.jsonl"
-    replies.parent.mkdir()
-    replies.write_text("{}\n")
-    data.settle(replies, {"seed": 0})
-    distill_stage(tmp_path).clear()
-    assert sorted(path.name for path in replies.parent.iterdir()) == [f"{replies.name}.1", f"{replies.name}.1.settings"]
+@pytest.mark.parametrize("engine", ["hf:{}", "vllm:{}", "image=hf:{}", "text=vllm:{}", "{}"])
+def test_a_model_that_a_flag_names_counts_by_its_weights_and_not_by_what_lies_beside_them(tmp_path, engine):
+    model = tmp_path / "model"
+    (model / ".cache" / "huggingface").mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    (model / "model.safetensors").write_text("old")
+    stage = medee.Stage("x", "evaluate.py", ("run", "--engine", engine.format(model), "--out", str(tmp_path / "out")))
+    before = stage.record()
+    (model / ".cache" / "huggingface" / "download.lock").write_text("now")
+    (model / "README.md").write_text("About this model")
+    assert stage.record() == before
+    (model / "model.safetensors").write_text("new")
+    assert stage.record() != before
+
+
+def test_a_folder_that_this_run_did_not_begin_is_left_alone_and_the_way_out_is_said(tmp_path):
+    world = world_stage(tmp_path)
+    world.run()
+    hand = tmp_path / "distill"
+    hand.mkdir()
+    (hand / "paid.jsonl").write_text("replies of a week")
+    with pytest.raises(data.RowError, match="not begun by this run, and is left alone; give --adopt distill"):
+        distill_stage(tmp_path).run()
+    assert files(hand) == {"paid.jsonl": b"replies of a week"}
+    with pytest.raises(data.RowError, match="has no stage.json; only a finished stage"):
+        distill_stage(tmp_path).adopt()
+
+
+def test_a_whole_stage_that_was_made_by_hand_is_adopted_with_its_real_command(tmp_path):
+    world_stage(tmp_path).run()
+    by_hand = ["distill.py", "run", "--questions", f"{tmp_path}/world/bank.jsonl", "--images", f"{tmp_path}/world",
+               "--teachers", "clinic:hasty", "--answer-form", "text", "--out", f"{tmp_path}/distill"]  # fmt: skip
+    subprocess.run([sys.executable, *by_hand], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    stage = distill_stage(tmp_path)
+    assert stage.state() == "not begun by this run"
+    before = files(stage.folder)
+    stage.adopt()
+    assert stage.state() == "done"
+    stage.run()
+    record = json.loads((stage.folder / "medee.json").read_text())
+    assert record["adopted"] == by_hand  # not what the run would have typed
+    assert {name: content for name, content in files(stage.folder).items() if name != "medee.json"} == before
+    (stage.folder / "medee.json").unlink()
+    (stage.folder / "demos.jsonl").write_text("edited")
+    with pytest.raises(data.RowError, match="demos.jsonl is not as its stage.json has it"):
+        stage.adopt()
+
+
+def test_only_stages_can_be_adopted(tmp_path):
+    with pytest.raises(data.RowError, match="--adopt nonsense: is no stage; they are curate, distill, sft"):
+        medee.main([*FULL_RUN, "--adopt", "nonsense", "--out", str(tmp_path)])
 
 
 def test_a_change_of_the_code_is_said_and_undoes_nothing(tmp_path, capsys):
     stage = world_stage(tmp_path)
-    assert {"clinic.py", "data.py", "model.py", "train.py"} <= stage.sources().keys()  # what it imports, and what that imports
-    assert "evaluate.py" not in stage.sources() and "random.py" not in stage.sources()
     stage.run()
-    begun = json.loads((stage.folder / "begun.json").read_text())
-    begun["sources"]["data.py"] = "as it was then"
-    (stage.folder / "begun.json").write_text(json.dumps(begun))
+    finished = stage.folder / "stage.json"
+    record = json.loads(finished.read_text())
+    assert {"clinic.py", "data.py", "stage.py"} <= record["sources"].keys()  # what it ran on
+    assert "evaluate.py" not in record["sources"] and "random.py" not in record["sources"]
+    record["sources"]["data.py"] = "as it was then"
+    finished.write_text(json.dumps(record))
     capsys.readouterr()
     stage.run()
     assert stage.state() == "done" and stage.edited() == ["data.py"]
-    assert "data.py changed since this was begun" in capsys.readouterr().out
+    assert "data.py changed since this was made" in capsys.readouterr().out
 
 
 def test_a_failing_stage_stops_the_run_and_names_itself(tmp_path):
@@ -177,6 +209,18 @@ ENGINES = {
     "curate": {"baselines": ["vllm:base"], "experts": ["gemini:a"], "classifier": "gemini:a", "editor": "gemini:a"},
     "distill": {"teachers": ["gemini:a"], "expand": [["gemini:a", "gemini:b"]], "checker": "gemini:c"}, "judge": "gemini:a",
 }  # fmt: skip
+
+
+FULL_RUN = [
+    "run", "qwen2.5-vl-7b", "--questions", "bank.jsonl", "--test", "test.jsonl", "--baselines", "vllm:base",
+    *(word for flag in ("experts", "classifier", "editor", "teachers", "judge") for word in (f"--{flag}", "gemini:g")),
+]  # fmt: skip
+
+
+def test_a_run_hands_reviewed_texts_to_curation(capsys):
+    medee.main([*FULL_RUN, "--reviewed", "review.csv", "--keep-unreviewed", "--dry"])
+    command = next(line for line in capsys.readouterr().out.splitlines() if "curate.py" in line)
+    assert "--reviewed review.csv --keep-unreviewed" in command and command.count("review") == 3
 
 
 def every_stage() -> list:
@@ -233,8 +277,7 @@ def test_status_tells_what_is_done(tmp_path, capsys, monkeypatch):
 
 
 def test_dry_run_prints_the_torchrun_commands(capsys):
-    argv = ["run", "qwen2.5-vl-7b", "--questions", "bank.jsonl", "--test", "test.jsonl", "--baselines", "vllm:base", "--experts", "gemini:g", "--classifier", "gemini:g", "--editor", "gemini:g", "--teachers", "gemini:g", "--judge", "gemini:g", "--dry"]
-    medee.main(argv)
+    medee.main([*FULL_RUN, "--dry"])
     out = capsys.readouterr().out
     assert "torchrun --nproc_per_node 8 sft.py" in out and "torchrun --nproc_per_node 8 dpo.py" in out and "--lr 1e-06" in out
 
