@@ -28,6 +28,7 @@ import re
 import sys
 import time
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -50,6 +51,36 @@ SPAN_NAMES = {THINK: "think", ANSWER: "answer", TAG: "tag"}
 class RowError(SystemExit, ValueError):
     """A row that cannot be used; the text says where it is, what is wrong and what to do. Uncaught, a script ends with that
     text and exit code 1, without a traceback."""
+
+
+def load_json(text: str | bytes, where: str):
+    """The JSON value of a text. Raises RowError naming `where` for anything that is not JSON, for NaN and Infinity, for a
+    key that an object has twice, for nesting too deep, and for half a surrogate pair, which no file can hold."""
+
+    def unique(pairs: list[tuple]) -> dict:
+        counts = Counter(key for key, _ in pairs)
+        if len(counts) < len(pairs):
+            raise ValueError(f"the key {counts.most_common(1)[0][0]!r} is there twice")
+        return dict(pairs)
+
+    def refuse(constant: str):
+        raise ValueError(f"{constant} is no JSON number")
+
+    try:
+        if isinstance(text, bytes):
+            text = text.decode()
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+        if "\\u" in text:  # an escape may spell half a pair
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError as error:
+        half = error.object[error.start : error.end]
+        message = f"holds half a surrogate pair ({half!r})"
+    except RecursionError:
+        message = "is nested too deeply"
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are such
+        message = f"not JSON ({error})"
+    raise RowError(f"{where}: {message}; remove it or write it again")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -308,10 +339,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
             where = f"{path}:{number}"
             if not line.strip():
                 continue
-            try:
-                row = json.loads(line.decode())
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise RowError(f"{where}: not JSON ({error}); remove the line or write it again") from None
+            row = load_json(line, where)
             if not isinstance(row, dict):
                 raise RowError(f"{where}: expected an object, found {type(row).__name__}")
             yield where, row

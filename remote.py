@@ -6,10 +6,11 @@
 What can go wrong is sorted by kind. After a busy server (429, 5xx) or a broken connection we ask
 again, with the wait that the server names or else a doubling one. A garbled or empty reply is asked
 for again a few times only, because no wait turns a web page into an answer. An answer that thinking
-left no room for is asked again with more room. A question that the server refuses, or has nothing to
-say to, is an answer of no text, marked so. A wrong key or model stops the run, and so do a server
-that stays down and one that refuses or garbles one question after the other. Whatever was answered
-by then is on disk, and the same command goes on from there. Nothing that went wrong is ever an answer.
+left no room for is asked again with more room. A question that the server refuses, or has nothing
+to say to, is an answer of no text, marked so. A wrong key or model stops the run, and so does a
+server that stays down, or that refuses or garbles one question after the other. Whatever was
+answered by then is on disk, and the same command goes on from there. Nothing that went wrong is
+ever an answer.
 
 Keys come from the environment: GEMINI_API_KEY, or the name of the host: api.openai.com -> OPENAI_API_KEY. They are never
 printed, not even where a server repeats them.
@@ -96,14 +97,14 @@ class RemoteEngine:
         raise NotImplementedError
 
     def hear(self, response) -> None:
-        """Keeps what the server sent. A hook of httpx, because the clients drop what they cannot read."""
+        """Keeps what the server sent. httpx calls it; the clients drop what they cannot read."""
         response.read()
         self.heard.text = response.text
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Around a request and the reading of its reply. The clients check no form, so that a reply
-        of another form fails anywhere in here, in any of these ways. Raises Again for all of them."""
+        """Around a request and the reading of its reply. Raises Again where the reply has another
+        form: the clients check none, so that it fails anywhere in here, in any of these ways."""
         self.heard.text = ""
         try:
             yield

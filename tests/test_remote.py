@@ -385,6 +385,7 @@ def test_a_question_that_alone_breaks_the_server_holds_nobody_up(api, serve):
     assert "question q3" in str(stopped) and "1 questions" in str(stopped) and "asks them again" in str(stopped)
 
 
+COUNTS = ("prompt_tokens", "promptTokenCount")
 GARBLED = {
     "a web page": lambda api: (200, b"<html>hello</html>", {"Content-Type": "text/html"}),
     "a web page called JSON": lambda api: (200, b"<html>hello</html>", {}),
@@ -394,7 +395,7 @@ GARBLED = {
     "too deep": lambda api: (200, b"[" * 100_000, {}),
     "a number for choices": lambda api: (200, {"choices": 5, "candidates": 5}, {}),
     "a number for usage": lambda api: with_usage(api, 5),
-    "words for counts": lambda api: with_usage(api, {"prompt_tokens": "x", "promptTokenCount": "x"}),
+    "a word for a count": lambda api: with_usage(api, dict.fromkeys(COUNTS, "x")),
     "a number for a text": lambda api: (200, {
         "choices": [{"message": {"content": 5}, "finish_reason": "stop"}],
         "candidates": [{"content": {"parts": [{"text": 5}]}, "finishReason": "STOP"}],
