@@ -538,6 +538,13 @@ def test_what_is_no_file_of_rows_is_refused_at_once_by_name(tmp_path, suffix, wh
     assert str(tmp_path) in str(error.value)
 
 
+def test_a_csv_file_with_nul_bytes_is_refused_where_its_rows_would_be_read(tmp_path):
+    row = medbullets_rows()[0] | {"question": "Q\0 one"}
+    (tmp_path / "a.csv").write_text(",".join(row) + "\n" + ",".join(row.values()) + "\n")
+    with pytest.raises(data.RowError, match=r"a\.csv: not CSV \(it has a NUL byte in it\)"):
+        read("medbullets-op5", tmp_path / "a.csv", None)
+
+
 def test_a_pipe_or_a_folder_among_the_files_of_a_download_is_refused(tmp_path):
     jsonl(tmp_path / "a.jsonl", [data.Question(**BASE).to_row()])
     for make in (os.mkfifo, os.mkdir):
