@@ -31,7 +31,6 @@ import json
 import os
 import re
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -45,6 +44,8 @@ HEALTH = {  # MMMU's Health & Medicine: subject -> (questions in MMMU validation
     "Pharmacy": (30, 57), "Public_Health": (30, 58),
 }  # fmt: skip
 MOST_IMAGES = 7  # MMMU's columns image_1 ... image_7
+MOST_BYTES = 64 * 2**20  # ours: most bytes of one image; the published ones have a few million
+PACKED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # ours: zipfile unpacks no other form in parts
 VISION_STEM = "Answer the multiple-choice question in the image."  # ours: the vision config has no text of its own
 SUBSETS = ("question_type", "medical_task", "body_system", "subject", "modality")  # keys of meta that tables part by
 
@@ -52,11 +53,55 @@ SUBSETS = ("question_type", "medical_task", "body_system", "subject", "modality"
 # Rows of a published file
 
 
-def json_rows(path: Path) -> Iterator[tuple[str, dict]]:
+def check_file(path: Path) -> None:
+    """Raises RowError unless this is a regular file that can be read and is not empty. Opening a
+    pipe would wait for its writer without end."""
+    if not os.path.exists(path):
+        raise data.RowError(f"{path}: no such file; check the path")
+    if not os.path.isfile(path):
+        raise data.RowError(f"{path}: is no regular file; check the path")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise data.RowError(f"{path}: not JSON ({error}); download it again") from None
+        with open(path, "rb") as file:
+            empty = not file.read(1)
+    except OSError as error:
+        raise data.RowError(f"{path}: cannot be read ({error.strerror})") from None
+    if empty:
+        raise data.RowError(f"{path}: is empty; download it again")
+
+
+def load_rows(path: Path, kind: str, first: int):
+    """The JSON value of a file. What cannot be read in a list is named by the number of its row."""
+    content = path.read_bytes()
+    try:
+        return data.load_json(content, str(path))
+    except data.RowError:
+        text = content.decode(errors="replace")
+        if text.lstrip().startswith("["):
+            check_rows(text, f"{path}: {kind}", first)
+        raise
+
+
+def check_rows(text: str, where: str, number: int) -> None:
+    """Raises RowError for the first row of a JSON list that load_json refuses."""
+    decoder, gap, at = json.JSONDecoder(), re.compile(r"[\s,]*"), text.index("[") + 1
+    while (at := gap.match(text, at).end()) < len(text) and text[at] != "]":
+        try:
+            end = decoder.raw_decode(text, at)[1]
+        except (ValueError, RecursionError):
+            end = len(text)
+        data.load_json(text[at:end], f"{where} {number}")
+        at, number = end, number + 1
+
+
+def once(names: list, where: str) -> None:
+    """Raises RowError for a name that is there twice: one of its two values would be lost."""
+    for name, times in Counter(names).items():
+        if times > 1:
+            raise data.RowError(f"{where}: {name!r} is there twice; rename one of them")
+
+
+def json_rows(path: Path) -> Iterator[tuple[str, dict]]:
+    content = load_rows(path, "row", 0)
     if isinstance(content, dict) and content and all(isinstance(column, dict) for column in content.values()):
         names = list(next(iter(content.values())))
         for key, column in content.items():
@@ -75,13 +120,22 @@ def json_rows(path: Path) -> Iterator[tuple[str, dict]]:
 
 def csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            for number, row in enumerate(csv.DictReader(file, strict=True)):
-                beyond = row.pop(None, [])  # Medbullets' rows end in empty cells that the header does not have
-                if any(beyond) or None in row.values():
-                    raise data.RowError(f"{path}: row {number}: has other cells than the header; download it again")
-                yield f"{path}: row {number}", row
+        text = path.read_bytes().decode("utf-8-sig")
+        if "\0" in text:
+            raise csv.Error("it has a NUL byte in it")
+        rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        names = list(rows.fieldnames or [])
     except (csv.Error, UnicodeDecodeError) as error:
+        raise data.RowError(f"{path}: not CSV ({error}); download it again") from None
+    once([name for name in names if name], f"{path}: header")
+    try:
+        for number, row in enumerate(rows):
+            where = f"{path}: row {number}"
+            beyond = row.pop(None, [])  # Medbullets' rows have empty cells that the header has not
+            if any(beyond) or None in row.values():
+                raise data.RowError(f"{where}: has other cells than the header; download it again")
+            yield where, row
+    except csv.Error as error:
         raise data.RowError(f"{path}: not CSV ({error}); download it again") from None
 
 
@@ -95,11 +149,14 @@ def parquet_rows(path: Path) -> Iterator[tuple[str, dict]]:
     try:
         number = 0
         with pyarrow.parquet.ParquetFile(path) as file:
+            once(file.schema_arrow.names, f"{path}: columns")
             for batch in file.iter_batches(batch_size=16):
                 for row in batch.to_pylist():
                     yield f"{path}: row {number}", row
                     number += 1
-    except (pyarrow.ArrowException, OSError) as error:
+    except data.RowError:
+        raise
+    except Exception as error:  # what the reader of a damaged file raises is not documented
         raise data.RowError(f"{path}: not a whole parquet file ({error}); download it again") from None
 
 
@@ -117,7 +174,7 @@ def image_places(file: Path) -> list[Path | zipfile.Path]:
         if (base / "images.zip").is_file():
             try:
                 inside = zipfile.Path(base / "images.zip")
-            except (zipfile.BadZipFile, OSError) as error:
+            except Exception as error:  # what the reader of a damaged zip raises is not documented
                 raise data.RowError(f"{base / 'images.zip'}: not a whole zip file ({error}); download it again") from None
             places += [inside, *(part for part in inside.iterdir() if part.is_dir())]
     return places
@@ -125,41 +182,70 @@ def image_places(file: Path) -> list[Path | zipfile.Path]:
 
 def keep_image(image: str | bytes, where: str, places: list[Path | zipfile.Path], root: Path | None) -> tuple[str, bool]:
     """(the image's path below the root, whether it was found). It is written there, once; with no root nothing is."""
-    content, name = image, image
-    if not isinstance(image, bytes):
-        where = f"{where}: image {image}"
-        if not isinstance(image, str) or not image or Path(image).is_absolute() or ".." in Path(image).parts:
-            raise data.RowError(f"{where} must be a path that stays inside the image root")
-        source = next((place / image for place in places if (place / image).is_file()), None)
-        if source is None or root is None:
-            return image, source is not None or (root is not None and (root / image).is_file())
-        try:
-            content = source.read_bytes()
-        except (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, RuntimeError) as error:
-            raise data.RowError(f"{where} cannot be read from {source} ({error}); download it again") from None
-    suffix = image_suffix(content, where)
-    if content is image:
-        name = hashlib.sha256(content).hexdigest()[:16] + suffix
-    if root is not None and (target := root / name).exists():
-        if target.read_bytes() != content:
+    try:
+        if isinstance(image, bytes):
+            content = image
+            name = hashlib.sha256(content).hexdigest()[:16] + image_suffix(content, where)
+        else:
+            name, where = image, f"{where}: image {image}"
+            if not image or Path(image).is_absolute() or ".." in Path(image).parts:
+                raise data.RowError(f"{where} must be a path that stays inside the image root")
+            source = next((place / image for place in places if (place / image).is_file()), None)
+            if source is None or root is None:
+                return image, source is not None or (root is not None and (root / image).is_file())
+            content = read_image(source, where)
+            image_suffix(content, where)
+        if root is not None:
+            write_image(content, root / name, where)
+        return name, True
+    except OSError as error:  # a name too long for a file, a folder in the way, a full disk
+        raise data.RowError(f"{where}: {error}") from None
+
+
+def read_image(source: Path | zipfile.Path, where: str) -> bytes:
+    """The bytes of an image file, in a zip or not. Reads no more than an image may have, whatever
+    size the archive declares."""
+    try:
+        if isinstance(source, zipfile.Path):
+            member = source.root.getinfo(source.at)
+            if member.compress_type not in PACKED:
+                raise NotImplementedError("it must be stored or deflated")
+            declared = member.file_size
+        else:
+            declared = source.stat().st_size
+        with source.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
+    except Exception as error:  # what the reader of a damaged zip raises is not documented
+        said = f"cannot be read from {source} ({error}); download it again"
+        raise data.RowError(f"{where} {said}") from None
+    if declared != len(content) <= MOST_BYTES:
+        sizes = f"{len(content)} bytes instead of {declared}"
+        raise data.RowError(f"{where} has {sizes} in {source}; download it again")
+    return content
+
+
+def write_image(content: bytes, target: Path, where: str) -> None:
+    if target.exists():
+        if not target.is_file() or target.read_bytes() != content:
             raise data.RowError(f"{where}: {target} is there already and is another image; give another --images folder")
-    elif root is not None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(target.name + ".tmp")
-        temporary.write_bytes(content)
-        os.replace(temporary, target)  # killed before this, the next run writes it again
-    return name, True
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(target.name + ".tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, target)  # killed before this, the next run writes it again
 
 
 def image_suffix(content: bytes, where: str) -> str:
     """".png", ".jpeg" ... by what the bytes are. The image is decoded whole: one that is cut off ends a training run later."""
     from PIL import Image
 
+    if len(content) > MOST_BYTES:
+        raise data.RowError(f"{where}: has more than {MOST_BYTES} bytes; make the image smaller")
     try:
         with Image.open(io.BytesIO(content)) as image:
             image.load()
             return f".{image.format.lower()}"
-    except (OSError, SyntaxError, ValueError, EOFError, zlib.error, Image.DecompressionBombError) as error:
+    except Exception as error:  # what the decoder of a damaged image raises is not documented
         raise data.RowError(f"{where}: cannot be decoded as an image ({error}); download it again") from None
 
 
@@ -180,21 +266,32 @@ class Item:
     id: str = ""
 
 
-def lettered(texts: list, where: str) -> dict[str, str]:
+def choices(letters: list, texts: list, where: str) -> dict[str, str]:
+    """{"A": "x", "B": "y"}: two to ten options, their letters in order, each with a text."""
+    where = f"{where}: options"
     if not 2 <= len(texts) <= len(data.LETTERS):
-        raise data.RowError(f"{where}: options: there are {len(texts)}, expected 2 to {len(data.LETTERS)}")
-    return dict(zip(data.LETTERS, texts))
+        raise data.RowError(f"{where}: there are {len(texts)}, expected 2 to {len(data.LETTERS)}")
+    if letters != list(data.LETTERS[: len(letters)]):
+        raise data.RowError(f"{where}: letters are {letters}, expected A, B, C ... in order")
+    for letter, text in zip(letters, texts):
+        if not isinstance(text, str) or not text.strip():
+            raise data.RowError(f"{where}: {letter} is {text!r}, expected a text")
+    return dict(zip(letters, texts))
 
 
-def literal(value, where: str, key: str) -> list:
-    """A list, or the text of one as MMMU has it: "['a', 'b']"."""
+def lettered(texts: list, where: str) -> dict[str, str]:
+    return choices(list(data.LETTERS[: len(texts)]), texts, where)
+
+
+def literal(value, where: str, key: str) -> list[str]:
+    """A list of texts, or the text of one as MMMU has it: "['a', 'b']"."""
     if isinstance(value, str):
         try:
             value = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             raise data.RowError(f"{where}: {key}: {value[:60]!r} is not the text of a list") from None
-    if not isinstance(value, list):
-        raise data.RowError(f"{where}: {key}: expected a list, found {type(value).__name__}")
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise data.RowError(f"{where}: {key}: expected a list of texts, found {value!r:.60}")
     return value
 
 
@@ -210,33 +307,54 @@ def medxpertqa(row: dict, where: str) -> Item:
     """Options stand inside the question's text, and mostly also beside it: as {letter: text}, or {letter, content} each."""
     data.need(row, where, question=str)
     stem, mark, shown = row["question"].rpartition("\nAnswer Choices:")
-    options = row.get("options")
-    if isinstance(options, list):
-        for option in options:
-            data.need(option if isinstance(option, dict) else {}, f"{where}: options", letter=str, content=str)
-        options = {option["letter"]: option["content"] for option in options}
-    if options is None:
-        if not mark:
-            raise data.RowError(f"{where}: no options, neither beside the question nor after 'Answer Choices:' in it")
+    if row.get("options") is not None:
+        options = options_beside(row, where)
+        beside = " ".join(f"({letter}) {text}" for letter, text in options.items())
+        if mark and shown.split() != beside.split():
+            said = "the choices in its text are not its options"
+            raise data.RowError(f"{where}: question: {said}: {shown[:80]!r}")
+    elif mark:
         options = choices_in_text(shown, where)
-    elif mark and shown.split() != " ".join(f"({letter}) {text}" for letter, text in options.items()).split():
-        raise data.RowError(f"{where}: question: the choices in its text are not its options: {shown[:80]!r}")
+    else:
+        said = "neither beside the question nor after 'Answer Choices:' in it"
+        raise data.RowError(f"{where}: no options, {said}")
     label = row.get("label")
     label = label[0] if isinstance(label, list) and len(label) == 1 else label
     if not isinstance(label, str):
         raise data.RowError(f"{where}: label: expected one letter, found {label!r}")
-    images = [image.get("image_path") if isinstance(image, dict) else image for image in row.get("images") or []]
-    return Item(stem if mark else row["question"], options, label, images, picked(row, "question_type", "medical_task", "body_system"))
+    meta = picked(row, where, "question_type", "medical_task", "body_system")
+    images = image_list(row, where, "image_path")
+    return Item(stem if mark else row["question"], options, label, images, meta)
 
 
-def picked(row: dict, *keys: str) -> dict:
-    """The named keys of a row that it has, for meta, and its id as published."""
-    return ({"published_id": row["id"]} if "id" in row else {}) | {key: row[key] for key in keys if row.get(key)}
+def options_beside(row: dict, where: str) -> dict[str, str]:
+    """The options of a row: {letter: text}, or a list of {letter, content}."""
+    options = row["options"]
+    if not isinstance(options, list):
+        data.need(row, where, options=dict)
+        return choices(list(options), list(options.values()), where)
+    for option in options:
+        found = option if isinstance(option, dict) else {}
+        data.need(found, f"{where}: options", letter=str, content=str)
+    letters = [option["letter"] for option in options]
+    return choices(letters, [option["content"] for option in options], where)
 
 
-def same_answer(letter: str, text: str | None, options: dict[str, str], where: str) -> str:
-    if letter not in options or (text is not None and text != letter and data.normalise(str(text)) != data.normalise(str(options[letter]))):
-        raise data.RowError(f"{where}: the answer, {letter!r} {text!r}, is not among the options {options}")
+def picked(row: dict, where: str, *keys: str) -> dict:
+    """The named keys of a row that it has, for meta, and its id as published: all of them texts."""
+    found = {key: row[key] for key in ("id", *keys) if row.get(key) not in (None, "")}
+    data.need(found, where, **dict.fromkeys(found, str))
+    return ({"published_id": found.pop("id")} if "id" in found else {}) | found
+
+
+def same_answer(letter: str, text, options: dict[str, str], where: str) -> str:
+    """The letter of the answer. Its text, where the row has one, must be the option's."""
+    if letter not in options:
+        raise data.RowError(f"{where}: answer: {letter!r} is not among the options {options}")
+    same = isinstance(text, str) and data.normalise(text) == data.normalise(options[letter])
+    if text not in (None, letter) and not same:
+        said = f"{letter!r} {text!r}"
+        raise data.RowError(f"{where}: answer: {said} is not among the options {options}")
     return letter
 
 
@@ -246,48 +364,71 @@ def exam(row: dict, where: str) -> Item:
     if "label" in row:
         return medxpertqa(row, where)
     data.need(row, where, question=str, options=dict, answer_idx=str)
-    answer = same_answer(row["answer_idx"], row.get("answer"), row["options"], where)
-    return Item(row["question"], row["options"], answer, meta=picked(row, "meta_info", "Complex_CoT", "Response"))
+    options = options_beside(row, where)
+    answer = same_answer(row["answer_idx"], row.get("answer"), options, where)
+    meta = picked(row, where, "meta_info", "Complex_CoT", "Response")
+    return Item(row["question"], options, answer, meta=meta)
 
 
 def medbullets(row: dict, where: str) -> Item:
     data.need(row, where, question=str, opa=str, opb=str, opc=str, opd=str, answer_idx=str)
     options = lettered([row[key] for key in ("opa", "opb", "opc", "opd", "ope") if row.get(key) is not None], where)
-    return Item(row["question"], options, same_answer(row["answer_idx"], row.get("answer"), options, where), meta=picked(row, "link"))
+    answer = same_answer(row["answer_idx"], row.get("answer"), options, where)
+    return Item(row["question"], options, answer, meta=picked(row, where, "link"))
 
 
-def picture(value, where: str) -> str | bytes | None:
-    """An image cell: bytes (parquet), a file's name, or nothing."""
-    if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
-    if value is not None and not isinstance(value, str | bytes):
-        raise data.RowError(f"{where}: image: expected bytes or a file's name, found {type(value).__name__}")
-    return value or None
+def picture(value, where: str, key: str = "path") -> str | bytes | None:
+    """An image as published: its bytes, its file's name, an object with one of them, or nothing."""
+    if not isinstance(value, dict):
+        value = {"bytes" if isinstance(value, bytes) else key: value}
+    found, kind = value.get("bytes"), bytes
+    if found is None:
+        found, kind = value.get(key), str
+    if found is not None and not (isinstance(found, kind) and found.strip()):
+        raise data.RowError(f"{where}: expected an image's bytes or name, found {found!r:.60}")
+    return found
+
+
+def image_list(row: dict, where: str, key: str = "path") -> list[str | bytes]:
+    """The images of a row: a list of them, one alone, or nothing."""
+    images = row.get("images")
+    if images is None:
+        return []
+    cells = images if isinstance(images, list) else [images]
+    found = [picture(cell, f"{where}: images", key) for cell in cells]
+    if None in found:
+        raise data.RowError(f"{where}: images: image None must be a path or bytes")
+    return found
 
 
 def subject_of(row: dict, where: str) -> str:
     """MMMU-Pro has a column for it; MMMU only the id: validation_Public_Health_7."""
-    match = re.fullmatch(r"[a-z]+_(\w+)_\d+", str(row.get("id")))
-    if not row.get("subject") and not match:
+    known = picked(row, where, "subject")
+    match = re.fullmatch(r"[a-z]+_(\w+)_\d+", known.get("published_id", ""))
+    if "subject" not in known and not match:
         raise data.RowError(f"{where}: id: {row.get('id')!r} does not tell a subject, expected validation_SUBJECT_NUMBER")
-    return (row.get("subject") or match[1]).replace(" ", "_")
+    return (known.get("subject") or match[1]).replace(" ", "_")
 
 
 def mmmu(row: dict, where: str) -> Item:
     data.need(row, where, id=str, question=str, answer=str)
     texts = literal(row.get("options"), where, "options")
-    short = row.get("question_type") == "open"
+    kind = row.get("question_type") or "multiple-choice"
+    if kind not in ("multiple-choice", "open") or (kind == "open" and texts):
+        raise data.RowError(f"{where}: question_type: is {kind!r}, with {len(texts)} options")
+    short = kind == "open"
     options = {} if short else lettered(texts, where)
-    meta = picked(row, "topic_difficulty", "subfield") | {"subject": subject_of(row, where)}
+    meta = picked(row, where, "topic_difficulty", "subfield") | {"subject": subject_of(row, where)}
     if row.get("img_type"):
         meta["modality"] = ", ".join(dict.fromkeys(literal(row["img_type"], where, "img_type")))
     answer = row["answer"]
     if short and answer.startswith("["):
-        meta["answers"] = [str(one) for one in literal(answer, where, "answer")]
-        answer = meta["answers"][0]
+        meta["answers"] = literal(answer, where, "answer")
+        answer = next(iter(meta["answers"]), "")
     cells = [picture(row.get(f"image_{n}"), f"{where}: image_{n}") for n in range(1, MOST_IMAGES + 1)]
     images = [cell for cell in cells if cell]
-    marks = [int(n) for n in data.IMAGE_MARK.findall("\n".join([row["question"], *map(str, options.values())]))]
+    text = "\n".join([row["question"], *options.values()])
+    marks = [int(n) for n in data.IMAGE_MARK.findall(text)]
     for n in {*marks, *(n for n, cell in enumerate(cells, 1) if cell)}:
         if not 1 <= n <= len(images) or not cells[n - 1]:
             raise data.RowError(f"{where}: image_{n} is missing, or one before it is; the text's marks are {marks}")
@@ -300,7 +441,8 @@ def mmmu_vision(row: dict, where: str) -> Item:
     if image is None:
         raise data.RowError(f"{where}: image: is missing, and it is all there is of the question")
     options = lettered(literal(row.get("options"), where, "options"), where)
-    return Item(VISION_STEM, options, row["answer"], [image], picked(row) | {"subject": subject_of(row, where)})
+    meta = picked(row, where) | {"subject": subject_of(row, where)}
+    return Item(VISION_STEM, options, row["answer"], [image], meta)
 
 
 def own(row: dict, where: str) -> Item:
@@ -309,22 +451,35 @@ def own(row: dict, where: str) -> Item:
     return Item(question.question, question.options, question.answer, question.images, question.meta, question.source, question.id)
 
 
+def exchange(row: dict, where: str) -> tuple[str, str]:
+    """(question, answer) of a ShareGPT or OpenAI record. A system turn is left out."""
+    turns = row.get("messages") or row.get("conversations")
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise data.RowError(
+            f"{where}: no list 'messages' or 'conversations' of turns, "
+            f"expected one question and one answer; the row has {sorted(row)}"
+        )
+    turns = [turn for turn in turns if turn.get("role", turn.get("from")) != "system"]
+    roles = [turn.get("role", turn.get("from")) for turn in turns]
+    texts = [turn.get("content", turn.get("value")) for turn in turns]
+    known = roles in (["human", "gpt"], ["user", "assistant"])
+    if not known or not all(isinstance(text, str) for text in texts):
+        said = "expected one question and one answer, both texts"
+        raise data.RowError(f"{where}: turns are {roles}, {said}")
+    return texts[0], texts[1]
+
+
 CHOICE_LINES = re.compile(rf"(?:^\s*\(?[{data.LETTERS}][).:]\s+\S.*\n?){{2,}}", re.M)
 
 
 def conversation(row: dict, where: str) -> Item:
     """A ShareGPT or OpenAI record: one question and one answer, <image> marks in the question. Options are lettered lines.
     The whole answer is kept in meta["response"]."""
-    turns = [turn if isinstance(turn, dict) else {} for turn in row.get("conversations") or row.get("messages") or []]
-    said = [(turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))) for turn in turns]
-    roles, texts = [role for role, _ in said if role != "system"], [text for role, text in said if role != "system"]
-    if roles not in (["human", "gpt"], ["user", "assistant"]) or not all(isinstance(text, str) for text in texts):
-        raise data.RowError(f"{where}: turns are {roles}, expected one question and one answer, both texts")
-    text, response = texts
-    images = [row["images"]] if isinstance(row.get("images"), str) else row.get("images") or []
+    text, response = exchange(row, where)
+    images = image_list(row, where)
     if text.count("<image>") != len(images):
         raise data.RowError(f"{where}: {text.count('<image>')} <image> marks for {len(images)} images")
-    meta = picked(row) | {"response": response}
+    meta = picked(row, where) | {"response": response}
     bare = re.sub(r"^(?:\s*<image>)+\s*", "", text)
     if "<image>" in bare:  # not all in front: numbered, as MMMU has them
         numbers = iter(meta.setdefault("image_marks", list(range(1, len(images) + 1))))
@@ -344,6 +499,21 @@ def conversation(row: dict, where: str) -> Item:
     if not answer or (not options and answer in data.LETTERS):
         raise data.RowError(f"{where}: the answer is not among the options {options}: {response[-80:]!r}; options stand one a line, as 'A. text'")
     return Item(stem, options, answer, images, meta)
+
+
+def question_of(item: Item, images: list[str], source: str, where: str) -> data.Question:
+    """The checked question of an item, given the names of its images."""
+    question = data.Question(
+        item.question, item.options, item.answer, images, item.source or source, item.meta,
+        item.id or where,  # until it is checked; the id that follows from the content comes after
+    )  # fmt: skip
+    try:
+        row = question.to_row()
+        json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise data.RowError(f"{where}: cannot be written as JSON ({error})") from None
+    data.Question.from_row(row, where)
+    return replace(question, id=item.id)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -401,8 +571,10 @@ def read(name: str, path: str | Path, image_root: Path | None) -> list[data.Ques
     nothing is written: images are looked for, and it is said where a file came without them. Raises RowError.
     """
     reader, path = reader_of(name), Path(path)
-    files = sorted({file for pattern in reader.files for file in path.glob(pattern)}) if path.is_dir() else [path]
-    if not files or not files[0].is_file():
+    files = [path]
+    if os.path.isdir(path):
+        files = sorted({file for pattern in reader.files for file in path.glob(pattern)})
+    if not files or not os.path.exists(files[0]):
         raise data.RowError(f"{path}: is neither a file nor a folder with {' or '.join(reader.files)}; name the file itself")
     questions: list[data.Question] = []
     rows_of: dict[str, str] = {}  # published id -> its row
@@ -410,6 +582,7 @@ def read(name: str, path: str | Path, image_root: Path | None) -> list[data.Ques
     for file in files:
         if file.suffix.lower() not in ROWS:
             raise data.RowError(f"{file}: expected one of {', '.join(ROWS)}")
+        check_file(file)
         places, found, missing = image_places(file), 0, []
         for where, row in ROWS[file.suffix.lower()](file):
             if reader.subjects and subject_of(row, where) not in reader.subjects:
@@ -421,8 +594,7 @@ def read(name: str, path: str | Path, image_root: Path | None) -> list[data.Ques
             kept = [keep_image(image, where, places, image_root) for image in item.images]
             found += sum(there for _, there in kept)
             missing += [f"{where}: image {image} is not beside the file, nor in images/ or images.zip there or one folder up" for image, there in kept if not there]
-            question = data.Question(item.question, item.options, item.answer, [image for image, _ in kept], item.source or name, item.meta, item.id)
-            data.Question.from_row(question.to_row(), where)
+            question = question_of(item, [image for image, _ in kept], name, where)
             seen[question.id] += 1
             if seen[question.id] > 1:
                 question = replace(question, id=f"{question.id}-{seen[question.id]}", meta=question.meta | {"repeats": question.id})

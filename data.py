@@ -52,6 +52,36 @@ class RowError(SystemExit, ValueError):
     text and exit code 1, without a traceback."""
 
 
+def load_json(text: str | bytes, where: str):
+    """The JSON value of a text. Raises RowError naming `where` for anything that is not JSON, for NaN and Infinity, for a
+    key that an object has twice, for nesting too deep, and for half a surrogate pair, which no file can hold."""
+
+    def unique(pairs: list[tuple]) -> dict:
+        counts = Counter(key for key, _ in pairs)
+        if len(counts) < len(pairs):
+            raise ValueError(f"the key {counts.most_common(1)[0][0]!r} is there twice")
+        return dict(pairs)
+
+    def refuse(constant: str):
+        raise ValueError(f"{constant} is no JSON number")
+
+    try:
+        if isinstance(text, bytes):
+            text = text.decode()
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+        if "\\u" in text:  # an escape may spell half a pair
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError as error:
+        half = error.object[error.start : error.end]
+        message = f"holds half a surrogate pair ({half!r})"
+    except RecursionError:
+        message = "is nested too deeply"
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are such
+        message = f"not JSON ({error})"
+    raise RowError(f"{where}: {message}; remove it or write it again")
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Questions
 
@@ -280,36 +310,6 @@ def need(row: dict, where: str, **types: type) -> None:
         if not isinstance(row[key], kind) or (isinstance(row[key], bool) and kind is not bool):
             found = f"{type(row[key]).__name__} {str(row[key])[:60]!r}"
             raise RowError(f"{where}: {key}: expected {kind.__name__}, found {found}")
-
-
-def load_json(text: str | bytes, where: str):
-    """The JSON value of a text. Raises RowError naming `where` for anything that is not JSON, for NaN and Infinity, for a
-    key that an object has twice, for nesting too deep, and for half a surrogate pair, which no file can hold."""
-
-    def unique(pairs: list[tuple]) -> dict:
-        counts = Counter(key for key, _ in pairs)
-        if len(counts) < len(pairs):
-            raise ValueError(f"the key {counts.most_common(1)[0][0]!r} is there twice")
-        return dict(pairs)
-
-    def refuse(constant: str):
-        raise ValueError(f"{constant} is no JSON number")
-
-    try:
-        if isinstance(text, bytes):
-            text = text.decode()
-        value = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
-        if "\\u" in text:  # an escape may spell half a pair
-            json.dumps(value, ensure_ascii=False).encode()
-        return value
-    except UnicodeEncodeError as error:
-        half = error.object[error.start : error.end]
-        message = f"holds half a surrogate pair ({half!r})"
-    except RecursionError:
-        message = "is nested too deeply"
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are such
-        message = f"not JSON ({error})"
-    raise RowError(f"{where}: {message}; remove it or write it again")
 
 
 def open_file(path: str | Path):

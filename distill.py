@@ -37,6 +37,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import benchmarks
 import data
 import flags
 import stage
@@ -326,8 +327,8 @@ def run(args: argparse.Namespace) -> None:
 def from_huatuo(record: dict, where: str) -> Chain:
     """HuatuoGPT-o1's demo_data.json: the chain is Complex_CoT, the answer the option; Response, its own conclusion, must agree."""
     data.need(record, where, question=str, options=dict, answer_idx=str, Complex_CoT=str, Response=str)
-    question = data.Question(record["question"], record["options"], record["answer_idx"], source="huatuo")
-    data.Question.from_row(question.to_row(), where)
+    item = replace(benchmarks.exam(record, where), meta={})
+    question = benchmarks.question_of(item, [], "huatuo", where)
     said = f" {data.normalise(record['Response'])} "
     places = [(said.find(f" {data.normalise(text)} "), -len(text), letter) for letter, text in question.options.items()]  # of two at one place the longer
     named = min((place for place in places if place[0] >= 0), default=(0, 0, None))[2]
@@ -338,22 +339,15 @@ def from_huatuo(record: dict, where: str) -> Chain:
 def from_sharegpt(record: dict, where: str) -> Chain:
     """ShareGPT's "conversations" or OpenAI's "messages": one question, one response with <think> ... </think>. The answer is its
     <answer> block, or all that follows the thinking. Nothing says whether it is right. Another system prompt is replaced."""
-    turns = record.get("messages", record.get("conversations"))
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise data.RowError(f"{where}: no list 'messages' or 'conversations' of turns; the record has {sorted(record)}")
-    spoken = [(turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))) for turn in turns]
-    spoken = [(role, text) for role, text in spoken if role != "system"]
-    if [role for role, _ in spoken] not in (["user", "assistant"], ["human", "gpt"]) or not all(isinstance(text, str) for _, text in spoken):
-        raise data.RowError(f"{where}: the turns are {[role for role, _ in spoken]}, expected one question and one response, each a text")
-    (_, asked), (_, response) = spoken
-    text, images = re.sub(r"^(\s*<image>)+\s*", "", asked), record.get("images") or []
+    asked, response = benchmarks.exchange(record, where)
+    images = benchmarks.image_list(record, where)
+    text = re.sub(r"^(\s*<image>)+\s*", "", asked)
     if asked.count("<image>") != len(images) or "<image>" in text:
         raise data.RowError(f"{where}: {asked.count('<image>')} marks <image> for {len(images)} images; each must have one, in front of the text")
     match = THOUGHT.fullmatch(response)
     response = in_form(*match.groups()) if match and not data.TAGS.search(match[2]) else read_reply(response, "", {})
     said = data.answer_block(response) or response
-    question = data.Question(text, {}, said, images, "sharegpt")
-    data.Question.from_row(question.to_row(), where)
+    question = benchmarks.question_of(benchmarks.Item(text, {}, said), images, "sharegpt", where)
     return Chain(question, 0, "sharegpt", response, {}, {"checks": {"correct": None, "structure": True, "coherence": True}})
 
 
@@ -362,13 +356,13 @@ FORMATS = {"huatuo": from_huatuo, "sharegpt": from_sharegpt}
 
 def read_records(path: str) -> list[tuple[str, dict]]:
     """(where, record) of a JSON array, or of JSONL."""
-    content = Path(path).read_bytes() if Path(path).is_file() else b""
-    if not content.lstrip().startswith(b"["):
+    benchmarks.check_file(Path(path))
+    with open(path, "rb") as file:
+        first = next((line for line in file if line.strip()), b"")
+    if not first.lstrip().startswith(b"["):
         return list(data.read_jsonl(path))
-    try:
-        return [(f"{path}: record {number}", record) for number, record in enumerate(json.loads(content), 1)]
-    except ValueError as error:
-        raise data.RowError(f"{path}: begins as a JSON array, but is none ({error})") from None
+    records = benchmarks.load_rows(Path(path), "record", 1)
+    return [(f"{path}: record {number}", record) for number, record in enumerate(records, 1)]
 
 
 def import_chains(args: argparse.Namespace) -> None:

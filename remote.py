@@ -3,11 +3,14 @@
     http(s)://HOST/v1#MODEL    `vllm serve`, GPT-4o, o1, DeepSeek-R1, Qwen3, gpt-oss, ...
     gemini:NAME                Google's API
 
-What can go wrong is sorted by kind. A busy server (429, 5xx), a broken connection or a garbled reply is asked again, after
-the wait that the server names or else a doubling one; an answer that thinking left no room for, with more room; a
-question that the server refuses, or has nothing to say to, is an answer of no text, marked so. A wrong key or model stops
-the run, and so do a server that stays down or that refuses one question after the other. Whatever was answered by then is
-on disk, and the same command goes on from there. Nothing that went wrong is ever an answer.
+What can go wrong is sorted by kind. After a busy server (429, 5xx) or a broken connection we ask
+again, with the wait that the server names or else a doubling one. A garbled or empty reply is asked
+for again a few times only, because no wait turns a web page into an answer. An answer that thinking
+left no room for is asked again with more room. A question that the server refuses, or has nothing
+to say to, is an answer of no text, marked so. A wrong key or model stops the run, and so does a
+server that stays down, or that refuses or garbles one question after the other. Whatever was
+answered by then is on disk, and the same command goes on from there. Nothing that went wrong is
+ever an answer.
 
 Keys come from the environment: GEMINI_API_KEY, or the name of the host: api.openai.com -> OPENAI_API_KEY. They are never
 printed, not even where a server repeats them.
@@ -27,6 +30,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -38,6 +42,9 @@ import data
 from asking import Ask, Reply, Sampling, Setup, Unavailable
 
 TRIES = 8  # ours: of one request; with waits of 1, 2, 4 ... 60 s that sits out an outage of some three minutes
+FEW = 3  # ours: tries of one request whose replies are garbled or empty
+SHORT_WAIT = 1.0  # ours: most seconds between two of these
+SHOWN = 300  # ours: most characters of a failure that are shown, some two lines
 LONGEST_WAIT = 60.0  # ours: seconds between two tries, unless the server asks for more
 TIMEOUT = 1800.0  # ours: seconds for one answer; a reasoning model may think for many minutes
 MORE_ROOM = 3  # ours: how often an answer that thinking left no room for is asked again with twice the room
@@ -63,6 +70,8 @@ class RemoteEngine:
     A subclass says how to ask (`call`), how to read one choice of a reply (`reply`), and what status a failure has (`status`).
     """
 
+    API = ""  # what the address must be, in words
+
     def __init__(self, spec: str, setup: Setup, key: str):
         self.spec, self.setup, self.key = spec, setup, key
         self.tally = Counter({"requests": 0, "again": 0, "tokens in": 0, "tokens out": 0})
@@ -73,6 +82,7 @@ class RemoteEngine:
         self.strikes, self.complaint = 0, ""  # questions in a row without an answer, and why the last one has none
         self.failure: Exception | None = None  # what stopped the run
         self.later: list[Unanswered] = []
+        self.heard = threading.local()  # .text: what the server sent last, in each thread
 
     def call(self, ask: Ask, samples: list[int], sampling: Sampling, seed: int) -> list[Reply]:
         """One request. Replies to some of `samples`: one at least, all of them where the server can."""
@@ -85,6 +95,25 @@ class RemoteEngine:
     def status(self, error: Exception) -> int | None:
         """The HTTP status of a failure; 0 where no whole reply arrived; None for an error that is not the server's."""
         raise NotImplementedError
+
+    def hear(self, response) -> None:
+        """Keeps what the server sent. httpx calls it; the clients drop what they cannot read."""
+        response.read()
+        self.heard.text = response.text
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Around a request and the reading of its reply. Raises Again where the reply has another
+        form: the clients check none, so that it fails anywhere in here, in any of these ways."""
+        self.heard.text = ""
+        try:
+            yield
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+            raise self.garbled(f"the reply cannot be read ({type(error).__name__})") from None
+
+    def garbled(self, why: str) -> Again:
+        sent = self.heard.text or "nothing"
+        return Again(f"{why}; is this the address of {self.API}? The server sent: {sent}")
 
     def answer(self, asks: list[Ask], sampling: Sampling) -> Iterator[list[Reply]]:
         """After a failure that stops the run, requests under way still end and are handed on: they are paid for.
@@ -134,7 +163,7 @@ class RemoteEngine:
     def patiently(self, ask: Ask, samples: list[int], sampling: Sampling) -> list[Reply]:
         """One request, again and again by the kind of its failure."""
         seed, room, group = data.sample_seed(sampling.seed, ask.id, samples[0]), 1, self.groups
-        last, pause, answers = None, 0.0, self.answers
+        last, pause, answers, few = None, 0.0, self.answers, 0
         for attempt in range(TRIES):
             if attempt:
                 with self.lock:
@@ -152,7 +181,9 @@ class RemoteEngine:
                     return [Reply(ask.id, samples[0], "", None, "length", seed)]
                 room, pause, last = room * 2, 0.0, error
             except Again as error:
-                last = error
+                few, pause, last = few + 1, min(pause, SHORT_WAIT), error
+                if few == FEW:
+                    break
             except SystemExit:  # ours: an image that cannot be read
                 raise
             except Exception as error:
@@ -187,11 +218,14 @@ class RemoteEngine:
         kept, failures = [], []
         for k, choice in zip(samples, choices):
             try:
-                kept.append(self.reply(id, k, choice, seed))
+                reply = self.reply(id, k, choice, seed)
+                if not isinstance(reply.text, str) or not isinstance(reply.reasoning, str):
+                    raise TypeError("what it says is no text")
+                kept.append(reply)
             except (Again, NoRoom) as failure:
                 failures.append(failure)
             except (AttributeError, TypeError) as failure:  # the clients check no form
-                failures.append(Again(f"a garbled choice ({failure})"))
+                failures.append(self.garbled(f"a choice cannot be read ({failure})"))
         if not kept:
             raise failures[0]
         return kept
@@ -205,7 +239,8 @@ class RemoteEngine:
     def said(self, error: Exception | None) -> str:
         """A failure in a few words and without the key: some servers repeat all that they were sent."""
         text = str(error).replace(self.key, "...") if self.key else str(error)
-        return text if len(text) <= 500 else text[:500] + " ..."
+        text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+        return text if len(text) <= SHOWN else text[:SHOWN] + " ..."
 
     def count_request(self) -> None:
         with self.lock:
@@ -257,6 +292,8 @@ def key_variable(host: str) -> str:
 class ChatEngine(RemoteEngine):
     """Any server that speaks OpenAI's chat completions."""
 
+    API = "a chat completions API"
+
     def __init__(self, spec: str, setup: Setup):
         try:
             import openai
@@ -272,22 +309,25 @@ class ChatEngine(RemoteEngine):
             raise Unavailable(f"{spec}: no key; set {variable}")
         super().__init__(spec, setup, key)
         self.openai = openai
-        self.client = openai.OpenAI(base_url=url, api_key=key or "none", timeout=TIMEOUT, max_retries=0)
+        http = openai.DefaultHttpxClient(event_hooks={"response": [self.hear]})
+        self.client = openai.OpenAI(
+            base_url=url, api_key=key or "none", timeout=TIMEOUT, max_retries=0, http_client=http
+        )
         self.vllm = self.is_vllm()
 
     def is_vllm(self) -> bool:
         """Whether the server is vLLM, which tells token ids and takes settings that others refuse."""
         try:
             served = self.client.with_options(max_retries=2).models.list()
+            return any(getattr(model, "owned_by", "") == "vllm" for model in served.data)
         except self.openai.APIStatusError as error:
             if error.status_code in (401, 429) or error.status_code >= 500:
                 raise Unavailable(f"{self.spec}: {self.said(error)}; check the key, or wait until the server is ready") from None
             return False  # not every server lists its models
         except self.openai.APIConnectionError as error:
             raise Unavailable(f"{self.spec}: no server answers there ({self.said(error.__cause__ or error)})") from None
-        except (ValueError, AttributeError):  # what came is no list
+        except (AttributeError, TypeError, ValueError, RecursionError):  # what came is no list
             return False
-        return any(getattr(model, "owned_by", "") == "vllm" for model in getattr(served, "data", None) or [])
 
     def call(self, ask: Ask, samples: list[int], sampling: Sampling, seed: int) -> list[Reply]:
         settings: dict = {"n": len(samples), "max_tokens": sampling.max_tokens, "temperature": sampling.temperature, "top_p": sampling.top_p, "seed": seed % 2**31}
@@ -297,13 +337,15 @@ class ChatEngine(RemoteEngine):
                 del settings["temperature"], settings["top_p"]
         if self.vllm:  # and nothing that a checkpoint's generation_config would bring along
             settings["extra_body"] = {"return_token_ids": True, "top_k": 0, "repetition_penalty": 1.0, "skip_special_tokens": False}
-        completion = self.client.chat.completions.create(model=self.model, messages=self.messages(ask), **settings)
-        choices = getattr(completion, "choices", None)
-        if not choices:  # some servers put their errors here
-            raise Again(f"a reply without choices: {completion}")
-        if completion.usage:
-            self.count_tokens(completion.usage.prompt_tokens, completion.usage.completion_tokens)
-        return self.replies(ask.id, samples, choices, seed)
+        messages = self.messages(ask)
+        with self.reading():
+            create = self.client.chat.completions.create
+            completion = create(model=self.model, messages=messages, **settings)
+            if not completion.choices:  # some servers put their errors here
+                raise self.garbled("a reply without choices")
+            if used := completion.usage:
+                self.count_tokens(used.prompt_tokens, used.completion_tokens)
+            return self.replies(ask.id, samples, completion.choices, seed)
 
     def messages(self, ask: Ask) -> list[dict]:
         """Images stand in front of the first user turn's text, as in training, or where its parts have them."""
@@ -341,12 +383,13 @@ class ChatEngine(RemoteEngine):
     def status(self, error: Exception) -> int | None:
         if isinstance(error, self.openai.APIStatusError):
             return 402 if error.code == "insufficient_quota" else error.status_code  # a 429 that no waiting helps
-        return 0 if isinstance(error, (self.openai.APIError, ValueError)) else None  # ValueError: a body that is no JSON
+        return 0 if isinstance(error, self.openai.APIError) else None
 
 
 class GeminiEngine(RemoteEngine):
     """Google's API. A base address other than Google's is read from GOOGLE_GEMINI_BASE_URL by its client."""
 
+    API = "the Gemini API"
     BLOCKED = ("SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "MODEL_ARMOR")
 
     def __init__(self, spec: str, name: str, setup: Setup):
@@ -359,7 +402,10 @@ class GeminiEngine(RemoteEngine):
             raise Unavailable(f"{spec}: no key; set GEMINI_API_KEY")
         super().__init__(spec, setup, key)
         self.name, self.genai = name, genai
-        self.client = genai.Client(api_key=key, http_options=genai.types.HttpOptions(timeout=int(TIMEOUT * 1000)))
+        options = genai.types.HttpOptions(
+            timeout=int(TIMEOUT * 1000), client_args={"event_hooks": {"response": [self.hear]}}
+        )
+        self.client = genai.Client(api_key=key, http_options=options)
 
     def call(self, ask: Ask, samples: list[int], sampling: Sampling, seed: int) -> list[Reply]:
         types = self.genai.types
@@ -379,14 +425,17 @@ class GeminiEngine(RemoteEngine):
             system_instruction=system or None, temperature=sampling.temperature, top_p=sampling.top_p, seed=seed % 2**31,
             max_output_tokens=sampling.max_tokens, candidate_count=len(samples),
         )  # fmt: skip
-        response = self.client.models.generate_content(model=self.name, contents=contents, config=config)
-        if used := response.usage_metadata:
-            self.count_tokens(used.prompt_token_count, (used.candidates_token_count or 0) + (used.thoughts_token_count or 0))
-        if response.prompt_feedback and response.prompt_feedback.block_reason:
-            return [Reply(ask.id, k, "", None, "blocked", seed) for k in samples]
-        if not response.candidates:
-            raise Again("a reply without candidates")
-        return self.replies(ask.id, samples, response.candidates, seed)
+        with self.reading():
+            generate = self.client.models.generate_content
+            response = generate(model=self.name, contents=contents, config=config)
+            if used := response.usage_metadata:
+                answer = (used.candidates_token_count or 0) + (used.thoughts_token_count or 0)
+                self.count_tokens(used.prompt_token_count, answer)
+            if response.prompt_feedback and response.prompt_feedback.block_reason:
+                return [Reply(ask.id, k, "", None, "blocked", seed) for k in samples]
+            if not response.candidates:
+                raise self.garbled("a reply without candidates")
+            return self.replies(ask.id, samples, response.candidates, seed)
 
     def reply(self, id: str, sample: int, choice, seed: int) -> Reply:
         parts = choice.content.parts or [] if choice.content else []
@@ -405,5 +454,4 @@ class GeminiEngine(RemoteEngine):
         if isinstance(error, self.genai.errors.APIError):
             unusable = error.code == 400 and (error.status == "FAILED_PRECONDITION" or "API_KEY_INVALID" in str(error))
             return 401 if unusable else error.code  # a country or an account without the API, a key that is not or no longer one
-        broken = isinstance(error, ValueError) or type(error).__module__.startswith("httpx")  # a body that is no JSON; a connection
-        return 0 if broken else None
+        return 0 if type(error).__module__.startswith("httpx") else None  # a broken connection

@@ -5,8 +5,10 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -272,6 +274,9 @@ def test_without_images_and_without_a_root_a_file_is_read_and_said_to_be_uncheck
 # mistakes, named by file and row
 
 
+BASE = {"question": "Why?", "options": {"A": "x", "B": "y"}, "answer": "B", "id": "q1"}
+
+
 @pytest.mark.parametrize(("name", "row", "said"), [
     ("medxpertqa-mm", mm_row(1, label=["F"]), "answer: 'F' is not among the options"),
     ("medxpertqa-mm", mm_row(1, label=["A", "B"]), "label: expected one letter"),
@@ -308,6 +313,344 @@ def test_a_bad_row_is_named(tmp_path, name, row, said):
     with pytest.raises(data.RowError) as error:
         read(name, path, None)
     assert f"b.jsonl:{2 if name in good else 1}:" in str(error.value) and said in str(error.value)
+
+
+GONE = object()  # a key that the row has not
+
+
+def exchange(user, assistant="B") -> dict:
+    turns = [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+    return {"messages": turns}
+
+
+EXCHANGE = exchange("<image>Which?\nA. x\nB. y")["messages"]
+EXAM = {"question": "Why?", "options": {"A": "x", "B": "y"}, "answer_idx": "B", "answer": "y"}
+PICTURE = {"id": "test_Pharmacy_1", "image": "a.png", "options": ["x", "y"], "answer": "B"}
+OPTION_FAULTS = [  # of a row with options by letter
+    ({"options": {"B": "x", "A": "y"}}, "letters are"),
+    ({"options": {"A": "x", "C": "y"}}, "letters are"),
+    ({"options": {"B": "x", "C": "y"}}, "letters are"),
+    ({"options": {"a": "x", "b": "y"}}, "letters are"), ({"options": {"A": "x"}}, "there are 1"),
+    ({"options": {}}, "there are 0"), ({"options": {"A": 1, "B": "y"}}, "A is 1"),
+    ({"options": {"A": " ", "B": "y"}}, "A is ' '"),
+    ({"options": {"A": None, "B": "y"}}, "A is None"),
+    ({"options": "AB"}, "options: expected dict"), ({"options": 5}, "options: expected dict"),
+]  # fmt: skip
+IMAGE_FAULTS = [
+    ({"images": 5}, "an image's bytes or name"), ({"images": ""}, "an image's bytes or name"),
+    ({"images": [""]}, "an image's bytes or name"),
+    ({"images": [" "]}, "an image's bytes or name"),
+    ({"images": ["a.png", 3]}, "an image's bytes or name"),
+    ({"images": [["a.png"]]}, "an image's bytes or name"), ({"images": [None]}, "image None"),
+    ({"images": {}}, "image None"), ({"images": [True]}, "an image's bytes or name"),
+]  # fmt: skip
+MM_FAULTS = [
+    *IMAGE_FAULTS,
+    ({"options": [{"letter": letter, "content": "x"} for letter in "AAB"]}, "['A', 'A', 'B']"),
+    ({"options": [{"letter": letter, "content": "x"} for letter in "BA"]}, "['B', 'A']"),
+    ({"options": [{"letter": "A", "content": 1}]}, "content: expected str"),
+    ({"options": ["x", "y"]}, "missing 'letter'"),
+    ({"options": [{"letter": letter, "content": ""} for letter in "AB"]}, "A is ''"),
+    ({"options": "AB"}, "options: expected dict"), ({"options": {}}, "there are 0"),
+    ({"options": []}, "there are 0"), ({"label": "F"}, "'F' is not among"),
+    ({"label": "c"}, "'c' is not among"), ({"label": 2}, "label: expected one letter"),
+    ({"label": []}, "label: expected one letter"),
+    ({"label": GONE}, "label: expected one letter"), ({"id": 7}, "id: expected str"),
+    ({"id": ["MM-2"]}, "id: expected str"), ({"question": 5}, "question: expected str"),
+    ({"question": GONE}, "missing 'question'"), ({"question": " "}, "question: is empty"),
+    ({"medical_task": 3}, "medical_task: expected str"),
+    ({"question_type": ["Reasoning"]}, "question_type: expected str"),
+]  # fmt: skip
+EXAM_FAULTS = [
+    *OPTION_FAULTS, ({"answer": 5}, "'B' 5 is not among"), ({"answer": "x"}, "is not among"),
+    ({"answer": ["y"]}, "is not among"), ({"answer_idx": 1}, "answer_idx: expected str"),
+    ({"answer_idx": "C"}, "'C' is not among"), ({"answer_idx": ""}, "'' is not among"),
+    ({"answer_idx": ["B"]}, "answer_idx: expected str"), ({"id": 7}, "id: expected str"),
+    ({"question": ""}, "question: is empty"), ({"question": ["Why?"]}, "question: expected str"),
+    ({"meta_info": 1}, "meta_info: expected str"),
+    ({"Complex_CoT": ["Hm."]}, "Complex_CoT: expected str"),
+    ({"label": 5, "options": GONE}, "no options"),
+]  # fmt: skip
+BULLETS_FAULTS = [
+    ({"opa": 1}, "opa: expected str"), ({"opb": GONE}, "missing 'opb'"),
+    ({"opc": None}, "opc: expected str"), ({"opd": ""}, "D is ''"), ({"ope": 5}, "E is 5"),
+    ({"ope": " "}, "E is ' '"), ({"answer_idx": "F", "answer": GONE}, "'F' is not among"),
+    ({"answer_idx": 4}, "answer_idx: expected str"), ({"answer": "p"}, "is not among"),
+    ({"answer": 3}, "is not among"), ({"question": 1}, "question: expected str"),
+    ({"question": "\n"}, "question: is empty"), ({"link": 5}, "link: expected str"),
+    ({"id": 5}, "id: expected str"),
+]  # fmt: skip
+LIST_FAULTS = [  # of a row with a list of options, or the text of one
+    ({"options": "xy"}, "not the text of a list"),
+    ({"options": "[" * 99_999}, "not the text of a list"),
+    ({"options": "1" + "+1" * 99_999}, "not the text of a list"),
+    ({"options": "{[]: 1}"}, "not the text of a list"),
+    ({"options": "{'x': 'y'}"}, "list of texts"), ({"options": [1, 2]}, "list of texts"),
+    ({"options": ["x", None]}, "list of texts"), ({"options": ["x", ""]}, "B is ''"),
+    ({"options": GONE}, "list of texts"), ({"options": ["x"]}, "there are 1"),
+    ({"options": "['x', '\\ud800']"}, "surrogates not allowed"),
+    ({"answer": "F"}, "'F' is not among"), ({"answer": 1}, "answer: expected str"),
+    ({"answer": ""}, "'' is not among"), ({"id": 5}, "id: expected str"), ({"id": None}, "id: "),
+    ({"subject": 5}, "subject: expected str"),
+]  # fmt: skip
+MMMU_FAULTS = [
+    *LIST_FAULTS, ({"image_1": 5}, "image_1: expected an image's"),
+    ({"image_1": ""}, "image_1: expected an image's"),
+    ({"image_1": {"bytes": "iVBOR"}}, "image_1: expected an image's"),
+    ({"image_1": {"bytes": None, "path": ""}}, "image_1: expected an image's"),
+    ({"image_1": ["a.png"]}, "image_1: expected an image's"),
+    ({"image_1": {"path": 5}}, "image_1: expected an image's"),
+    ({"question": 5}, "question: expected str"), ({"question": ""}, "question: is empty"),
+    ({"question_type": "essay"}, "question_type: is 'essay'"),
+    ({"question_type": 5}, "question_type: is 5"),
+    ({"question_type": "open"}, "question_type: is 'open', with 3 options"),
+    ({"question_type": "open", "options": "[]", "answer": "[]"}, "answer: is empty"),
+    ({"img_type": "[1]"}, "img_type: expected a list of texts"),
+    ({"question_type": "open", "options": "[]", "answer": "[5]"}, "answer: expected a list"),
+    ({"subfield": 5}, "subfield: expected str"),
+]  # fmt: skip
+VISION_FAULTS = [
+    *LIST_FAULTS, ({"image": 5}, "an image's bytes or name"),
+    ({"image": ""}, "an image's bytes or name"), ({"image": None}, "image: is missing"),
+    ({"image": {"bytes": "iVBOR"}}, "an image's bytes or name"),
+    ({"image": ["a.png"]}, "an image's bytes or name"), ({"image": {}}, "image: is missing"),
+]  # fmt: skip
+OWN_FAULTS = [
+    *[(changes, "options: ") for changes, _ in OPTION_FAULTS[:4] + OPTION_FAULTS[6:]],
+    ({"images": "a.png"}, "images"), ({"images": [5]}, "images"), ({"images": [""]}, "image"),
+    ({"images": 5}, "images"), ({"id": 5}, "id"), ({"question": 5}, "question"),
+    ({"question": " "}, "question"), ({"answer": "C"}, "answer"), ({"answer": 5}, "answer"),
+    ({"meta": []}, "meta"), ({"source": 5}, "source"),
+]  # fmt: skip
+TURN_FAULTS = [
+    *IMAGE_FAULTS, ({"messages": "ab"}, "no list 'messages'"),
+    ({"messages": 5}, "no list 'messages'"),
+    ({"messages": {"role": "user"}}, "no list 'messages'"),
+    ({"messages": ["a", "b"]}, "no list 'messages'"),
+    ({"messages": EXCHANGE[:1]}, "expected one question and one answer"),
+    ({"messages": EXCHANGE[::-1]}, "expected one question and one answer"),
+    ({"messages": EXCHANGE * 2}, "expected one question and one answer"),
+    (exchange(5), "both texts"), (exchange("<image>Why?", ["B"]), "both texts"),
+    (exchange("<image>Why?", None), "both texts"),
+    (exchange("<image> ", "Yes"), "question: is empty"),
+]  # fmt: skip
+CHAT_FAULTS = [
+    *TURN_FAULTS, (exchange("<image>Which?\nA. x\nB. y", "C"), "not among the options"),
+    (exchange("<image>Which?\nA. x\nC. y"), "expected (A) (B)"),
+    (exchange("<image>Which?\nA. x\nA. y"), "expected (A) (B)"),
+    (exchange("<image>Which?\nB. x\nA. y"), "expected (A) (B)"), ({"id": 5}, "id: expected str"),
+]  # fmt: skip
+MM_GOOD = mm_row(1, form="dict") | {"question": "What is it?"}
+MMMU_GOOD = mmmu_row(1, image_1="a.png")
+BROKEN = {  # reader: (a good row, what is broken in it and what is said of that)
+    "medxpertqa-mm": (MM_GOOD, MM_FAULTS), "medxpertqa-text": (MM_GOOD, MM_FAULTS),
+    "medqa": (EXAM, EXAM_FAULTS), "medqa-train": (EXAM, EXAM_FAULTS),
+    "huatuo": (EXAM, EXAM_FAULTS), "medbullets-op4": (medbullets_rows()[0], BULLETS_FAULTS),
+    "medbullets-op5": (medbullets_rows()[0], BULLETS_FAULTS), "mmmu": (MMMU_GOOD, MMMU_FAULTS),
+    "mmmu-pro": (MMMU_GOOD, MMMU_FAULTS), "mmmu-pro-vision": (PICTURE, VISION_FAULTS),
+    "questions": (data.Question(**BASE).to_row(), OWN_FAULTS),
+    "sharegpt": ({"messages": EXCHANGE, "images": ["a.png"]}, CHAT_FAULTS),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(benchmarks.READERS))
+def test_every_reader_names_each_broken_row_and_never_reads_it(tmp_path, name):
+    good, faults = BROKEN[name]
+    assert len(read(name, jsonl(tmp_path / "good.jsonl", [good]), None)) == 1 and len(faults) >= 12
+    for changes, said in faults:
+        row = good | {"id": "test_Pharmacy_2"} | changes
+        row = {key: value for key, value in row.items() if value is not GONE}
+        try:
+            read(name, jsonl(tmp_path / "b.jsonl", [good, row]), None)
+        except data.RowError as error:
+            assert "b.jsonl:2" in str(error) and said in str(error), (changes, str(error))
+        else:
+            pytest.fail(f"{name} reads {str(changes)[:200]}")
+
+
+@pytest.mark.parametrize("name", ["medxpertqa-mm", "sharegpt"])
+def test_one_name_where_a_list_of_images_is_usual_is_one_image(tmp_path, name):
+    row = BROKEN[name][0] | {"images": "MM-1-a.jpeg"}
+    assert read(name, jsonl(tmp_path / "a.jsonl", [row]), None)[0].images == ["MM-1-a.jpeg"]
+
+
+EXAM_TEXT = json.dumps(EXAM)
+NOT_STRICT = {  # what is no row, and what is said of it
+    EXAM_TEXT.replace('"B": "y"', '"A": "y", "B": "y"'): "'A' is there twice",
+    EXAM_TEXT.replace('"y"}', '"y"}, "score": NaN'): "NaN",
+    EXAM_TEXT.replace('"y"}', '"y"}, "score": -Infinity'): "Infinity",
+    EXAM_TEXT.replace("Why?", "\\ud800?"): "half a surrogate pair",
+    EXAM_TEXT.replace('"y"}', '"y"}, "n": ' + "[" * 99_999): "nested too deeply",
+    EXAM_TEXT.replace('"y"}', '"y"}, "n": ' + "9" * 5000): "not JSON", EXAM_TEXT[:-1]: "not JSON",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", NOT_STRICT, ids=list(NOT_STRICT.values()))
+def test_json_that_is_not_strict_is_named_by_file_and_row(tmp_path, text):
+    (tmp_path / "a.json").write_text(f"[{EXAM_TEXT},\n{text}]")
+    (tmp_path / "a.jsonl").write_text(f"{EXAM_TEXT}\n{text}\n")
+    for file, where in (("a.json", "a.json: row 1"), ("a.jsonl", "a.jsonl:2")):
+        with pytest.raises(data.RowError) as error:
+            read("huatuo", tmp_path / file, None)
+        assert where in str(error.value) and NOT_STRICT[text] in str(error.value)
+
+
+def test_a_number_or_a_depth_that_no_file_of_ours_can_hold_is_named(tmp_path):
+    for text in ('{"x": 1e999}', '{"x": ' + "[" * 800 + "]" * 800 + "}"):
+        row = json.dumps(data.Question(**BASE).to_row()).replace('"meta": {}', f'"meta": {text}')
+        (tmp_path / "a.jsonl").write_text(row)
+        with pytest.raises(data.RowError, match=r"a\.jsonl:1: cannot be written as JSON"):
+            read("questions", tmp_path / "a.jsonl", None)
+
+
+def test_a_column_that_is_there_twice_is_an_error_and_not_lost(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    (tmp_path / "a.csv").write_text("question,opa,opa\nq,1,2\n")
+    table = pyarrow.Table.from_arrays([pyarrow.array(["x"])] * 2, names=["id", "id"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    for name, file, key in (("medbullets-op4", "a.csv", "opa"), ("mmmu", "a.parquet", "id")):
+        with pytest.raises(data.RowError, match=f"{file}: .*'{key}' is there twice"):
+            read(name, tmp_path / file, None)
+
+
+FILES = {  # what lies where a file is expected, and what is said of it
+    "a folder": (lambda path: path.mkdir(), "neither a file nor a folder with|is no regular file"),
+    "nothing": (lambda path: None, "neither a file nor a folder"),
+    "an empty file": (lambda path: path.write_bytes(b""), "is empty"),
+    "a pipe": (lambda path: os.mkfifo(path), "is no regular file"),
+    "NUL bytes": (lambda path: path.write_bytes(b"a,b\n\0,1\n" * 9), "a.*: "),
+    "a zip": (lambda path: path.write_bytes(b"PK\3\4" + bytes(range(256))), "a.*: "),
+    "no permission": (lambda path: (path.write_text("x"), path.chmod(0)), "cannot be read"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", FILES)
+@pytest.mark.parametrize("suffix", list(benchmarks.ROWS))
+def test_what_is_no_file_of_rows_is_refused_at_once_by_name(tmp_path, suffix, what):
+    if what == "no permission" and os.getuid() == 0:
+        pytest.skip("root may read everything")
+    make, said = FILES[what]
+    make(tmp_path / f"a{suffix}")
+    with pytest.raises(data.RowError, match=said) as error:
+        read("huatuo", tmp_path / f"a{suffix}", None)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_a_csv_file_with_nul_bytes_is_refused_where_its_rows_would_be_read(tmp_path):
+    row = medbullets_rows()[0] | {"question": "Q\0 one"}
+    (tmp_path / "a.csv").write_text(",".join(row) + "\n" + ",".join(row.values()) + "\n")
+    with pytest.raises(data.RowError, match=r"a\.csv: not CSV \(it has a NUL byte in it\)"):
+        read("medbullets-op5", tmp_path / "a.csv", None)
+
+
+def test_a_pipe_or_a_folder_among_the_files_of_a_download_is_refused(tmp_path):
+    jsonl(tmp_path / "a.jsonl", [data.Question(**BASE).to_row()])
+    for make in (os.mkfifo, os.mkdir):
+        make(tmp_path / "b.jsonl")
+        with pytest.raises(data.RowError, match=r"b\.jsonl: is no regular file"):
+            read("questions", tmp_path, None)
+        (tmp_path / "b.jsonl").unlink() if make is os.mkfifo else (tmp_path / "b.jsonl").rmdir()
+
+
+def test_a_parquet_file_that_is_torn_anywhere_is_named(tmp_path):
+    whole = parquet(tmp_path / "a.parquet", [mmmu_row(n) for n in (1, 2, 3)]).read_bytes()
+    for cut in range(1, len(whole), len(whole) // 40):
+        (tmp_path / "cut.parquet").write_bytes(whole[:cut])
+        (tmp_path / "hole.parquet").write_bytes(whole[:cut] + bytes(40) + whole[cut + 40 :])
+        for file in ("cut.parquet", "hole.parquet"):
+            try:
+                read("mmmu", tmp_path / file, None)
+                assert file == "hole.parquet"  # a hole in what nobody reads
+            except data.RowError as error:
+                assert file in str(error)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# images that are too much
+
+
+def zipped(folder: Path, content: bytes, packing: int = zipfile.ZIP_DEFLATED) -> Path:
+    """A folder's images.zip with one image, beside a row that names it."""
+    jsonl(folder / "MM/test.jsonl", [mm_row(1)])
+    with zipfile.ZipFile(folder / "images.zip", "w", packing) as archive:
+        archive.writestr("MM-1-a.jpeg", content)
+    return folder / "images.zip"
+
+
+def declare(path: Path, size: int) -> None:
+    """Writes another size into the archive: where the image begins, and in the list at the end."""
+    content = bytearray(path.read_bytes())
+    for mark, offset in ((b"PK\1\2", 24), (b"PK\3\4", 22)):
+        at = content.index(mark) + offset
+        content[at : at + 4] = size.to_bytes(4, "little")
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("packing", ["ZIP_STORED", "ZIP_DEFLATED", "ZIP_BZIP2", "ZIP_LZMA"])
+def test_an_image_that_is_too_large_is_refused_in_little_memory(tmp_path, packing, monkeypatch):
+    monkeypatch.setattr(benchmarks, "MOST_BYTES", 2**16)
+    path = zipped(tmp_path, bytes(2**25), getattr(zipfile, packing))
+    for declared in (2**25, 2**31, 100):
+        declare(path, declared)
+        tracemalloc.start()
+        with pytest.raises(data.RowError, match=r"test\.jsonl:1: image MM-1-a\.jpeg"):
+            read("medxpertqa-mm", tmp_path, tmp_path / "root")
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert most < 2**22 and not (tmp_path / "root").exists()
+
+
+def test_an_image_that_is_too_large_is_refused_as_a_file_and_as_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmarks, "MOST_BYTES", len(png(1)) - 1)
+    (tmp_path / "MM-1-a.jpeg").write_bytes(png(1))
+    jsonl(tmp_path / "test.jsonl", [mm_row(1)])
+    with pytest.raises(data.RowError, match=r"test\.jsonl:1: image MM-1-a\.jpeg: has more than"):
+        read("medxpertqa-mm", tmp_path / "test.jsonl", tmp_path / "root")
+    with pytest.raises(data.RowError, match=r"a\.parquet: row 0: has more than \d+ bytes"):
+        read("mmmu", parquet(tmp_path / "a.parquet", [mmmu_row(1)]), None)
+
+
+@pytest.mark.parametrize("declared", [0, 20, 10_000])
+def test_a_member_that_lies_about_its_size_is_named(tmp_path, declared):
+    declare(zipped(tmp_path, png(1)), declared)
+    with pytest.raises(data.RowError, match=r"test\.jsonl:1: image MM-1-a\.jpeg .*images\.zip"):
+        read("medxpertqa-mm", tmp_path, tmp_path / "root")
+
+
+def test_a_picture_of_too_many_pixels_is_refused_undecoded(tmp_path):
+    file = io.BytesIO()
+    Image.new("1", (20_000, 20_000)).save(file, "PNG")
+    zipped(tmp_path, file.getvalue())
+    with pytest.raises(data.RowError, match=r"MM-1-a\.jpeg: cannot be decoded .*decompression bomb"):
+        read("medxpertqa-mm", tmp_path, tmp_path / "root")
+
+
+def test_a_zip_that_is_torn_anywhere_is_named(tmp_path):
+    path = zipped(tmp_path, png(1))
+    whole = path.read_bytes()
+    for cut in range(len(whole)):
+        for content in (whole[:cut], whole[:cut] + b"\xff" + whole[cut + 1 :]):
+            path.write_bytes(content)
+            shutil.rmtree(tmp_path / "root", ignore_errors=True)
+            try:
+                read("medxpertqa-mm", tmp_path, tmp_path / "root")
+                assert (tmp_path / "root/MM-1-a.jpeg").read_bytes() == png(1)  # a date, a flag
+            except data.RowError as error:
+                assert "images.zip" in str(error) or "MM-1-a.jpeg" in str(error)
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".png", "a.png/b.png", "root", "nul\0.png"])
+def test_an_image_name_that_no_file_can_have_is_named(tmp_path, name):
+    (tmp_path / "root" / "root").mkdir(parents=True)
+    (tmp_path / "root" / "a.png").write_bytes(png(2))
+    path = zipped(tmp_path, png(1))
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(name, png(1))
+    jsonl(tmp_path / "MM/test.jsonl", [mm_row(1) | {"images": [name]}])
+    with pytest.raises(data.RowError, match=r"test\.jsonl:1: image "):
+        read("medxpertqa-mm", tmp_path, tmp_path / "root")
 
 
 def test_one_missing_image_among_those_there_is_an_error_with_or_without_a_root(tmp_path):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from test_benchmarks import EXAM_FAULTS, GONE, TURN_FAULTS, exchange
 from test_remote import Chat, keys, script, serve  # noqa: F401  (keys and serve are fixtures)
 
 import asking
@@ -682,12 +683,16 @@ HUATUO = {  # name: (record, faults)
     "names another option first": (record("3?", "Rest comes first, then surgery."), {"correct"}),
     "names no option": (record("4?", "He must be operated on."), {"correct"}),
     "names part of a word": (record("5?", "Neurosurgery is far."), {"correct"}),
-    "two options begin alike": (record("6?", "A rest in bed.", options={"A": "rest", "B": "rest in bed"}), set()),
+    "two options begin alike": (
+        record("6?", "A rest in bed.", options={"A": "rest", "B": "rest in bed"}, answer="B"),
+        set(),
+    ),
     "loops": (record("7?", "Surgery.", Complex_CoT=" ".join([PHRASE] * 3)), {"coherence"}),
     "too short": (record("8?", "Surgery.", Complex_CoT="so it is"), {"structure"}),
     "too long": (record("9?", "Surgery.", Complex_CoT=" ".join(f"w{i}" for i in range(41))), {"structure"}),
     "tags": (record("10?", "Surgery.", Complex_CoT=f"{REASON} <answer> B </answer>"), {"structure"}),
     "drifts": (record("11?", "Surgery.", Complex_CoT=f"{REASON} 手术"), {"coherence"}),
+    "another option's text": (record("16?", "Surgery.", answer="rest"), {"record"}),
     "no such option": (record("12?", "Surgery.", answer_idx="E"), {"record"}),
     "letters out of order": (record("13?", "Surgery.", options={"B": "surgery", "A": "rest"}), {"record"}),
     "a key missing": ({"question": "14?", "options": OPTIONS, "answer_idx": "B"}, {"record"}),
@@ -707,7 +712,8 @@ def test_huatuos_chains_become_demonstrations_where_their_own_conclusion_is_the_
     assert [set(row["faults"]) for row in rejected] == [wrong for _, wrong in HUATUO.values() if wrong] + [{"duplicate"}]
     said = [next(iter(row["faults"].values())) for row in rejected]
     assert said[:2] == ["its Response first names C, not B", "its Response names no option"]
-    assert any("record 14: missing 'Complex_CoT'" in text for text in said) and any("record 12: answer: 'E' is not among" in text for text in said)
+    for fault in ("record 15: missing 'Complex_CoT'", "record 13: answer: 'E' is not among"):
+        assert any(fault in text for text in said)
     stage = json.loads((tmp_path / "imported" / "stage.json").read_text())
     assert stage["figures"]["demos"] == len(demos) and stage["inputs"] == {str(tmp_path / "demo_data.json"): data.file_hash(tmp_path / "demo_data.json")}
 
@@ -759,12 +765,38 @@ def test_sharegpt_and_message_records_with_thinking_become_demonstrations(tmp_pa
     assert "chains.jsonl:16: no list 'messages' or 'conversations'" in rejected[-1]["faults"]["record"]
 
 
-@pytest.mark.parametrize(("content", "said"), [(b"[{", "begins as a JSON array, but is none"), (b"\xff\xfe", ":1: not JSON"), (None, "no such file")])
+@pytest.mark.parametrize(("content", "said"), [
+    (b"[{", "record 1: not JSON"), (b"\xff\xfe", ":1: not JSON"), (None, "no such file"),
+    (b"", "is empty"), (os.mkfifo, "is no regular file"), (os.mkdir, "is no regular file"),
+    (b'[{}, {"a": 1, "a": 2}]', "record 2: .*'a' is there twice"),
+    (b'{"a": 1, "a": 2}', ":1: .*'a' is there twice"), (b'[{"a": NaN}]', "record 1: .*NaN"),
+    (b"[{}, " + b"[" * 99_999, "record 2: .*nested"), (b"[{}]]", "not JSON"),
+    (b'[{"a": "\\ud800"}]', "record 1: .*surrogate"),
+])  # fmt: skip
 def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path, content, said):
-    if content:
-        (tmp_path / "chains.json").write_bytes(content)
+    path = tmp_path / "chains.json"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content:
+        content(path)
     with pytest.raises(data.RowError, match=f"chains.json.*{said}"):
-        run_import(tmp_path / "chains.json", "sharegpt")
+        run_import(path, "sharegpt")
+
+
+@pytest.mark.parametrize(("form", "good", "faults"), [
+    ("huatuo", record("1?", "Surgery."), EXAM_FAULTS),
+    ("huatuo", record("1?", "Surgery."), [({key: 5}, "") for key in ("Response", "Complex_CoT")]),
+    ("sharegpt", exchange("<image>1?", THOUGHT + "B") | {"images": ["a.png"]}, TURN_FAULTS),
+])  # fmt: skip
+def test_each_broken_record_is_rejected_by_name_and_no_other(tmp_path, form, good, faults):
+    rows = [good, *(good | changes for changes, _ in faults)]
+    rows = [{key: value for key, value in row.items() if value is not GONE} for row in rows]
+    data.write_jsonl(tmp_path / "chains.jsonl", rows)
+    _, rejected = run_import(tmp_path / "chains.jsonl", form)
+    said = {row["id"]: row["faults"].get("record", "") for row in rejected}
+    for number in range(2, len(rows) + 1):
+        assert f"chains.jsonl:{number}: " in said.get(str(number), ""), rows[number - 1]
+    assert "1" not in said
 
 
 @pytest.mark.skipif(not REAL or not (Path(REAL) / "huatuo_demo_data.json").exists(), reason="MEDEE_REAL_DATA names no folder with huatuo_demo_data.json")

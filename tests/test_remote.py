@@ -300,6 +300,7 @@ def test_answer_and_reasoning_come_apart_and_usage_is_counted(api, serve):
         ({"object": "list", "data": [{"id": "m"}]}, False),
         ((404, {"detail": "Not Found"}, {}), False), ((403, {"error": "not for you"}, {}), False),
         ((200, b"<html>hello</html>", {"Content-Type": "text/html"}), False), ((200, b'{"data": [', {}), False), ((200, [], {}), False),
+        ((200, {"data": 5}, {}), False), ((200, 3, {}), False), ((200, b"[" * 100_000, {}), False),
     ],
 )  # fmt: skip
 def test_vllm_is_known_by_its_list_of_models_and_asked_for_token_ids(serve, models, vllm):
@@ -382,6 +383,67 @@ def test_a_question_that_alone_breaks_the_server_holds_nobody_up(api, serve):
     replies, stopped = until_it_stops(engine, [ask(f"q{i}") for i in range(12)])
     assert {reply.id for reply in replies} == {f"q{i}" for i in range(12)} - {"q3"} and len(replies) == 11
     assert "question q3" in str(stopped) and "1 questions" in str(stopped) and "asks them again" in str(stopped)
+
+
+COUNTS = ("prompt_tokens", "promptTokenCount")
+GARBLED = {
+    "a web page": lambda api: (200, b"<html>hello</html>", {"Content-Type": "text/html"}),
+    "a web page called JSON": lambda api: (200, b"<html>hello</html>", {}),
+    "a list": lambda api: (200, ["hello"], {}), "null": lambda api: (200, None, {}),
+    "a number": lambda api: (200, 3, {}), "no body": lambda api: (200, b"", {}),
+    "an error in a 200": lambda api: (200, {"error": {"message": "hello"}}, {}),
+    "too deep": lambda api: (200, b"[" * 100_000, {}),
+    "a number for choices": lambda api: (200, {"choices": 5, "candidates": 5}, {}),
+    "a number for usage": lambda api: with_usage(api, 5),
+    "a word for a count": lambda api: with_usage(api, dict.fromkeys(COUNTS, "x")),
+    "a number for a text": lambda api: (200, {
+        "choices": [{"message": {"content": 5}, "finish_reason": "stop"}],
+        "candidates": [{"content": {"parts": [{"text": 5}]}, "finishReason": "STOP"}],
+    }, {}),
+}  # fmt: skip
+
+
+def with_usage(api, usage) -> tuple[int, dict, dict]:
+    """A good reply with another account of its tokens."""
+    return 200, {**api.good("yes")[1], "usage": usage, "usageMetadata": usage}, {}
+
+
+@pytest.mark.parametrize("name", GARBLED)
+def test_a_server_that_garbles_every_question_stops_the_run_in_seconds(api, serve, name):
+    server = serve(lambda question, time, body: GARBLED[name](api))
+    engine = open_at(api, server, concurrency=1)
+    replies, stopped = until_it_stops(engine, [ask(f"q{i}") for i in range(40)])
+    assert not replies and len(server.requests) == remote.STRIKES * remote.FEW
+    assert sum(engine.stopping.pauses) < 20
+    wanted = "a chat completions API" if api is Chat else "the Gemini API"
+    assert f"is this the address of {wanted}? The server sent: " in str(stopped)
+    assert ("hello" in str(stopped)) is ("hello" in str(GARBLED[name](api)[1]))
+
+
+def test_the_waits_for_a_garbling_server_are_real_and_short(api, serve):
+    server = serve(lambda question, time, body: (200, b"<html>hello</html>", {}))
+    engine = engines.open_engine(api.spec(server), asking.Setup(concurrency=16))
+    started = time.monotonic()
+    _, stopped = until_it_stops(engine, [ask(f"q{i}") for i in range(40)])
+    assert 0.5 < time.monotonic() - started < 10 and "<html>hello</html>" in str(stopped)
+
+
+def test_a_question_that_alone_is_garbled_is_the_only_one_lost(api, serve):
+    garbled = GARBLED["a web page"](api)
+    server = serve(lambda question, time, body: garbled if question == "q3" else api.good("yes"))
+    engine = open_at(api, server, concurrency=1)
+    replies = {reply.id: reply for reply in all_replies(engine, [ask(f"q{i}") for i in range(12)])}
+    lost = {name for name, reply in replies.items() if reply.finish_reason != "stop"}
+    assert lost == {"q3"} and replies["q3"].finish_reason == "empty" and len(replies) == 12
+    assert server.asked["q3"] == remote.FEW and len(server.requests) == 11 + remote.FEW
+
+
+def test_what_a_garbling_server_sent_is_shown_on_two_lines_without_key_or_controls(api, serve):
+    page = f"<html>\n\x1b[31m who is {KEY}? \n".encode() + b"long " * 9000
+    server = serve(lambda question, time, body: (200, page, {"Content-Type": "text/html"}))
+    _, stopped = until_it_stops(open_at(api, server), [ask("a")])
+    assert "<html> [31m who is ...? long" in str(stopped) and KEY not in str(stopped)
+    assert len(str(stopped)) < 600 and str(stopped).isprintable()
 
 
 # --- no room, no answer, no permission
