@@ -37,6 +37,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import data
+import flags
 import stage
 
 HEALTH = {  # MMMU's Health & Medicine: subject -> (questions in MMMU validation, in MMMU-Pro test)

@@ -29,7 +29,6 @@ Where we depart from the paper, or it is silent:
 """
 
 import argparse
-import json
 import re
 import time
 import unicodedata

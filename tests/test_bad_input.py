@@ -4,6 +4,7 @@ Every command runs once on good inputs; then each of its inputs is replaced by a
 scripts' wrapper would print and return is read off `flags.explain`, which test_stage.py tries in real processes.
 """
 
+import csv
 import hashlib
 import importlib
 import json
@@ -15,6 +16,7 @@ import pytest
 
 import clinic
 import data
+import descriptions
 import flags
 import stage
 
@@ -63,11 +65,11 @@ def place(tmp_path_factory, folders) -> Path:
     question = next(q for q in data.read_questions(world / "bank.jsonl") if q.images)
     pair = {"id": question.id, "prompt": data.prompt_messages(question), "images": question.images, "chosen": chains[question.id], "rejected": "<think> no </think> <answer> no </answer>", "failed": ["No_Hallucination"]}
     data.write_jsonl(root / "pairs.jsonl", [pair, {**pair, "rejected": "no"}])
-    sheet = (run / "human" / "sheet" / "sheet.csv").read_text(encoding="utf-8-sig")
-    rater = "".join(line[:-6] + ",Yes,Yes,Yes,Yes\r\n" if line.endswith(",,,,\r\n") else line for line in sheet.splitlines(keepends=True))
-    (root / "rater.csv").write_text(sheet.replace(",,,,", ",Yes,Yes,Yes,Yes"), encoding="utf-8-sig", newline="")
-    del rater
-    (root / "reviewed.csv").write_text(f"id,question\nid:{question.id},What is it?\n")
+    with open(run / "human" / "sheet" / "sheet.csv", newline="", encoding="utf-8-sig") as file:
+        header, *cases = csv.reader(file)
+    with open(root / "rater.csv", "w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file).writerows([header, *(case[:-4] + ["Yes"] * 4 for case in cases)])
+    descriptions.write_sheet(root / "reviewed.csv", ["id", "question"], [[f"id:{question.id}", question.question]])
     (root / "review.csv").write_text("chain,verdict\nchain-1,yes\n")
     data.write_jsonl(root / "sharegpt.jsonl", [{"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "<think> So it is, as one may well see. </think> Thus."}]}])
     exam = {"question": "Which?", "options": {"A": "x", "B": "y"}, "answer_idx": "A", "answer": "x"}
