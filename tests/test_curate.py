@@ -951,3 +951,204 @@ def test_a_thousand_questions_meet_their_fates_though_killed_at_every_stage(tmp_
         "editor": 125,
     }
     assert Counter(role for role, *_ in set(log)) == needed  # and nothing more
+
+
+# --------------------------------------------------------------------------------------------------
+# What waits for a human, what is finished, and what answers under an old name
+
+FEW = ("40-image-good", "44-image-told", "48-image-spoilt", "52-text-good")
+
+
+def few(folder: Path, serve) -> tuple[dict[str, data.Question], list[str], Server]:
+    """(bank, flags of a curation with an editor and two experts, the server behind them). The
+    editor spoils the third question's text; the experts solve whatever they are asked."""
+    Image.new("RGB", (4, 4), "green").save(folder / "film.png")
+    bank = {}
+    for key in FEW:
+        number, kind, fate = key.split("-")
+        told = DESCRIBED if fate in ("told", "spoilt") else ""
+        images = ("film.png",) * (kind == "image")
+        bank[key] = q(f"<<{key}>> {told}What is it, at age {number}?", key, images=images)
+    server = serve(lambda key, count, body: Chat.good(said_about(body["model"], bank[key], 0)))
+    write(folder / "bank.jsonl", list(bank.values()))
+    spec = {role: f"{server.base}/v1#{role}" for role in ("editor", "expert-a", "expert-b")}
+    experts = ["--experts", spec["expert-a"], spec["expert-b"]]
+    flags = ["--images", str(folder), "--limits", *"000", "--editor", spec["editor"], *experts]
+    return bank, flags, server
+
+
+def asked_of(server: Server) -> Counter:
+    """How often each model was asked about each question."""
+    said = [(body["model"], json.dumps(body)) for _, _, body in server.requests]
+    return Counter((model, re.search("<<(.*?)>>", text)[1]) for model, text in said)
+
+
+GOOD, TOLD, SPOILT, TEXT = FEW
+WANTED = {("editor", key): 1 for key in FEW[:3]} | {
+    (f"expert-{x}", key): 1 for x in "ab" for key in (GOOD, TOLD, TEXT)
+}
+FAULT = "the number '48' is lost"
+
+
+def test_a_question_that_waits_for_review_is_held_back_and_no_expert_is_asked(serve, tmp_path):
+    bank, flags, server = few(tmp_path, serve)
+    kept, rejected, funnel = run_curate(tmp_path / "bank.jsonl", tmp_path / "out", *flags)
+    assert list(kept) == [TEXT, GOOD, TOLD] and list(rejected) == [SPOILT]
+    row = rejected[SPOILT]
+    assert (row["filter"], row["evidence"]) == ("review", {"fault": FAULT}) and row["reason"]
+    assert row["meta"]["needs_review"] == FAULT and row["question"] == bank[SPOILT].question
+    assert descriptions.read_reviewed(tmp_path / "out" / "review.csv") == {
+        SPOILT: (bank[SPOILT].question, FAULT)
+    }
+    assert [(row["filter"], row["image"]) for row in funnel[-3:]] == [
+        ("type", 3), ("describe", 2), ("solvable", 2),
+    ]  # fmt: skip
+    assert asked_of(server) == WANTED
+
+
+def test_keep_unreviewed_lets_a_waiting_question_in_with_its_mark(serve, tmp_path):
+    bank, flags, server = few(tmp_path, serve)
+    flags.append("--keep-unreviewed")
+    kept, rejected, _ = run_curate(tmp_path / "bank.jsonl", tmp_path / "out", *flags)
+    assert list(kept) == [TEXT, GOOD, TOLD, SPOILT] and not rejected
+    assert kept[SPOILT].question == bank[SPOILT].question
+    assert kept[SPOILT].meta["needs_review"] == FAULT
+    assert not any("needs_review" in kept[key].meta for key in (TEXT, GOOD, TOLD))
+    assert list(descriptions.read_reviewed(tmp_path / "out" / "review.csv")) == [SPOILT]
+    assert asked_of(server) == WANTED | {("expert-a", SPOILT): 1, ("expert-b", SPOILT): 1}
+
+
+def test_a_single_describe_holds_back_what_waits_unless_it_is_told_to_keep_it(serve, tmp_path):
+    _, flags, _ = few(tmp_path, serve)
+    flags = flags[:2] + flags[6:8]  # the images and the editor
+    for name, more in (("held", []), ("let-in", ["--keep-unreviewed"])):
+        kept, rejected, _ = run_curate(
+            tmp_path / "bank.jsonl", tmp_path / name, *flags, *more, command="describe"
+        )
+        assert (SPOILT in kept, SPOILT in rejected) == (bool(more), not more) and len(kept) >= 3
+        assert list(descriptions.read_reviewed(tmp_path / name / "review.csv")) == [SPOILT]
+
+
+def test_a_mark_that_the_bank_brings_along_is_no_step_that_was_not_run(tmp_path, films):
+    marked = q("Question 1", "marked", images=("1.png",), meta={"needs_review": "why"})
+    bank = write(tmp_path / "bank.jsonl", [marked, q("Question 2", "plain", images=("1.png",))])
+    kept, rejected, funnel = run_curate(bank, tmp_path / "out", "--images", str(films))
+    assert list(kept) == ["plain"] and rejected["marked"]["filter"] == "review"
+    (row,) = [row for row in funnel if row["filter"] == "describe"]
+    assert row["image"] == 1 and "not_run" not in row
+
+
+def fill(sheet: Path, texts: dict[str, str], to: Path) -> Path:
+    """A copy of review.csv with other texts, as a human's spreadsheet saves it."""
+    with open(sheet, newline="", encoding="utf-8-sig") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        row["question"] = texts.get(row["id"].removeprefix("id:"), row["question"])
+    with open(to, "w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, rows[0])
+        table.writeheader()
+        table.writerows(rows)
+    return to
+
+
+def test_a_reviewed_text_lets_its_question_in_and_nothing_else_is_asked_anew(serve, tmp_path):
+    bank, flags, server = few(tmp_path, serve)
+    first, _, _ = run_curate(tmp_path / "bank.jsonl", tmp_path / "out", *flags)
+    before, asked = held(tmp_path / "out", tmp_path / "replies"), asked_of(server)
+    text = bank[SPOILT].question.replace(DESCRIBED, "")
+    sheet = fill(tmp_path / "out" / "review.csv", {SPOILT: text}, tmp_path / "filled.csv")
+    kept, rejected, _ = run_curate(
+        tmp_path / "bank.jsonl", tmp_path / "second", *flags, "--reviewed", str(sheet)
+    )
+    assert list(kept) == [TEXT, GOOD, TOLD, SPOILT] and not rejected
+    assert kept[SPOILT].question == text
+    assert kept[SPOILT].meta == {"original": bank[SPOILT].question, "reviewed": True}
+    assert {key: kept[key] for key in first} == first
+    assert asked_of(server) - asked == {("expert-a", SPOILT): 1, ("expert-b", SPOILT): 1}
+    for path, (content, _) in before.items():  # what there was is there, and replies are added
+        assert path.read_bytes().startswith(content)
+        assert path.parent.name == "replies" or path.read_bytes() == content
+
+
+def test_a_sheet_that_a_human_corrected_in_place_survives_every_rerun(serve, tmp_path):
+    bank, flags, server = few(tmp_path, serve)
+    out, bank_file = tmp_path / "out", tmp_path / "bank.jsonl"
+    run_curate(bank_file, out, *flags)
+    text = bank[SPOILT].question.replace(DESCRIBED, "")
+    sheet = fill(out / "review.csv", {SPOILT: text}, out / "review.csv")
+    filled, asked = sheet.read_bytes(), asked_of(server)
+    run_curate(bank_file, out, *flags)
+    for more in (["--reviewed", str(sheet)], ["--keep-unreviewed"], ["--seed", "1"]):
+        with pytest.raises(data.RowError, match="--out .*out: "):
+            run_curate(bank_file, out, *flags, *more)
+        assert sheet.read_bytes() == filled
+    kept, _, _ = run_curate(bank_file, tmp_path / "second", *flags, "--reviewed", str(sheet))
+    assert kept[SPOILT].question == text and sheet.read_bytes() == filled
+    asked |= {("expert-a", SPOILT): 1, ("expert-b", SPOILT): 1}
+    (out / "stage.json").unlink()  # as if it had been killed after it wrote the sheet
+    with pytest.raises(data.RowError, match="review.csv: is there already, and a human may"):
+        run_curate(bank_file, out, *flags)
+    assert sheet.read_bytes() == filled and asked_of(server) == asked
+
+
+OTHER = {  # what is another command: (more flags, how the difference is named)
+    "seed": (["--seed", "1"], "seed 0 -> 1"),
+    "image settings": (["--pixels", "784"], "pixels 589824 -> 784"),
+    "what waits": (["--keep-unreviewed"], "keep_unreviewed False -> True"),
+    "an engine less": (["--editor", ""], "editor 'http://.*#editor' -> ''"),
+    "the same bank, changed": ([], "bank.jsonl changed"),
+    "another bank": ([], "questions .*bank.jsonl.* -> .*other.jsonl"),
+}
+
+
+@pytest.fixture
+def finished(serve, tmp_path, capsys) -> SimpleNamespace:
+    """A folder that is finished, and whose engines have gone."""
+    bank, flags, server = few(tmp_path, serve)
+    run_curate(tmp_path / "bank.jsonl", tmp_path / "out", *flags)
+    server.close()
+    capsys.readouterr()
+    return SimpleNamespace(bank=bank, flags=flags, server=server, asked=len(server.requests))
+
+
+def test_a_finished_command_opens_no_engine_and_leaves_every_byte(finished, tmp_path, capsys):
+    before = held(tmp_path)
+    for more in ([], ["--concurrency", "3"]):  # how fast is no other command
+        run_curate(tmp_path / "bank.jsonl", tmp_path / "out", *finished.flags, *more)
+        assert "out: is finished already" in capsys.readouterr().out
+    assert held(tmp_path) == before and len(finished.server.requests) == finished.asked
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_another_command_in_a_finished_folder_is_refused_by_name(finished, tmp_path, name):
+    more, said = OTHER[name]
+    bank = tmp_path / ("other.jsonl" if name == "another bank" else "bank.jsonl")
+    if "bank" in name:
+        write(bank, [*finished.bank.values(), q("One more", "more")])
+    before = held(tmp_path)
+    with pytest.raises(data.RowError, match=f"finished with other settings or inputs .*{said}"):
+        run_curate(bank, tmp_path / "out", *finished.flags, *more)
+    assert held(tmp_path) == before and len(finished.server.requests) == finished.asked
+
+
+def test_a_retrained_checkpoint_is_asked_anew_and_its_old_replies_stay(folders, tmp_path):
+    shutil.copytree(folders["qwen"], tmp_path / "base")
+    bank = write(tmp_path / "bank.jsonl", [q(f"Question {i}", str(i)) for i in range(3)])
+    flags = ["--baselines", f"hf:{tmp_path / 'base'}", "--max-tokens", "4"]
+    run_curate(bank, tmp_path / "out", *flags, command="difficulty")
+    (old,) = (tmp_path / "replies").glob("baseline-*.jsonl")
+    before = held(tmp_path / "out", tmp_path / "replies")
+    build_folder("qwen", tmp_path / "base", seed=1)
+    with pytest.raises(data.RowError, match="out: was finished with other .*base changed"):
+        run_curate(bank, tmp_path / "out", *flags, command="difficulty")
+    assert held(tmp_path / "out", tmp_path / "replies") == before
+    run_curate(bank, tmp_path / "second", *flags, command="difficulty")
+    (new,) = set((tmp_path / "replies").glob("baseline-*.jsonl")) - {old}
+    assert before.items() <= held(tmp_path / "out", tmp_path / "replies").items()
+    olds, news = ([row for _, row in data.read_jsonl(path)] for path in (old, new))
+    asked = [[(row["id"], row["asked"]) for row in rows] for rows in (olds, news)]
+    assert asked[0] == asked[1] and len(news) == 3
+    assert all(a["token_ids"] != b["token_ids"] for a, b in zip(olds, news))
+    stages = [json.loads((tmp_path / out / "stage.json").read_text()) for out in ("out", "second")]
+    named = [stage["engines"] for stage in stages]
+    assert named[0].keys() == named[1].keys() and named[0] != named[1]
