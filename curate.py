@@ -284,6 +284,7 @@ def run(args: argparse.Namespace) -> None:
     if not stage.open_folder(args, inputs, SPEED):
         return
     left, rejected, after = bank, {}, {"bank" if len(args.steps) > 1 else "given": bank}
+    waiting: list[data.Question] = []
     for step in args.steps:
         if step == "describe":
             left = describe(left, args)
@@ -304,7 +305,7 @@ def run(args: argparse.Namespace) -> None:
         data.write_jsonl(out / name, (question.to_row() for question in questions))
     data.write_jsonl(out / "rejected.jsonl", ({**q.to_row(), **rejected[q.id]} for q in bank if q.id in rejected))
     outputs = [*parts, "rejected.jsonl", "funnel.json", "funnel.png"]
-    idle = {"leak": not args.against, "difficulty": not args.baselines, "type": not args.classifier, "describe": not (args.editor or args.reviewed), "solvable": not args.experts}
+    idle = {"leak": not args.against, "difficulty": not args.baselines, "type": not args.classifier, "describe": not (args.editor or args.reviewed or waiting), "solvable": not args.experts}
     funnel = [{"filter": name, **count(questions), **({"not_run": True} if idle.get(name) else {})} for name, questions in after.items()]
     data.write_json(out / "funnel.json", funnel)
     print_funnel(funnel)
@@ -326,7 +327,8 @@ def check_early(bank: list[data.Question], args: argparse.Namespace) -> None:
         if twice := [spec for spec, count in Counter(specs).items() if count > 1]:
             raise data.RowError(f"{flag}: {twice[0]} is there twice; its replies would be the same")
     specs = {demand.spec for step in args.steps for demand in demands(step, bank, args)}
-    for spec in sorted(specs if not args.dry_run else ()):
+    idle = args.dry_run or (Path(args.out) / "stage.json").exists()  # a finished folder asks nothing
+    for spec in sorted(() if idle else specs):
         if not (folder := checkpoint(spec)):  # a model is loaded when it is its turn
             open_engine(spec, setup_of(args))
         elif not (Path(folder) / "config.json").is_file():

@@ -1,8 +1,9 @@
 """Which questions are kept: truth tables of every rule over stored replies, leaks by hand, funnels that add up, and a bank of
 1,000 questions whose fates are known, curated over HTTP, killed at every stage and resumed.
 
-An engine's replies are kept in a file and nothing is asked twice. So a file of replies, written here, decides what each
-engine "said", and the real commands then have nothing to ask; were they to ask, the clinic would refuse these questions.
+An engine's replies are kept beside the folder that is written, and nothing is asked twice. So a
+file of replies, written here, decides what each engine "said", and the real commands then have
+nothing to ask; were they to ask, the clinic would refuse these questions.
 """
 
 import csv
@@ -22,12 +23,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
-from test_remote import Chat, Server
+from conftest import build_folder
+from test_remote import Chat, Server, keys, serve  # noqa: F401  (keys and serve are fixtures)
 
+import asking
 import clinic
 import curate
 import descriptions
 import data
+import leaks
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = {"A": "biopsy", "B": "surgery", "C": "rest", "D": "steroids"}
@@ -52,32 +56,68 @@ SAID = {  # one letter an attempt
 }
 
 
-def replies(out: Path, role: str, name: str, said: dict[str, list[tuple[str, str]]]) -> None:
-    """The file of what engine clinic:NAME replied: {question id: (response, finish reason) of each attempt}."""
+def keep_replies(argv: list[str], role: str, name: str, said: dict[str, list]) -> None:
+    """Writes the file of what engine clinic:NAME replied to a command in this role: {question id:
+    (response, finish reason) of each attempt}."""
+    args = curate.parse(argv)
+    bank = leaks.read_bank(args.questions)
+    wanted = [demand for step in args.steps for demand in curate.demands(step, bank, args)]
+    (demand,) = [one for one in wanted if (one.role, one.spec) == (role, f"clinic:{name}")]
+    asked = {ask.id: asking.content_of(ask.messages, ask.images) for ask in demand.asks}
     rows = [
         {
-            "id": key, "sample": k, "engine": f"clinic:{name}", "response": text, "token_ids": None,
-            "finish_reason": finish, "seed": 0, "response_sha": data.content_hash(text)[:16],
+            "id": key, "sample": k, "engine": demand.spec, "response": text, "token_ids": None,
+            "finish_reason": finish, "seed": 0, "response_sha": data.response_hash(text),
+            "asked": asked[key],
         }
         for key, attempts in said.items()
         for k, (text, finish) in enumerate(attempts)
+        if key in asked
     ]  # fmt: skip
-    data.write_jsonl(out / f"{role}-clinic-{name}.jsonl", rows)
+    data.write_jsonl(demand.file(args), rows)
+
+
+def replies_of(out: Path, role: str, name: str) -> Path:
+    """The one file of what engine clinic:NAME replied in a role, beside a folder."""
+    (path,) = (out.parent / "replies").glob(f"{role}-clinic-{name}-????????.jsonl")
+    return path
+
+
+def questions_of(path: Path) -> list[data.Question]:
+    """The questions of a file that may be empty."""
+    return data.read_questions(path) if path.stat().st_size else []
 
 
 def read(out: Path, command: str = "all") -> tuple[dict[str, data.Question], dict[str, dict], list[dict]]:
     """(kept, rejected rows, funnel) of a folder."""
     names = ("text", "image") if command == "all" else ("questions",)
-    kept = {question.id: question for name in names for question in data.read_questions(out / f"{name}.jsonl")}
+    kept = {q.id: q for name in names for q in questions_of(out / f"{name}.jsonl")}
     rejected = {row["id"]: row for _, row in data.read_jsonl(out / "rejected.jsonl")}
     return kept, rejected, json.loads((out / "funnel.json").read_text())
 
 
-def run_curate(bank: Path | list[Path], out: Path, *more: str, command: str = "all") -> tuple[dict[str, data.Question], dict[str, dict], list[dict]]:
-    """(kept, rejected rows, funnel) of the real command."""
+def as_question(row: dict) -> data.Question:
+    """The question of a rejected row."""
+    return data.Question(**{key: row[key] for key in q("").to_row()})
+
+
+def run_curate(
+    bank: Path | list[Path], out: Path, *more: str, command: str = "all", said: dict | None = None
+) -> tuple[dict[str, data.Question], dict[str, dict], list[dict]]:
+    """(kept, rejected rows, funnel) of the real command. said: {(role, name): what clinic:NAME
+    has replied before}."""
     files = [str(path) for path in (bank if isinstance(bank, list) else [bank])]
-    curate.main([command, "--questions", *files, "--out", str(out), *more])
+    argv = [command, "--questions", *files, "--out", str(out), *more]
+    for (role, name), replies in (said or {}).items():
+        keep_replies(argv, role, name, replies)
+    curate.main(argv)
     return read(out, command)
+
+
+def held(*folders: Path) -> dict[Path, tuple[bytes, int]]:
+    """{file: (its bytes, when it was written)} of everything in folders."""
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -89,10 +129,12 @@ def test_question_is_kept_iff_each_expert_solves_it_at_least_once(tmp_path, caps
     patterns = ["----", "+---", "-+--", "---+", "++++", "!!!!", "????", "-!?-", "?!-+"]
     table = {f"{a} {b}": (a, b) for a, b in itertools.product(patterns, repeat=2)}
     bank = write(tmp_path / "bank.jsonl", [q(f"Question {i}", key) for i, key in enumerate(table)])
-    for number, name in enumerate(("expert-a", "expert-b")):
-        replies(tmp_path / "out", "expert", name, {key: [SAID[c] for c in both[number]] for key, both in table.items()})
-    before = {name: (tmp_path / "out" / f"expert-clinic-{name}.jsonl").read_bytes() for name in ("expert-a", "expert-b")}
-    kept, rejected, _ = run_curate(bank, tmp_path / "out", "--experts", "clinic:expert-a", "clinic:expert-b", "--limits", *"000")
+    said = {
+        ("expert", name): {key: [SAID[c] for c in both[number]] for key, both in table.items()}
+        for number, name in enumerate(("expert-a", "expert-b"))
+    }
+    flags = ["--experts", "clinic:expert-a", "clinic:expert-b", "--limits", *"000"]
+    kept, rejected, _ = run_curate(bank, tmp_path / "out", *flags, said=said)
     assert set(kept) == {key for key, (a, b) in table.items() if "+" in a and "+" in b}
     assert rejected["---- ++++"]["evidence"]["ended"] == ["stop"] * 4
     assert {"++++ ----", "---- ++++"} <= set(rejected) and {"+--- ---+", "++++ ++++"} <= set(kept)
@@ -101,42 +143,64 @@ def test_question_is_kept_iff_each_expert_solves_it_at_least_once(tmp_path, caps
         assert row["filter"] == "solvable" and row["reason"].startswith(f"{failed} failed all 4 attempts: ")
     ended = {"----": "4 wrong", "!!!!": "4 cut off", "????": "4 wrong", "-!?-": "1 cut off, 3 wrong"}
     assert {key.split()[0]: row["reason"].rpartition(": ")[2] for key, row in rejected.items() if key.endswith(" ++++")} == ended
-    said = capsys.readouterr().out
-    assert re.search(r"\d+ solvable: clinic:expert-a failed all 4 attempts\n", said)  # the reasons in the summary are few
-    total = 4 * 9 * len(patterns)
-    assert f"expert-clinic-expert-a.jsonl: {total} replies, {6 * 9} length, {total - 6 * 9} stop" in said
-    assert all((tmp_path / "out" / f"expert-clinic-{name}.jsonl").read_bytes() == text for name, text in before.items())  # nothing was asked
+    shown = capsys.readouterr().out
+    # the reasons in the summary are few
+    assert re.search(r"\d+ solvable: clinic:expert-a failed all 4 attempts\n", shown)
+    looked_at = [a.partition("+")[0] + "+" * ("+" in a) for a, _ in table.values()]
+    assert Counter(c == "!" for said in looked_at for c in said) == {True: 6 * 9, False: 22 * 9}
+    assert f"expert clinic:expert-a: {28 * 9} replies, {6 * 9} length, {22 * 9} stop" in shown
+    for (role, name), told in said.items():  # nothing was asked
+        rows = data.read_jsonl(replies_of(tmp_path / "out", role, name))
+        keys = [(row["id"], row["sample"]) for _, row in rows]
+        assert keys == [(key, k) for key in told for k in range(4)]
 
 
 @pytest.mark.parametrize("rule", ["any", "all"])
 def test_question_is_dropped_if_any_baseline_or_every_one_is_right(tmp_path, rule):
     table = {a + b: (a, b) for a, b in itertools.product(SAID, repeat=2)}
     bank = write(tmp_path / "bank.jsonl", [q(f"Question {i}", key) for i, key in enumerate(table)])
-    for number, name in enumerate(("hasty", "bookish")):
-        replies(tmp_path / "out", "baseline", name, {key: [SAID[both[number]]] for key, both in table.items()})
-    kept, rejected, _ = run_curate(bank, tmp_path / "out", "--baselines", "clinic:hasty", "clinic:bookish", "--drop-if", rule, command="difficulty")
+    said = {
+        ("baseline", name): {key: [SAID[both[number]]] for key, both in table.items()}
+        for number, name in enumerate(("hasty", "bookish"))
+    }
+    flags = ["--baselines", "clinic:hasty", "clinic:bookish", "--drop-if", rule]
+    kept, rejected, _ = run_curate(bank, tmp_path / "out", *flags, command="difficulty", said=said)
+    files = {f"clinic:{name}": replies_of(tmp_path / "out", role, name).name for role, name in said}
     dropped = {key for key in table if "+" in key} if rule == "any" else {"++"}
     assert set(kept) == table.keys() - dropped and set(rejected) == dropped
     for key, row in rejected.items():
         solvers = ["clinic:hasty", "clinic:bookish"] if rule == "all" else ["clinic:hasty" if key[0] == "+" else "clinic:bookish"]
         assert row["filter"] == "difficulty" and row["reason"] == "solved directly by " + " and ".join(solvers)
-        assert row["evidence"] == [{"engine": spec, "replies": f"baseline-{spec.replace(':', '-')}.jsonl", "samples": [0], "ended": ["stop"]} for spec in solvers]
+        assert row["evidence"] == [
+            {"engine": spec, "replies": files[spec], "samples": [0], "ended": ["stop"]}
+            for spec in solvers
+        ]
 
 
 def test_a_baseline_may_have_several_attempts_and_one_is_enough(tmp_path):
     bank = write(tmp_path / "bank.jsonl", [q(f"Question {i}", key) for i, key in enumerate(["late", "never"])])
-    replies(tmp_path / "out", "baseline", "hasty", {"late": [SAID[c] for c in "-+"], "never": [SAID[c] for c in "--+"]})
-    kept, rejected, _ = run_curate(bank, tmp_path / "out", "--baselines", "clinic:hasty", "--attempts", "2", command="difficulty")
+    told = {"late": [SAID[c] for c in "-+"], "never": [SAID[c] for c in "--+"]}
+    said = {("baseline", "hasty"): told}
+    flags = ["--baselines", "clinic:hasty", "--attempts", "2"]
+    kept, rejected, _ = run_curate(bank, tmp_path / "out", *flags, command="difficulty", said=said)
     assert set(kept) == {"never"} and rejected["late"]["evidence"][0]["samples"] == [0, 1]
-    assert json.loads((tmp_path / "out" / "baseline-clinic-hasty.jsonl.settings.json").read_text())["temperature"] == 1.0  # greedy twice is once
+    settings = replies_of(tmp_path / "out", "baseline", "hasty").with_suffix(".settings.json")
+    assert json.loads(settings.read_text())["temperature"] == 1.0  # greedy twice is once
 
 
 def test_text_and_image_questions_may_have_experts_of_their_own(tmp_path, films):
     bank = [q(f"Question {key}", key, images=("1.png",) * key.startswith("image")) for key in ("text +-", "text -+", "image +-", "image -+", "text ++", "image ++")]
-    for number, name in enumerate(("expert-a", "expert-b")):
-        replies(tmp_path / "out", "expert", name, {x.id: [SAID[x.id[-2:][number]]] * 4 for x in bank})
+    said = {
+        ("expert", name): {x.id: [SAID[x.id[-2:][number]]] * 4 for x in bank}
+        for number, name in enumerate(("expert-a", "expert-b"))
+    }
     experts = ["--images", str(films), "--experts", "text=clinic:expert-a", "image=clinic:expert-b"]
-    kept, rejected, _ = run_curate(write(tmp_path / "bank.jsonl", bank), tmp_path / "out", *experts, command="solvable")
+    bank_file = write(tmp_path / "bank.jsonl", bank)
+    out = tmp_path / "out"
+    kept, rejected, _ = run_curate(bank_file, out, *experts, command="solvable", said=said)
+    for name, kind in (("expert-a", "text"), ("expert-b", "image")):  # none was asked the other's
+        rows = [row["id"] for _, row in data.read_jsonl(replies_of(out, "expert", name))]
+        assert rows and all(key.startswith(kind) for key in rows)
     assert set(kept) == {"text +-", "text ++", "image -+", "image ++"}
     assert {key: row["evidence"]["engine"] for key, row in rejected.items()} == {"text -+": "clinic:expert-a", "image +-": "clinic:expert-b"}
     assert all(row["evidence"]["samples"] == [0, 1, 2, 3] for row in rejected.values())
@@ -146,15 +210,18 @@ def test_text_and_image_questions_may_have_experts_of_their_own(tmp_path, films)
 
 def test_attempts_beyond_the_asked_number_do_not_count(tmp_path):
     bank = write(tmp_path / "bank.jsonl", [q("Question 1", "late"), q("Question 2", "early")])
-    replies(tmp_path / "out", "expert", "expert-a", {"late": [SAID[c] for c in "--+"], "early": [SAID[c] for c in "-+-"]})
-    kept, _, _ = run_curate(bank, tmp_path / "out", "--experts", "clinic:expert-a", "--attempts", "2", command="solvable")
+    told = {"late": [SAID[c] for c in "--+"], "early": [SAID[c] for c in "-+-"]}
+    said = {("expert", "expert-a"): told}
+    flags = ["--experts", "clinic:expert-a", "--attempts", "2"]
+    kept, _, _ = run_curate(bank, tmp_path / "out", *flags, command="solvable", said=said)
     assert set(kept) == {"early"}
 
 
 def test_without_engines_and_benchmarks_everything_is_kept(tmp_path):
     bank = [q("Question 1", "a"), q("Question 2", "b")]
     kept, rejected, funnel = run_curate(write(tmp_path / "bank.jsonl", bank), tmp_path / "out")
-    assert list(kept.values()) == bank and not rejected and [row["text"] for row in funnel] == [2, 2, 2, 2, 2]
+    assert list(kept.values()) == bank and not rejected
+    assert [row["text"] for row in funnel] == [2] * 6
     assert (tmp_path / "out" / "funnel.png").exists()  # though there is no image question
 
 
@@ -215,7 +282,7 @@ def test_missing_image_is_named_before_any_engine_is_asked(tmp_path, films):
     bank = write(tmp_path / "bank.jsonl", [q("What is it?", "here", images=("1.png",)), q("What is it?", "gone", images=("9.png",))])
     with pytest.raises(data.RowError, match="question gone: image 9.png"):
         run_curate(bank, tmp_path / "out", "--images", str(films), "--baselines", "clinic:hasty")
-    assert not list((tmp_path / "out").glob("expert-*"))
+    assert not (tmp_path / "out").exists() and not (tmp_path / "replies").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -237,18 +304,24 @@ def test_funnel_follows_every_question_to_where_it_went(tmp_path, films):
         q("Question 9", "hard image", images=("2.png",), meta=smear),
     ]
     left = [question.id for question in bank if "leaked" not in question.id]
-    replies(tmp_path / "out", "baseline", "hasty", {key: [SAID["+" if "easy" in key else "-"]] for key in left})
-    replies(tmp_path / "out", "expert", "expert-a", {key: [SAID["-" if "hard" in key else "+"]] * 4 for key in left})
+    said = {
+        ("baseline", "hasty"): {key: [SAID["+" if "easy" in key else "-"]] for key in left},
+        ("expert", "expert-a"): {key: [SAID["-" if "hard" in key else "+"]] * 4 for key in left},
+    }
     against = write(tmp_path / "test.jsonl", BENCHMARK)
-    paths = ["--against", str(against), "--images", str(films)]
-    kept, rejected, funnel = run_curate(
-        write(tmp_path / "bank.jsonl", bank), tmp_path / "out", *paths, "--baselines", "clinic:hasty", "--experts", "clinic:expert-a"
-    )
+    flags = ["--against", str(against), "--images", str(films)]
+    flags += ["--baselines", "clinic:hasty", "--experts", "clinic:expert-a"]
+    bank_file = write(tmp_path / "bank.jsonl", bank)
+    kept, rejected, funnel = run_curate(bank_file, tmp_path / "out", *flags, said=said)
     assert funnel == [
         {"filter": "bank", "text": 4, "image": 6, "modality": {"scan": 2, "smear": 3, "text": 4, "unknown": 1}},
         {"filter": "leak", "text": 3, "image": 5, "modality": {"scan": 2, "smear": 2, "text": 3, "unknown": 1}},
         {"filter": "difficulty", "text": 2, "image": 4, "modality": {"scan": 1, "smear": 2, "text": 2, "unknown": 1}},
         {"filter": "type", "text": 2, "image": 4, "modality": {"scan": 1, "smear": 2, "text": 2, "unknown": 1}, "not_run": True},
+        {
+            "filter": "describe", "text": 2, "image": 4,
+            "modality": {"scan": 1, "smear": 2, "text": 2, "unknown": 1}, "not_run": True,
+        },
         {"filter": "solvable", "text": 1, "image": 3, "modality": {"scan": 1, "smear": 1, "text": 1, "unknown": 1}},
     ]
     assert {key: row["filter"] for key, row in rejected.items()} == {
@@ -273,9 +346,14 @@ def test_a_modality_with_dollar_signs_is_drawn_as_it_is(tmp_path):
 def test_replies_that_are_nested_without_end_or_hold_half_a_character_go_to_review_and_are_no_error(tmp_path, films):
     said = {"deep": [('{"a":' * 100_000, "stop")] * 3, "half": [(edit("Half a \ud83d pair. What is it?", []), "stop")], "fine": [(edit("What is it?", []), "stop")]}
     bank = [q("What is it?", key, images=("1.png",)) if key != "half" else q("Half a mended pair. What is it?", key, images=("1.png",)) for key in said]
-    replies(tmp_path / "out", "describe", "editor", said)
-    kept, _, _ = run_curate(write(tmp_path / "bank.jsonl", bank), tmp_path / "out", "--images", str(films), "--editor", "clinic:editor", command="describe")
-    assert kept["deep"].meta["needs_review"] == "no readable reply in 3 attempts" and kept["fine"].meta == {}
+    flags = ["--images", str(films), "--editor", "clinic:editor"]
+    bank_file = write(tmp_path / "bank.jsonl", bank)
+    kept, rejected, _ = run_curate(
+        bank_file, tmp_path / "out", *flags, command="describe", said={("describe", "editor"): said}
+    )
+    assert rejected["deep"]["filter"] == "review" and set(kept) == {"half", "fine"}
+    assert rejected["deep"]["meta"]["needs_review"] == "no readable reply in 3 attempts"
+    assert kept["fine"].meta == {}
     assert kept["half"].question == "Half a \ufffd pair. What is it?"
 
 
@@ -286,12 +364,19 @@ def test_a_step_that_had_no_engine_or_no_benchmarks_does_not_look_passed(tmp_pat
     original = Axes.set
     monkeypatch.setattr(Axes, "set", lambda self, **what: (drawn.append(what.get("xticklabels")), original(self, **what))[1])
     bank = [q("Question 1", "a"), q("question 1", "again")]
-    replies(tmp_path / "out", "baseline", "hasty", {"a": [SAID["-"]]})
-    _, _, funnel = run_curate(write(tmp_path / "bank.jsonl", bank), tmp_path / "out", "--baselines", "clinic:hasty")
-    assert [(row["filter"], "not_run" in row) for row in funnel] == [("bank", False), ("leak", True), ("difficulty", False), ("type", True), ("solvable", True)]
+    _, _, funnel = run_curate(
+        write(tmp_path / "bank.jsonl", bank), tmp_path / "out", "--baselines", "clinic:hasty",
+        said={("baseline", "hasty"): {"a": [SAID["-"]]}},
+    )  # fmt: skip
+    assert [(row["filter"], "not_run" in row) for row in funnel] == [
+        ("bank", False), ("leak", True), ("difficulty", False),
+        ("type", True), ("describe", True), ("solvable", True),
+    ]  # fmt: skip
     said = capsys.readouterr().out
-    assert [name in said for name in ("leak (repeats only)", "difficulty (", "type (not run)", "solvable (not run)")] == [True, False, True, True]
-    assert [label.split("\n")[0] for label in drawn[0]] == ["bank", "leak (repeats only)", "difficulty", "type (not run)", "solvable (not run)"]
+    shown = ("leak (repeats only)", "type (not run)", "describe (not run)", "solvable (not run)")
+    assert all(name in said for name in shown) and "difficulty (" not in said
+    names = [label.split("\n")[0] for label in drawn[0]]
+    assert names == ["bank", shown[0], "difficulty", *shown[1:]]
     with pytest.raises(SystemExit):
         curate.parse(["leak", "--questions", "bank.jsonl", "--out", "out"])
     assert "--against" in capsys.readouterr().err
@@ -302,7 +387,10 @@ LATE = {  # what would stop a late step: (flags, what is said)
     "the same expert twice": (["--experts", "clinic:expert-a", "clinic:expert-a"], "--experts: clinic:expert-a is there twice"),
     "the same baseline twice": (["--baselines", "clinic:hasty", "clinic:hasty"], "--baselines: clinic:hasty is there twice"),
     "no key": (["--experts", "https://api.example.com/v1#m"], "no key; set EXAMPLE_API_KEY"),
-    "no model": (["--experts", "hf:nowhere/model"], "hf:nowhere/model: no such folder"),
+    "no model": (
+        ["--experts", "hf:nowhere/model"],
+        "hf:nowhere/model: nowhere/model is no model's folder: it has no config.json",
+    ),
     "no reviewed file": (["--reviewed", "nowhere.csv"], "nowhere.csv: cannot be read"),
     "no such engine": (["--editor", "oracle:x"], "oracle:x: unknown engine"),
 }
@@ -326,8 +414,11 @@ def test_a_file_that_is_read_may_not_lie_in_the_folder_that_is_written(tmp_path)
     with pytest.raises(data.RowError, match="--out .*: holds .*questions.jsonl, which is read here"):
         run_curate(bank, tmp_path / "out", "--baselines", "clinic:hasty", command="difficulty")
     with pytest.raises(data.RowError, match="holds .*review.csv"):
-        run_curate(write(tmp_path / "bank.jsonl", []), tmp_path / "out", "--reviewed", str(tmp_path / "out" / "review.csv"), command="describe")
+        flags = ["--reviewed", str(tmp_path / "out" / "review.csv")]
+        other = write(tmp_path / "bank.jsonl", [q("Question 1", "a")])
+        run_curate(other, tmp_path / "out", *flags, command="describe")
     assert bank.read_bytes() == before
+    assert len(list((tmp_path / "out").iterdir())) == 2  # and nothing was written beside
 
 
 def test_an_id_that_stands_for_two_questions_is_refused(tmp_path):
@@ -338,7 +429,8 @@ def test_an_id_that_stands_for_two_questions_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [({"meta": None}, "meta: expected dict"), ({"meta": [1]}, "meta: expected dict"), ({"source": 7}, "source: expected str"),
+    [({"meta": None}, "meta: expected an object"), ({"meta": [1]}, "meta: expected an object"),
+     ({"source": 7}, "source: expected a text"),
      ({"question": "Half \ud83d of it?"}, "half a surrogate pair"), ({"meta": {"why": ["\udc00"]}}, "half a surrogate pair")],
 )  # fmt: skip
 def test_a_bank_whose_meta_source_or_characters_cannot_be_kept_is_refused_by_line(tmp_path, change, said):
@@ -360,7 +452,7 @@ def test_answers_of_experts_and_baselines_have_the_room_of_every_other_stage():
 
 @pytest.fixture(scope="module")
 def curated(world, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("curated")
+    out = tmp_path_factory.mktemp("curated") / "out"
     experts = ["--experts", "clinic:expert-a", "clinic:expert-b"]
     run_curate(world / "bank.jsonl", out, "--images", str(world), "--against", str(world / "test.jsonl"), "--limits", *"000", *experts)
     return out
@@ -377,7 +469,7 @@ def test_world_is_curated_by_its_own_experts(world, curated):
     for name in ("expert-a", "expert-b"):  # each kept question was really solved by each
         rights = {
             row["id"]
-            for _, row in data.read_jsonl(curated / f"expert-clinic-{name}.jsonl")
+            for _, row in data.read_jsonl(replies_of(curated, "expert", name))
             if row["response"].endswith(f"<answer> {bank[row['id']].answer_text()} </answer>")
         }
         assert {question.id for question in kept} <= rights
@@ -385,37 +477,26 @@ def test_world_is_curated_by_its_own_experts(world, curated):
 
 def test_solved_question_is_not_asked_again(curated):
     for name in ("expert-a", "expert-b"):
-        rows = [row for _, row in data.read_jsonl(curated / f"expert-clinic-{name}.jsonl")]
+        rows = [row for _, row in data.read_jsonl(replies_of(curated, "expert", name))]
         asked = Counter(row["id"] for row in rows)
         assert len({(row["id"], row["sample"]) for row in rows}) == len(rows)
         assert asked and min(asked.values()) == 1 and max(asked.values()) <= 4
 
 
 def test_killed_and_resumed_curation_asks_nothing_twice(world, curated, tmp_path):
-    for path in curated.glob("expert-*"):
-        shutil.copy(path, tmp_path)
-    path = tmp_path / "expert-clinic-expert-a.jsonl"
-    whole = path.read_bytes()
+    shutil.copytree(curated.parent / "replies", tmp_path / "replies")
+    path, other = (replies_of(tmp_path / "out", "expert", f"expert-{name}") for name in "ab")
+    whole, both = path.read_bytes(), other.read_bytes()
     kept = whole[: len(whole) // 2]
     assert not kept.endswith(b"\n")  # killed in the middle of a line
     path.write_bytes(kept)
-    (tmp_path / "expert-clinic-expert-b.jsonl").unlink()  # the second expert was not reached
-    run_curate(
-        world / "bank.jsonl",
-        tmp_path,
-        "--images",
-        str(world),
-        "--against",
-        str(world / "test.jsonl"),
-        "--limits",
-        *"000",
-        "--experts",
-        "clinic:expert-a",
-        "clinic:expert-b",
-    )
-    assert path.read_bytes() == whole
-    for name in ("text.jsonl", "image.jsonl", "rejected.jsonl", "funnel.json", "expert-clinic-expert-b.jsonl"):
-        assert (tmp_path / name).read_bytes() == (curated / name).read_bytes()
+    other.unlink()  # the second expert was not reached
+    flags = ["--images", str(world), "--against", str(world / "test.jsonl"), "--limits", *"000"]
+    flags += ["--experts", "clinic:expert-a", "clinic:expert-b"]
+    run_curate(world / "bank.jsonl", tmp_path / "out", *flags)
+    assert path.read_bytes() == whole and other.read_bytes() == both
+    for name in ("text.jsonl", "image.jsonl", "rejected.jsonl", "funnel.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (curated / name).read_bytes()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -480,14 +561,24 @@ def test_only_image_questions_of_pattern_recognition_or_without_a_readable_type_
     }  # fmt: skip
     bank = [q(f"Question {key}", key, images=("1.png",), meta={"modality": "oct"} if key == "named" else {"page": 7}) for key in said] + [q("Question text", "text")]
     given = [question.to_row() for question in bank]
-    replies(tmp_path / "out", "type", "classifier", {key: [one if isinstance(one, tuple) else (one, "stop") for one in them] for key, them in said.items()})
+    told = {
+        key: [one if isinstance(one, tuple) else (one, "stop") for one in them]
+        for key, them in said.items()
+    }
+    flags = ["--images", str(films), "--classifier", "clinic:classifier"]
     bank_file = write(tmp_path / "bank.jsonl", bank)
-    kept, rejected, funnel = run_curate(bank_file, tmp_path / "out", "--images", str(films), "--classifier", "clinic:classifier", command="type")
+    kept, rejected, funnel = run_curate(
+        bank_file, tmp_path / "out", *flags, command="type", said={("type", "classifier"): told}
+    )
     assert {key: row["reason"] for key, row in rejected.items()} == {
         "pattern": "pattern recognition", "late pattern": "pattern recognition",
         "never": "no readable type in 3 attempts", "blocked": "no readable type in 3 attempts", "fourth": "no readable type in 3 attempts",
     }  # fmt: skip
-    assert rejected["pattern"]["evidence"] == {"engine": "clinic:classifier", "replies": "type-clinic-classifier.jsonl", "samples": [0], "ended": ["stop"], "why": "So it is."}
+    assert rejected["pattern"]["evidence"] == {
+        "engine": "clinic:classifier",
+        "replies": replies_of(tmp_path / "out", "type", "classifier").name,
+        "samples": [0], "ended": ["stop"], "why": "So it is.",
+    }  # fmt: skip
     assert rejected["blocked"]["evidence"]["ended"] == ["blocked"] * 3
     assert kept["text"].meta == {} and kept["named"].meta == {"modality": "oct", "type": "clinical_reasoning"}  # the bank knows better
     assert kept["recall"].meta == {"page": 7, "type": "knowledge_recall", "modality": "histo-pathology"}
@@ -587,13 +678,22 @@ def test_descriptions_are_cut_or_left_for_review_and_a_human_goes_first(tmp_path
         "broken": [edit(CUT.replace("9.5", "9"), [PASSAGE])], "mute": ["hm"] * 3, "cut off": [(edit(CUT, [PASSAGE]), "length")] * 3,
     }  # fmt: skip
     bank = [q(STEM, key, images=("1.png",)) for key in (*said, "human")] + [q(STEM, "text")]
-    replies(tmp_path / "out", "describe", "editor", {key: [one if isinstance(one, tuple) else (one, "stop") for one in them] for key, them in said.items()})
+    told = {
+        key: [one if isinstance(one, tuple) else (one, "stop") for one in them]
+        for key, them in said.items()
+    }
     (tmp_path / "human.csv").write_text('\ufeffid,question\nhuman,"By hand: 45, Figure A?"\nelsewhere,Not here\n', encoding="utf-8")
     flags = ["--images", str(films), "--editor", "clinic:editor"]
+    flags += ["--reviewed", str(tmp_path / "human.csv")]
     bank_file = write(tmp_path / "bank.jsonl", bank)
-    kept, rejected, _ = run_curate(bank_file, tmp_path / "out", *flags, "--reviewed", str(tmp_path / "human.csv"), command="describe")
-    assert not rejected and list(kept) == [question.id for question in bank]
+    sure, rejected, _ = run_curate(
+        bank_file, tmp_path / "out", *flags, command="describe", said={("describe", "editor"): told}
+    )
     assert "1 of its questions are not here, or were rejected: elsewhere" in capsys.readouterr().out
+    assert list(sure) == ["cut", "clean", "late", "human", "text"]
+    assert list(rejected) == ["broken", "mute", "cut off"]
+    assert {row["filter"] for row in rejected.values()} == {"review"}
+    kept = sure | {key: as_question(row) for key, row in rejected.items()}
     assert {key: question.question for key, question in kept.items() if question.question != STEM} == {"cut": CUT, "late": CUT, "human": "By hand: 45, Figure A?"}
     assert all((kept[x.id].options, kept[x.id].answer, kept[x.id].images) == (x.options, x.answer, x.images) for x in bank)
     assert {key: question.meta for key, question in kept.items()} == {
@@ -606,16 +706,24 @@ def test_descriptions_are_cut_or_left_for_review_and_a_human_goes_first(tmp_path
     assert [row["id"] for row in rows] == ["id:broken", "id:mute", "id:cut off"] and all(row["question"] == STEM and row["images"] == "1.png" for row in rows)
     assert rows[0]["fault"] == "the number '9.5 g/dL' is lost" and rows[0]["suggestion"] == CUT.replace("9.5", "9")
     # the human step: review.csv itself, its question column corrected, on what describe wrote, without an engine
+    asked = replies_of(tmp_path / "out", "describe", "editor").read_bytes()
+    flags.append("--keep-unreviewed")
+    everything, _, _ = run_curate(bank_file, tmp_path / "all", *flags, command="describe")
+    assert everything == kept and list(everything) == [question.id for question in bank]
+    assert replies_of(tmp_path / "out", "describe", "editor").read_bytes() == asked
     with open(tmp_path / "filled.csv", "w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, rows[0])
         table.writeheader()
         table.writerow({**rows[0], "question": CUT})
         table.writerow({**rows[1], "fault": ""})  # it may stay as it is
         table.writerow(rows[2])  # not looked at
-    after, _, _ = run_curate(tmp_path / "out" / "questions.jsonl", tmp_path / "human", "--images", str(films), "--reviewed", str(tmp_path / "filled.csv"), command="describe")
+    flags = ["--images", str(films), "--reviewed", str(tmp_path / "filled.csv")]
+    described = tmp_path / "all" / "questions.jsonl"
+    after, waits, _ = run_curate(described, tmp_path / "human", *flags, command="describe")
     assert after["broken"].question == CUT and after["broken"].meta == {"original": STEM, "reviewed": True} and after["broken"].id == "broken"
     assert after["mute"].question == STEM and after["mute"].meta == {"reviewed": True}
-    assert after["cut off"] == kept["cut off"] and "1 rows are as they were, and go on waiting" in capsys.readouterr().out
+    assert list(waits) == ["cut off"] and as_question(waits["cut off"]) == kept["cut off"]
+    assert "1 rows are as they were, and go on waiting" in capsys.readouterr().out
     assert after["cut"] == kept["cut"] and after["human"] == kept["human"]
     waiting = descriptions.read_sheet(tmp_path / "human" / "review.csv", ["id", "fault"])
     assert [(row["id"], row["fault"]) for _, row in waiting] == [("id:cut off", "no readable reply in 3 attempts")]
@@ -661,22 +769,23 @@ def test_clinic_bank_holds_what_curation_must_find_and_without_it_all_else_is_th
     assert [replace(question, meta={}) for question in kept["spoilt"].values()] == [replace(question, meta={}) for question in kept["clean"].values()]
 
 
-def test_only_what_a_human_has_corrected_since_is_asked_again_in_the_same_folder(world, tmp_path):
+def test_only_what_a_human_has_corrected_is_asked_again_and_old_replies_stay(world, tmp_path):
     flags = ["--images", str(world), "--against", str(world / "test.jsonl"), "--limits", *"000", "--experts", "clinic:expert-a", "clinic:expert-b"]
-    run_curate(world / "bank.jsonl", tmp_path / "out", *flags)
-    files = [tmp_path / "out" / f"expert-clinic-expert-{name}.jsonl" for name in "ab"]
+    first = run_curate(world / "bank.jsonl", tmp_path / "out", *flags)
+    files = [replies_of(tmp_path / "out", "expert", f"expert-{name}") for name in "ab"]
     before = [path.read_bytes() for path in files]
     changed = data.read_questions(tmp_path / "out" / "image.jsonl")[0]
     (tmp_path / "reviewed.csv").write_text(f'id,question\n{changed.id},"{changed.question} Look well."\n', encoding="utf-8")
-    for _ in range(2):  # the second time nothing at all is asked
-        kept, rejected, _ = run_curate(world / "bank.jsonl", tmp_path / "out", *flags, "--reviewed", str(tmp_path / "reviewed.csv"))
+    for name in ("second", "third"):  # in the third folder nothing at all is asked
+        more = ["--reviewed", str(tmp_path / "reviewed.csv")]
+        kept, rejected, _ = run_curate(world / "bank.jsonl", tmp_path / name, *flags, *more)
     added = [path.read_bytes().removeprefix(old) for path, old in zip(files, before)]
     rows = [json.loads(line) for text in added for line in text.splitlines()]
     assert rows and all(path.read_bytes().startswith(old) for path, old in zip(files, before))
     assert {row["id"] for row in rows} == {changed.id} and len({(row["id"], row["sample"], row["engine"]) for row in rows}) == len(rows)
     assert (kept.get(changed.id) or SimpleNamespace(question=rejected[changed.id]["question"])).question == f"{changed.question} Look well."
     # and back again: the first replies are still there
-    run_curate(world / "bank.jsonl", tmp_path / "out", *flags)
+    assert run_curate(world / "bank.jsonl", tmp_path / "back", *flags) == first
     assert [path.read_bytes().removeprefix(old) for path, old in zip(files, before)] == added
 
 
@@ -785,12 +894,19 @@ def test_a_thousand_questions_meet_their_fates_though_killed_at_every_stage(tmp_
     command += ["--baselines", spec["baseline-a"], spec["baseline-b"], "--experts", spec["expert-a"], spec["expert-b"], "--classifier", spec["classifier"], "--editor", spec["editor"]]
     while True:
         begun = len(log)
-        held = {(role, row["id"], row["sample"]) for role in ROLES for path in out.glob(f"*-v1-{role}.jsonl") for row in whole_rows(path)}
+        files = [
+            (role, path)
+            for role in ROLES
+            for path in (tmp_path / "replies").glob(f"*-v1-{role}-????????.jsonl")
+        ]
+        assert {role for role, _ in files} >= set(asked)
+        on_disk = {(role, x["id"], x["sample"]) for role, path in files for x in whole_rows(path)}
         running.append(subprocess.Popen([*command, "--out", str(out), "--concurrency", "8"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
         printed, complaint = running[-1].communicate(timeout=300)
         time.sleep(0.5)  # a request that was on its way still arrives
         this = log[begun:]
-        assert not held & set(this) and len(this) == len(set(this))  # neither what was on disk is asked again, nor anything twice
+        # neither what was on disk is asked again, nor anything twice
+        assert not on_disk & set(this) and len(this) == len(set(this))
         if running[-1].returncode == 0:
             break
         assert running[-1].returncode == -signal.SIGKILL and not (out / "stage.json").exists(), complaint[-2000:]
@@ -799,13 +915,15 @@ def test_a_thousand_questions_meet_their_fates_though_killed_at_every_stage(tmp_
 
     kept, rejected, funnel = read(out)
     fate = {key: key.split("-", 2)[2] for key in bank}
-    assert set(kept) == {key for key in bank if fate[key] in ("good", "told", "spoilt")}
-    filters = {"leak": "leak", "easy-a": "difficulty", "easy-b": "difficulty", "pattern": "type", "riddle": "type", "hard-a": "solvable", "hard-b": "solvable"}
+    assert set(kept) == {key for key in bank if fate[key] in ("good", "told")}
+    filters = {"spoilt": "review", "leak": "leak", "easy-a": "difficulty", "easy-b": "difficulty", "pattern": "type", "riddle": "type", "hard-a": "solvable", "hard-b": "solvable"}
     assert {key: row["filter"] for key, row in rejected.items()} == {key: filters[fate[key]] for key in bank if key not in kept}
     assert [(row["filter"], row["text"], row["image"]) for row in funnel] == [
-        ("bank", 600, 400), ("leak", 300, 260), ("difficulty", 150, 170), ("type", 150, 125), ("solvable", 100, 95),
+        ("bank", 600, 400), ("leak", 300, 260), ("difficulty", 150, 170),
+        ("type", 150, 125), ("describe", 150, 105), ("solvable", 100, 75),
     ]  # fmt: skip
-    for key, question in kept.items():
+    waiting = {key: as_question(row) for key, row in rejected.items() if row["filter"] == "review"}
+    for key, question in (kept | waiting).items():
         assert question.question == (bank[key].question if fate[key] == "spoilt" else bank[key].question.replace(DESCRIBED, ""))
         assert ("original" in question.meta, "needs_review" in question.meta) == (fate[key] == "told", fate[key] == "spoilt")
         assert (question.options, question.answer, question.images) == (bank[key].options, bank[key].answer, bank[key].images)
@@ -813,18 +931,224 @@ def test_a_thousand_questions_meet_their_fates_though_killed_at_every_stage(tmp_
     assert descriptions.read_reviewed(out / "review.csv").keys() == {key for key in bank if fate[key] == "spoilt"}
     figures = json.loads((out / "stage.json").read_text())["figures"]
     assert (figures["leak"], figures["type: pattern recognition"], figures["type: no readable type in 3 attempts"]) == (440, 30, 15)
-    assert (figures["kept"], figures["descriptions removed"], figures["to review"]) == (195, 35, 20)
-    assert re.search(r"bank +600 +400 +37,000 +17,000", printed) and re.search(r"solvable +100 +95 +3,000 +2,000", printed)
+    assert (figures["kept"], figures["descriptions removed"], figures["to review"]) == (175, 35, 20)
+    assert figures["review: waits for a human"] == 20
+    assert re.search(r"bank +600 +400 +37,000 +17,000", printed)
+    assert re.search(r"solvable +100 +75 +3,000 +2,000", printed)
 
     def attempts(solves: bool, key: str) -> int:
         return int(key.split("-")[0]) % 4 + 1 if solves else 4
 
+    solved = {"good", "told", "hard-a", "hard-b"}  # what comes to the experts
     needed = {
         "baseline-a": sum(fate[key] != "leak" for key in bank),
         "baseline-b": sum(fate[key] not in ("leak", "easy-a") for key in bank),
         "classifier": sum(3 if fate[key] == "riddle" else int(key.split("-")[0]) % 3 + 1 for key in bank if "-image-" in key and fate[key] not in ("leak", "easy-a", "easy-b")),
-        "expert-a": sum(attempts(fate[key] != "hard-a", key) for key in bank if fate[key] in ("good", "told", "spoilt", "hard-a", "hard-b")),
-        "expert-b": sum(attempts(fate[key] != "hard-b", key) for key in bank if fate[key] in ("good", "told", "spoilt", "hard-b")),
+        "expert-a": sum(attempts(fate[key] != "hard-a", key) for key in bank if fate[key] in solved),
+        "expert-b": sum(
+            attempts(fate[key] != "hard-b", key) for key in bank if fate[key] in solved - {"hard-a"}
+        ),
         "editor": 125,
     }
     assert Counter(role for role, *_ in set(log)) == needed  # and nothing more
+
+
+# --------------------------------------------------------------------------------------------------
+# What waits for a human, what is finished, and what answers under an old name
+
+FEW = ("40-image-good", "44-image-told", "48-image-spoilt", "52-text-good")
+
+
+def few(folder: Path, serve) -> tuple[dict[str, data.Question], list[str], Server]:
+    """(bank, flags of a curation with an editor and two experts, the server behind them). The
+    editor spoils the third question's text; the experts solve whatever they are asked."""
+    Image.new("RGB", (4, 4), "green").save(folder / "film.png")
+    bank = {}
+    for key in FEW:
+        number, kind, fate = key.split("-")
+        told = DESCRIBED if fate in ("told", "spoilt") else ""
+        images = ("film.png",) * (kind == "image")
+        bank[key] = q(f"<<{key}>> {told}What is it, at age {number}?", key, images=images)
+    server = serve(lambda key, count, body: Chat.good(said_about(body["model"], bank[key], 0)))
+    write(folder / "bank.jsonl", list(bank.values()))
+    spec = {role: f"{server.base}/v1#{role}" for role in ("editor", "expert-a", "expert-b")}
+    experts = ["--experts", spec["expert-a"], spec["expert-b"]]
+    flags = ["--images", str(folder), "--limits", *"000", "--editor", spec["editor"], *experts]
+    return bank, flags, server
+
+
+def asked_of(server: Server) -> Counter:
+    """How often each model was asked about each question."""
+    said = [(body["model"], json.dumps(body)) for _, _, body in server.requests]
+    return Counter((model, re.search("<<(.*?)>>", text)[1]) for model, text in said)
+
+
+GOOD, TOLD, SPOILT, TEXT = FEW
+WANTED = {("editor", key): 1 for key in FEW[:3]} | {
+    (f"expert-{x}", key): 1 for x in "ab" for key in (GOOD, TOLD, TEXT)
+}
+FAULT = "the number '48' is lost"
+
+
+def test_a_question_that_waits_for_review_is_held_back_and_no_expert_is_asked(serve, tmp_path):
+    bank, flags, server = few(tmp_path, serve)
+    kept, rejected, funnel = run_curate(tmp_path / "bank.jsonl", tmp_path / "out", *flags)
+    assert list(kept) == [TEXT, GOOD, TOLD] and list(rejected) == [SPOILT]
+    row = rejected[SPOILT]
+    assert (row["filter"], row["evidence"]) == ("review", {"fault": FAULT}) and row["reason"]
+    assert row["meta"]["needs_review"] == FAULT and row["question"] == bank[SPOILT].question
+    assert descriptions.read_reviewed(tmp_path / "out" / "review.csv") == {
+        SPOILT: (bank[SPOILT].question, FAULT)
+    }
+    assert [(row["filter"], row["image"]) for row in funnel[-3:]] == [
+        ("type", 3), ("describe", 2), ("solvable", 2),
+    ]  # fmt: skip
+    assert asked_of(server) == WANTED
+
+
+def test_keep_unreviewed_lets_a_waiting_question_in_with_its_mark(serve, tmp_path):
+    bank, flags, server = few(tmp_path, serve)
+    flags.append("--keep-unreviewed")
+    kept, rejected, _ = run_curate(tmp_path / "bank.jsonl", tmp_path / "out", *flags)
+    assert list(kept) == [TEXT, GOOD, TOLD, SPOILT] and not rejected
+    assert kept[SPOILT].question == bank[SPOILT].question
+    assert kept[SPOILT].meta["needs_review"] == FAULT
+    assert not any("needs_review" in kept[key].meta for key in (TEXT, GOOD, TOLD))
+    assert list(descriptions.read_reviewed(tmp_path / "out" / "review.csv")) == [SPOILT]
+    assert asked_of(server) == WANTED | {("expert-a", SPOILT): 1, ("expert-b", SPOILT): 1}
+
+
+def test_a_single_describe_holds_back_what_waits_unless_it_is_told_to_keep_it(serve, tmp_path):
+    _, flags, _ = few(tmp_path, serve)
+    flags = flags[:2] + flags[6:8]  # the images and the editor
+    for name, more in (("held", []), ("let-in", ["--keep-unreviewed"])):
+        kept, rejected, _ = run_curate(
+            tmp_path / "bank.jsonl", tmp_path / name, *flags, *more, command="describe"
+        )
+        assert (SPOILT in kept, SPOILT in rejected) == (bool(more), not more) and len(kept) >= 3
+        assert list(descriptions.read_reviewed(tmp_path / name / "review.csv")) == [SPOILT]
+
+
+def test_a_mark_that_the_bank_brings_along_is_no_step_that_was_not_run(tmp_path, films):
+    marked = q("Question 1", "marked", images=("1.png",), meta={"needs_review": "why"})
+    bank = write(tmp_path / "bank.jsonl", [marked, q("Question 2", "plain", images=("1.png",))])
+    kept, rejected, funnel = run_curate(bank, tmp_path / "out", "--images", str(films))
+    assert list(kept) == ["plain"] and rejected["marked"]["filter"] == "review"
+    (row,) = [row for row in funnel if row["filter"] == "describe"]
+    assert row["image"] == 1 and "not_run" not in row
+
+
+def fill(sheet: Path, texts: dict[str, str], to: Path) -> Path:
+    """A copy of review.csv with other texts, as a human's spreadsheet saves it."""
+    with open(sheet, newline="", encoding="utf-8-sig") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        row["question"] = texts.get(row["id"].removeprefix("id:"), row["question"])
+    with open(to, "w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, rows[0])
+        table.writeheader()
+        table.writerows(rows)
+    return to
+
+
+def test_a_reviewed_text_lets_its_question_in_and_nothing_else_is_asked_anew(serve, tmp_path):
+    bank, flags, server = few(tmp_path, serve)
+    first, _, _ = run_curate(tmp_path / "bank.jsonl", tmp_path / "out", *flags)
+    before, asked = held(tmp_path / "out", tmp_path / "replies"), asked_of(server)
+    text = bank[SPOILT].question.replace(DESCRIBED, "")
+    sheet = fill(tmp_path / "out" / "review.csv", {SPOILT: text}, tmp_path / "filled.csv")
+    kept, rejected, _ = run_curate(
+        tmp_path / "bank.jsonl", tmp_path / "second", *flags, "--reviewed", str(sheet)
+    )
+    assert list(kept) == [TEXT, GOOD, TOLD, SPOILT] and not rejected
+    assert kept[SPOILT].question == text
+    assert kept[SPOILT].meta == {"original": bank[SPOILT].question, "reviewed": True}
+    assert {key: kept[key] for key in first} == first
+    assert asked_of(server) - asked == {("expert-a", SPOILT): 1, ("expert-b", SPOILT): 1}
+    for path, (content, _) in before.items():  # what there was is there, and replies are added
+        assert path.read_bytes().startswith(content)
+        assert path.parent.name == "replies" or path.read_bytes() == content
+
+
+def test_a_sheet_that_a_human_corrected_in_place_survives_every_rerun(serve, tmp_path):
+    bank, flags, server = few(tmp_path, serve)
+    out, bank_file = tmp_path / "out", tmp_path / "bank.jsonl"
+    run_curate(bank_file, out, *flags)
+    text = bank[SPOILT].question.replace(DESCRIBED, "")
+    sheet = fill(out / "review.csv", {SPOILT: text}, out / "review.csv")
+    filled, asked = sheet.read_bytes(), asked_of(server)
+    run_curate(bank_file, out, *flags)
+    for more in (["--reviewed", str(sheet)], ["--keep-unreviewed"], ["--seed", "1"]):
+        with pytest.raises(data.RowError, match="--out .*out: "):
+            run_curate(bank_file, out, *flags, *more)
+        assert sheet.read_bytes() == filled
+    kept, _, _ = run_curate(bank_file, tmp_path / "second", *flags, "--reviewed", str(sheet))
+    assert kept[SPOILT].question == text and sheet.read_bytes() == filled
+    asked |= {("expert-a", SPOILT): 1, ("expert-b", SPOILT): 1}
+    (out / "stage.json").unlink()  # as if it had been killed after it wrote the sheet
+    with pytest.raises(data.RowError, match="review.csv: is there already, and a human may"):
+        run_curate(bank_file, out, *flags)
+    assert sheet.read_bytes() == filled and asked_of(server) == asked
+
+
+OTHER = {  # what is another command: (more flags, how the difference is named)
+    "seed": (["--seed", "1"], "seed 0 -> 1"),
+    "image settings": (["--pixels", "784"], "pixels 589824 -> 784"),
+    "what waits": (["--keep-unreviewed"], "keep_unreviewed False -> True"),
+    "an engine less": (["--editor", ""], "editor 'http://.*#editor' -> ''"),
+    "the same bank, changed": ([], "bank.jsonl changed"),
+    "another bank": ([], "questions .*bank.jsonl.* -> .*other.jsonl"),
+}
+
+
+@pytest.fixture
+def finished(serve, tmp_path, capsys) -> SimpleNamespace:
+    """A folder that is finished, and whose engines have gone."""
+    bank, flags, server = few(tmp_path, serve)
+    run_curate(tmp_path / "bank.jsonl", tmp_path / "out", *flags)
+    server.close()
+    capsys.readouterr()
+    return SimpleNamespace(bank=bank, flags=flags, server=server, asked=len(server.requests))
+
+
+def test_a_finished_command_opens_no_engine_and_leaves_every_byte(finished, tmp_path, capsys):
+    before = held(tmp_path)
+    for more in ([], ["--concurrency", "3"]):  # how fast is no other command
+        run_curate(tmp_path / "bank.jsonl", tmp_path / "out", *finished.flags, *more)
+        assert "out: is finished already" in capsys.readouterr().out
+    assert held(tmp_path) == before and len(finished.server.requests) == finished.asked
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_another_command_in_a_finished_folder_is_refused_by_name(finished, tmp_path, name):
+    more, said = OTHER[name]
+    bank = tmp_path / ("other.jsonl" if name == "another bank" else "bank.jsonl")
+    if "bank" in name:
+        write(bank, [*finished.bank.values(), q("One more", "more")])
+    before = held(tmp_path)
+    with pytest.raises(data.RowError, match=f"finished with other settings or inputs .*{said}"):
+        run_curate(bank, tmp_path / "out", *finished.flags, *more)
+    assert held(tmp_path) == before and len(finished.server.requests) == finished.asked
+
+
+def test_a_retrained_checkpoint_is_asked_anew_and_its_old_replies_stay(folders, tmp_path):
+    shutil.copytree(folders["qwen"], tmp_path / "base")
+    bank = write(tmp_path / "bank.jsonl", [q(f"Question {i}", str(i)) for i in range(3)])
+    flags = ["--baselines", f"hf:{tmp_path / 'base'}", "--max-tokens", "4"]
+    run_curate(bank, tmp_path / "out", *flags, command="difficulty")
+    (old,) = (tmp_path / "replies").glob("baseline-*.jsonl")
+    before = held(tmp_path / "out", tmp_path / "replies")
+    build_folder("qwen", tmp_path / "base", seed=1)
+    with pytest.raises(data.RowError, match="out: was finished with other .*base changed"):
+        run_curate(bank, tmp_path / "out", *flags, command="difficulty")
+    assert held(tmp_path / "out", tmp_path / "replies") == before
+    run_curate(bank, tmp_path / "second", *flags, command="difficulty")
+    (new,) = set((tmp_path / "replies").glob("baseline-*.jsonl")) - {old}
+    assert before.items() <= held(tmp_path / "out", tmp_path / "replies").items()
+    olds, news = ([row for _, row in data.read_jsonl(path)] for path in (old, new))
+    asked = [[(row["id"], row["asked"]) for row in rows] for rows in (olds, news)]
+    assert asked[0] == asked[1] and len(news) == 3
+    assert all(a["token_ids"] != b["token_ids"] for a, b in zip(olds, news))
+    stages = [json.loads((tmp_path / out / "stage.json").read_text()) for out in ("out", "second")]
+    named = [stage["engines"] for stage in stages]
+    assert named[0].keys() == named[1].keys() and named[0] != named[1]

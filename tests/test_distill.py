@@ -1,7 +1,8 @@
 """Which demonstrations are kept: a truth table for every rule, teachers in turn, and engines behind a real HTTP server.
 
-A teacher's replies are kept in a file and nothing is asked twice. So a file of replies, written here, decides what each
-teacher "said", and the real command then has nothing to ask; were it to ask, the clinic would refuse these questions.
+A teacher's replies are kept beside the folder that is written, and nothing is asked twice. So a
+file of replies, written here, decides what each teacher "said", and the real command then has
+nothing to ask; were it to ask, the clinic would refuse these questions.
 """
 
 import csv
@@ -15,6 +16,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from conftest import build_folder
 from PIL import Image
 from test_benchmarks import EXAM_FAULTS, GONE, TURN_FAULTS, exchange
 from test_remote import Chat, keys, script, serve  # noqa: F401  (keys and serve are fixtures)
@@ -160,19 +162,48 @@ def test_an_open_question_needs_its_answer_in_the_block():
 TEACHERS = ("thorough", "hasty", "bookish")
 
 
-def replies(out: Path, name: str, said: dict[str, list[str]]) -> None:
-    """The file of what teacher clinic:NAME replied: {question id: response of each sample}."""
+def keep_replies(argv: list[str], name: str, said: dict[str, list[str]]) -> None:
+    """Writes the file of what teacher clinic:NAME replied to a command: {question id: response of
+    each sample}."""
+    args = distill.parse(argv)
+    questions = data.read_questions(args.questions)
+    asks = asking.question_asks(questions, Path(args.images), 1)
+    asked = {ask.id: asking.content_of(ask.messages, ask.images) for ask in asks}
     rows = [
-        {"id": key, "sample": k, "engine": f"clinic:{name}", "response": text, "token_ids": None, "finish_reason": "stop", "seed": 0,
-         "response_sha": data.content_hash(text)[:16], "reasoning": ""}
+        {
+            "id": key, "sample": k, "engine": f"clinic:{name}", "response": text, "token_ids": None,
+            "finish_reason": "stop", "seed": 0, "response_sha": data.response_hash(text),
+            "reasoning": "", "asked": asked[key],
+        }
         for key, attempts in said.items() for k, text in enumerate(attempts)
     ]  # fmt: skip
-    data.write_jsonl(out / f"replies-clinic-{name}.jsonl", rows)
+    sampling = asking.Sampling(args.temperature, 1.0, args.max_tokens, args.seed)
+    data.write_jsonl(asking.replies_file(args, "teacher", f"clinic:{name}", sampling), rows)
 
 
-def run_distill(questions: Path, out: Path, *more: str, teachers: tuple = tuple(f"clinic:{name}" for name in TEACHERS)) -> tuple[list[dict], list[dict]]:
-    distill.main(["run", "--questions", str(questions), "--teachers", *teachers, "--out", str(out), *more])
+def replies_of(out: Path, name: str) -> Path:
+    """The one file of what teacher clinic:NAME replied, beside a folder."""
+    (path,) = (out.parent / "replies").glob(f"teacher-clinic-{name}-????????.jsonl")
+    return path
+
+
+def run_distill(
+    questions: Path, out: Path, *more: str, said: dict | None = None,
+    teachers: tuple = tuple(f"clinic:{name}" for name in TEACHERS),
+) -> tuple[list[dict], list[dict]]:  # fmt: skip
+    """(demonstrations, rejected rows) of the real command. said: {name: what clinic:NAME has
+    replied before}."""
+    argv = ["run", "--questions", str(questions), "--teachers", *teachers, "--out", str(out), *more]
+    for name, replies in (said or {}).items():
+        keep_replies(argv, name, replies)
+    distill.main(argv)
     return rows_of(out / "demos.jsonl"), rows_of(out / "rejected.jsonl")
+
+
+def held(*folders: Path) -> dict[Path, tuple[bytes, int]]:
+    """{file: (its bytes, when it was written)} of everything in folders."""
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
 
 def said_by(name: str, k: int = 0) -> str:
@@ -182,9 +213,14 @@ def said_by(name: str, k: int = 0) -> str:
 def prepared(tmp_path: Path, good: dict[str, str], *more: str, samples: int = 1) -> tuple[list[dict], list[dict]]:
     """Runs with one question a key; its value names the teachers (by first letter) whose responses are good."""
     questions = write(tmp_path / "questions.jsonl", [q(f"Question {key}?", key) for key in good])
-    for name in TEACHERS:
-        replies(tmp_path / "out", name, {key: [said_by(name, k) if name[0] in able else BAD for k in range(samples)] for key, able in good.items()})
-    return run_distill(questions, tmp_path / "out", *more)
+    said = {
+        name: {
+            key: [said_by(name, k) if name[0] in able else BAD for k in range(samples)]
+            for key, able in good.items()
+        }
+        for name in TEACHERS
+    }
+    return run_distill(questions, tmp_path / "out", *more, said=said)
 
 
 def by(row: dict) -> str:
@@ -239,16 +275,18 @@ def test_the_second_chain_falls_to_whoever_is_able_and_to_a_second_sample_at_las
 
 def test_the_same_chain_is_not_kept_twice(tmp_path):
     questions = write(tmp_path / "questions.jsonl", [q("Question?", "k")])
-    replies(tmp_path / "out", "thorough", {"k": [GOOD, GOOD, said_by("thorough")]})
-    demos, rejected = run_distill(questions, tmp_path / "out", "--chains", "3", teachers=("clinic:thorough",))
+    demos, rejected = run_distill(
+        questions, tmp_path / "out", "--chains", "3", teachers=("clinic:thorough",),
+        said={"thorough": {"k": [GOOD, GOOD, said_by("thorough")]}},
+    )  # fmt: skip
     assert [demo["sample"] for demo in demos] == [0, 2] and [set(row["faults"]) for row in rejected] == [{"duplicate"}]
 
 
 @pytest.mark.parametrize(("form", "said"), [("letter-text", "B. surgery"), ("text", "surgery")])
 def test_demonstration_is_in_the_papers_message_format(tmp_path, form, said):
     questions = write(tmp_path / "questions.jsonl", [q("Question?", "k")])
-    replies(tmp_path / "out", "thorough", {"k": [data.join_response(REASON, "(B)")]})
-    (demo,), _ = run_distill(questions, tmp_path / "out", "--answer-form", form)
+    said_so = {"thorough": {"k": [data.join_response(REASON, "(B)")]}}
+    (demo,), _ = run_distill(questions, tmp_path / "out", "--answer-form", form, said=said_so)
     assert demo == {
         "id": "k",
         "sample": 0,
@@ -275,15 +313,15 @@ def test_answer_of_a_demonstration_is_read_as_right(form, options):
 
 @pytest.fixture(scope="module")
 def distilled(world, tmp_path_factory) -> Path:
-    out, texts = tmp_path_factory.mktemp("distilled"), tmp_path_factory.mktemp("texts") / "text.jsonl"
-    write(texts, [question for question in data.read_questions(world / "bank.jsonl") if not question.images])
-    run_distill(texts, out)
-    shutil.copy(texts, out / "questions.jsonl")
-    return out
+    run, bank = tmp_path_factory.mktemp("distilled"), data.read_questions(world / "bank.jsonl")
+    texts = write(run / "questions.jsonl", [question for question in bank if not question.images])
+    run_distill(texts, run / "out")
+    return run / "out"
 
 
 def test_every_demonstration_of_the_clinics_teachers_is_one_that_the_truth_confirms(distilled):
-    questions = {question.id: question for question in data.read_questions(distilled / "questions.jsonl")}
+    bank = data.read_questions(distilled.parent / "questions.jsonl")
+    questions = {question.id: question for question in bank}
     demos = rows_of(distilled / "demos.jsonl")
     assert len(demos) >= 11 and {by(demo) for demo in demos} == set(TEACHERS)
     for demo in demos:
@@ -294,32 +332,50 @@ def test_every_demonstration_of_the_clinics_teachers_is_one_that_the_truth_confi
 
 
 def test_resumed_distillation_asks_nothing_twice(distilled, tmp_path):
-    for path in distilled.glob("replies*"):
-        shutil.copy(path, tmp_path)
-    path = tmp_path / "replies-clinic-hasty.jsonl"
+    shutil.copytree(distilled.parent / "replies", tmp_path / "replies")
+    path = replies_of(tmp_path / "out", "hasty")
     whole = path.read_bytes()
     kept = whole[: len(whole) // 2]
     assert not kept.endswith(b"\n")  # killed in the middle of a line
     path.write_bytes(kept)
-    run_distill(distilled / "questions.jsonl", tmp_path)
-    for name in ("demos.jsonl", "rejected.jsonl", "review.csv", *(f"replies-clinic-{name}.jsonl" for name in TEACHERS)):
-        assert (tmp_path / name).read_bytes() == (distilled / name).read_bytes()
+    run_distill(distilled.parent / "questions.jsonl", tmp_path / "out")
+    for name in ("demos.jsonl", "rejected.jsonl", "review.csv"):
+        assert (tmp_path / "out" / name).read_bytes() == (distilled / name).read_bytes()
+    for name in TEACHERS:
+        ours, theirs = (replies_of(out, name) for out in (tmp_path / "out", distilled))
+        assert ours.read_bytes() == theirs.read_bytes()
 
 
 def test_a_question_whose_text_has_changed_is_asked_anew_and_no_other(serve, tmp_path):
     server = served(serve, {"teacher": lambda question, time_: said_by("teacher", time_)})
-    questions = marked(tmp_path, "ab")
-    run_distill(questions, tmp_path / "out", teachers=(spec(server, "teacher"),))
+    questions, teachers = marked(tmp_path, "ab"), (spec(server, "teacher"),)
+    run_distill(questions, tmp_path / "out", teachers=teachers)
     write(questions, [q("What is <<new>>?", "a"), q("What is <<b>>?", "b")])
-    demos, _ = run_distill(questions, tmp_path / "out", teachers=(spec(server, "teacher"),))
+    before, asked = held(tmp_path), server.by_model.copy()
+    with pytest.raises(data.RowError, match="out: was finished .*questions.jsonl changed"):
+        run_distill(questions, tmp_path / "out", teachers=teachers)
+    assert held(tmp_path) == before and server.by_model == asked
+    demos, _ = run_distill(questions, tmp_path / "second", teachers=teachers)
     assert server.by_model == {("teacher", name): 1 for name in ("a", "b", "new")} and len(demos) == 2
 
 
-def test_distillation_refuses_to_go_on_with_other_sampling(distilled, tmp_path):
-    for path in distilled.glob("replies*"):
-        shutil.copy(path, tmp_path)
-    with pytest.raises(data.RowError, match="temperature"):
-        run_distill(distilled / "questions.jsonl", tmp_path, "--temperature", "0.5")
+def test_other_sampling_is_refused_in_the_same_folder_and_asked_anew_in_another(serve, tmp_path):
+    server = served(serve, {"teacher": lambda question, time_: said_by("teacher", time_)})
+    questions, teachers = marked(tmp_path, "ab"), (spec(server, "teacher"),)
+    run_distill(questions, tmp_path / "out", teachers=teachers)
+    before, warm = held(tmp_path), ("--temperature", "0.5")
+    with pytest.raises(data.RowError, match="out: was finished .*temperature 1.0 -> 0.5"):
+        run_distill(questions, tmp_path / "out", *warm, teachers=teachers)
+    assert held(tmp_path) == before and server.by_model.total() == 2
+    (tmp_path / "out" / "stage.json").rename(tmp_path / "stage.json")  # as if it had been killed
+    with pytest.raises(data.RowError, match="out: was begun .*temperature 1.0 -> 0.5"):
+        run_distill(questions, tmp_path / "out", *warm, teachers=teachers)
+    (tmp_path / "stage.json").rename(tmp_path / "out" / "stage.json")
+    assert held(tmp_path) == before and server.by_model.total() == 2
+    run_distill(questions, tmp_path / "second", *warm, teachers=teachers)
+    assert server.by_model == {("teacher", name): 2 for name in "ab"}
+    assert before.items() <= held(tmp_path).items()  # the first replies and results stay
+    assert len(list((tmp_path / "replies").glob("teacher-*.jsonl"))) == 2
 
 
 def test_what_would_go_wrong_late_is_refused_at_once(tmp_path):
@@ -443,8 +499,10 @@ def test_a_summary_is_written_out_and_the_result_must_meet_every_criterion_and_k
     assert {row["id"]: row["faults"]["expansion"] for row in rejected if row["id"] in ("cut off", "another answer")} == {
         "cut off": "is not finished: length", "another answer": "does not keep the teacher's answer, B",
     }  # fmt: skip
+    again = run_distill(command[0], tmp_path / "again", *command[2:], teachers=(teacher,))
     run_distill(*command, teachers=(teacher,))
-    assert max(server.by_model.values()) == 1  # the same command again asks nothing
+    # the same command again asks nothing, in this folder or in another
+    assert again == (demos, rejected) and max(server.by_model.values()) == 1
 
 
 def test_only_the_named_teacher_is_expanded(serve, tmp_path):
@@ -490,9 +548,10 @@ def test_the_checkers_verdict_is_read_strictly_or_asked_again_and_never_taken_fo
     unchecked = sum("unchecked" in wrong for _, wrong, _ in CHECKED.values())
     assert f"unchecked {unchecked}" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "stage.json").read_text())["figures"]["faults"]["unchecked"] == unchecked
-    before = server.by_model.copy()
-    run_distill(*command, teachers=(spec(server, "teacher"),))
-    assert server.by_model == before  # not even the unreadable ones
+    before, teachers = server.by_model.copy(), (spec(server, "teacher"),)
+    run_distill(*command, teachers=teachers)
+    again = run_distill(command[0], tmp_path / "again", *command[2:], teachers=teachers)
+    assert again == (demos, rejected) and server.by_model == before  # not even the unreadable ones
 
 
 def test_a_chain_that_the_checker_refuses_is_replaced_by_the_next_teachers(serve, tmp_path):
@@ -534,12 +593,14 @@ def test_a_run_that_is_killed_at_each_stage_goes_on_and_asks_nothing_twice(serve
         return Chat.good(said[body["model"]])
 
     server = serve(play)
-    teacher, out = spec(server, "teacher"), tmp_path / "out"
+    teacher, out, kept = spec(server, "teacher"), tmp_path / "out", tmp_path / "replies"
     words = ["distill.py", "run", "--questions", str(marked(tmp_path, names)), "--teachers", teacher, "--expand", teacher, spec(server, "expander")]
     words += ["--checker", spec(server, "checker"), "--out", str(out), "--concurrency", "3"]
     for limit in (7, 20, 31):
         process = script(tmp_path, *words)
-        while sum(path.read_bytes().count(b"\n") for path in out.glob("*-http*.jsonl")) < limit and process.poll() is None:
+        while process.poll() is None:
+            if sum(path.read_bytes().count(b"\n") for path in kept.glob("*-http*.jsonl")) >= limit:
+                break
             time.sleep(0.02)
         os.kill(process.pid, signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL and not (out / "stage.json").exists() and not (out / "demos.jsonl").exists()
@@ -580,11 +641,15 @@ LOOPING = data.join_response(" ".join([PHRASE] * 3), "B. surgery")
 REVIEWED = {"good": GOOD, "good, no": GOOD, "loop": LOOPING, "loop, yes": LOOPING, "loop, no": LOOPING, "wrong": BAD, "no form": f"{REASON}, so the answer is (B)."}
 
 
+HASTY = ("clinic:hasty",)
+
+
 @pytest.fixture
 def reviewed(tmp_path) -> Path:
+    """A run folder with questions.jsonl and the finished folder out."""
     questions = write(tmp_path / "questions.jsonl", [q(f"Question {key}?", key) for key in REVIEWED])
-    replies(tmp_path / "out", "hasty", {key: [text] for key, text in REVIEWED.items()})
-    run_distill(questions, tmp_path / "out", teachers=("clinic:hasty",))
+    said = {"hasty": {key: [text] for key, text in REVIEWED.items()}}
+    run_distill(questions, tmp_path / "out", teachers=HASTY, said=said)
     return tmp_path
 
 
@@ -599,22 +664,31 @@ def test_the_sheet_has_every_chain_that_a_human_may_keep_with_an_empty_verdict(r
 
 def test_a_humans_yes_and_no_overrule_both_ways(reviewed):
     told = fill_in(reviewed / "out" / "review.csv", reviewed / "filled.csv", {"good, no": "No", "loop, yes": " YES ", "loop, no": "n"})
-    for _ in range(2):  # the sheet that is written now holds the verdicts, and the same command goes on with it
-        demos, rejected = run_distill(reviewed / "questions.jsonl", reviewed / "out", "--review", str(told), teachers=("clinic:hasty",))
+    asked = replies_of(reviewed / "out", "hasty").read_bytes()
+    # the sheet that is written now holds the verdicts, and a third folder goes on with it
+    for name, sheet in (("second", told), ("third", reviewed / "second" / "review.csv")):
+        out = reviewed / name
+        flags = ["--review", str(sheet)]
+        demos, rejected = run_distill(reviewed / "questions.jsonl", out, *flags, teachers=HASTY)
         assert [demo["id"] for demo in demos] == ["good", "loop, yes"]
         assert {row["id"]: set(row["faults"]) for row in rejected} == {
             "good, no": {"review"}, "loop": {"coherence"}, "loop, no": {"coherence", "review"}, "wrong": {"correct"}, "no form": {"structure"},
         }  # fmt: skip
-    assert demos[1]["review"] == "yes" and demos[1]["checks"] == {"correct": True, "structure": True, "coherence": False} and "review" not in demos[0]
-    assert {key: row["verdict"] for key, row in read_sheet(reviewed / "out" / "review.csv").items() if row["verdict"]} == {
-        "good, no": "no", "loop, yes": "yes", "loop, no": "no",
-    }  # fmt: skip
+        assert demos[1]["review"] == "yes" and "review" not in demos[0]
+        assert demos[1]["checks"] == {"correct": True, "structure": True, "coherence": False}
+        verdicts = {key: row["verdict"] for key, row in read_sheet(out / "review.csv").items()}
+        assert verdicts == {
+            "good": "", "good, no": "no", "loop": "", "loop, yes": "yes", "loop, no": "no",
+        }  # fmt: skip
+    assert replies_of(reviewed / "out", "hasty").read_bytes() == asked
 
 
 def test_no_human_makes_a_wrong_answer_right_or_gives_form_to_what_has_none(reviewed, capsys):
     lines = ["chain,verdict"] + [f"{named(key, REVIEWED[key])},yes" for key in ("wrong", "no form")]
     (reviewed / "filled.csv").write_text("\n".join(lines) + "\n")
-    demos, _ = run_distill(reviewed / "questions.jsonl", reviewed / "out", "--review", str(reviewed / "filled.csv"), teachers=("clinic:hasty",))
+    flags = ["--review", str(reviewed / "filled.csv")]
+    questions, out = reviewed / "questions.jsonl", reviewed / "second"
+    demos, _ = run_distill(questions, out, *flags, teachers=HASTY)
     assert [demo["id"] for demo in demos] == ["good", "good, no"]
     assert "2 verdicts are on chains that this run did not make, or whose answer is wrong" in capsys.readouterr().out
 
@@ -631,15 +705,25 @@ def test_a_human_is_asked_before_the_checker_and_a_refused_chain_gives_way_to_th
     assert {key for key in server.by_model if key[0] == "checker"} == {("checker", "c")}
 
 
-def test_verdicts_written_into_the_runs_own_sheet_are_not_lost(reviewed):
-    sheet = reviewed / "out" / "review.csv"
-    fill_in(sheet, sheet, {"loop": "yes"})
-    before = sheet.read_bytes()
-    with pytest.raises(data.RowError, match="review.csv: holds 1 verdicts that are not in --review"):
-        run_distill(reviewed / "questions.jsonl", reviewed / "out", teachers=("clinic:hasty",))
+def test_verdicts_written_into_the_runs_own_sheet_survive_every_rerun_and_count(reviewed):
+    out, questions = reviewed / "out", reviewed / "questions.jsonl"
+    sheet = fill_in(out / "review.csv", out / "review.csv", {"loop": "yes"})
+    before, results = sheet.read_bytes(), held(out, reviewed / "replies")
+    demos, _ = run_distill(questions, out, teachers=HASTY)
+    assert "loop" not in {demo["id"] for demo in demos} and sheet.read_bytes() == before
+    for more, said in (
+        (["--review", str(sheet)], "out: holds .*review.csv, which is read here"),
+        (["--words", "6", "4000"], "out: was finished with other settings"),
+    ):
+        with pytest.raises(data.RowError, match=said):
+            run_distill(questions, out, *more, teachers=HASTY)
+    assert held(out, reviewed / "replies") == results
+    demos, _ = run_distill(questions, reviewed / "second", "--review", str(sheet), teachers=HASTY)
+    assert "loop" in {demo["id"] for demo in demos} and sheet.read_bytes() == before
+    (out / "stage.json").unlink()  # as if it had been killed after it wrote the sheet
+    with pytest.raises(data.RowError, match="review.csv: is there already, and a human may"):
+        run_distill(questions, out, teachers=HASTY)
     assert sheet.read_bytes() == before
-    demos, _ = run_distill(reviewed / "questions.jsonl", reviewed / "out", "--review", str(sheet), teachers=("clinic:hasty",))
-    assert "loop" in {demo["id"] for demo in demos}
 
 
 @pytest.mark.parametrize(
@@ -656,10 +740,11 @@ def test_verdicts_written_into_the_runs_own_sheet_are_not_lost(reviewed):
 def test_a_sheet_that_cannot_be_used_is_refused_before_anything_is_done(reviewed, text, said):
     if text:
         (reviewed / "filled.csv").write_text(text)
-    before = (reviewed / "out" / "demos.jsonl").stat().st_mtime_ns
-    with pytest.raises(data.RowError, match="filled.csv: " + said):
-        run_distill(reviewed / "questions.jsonl", reviewed / "out", "--review", str(reviewed / "filled.csv"), teachers=("clinic:hasty",))
-    assert (reviewed / "out" / "demos.jsonl").stat().st_mtime_ns == before
+    before, flags = held(reviewed), ["--review", str(reviewed / "filled.csv")]
+    for name in ("out", "second"):
+        with pytest.raises(data.RowError, match="filled.csv: " + said):
+            run_distill(reviewed / "questions.jsonl", reviewed / name, *flags, teachers=HASTY)
+    assert held(reviewed) == before and not (reviewed / "second").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -815,3 +900,76 @@ def test_huatuos_own_file_becomes_demonstrations_that_can_be_shown_and_teach(fol
     sft.main(["--model", str(folders["qwen"]), "--demos", str(tmp_path / "short.jsonl"), "--out", str(tmp_path / "sft"), *flags])
     losses = [row["loss"] for row in data.read_metrics(tmp_path / "sft")]
     assert len(losses) == 20 and losses[-1] < losses[0] - 0.5 and sum(losses[10:]) < 0.95 * sum(losses[:10])  # the same five rows, again
+
+
+# --------------------------------------------------------------------------------------------------
+# What is finished, and what answers under an old name
+
+OTHER = {  # what is another command: (more flags, how the difference is named)
+    "seed": (["--seed", "1"], "seed 0 -> 1"),
+    "words": (["--words", "6", "50"], r"words \[5, 4000\] -> \[6, 50\]"),
+    "answer form": (["--answer-form", "text"], "answer_form 'letter-text' -> 'text'"),
+    "the same questions, changed": ([], "questions.jsonl changed"),
+    "other questions": ([], "questions '.*questions.jsonl' -> '.*other.jsonl'"),
+}
+
+
+@pytest.fixture
+def finished(serve, tmp_path, capsys) -> tuple:
+    """(server, teachers, flags) of a folder that is finished, and whose engines have gone."""
+    said = {"teacher": lambda *_: data.join_response(SHORT, "B")}
+    said |= {"expander": lambda *_: f"{FULL} {ANSWER}", "checker": lambda *_: json.dumps(YES)}
+    server = served(serve, said)
+    teachers = (spec(server, "teacher"),)
+    flags = ["--expand", *teachers, spec(server, "expander"), "--checker", spec(server, "checker")]
+    demos, _ = run_distill(marked(tmp_path, "ab"), tmp_path / "out", *flags, teachers=teachers)
+    assert len(demos) == 2 and server.by_model == {(name, key): 1 for name in said for key in "ab"}
+    server.close()
+    capsys.readouterr()
+    return server, teachers, flags
+
+
+def test_a_finished_command_opens_no_engine_and_leaves_every_byte(finished, tmp_path, capsys):
+    server, teachers, flags = finished
+    before = held(tmp_path)
+    for more in ([], ["--concurrency", "3"]):  # how fast is no other command
+        command = [tmp_path / "questions.jsonl", tmp_path / "out", *flags, *more]
+        run_distill(*command, teachers=teachers)
+        assert "out: is finished already" in capsys.readouterr().out
+    assert held(tmp_path) == before and server.by_model.total() == 6
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_another_command_in_a_finished_folder_is_refused_by_name(finished, tmp_path, name):
+    server, teachers, flags = finished
+    more, said = OTHER[name]
+    questions = tmp_path / ("other.jsonl" if name == "other questions" else "questions.jsonl")
+    if "questions" in name:
+        write(questions, [q("What is <<more>>?", "more")])
+    before = held(tmp_path)
+    with pytest.raises(data.RowError, match=f"finished with other settings or inputs .*{said}"):
+        run_distill(questions, tmp_path / "out", *flags, *more, teachers=teachers)
+    assert held(tmp_path) == before and server.by_model.total() == 6
+
+
+def test_a_retrained_teacher_is_asked_anew_and_its_old_replies_stay(folders, tmp_path):
+    shutil.copytree(folders["qwen"], tmp_path / "base")
+    questions = write(tmp_path / "questions.jsonl", [q(f"Question {i}?", str(i)) for i in range(3)])
+    flags, teachers = ["--max-tokens", "4"], (f"hf:{tmp_path / 'base'}",)
+    run_distill(questions, tmp_path / "out", *flags, teachers=teachers)
+    (old,) = (tmp_path / "replies").glob("teacher-*.jsonl")
+    before = held(tmp_path / "out", tmp_path / "replies")
+    build_folder("qwen", tmp_path / "base", seed=1)
+    with pytest.raises(data.RowError, match="out: was finished with other .*base changed"):
+        run_distill(questions, tmp_path / "out", *flags, teachers=teachers)
+    assert held(tmp_path / "out", tmp_path / "replies") == before
+    run_distill(questions, tmp_path / "second", *flags, teachers=teachers)
+    (new,) = set((tmp_path / "replies").glob("teacher-*.jsonl")) - {old}
+    assert before.items() <= held(tmp_path / "out", tmp_path / "replies").items()
+    olds, news = rows_of(old), rows_of(new)
+    asked = [[(row["id"], row["asked"]) for row in rows] for rows in (olds, news)]
+    assert asked[0] == asked[1] and len(news) == 3
+    assert all(a["token_ids"] != b["token_ids"] for a, b in zip(olds, news))
+    stages = [json.loads((tmp_path / out / "stage.json").read_text()) for out in ("out", "second")]
+    named = [stage["engines"] for stage in stages]
+    assert named[0].keys() == named[1].keys() and named[0] != named[1]
