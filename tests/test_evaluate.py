@@ -482,3 +482,95 @@ def test_three_numbers_of_samples_are_refused(tmp_path):
 def test_a_folder_without_results_is_named(tmp_path):
     with pytest.raises(data.RowError, match="evaluate.py run writes it"):
         evaluate.main(["table", "--results", str(tmp_path / "none"), "--out", str(tmp_path)])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Nothing is written over
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """{path: content} of every file below a folder, but for locks, which hold nothing."""
+    found = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {path: content for path, content in found.items() if path.name != ".lock"}
+
+
+@pytest.fixture
+def two_runs(stages, tmp_path) -> Path:
+    """A folder with two evaluations, one and two, and things that none of our commands wrote."""
+    for name, engine in (("one", "hasty"), ("two", "thorough")):
+        (tmp_path / name).mkdir()
+        content = (stages[engine] / "results.json").read_bytes()
+        (tmp_path / name / "results.json").write_bytes(content)
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "notes.txt").write_text("the only copy")
+    (tmp_path / "older.md").write_text("a table of last week")
+    return tmp_path
+
+
+# --out -> why nothing is written there
+NO_FOLDER = {
+    "one": r"holds .*one/results\.json, which is read here; write to another folder",
+    ".": r"holds .*one/results\.json, which is read here; write to another folder",
+    "older.md": "a folder is wanted there",
+    "foreign": r"holds notes\.txt, which no finished or begun command wrote; write to another",
+    "done": r"was finished with other settings or inputs \(results \[.*two.*\] -> \[.*one.*\]\)",
+}
+
+
+@pytest.mark.parametrize("command", ["table", "plot", "report"])
+@pytest.mark.parametrize("name", NO_FOLDER)
+def test_tables_and_plots_are_never_written_over_something_else(two_runs, command, name):
+    done, out = str(two_runs / "done"), str(two_runs / name)
+    if name == "done":
+        evaluate.main([command, "--results", str(two_runs / "two"), "--out", done])
+    before = contents(two_runs)
+    with pytest.raises(data.RowError, match=f"--out .*: {NO_FOLDER[name]}"):
+        evaluate.main([command, "--results", str(two_runs / "one"), "--out", out])
+    assert contents(two_runs) == before
+
+
+@pytest.mark.parametrize("command", ["table", "plot", "report"])
+def test_a_table_of_changed_results_is_refused_and_one_of_the_same_is_left(
+    two_runs, command, capsys
+):
+    flags = [command, "--results", str(two_runs / "one"), "--out", str(two_runs / "out")]
+    evaluate.main(flags)
+    before = contents(two_runs)
+    capsys.readouterr()
+    evaluate.main(flags)
+    assert "is finished already" in capsys.readouterr().out and contents(two_runs) == before
+    results = (two_runs / "two" / "results.json").read_bytes()
+    (two_runs / "one" / "results.json").write_bytes(results)
+    before = contents(two_runs)
+    with pytest.raises(data.RowError, match=r"\(.*one/results\.json changed\)"):
+        evaluate.main(flags)
+    assert contents(two_runs) == before
+
+
+def test_a_table_and_a_plot_do_not_share_a_folder(two_runs):
+    flags = ["--results", str(two_runs / "one"), "--out", str(two_runs / "out")]
+    evaluate.main(["table", *flags])
+    with pytest.raises(data.RowError, match="command 'table' -> 'plot'"):
+        evaluate.main(["plot", *flags])
+
+
+# --out -> why nothing is written there
+NO_FILE = {
+    "one/results.json": "is read here; name another file",
+    "foreign/../two/results.json": "is read here; name another file",
+    "foreign": "is a folder; name another file",
+    "older.md": "is there already, with another content; move it away, or name another file",
+}
+
+
+@pytest.mark.parametrize("name", NO_FILE)
+def test_a_comparison_is_never_written_over_something_else(two_runs, name):
+    runs = [str(two_runs / "one"), str(two_runs / "two")]
+    before = contents(two_runs)
+    with pytest.raises(data.RowError, match=f"--out .*{name}: {NO_FILE[name]}"):
+        evaluate.main(["compare", "--results", *runs, "--out", str(two_runs / name)])
+    assert contents(two_runs) == before
+    for _ in range(2):  # the same over itself changes nothing
+        evaluate.main(["compare", "--results", *runs, "--out", str(two_runs / "new.md")])
+    with pytest.raises(data.RowError, match=r"new\.md: is there already, with another content"):
+        evaluate.main(["compare", "--results", *runs[::-1], "--out", str(two_runs / "new.md")])
