@@ -304,13 +304,16 @@ def report(args: argparse.Namespace) -> None:
     results = read_results(args.results)
     if not stage.open_folder(args, inputs):
         return
+    # all is read before anything is written, so that a mistake in a row leaves the folder free
+    curves = [data.read_metrics(folder) for folder in (args.sft, args.dpo) if folder]
+    pairs = data.read_rows(Path(args.pairs) / "pairs.jsonl", "pairs") if args.pairs else []
     text, outputs = tables.table(results), [out / "table.md"]
     data.write_text(out / "table.md", text + "\n")
-    if args.sft:
-        figures.plot_report(results, data.read_metrics(args.sft), data.read_metrics(args.dpo), out / "report.png")
+    if curves:
+        figures.plot_report(results, *curves, out / "report.png")
         outputs.append(out / "report.png")
-    if args.pairs:
-        figures.plot_films(data.read_rows(Path(args.pairs) / "pairs.jsonl", "pairs"), Path(args.images), out / "films.png")
+    if pairs:
+        figures.plot_films(pairs, Path(args.images), out / "films.png")
         outputs += [out / "films.png"] if (out / "films.png").exists() else []
         print_report(data.read_json(Path(args.pairs) / "report.json"))
     print("\n" + text)
