@@ -235,8 +235,8 @@ def write_page(
     """Writes the page of the first `count` cases that meet `only`; returns how many there are on it.
 
     Raises RowError for an unknown condition, runs of one name or without a common question, no case
-    at all, a missing image; and where `out` is a file of the runs, an image or what else was `read`,
-    or holds another page."""
+    at all, a missing image; and where `out` is a file of the runs, an image or what else was
+    `read`, or holds another page."""
     conditions, by_name = parse_only(only, runs), {run.name: run for run in runs}
     if len(by_name) < len(runs):
         raise data.RowError(f"runs of one name: {[run.name for run in runs]}; evaluate one of them under another --name")

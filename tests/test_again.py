@@ -28,7 +28,7 @@ def replies(run: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (run / "replies").glob("*.jsonl")}
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A model that is trained anew into its old folder
 
 
@@ -80,7 +80,7 @@ def checkpoint(folders, tmp_path) -> Path:
 
 
 def train_anew(checkpoint: Path) -> None:
-    """Another model in the same folder: its last norm turned around, so that it says the contrary."""
+    """Another model in the same folder: its last norm turned around, so it says the contrary."""
     weights = load_file(checkpoint / "model.safetensors")
     weights["model.norm.weight"] = -weights["model.norm.weight"]
     save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
@@ -132,7 +132,8 @@ def test_a_model_trained_anew_into_its_folder_is_asked_and_the_old_replies_stay(
     assert set(now) == set(who) == {spec} and now != who
     assert now == {spec: asking.identity(spec)} and now[spec].startswith("hf:")
     command(spec, bank, run / "third")
-    assert len(asked) == 2 * len(first) and said(run / "third", result) == said(run / "anew", result)
+    assert asked == first + first
+    assert said(run / "third", result) == said(run / "anew", result)
 
 
 @every_command
@@ -180,7 +181,7 @@ def test_who_answered_is_told_though_its_folder_changes_in_the_meantime(
     assert record["engines"] == {spec: answered}
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A finished command is run again
 
 ROLLOUTS = ["--rollouts", "rollouts/rollouts.jsonl", "--questions", "test.jsonl"]
@@ -207,7 +208,7 @@ FINISHED: dict[str, tuple[Callable, list[str]]] = {
 
 @pytest.fixture(scope="module")
 def finished(world, tmp_path_factory) -> Path:
-    """A run folder with the questions and films of the world, and every command of FINISHED done."""
+    """A run folder with questions and films of the world, and every command of FINISHED done."""
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -243,7 +244,8 @@ def test_a_finished_command_run_again_asks_nothing_and_leaves_every_byte(run, na
     before = contents(run)
     assert main([*flags, "--out", name]) is None
     assert contents(run) == before
-    assert capsys.readouterr().out == f"{name}: is finished already ({name}/stage.json); nothing to do\n"
+    said = f"{name}: is finished already ({name}/stage.json); nothing to do\n"
+    assert capsys.readouterr().out == said
 
 
 @pytest.mark.parametrize("name", ["rollouts", "verdicts", "evaluation"])
@@ -307,7 +309,9 @@ INPUTS = {
 }
 
 
-@pytest.mark.parametrize(("name", "path"), [(name, path) for name in INPUTS for path in INPUTS[name]])
+@pytest.mark.parametrize(
+    ("name", "path"), [(name, path) for name in INPUTS for path in INPUTS[name]]
+)
 def test_a_finished_command_with_another_input_is_refused_and_the_input_is_named(run, name, path):
     main, flags = FINISHED[name]
     lines = (run / path).read_text(encoding="utf-8").splitlines(keepends=True)
@@ -331,7 +335,8 @@ def test_an_output_that_was_changed_by_hand_is_named_and_not_made_anew(run, name
         whole = path.read_bytes()
         path.write_bytes(whole[:-1] + b" ")
         before = contents(run)
-        with pytest.raises(data.RowError, match=rf"{name}: is finished, but its {output} is not as"):
+        said = f"{name}: is finished, but its {output} is not as it was written"
+        with pytest.raises(data.RowError, match=said):
             main([*flags, "--out", name])
         assert contents(run) == before
         path.write_bytes(whole)

@@ -314,7 +314,14 @@ def test_rows_that_end_too_early_are_listed_together(study, drawn, tmp_path):
         agree(study, drawn, [tmp_path / "rater.csv"], tmp_path / "out")
 
 
-@pytest.mark.parametrize("encoding, delimiter, message", [("utf-8", ";", "no column 'id'.*commas"), ("latin-1", ",", "cannot be read.*UTF-8"), (None, None, "no such file.*check the path")])
+@pytest.mark.parametrize(
+    "encoding, delimiter, message",
+    [
+        ("utf-8", ";", "no column 'id'.*commas"),
+        ("latin-1", ",", "cannot be read.*UTF-8"),
+        (None, None, "no such file.*check the path"),
+    ],
+)
 def test_a_sheet_saved_another_way_is_refused_with_what_to_do(study, drawn, tmp_path, encoding, delimiter, message):
     if encoding:
         rows = [{**row, "question": row["question"].replace("≥", ">"), **dict.fromkeys(judge.CRITERIA, "Yes")} for row in drawn[1]]

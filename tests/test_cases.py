@@ -429,7 +429,8 @@ def test_verdicts_on_another_text_and_changed_questions_are_refused(tmp_path):
     (tmp_path / "a" / "predictions.jsonl").write_text("\n" + lines)  # an empty line is no row
     verdicts = tmp_path / "a" / "verdicts.jsonl"
     data.write_jsonl(verdicts, [json.loads(verdicts.read_text()) | {"response_sha": "0" * 16}])
-    with pytest.raises(data.RowError, match=r"predictions.jsonl:2: the verdict on sample 0 of question q0 is on another text"):
+    told = r"predictions\.jsonl:2: the verdict on sample 0 of question q0 is on another text"
+    with pytest.raises(data.RowError, match=told):
         write(tmp_path, [run], questions)
 
 

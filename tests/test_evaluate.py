@@ -122,9 +122,9 @@ def test_killed_and_resumed_evaluation_gives_the_same_results_and_asks_nothing_t
 
 @contextlib.contextmanager
 def stored(out: Path, replies: dict[str, list[tuple[str, str]]], *more: str, images: str = "."):
-    """Stored replies of clinic:hasty to the questions of RUN/test.jsonl, (text, finish_reason) of each
-    sample by question: the real command has nothing to ask, and what it says follows from this file
-    alone. Yields its flags."""
+    """Stored replies of clinic:hasty to the questions of RUN/test.jsonl, (text, finish_reason) of
+    each sample by question: the real command has nothing to ask, and what it says follows from
+    this file alone. Yields its flags."""
     questions = {q.id: q for q in data.read_questions(out.parent / "test.jsonl")}
     count = max(map(len, replies.values()))
     asked = ["--questions", str(out.parent / "test.jsonl"), "--images", images, "-n", str(count)]
@@ -152,7 +152,9 @@ def test_right_answer_that_was_cut_off_counts_as_wrong_and_as_unread(tmp_path):
     question = data.Question("Which one?", OPTIONS, "A")
     data.write_jsonl(tmp_path / "test.jsonl", [question.to_row()])
     good = data.join_response("x", "A")
-    said = [(good, "stop"), (good, "length"), ("<think> the answer is (A)", "length"), (data.join_response("x", "B"), "stop")]
+    wrong = data.join_response("x", "B")
+    said = [(good, "stop"), (good, "length"), ("<think> the answer is (A)", "length")]
+    said.append((wrong, "stop"))
     with stored(tmp_path / "out", {question.id: said}) as flags:
         evaluate.main(flags)
     figures = results_of(tmp_path / "out")["groups"]["text"]
@@ -163,7 +165,8 @@ def test_open_ended_answers_are_voted_on_and_only_unreadable_ones_are_unparsed(t
     question = data.Question("Which one?", {}, "renal ultrasound")
     data.write_jsonl(tmp_path / "test.jsonl", [question.to_row()])
     said = ["Renal ultrasound.", "CBC", "renal  ultrasound"]
-    said = [*((data.join_response("x", text), "stop") for text in said), ("<think> no answer", "stop")]
+    said = [(data.join_response("x", text), "stop") for text in said]
+    said.append(("<think> no answer", "stop"))
     with stored(tmp_path / "out", {question.id: said}) as flags:
         evaluate.main(flags)
     figures = results_of(tmp_path / "out")["groups"]["text"]
@@ -426,7 +429,8 @@ def test_an_empty_answer_is_not_judged_and_a_run_never_stands_beside_verdicts_of
             evaluate.main(flags)
         assert {path: path.read_bytes() for path in out.iterdir()} == before
         evaluate.main([*flags, "--out", str(bare)])
-    assert not (bare / "verdicts.jsonl").exists() and "criteria" not in results_of(bare)["groups"]["image"]
+    assert not (bare / "verdicts.jsonl").exists()
+    assert "criteria" not in results_of(bare)["groups"]["image"]
 
 
 def test_benchmarks_are_told_apart_by_source_and_each_has_its_subsets(tmp_path):
@@ -484,7 +488,7 @@ def test_a_folder_without_results_is_named(tmp_path):
         evaluate.main(["table", "--results", str(tmp_path / "none"), "--out", str(tmp_path)])
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Nothing is written over
 
 

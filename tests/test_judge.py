@@ -640,7 +640,9 @@ def test_pairs_join_thorough_chains_with_lacking_ones_and_the_report_adds_up(wor
             str(out),
         ]
     )
-    report, stage = json.loads((out / "report.json").read_text()), json.loads((out / "stage.json").read_text())
+    report, stage = (
+        json.loads((out / f"{name}.json").read_text()) for name in ("report", "stage")
+    )
     pairs = [row for _, row in data.read_jsonl(out / "pairs.jsonl")]
     met = {(row["id"], row["sample"]): row["criteria"] for _, row in data.read_jsonl(verdicts / "verdicts.jsonl")}
     # by brute force: all x all of each question, each different pair of texts once
@@ -650,7 +652,8 @@ def test_pairs_join_thorough_chains_with_lacking_ones_and_the_report_adds_up(wor
     assert report["candidates"] == 120 and report["correct"] == len(met) == report["positive"] + report["negative"]
     assert report["pairs"] == len(pairs) == stage["figures"]["pairs"]
     assert f"120 -> {len(met)} -> {len(met)} -> {report['positive']} / {report['negative']}" in capsys.readouterr().out
-    assert data.main(["check", str(out / "pairs.jsonl"), str(verdicts / "verdicts.jsonl"), str(rollouts)]) == 0
+    files = [out / "pairs.jsonl", verdicts / "verdicts.jsonl", rollouts]
+    assert data.main(["check", *map(str, files)]) == 0
 
 
 def test_killed_and_resumed_judge_says_the_same_and_asks_nothing_twice(

@@ -110,7 +110,9 @@ CONTRARY = {"criteria": CRITERIA | {"No_Hallucination": True}, "verdict_sha": "a
 ALL = ("questions", "rollouts", "verdicts", "key", "pairs", "metrics")
 SPOILT = {
     "NaN": (ALL, lambda row: json.dumps(row)[:-1] + ', "more": NaN}', NAN),
-    "a key twice": (ALL, lambda row: json.dumps(row)[:-1] + ', "x": 1, "x": 2}', "'x' is there twice"),
+    "a key twice": (
+        ALL, lambda row: json.dumps(row)[:-1] + ', "x": 1, "x": 2}', "'x' is there twice"
+    ),
     "another kind": (ALL, None, "this is a row of "),
     "an unknown key": (
         ("questions", "rollouts", "verdicts", "key", "pairs"),
