@@ -35,6 +35,7 @@ import score
 import stage
 from asking import image_paths
 
+FILES = ("results.json", "predictions.jsonl", "verdicts.jsonl")  # of a run, that are read here
 LONGEST, SMALL = 900, 256  # ours: pixels of an image's longer side: at most, and up to which it is kept exactly and enlarged
 # ours: what became of an answer, as a reader is told it
 OUTCOMES = {"right": "✓ right", "wrong": "✗ wrong", "unreadable": "? unreadable (wrong)", "cut": "✂ cut off (wrong)", "unanswered": "– no answer (wrong)"}
@@ -57,18 +58,31 @@ def read_run(folder: str | Path) -> Run:
     return Run(results["name"], Path(folder), {entry["id"]: entry for entry in results["entries"]}, bool(results.get("open_ended")))
 
 
+def where_is(path: Path, key: tuple[str, int]) -> str:
+    """The file and line of a sample."""
+    return next(w for w, row in data.read_jsonl(path) if (row["id"], row["sample"]) == key)
+
+
 def read_samples(run: Run, wanted: dict[str, data.Question]) -> dict[str, list[tuple[dict, dict | None]]]:
     """(prediction, verdict or None) of each sample of the wanted questions, in the order of the samples. Raises RowError where
     results, predictions and verdicts do not speak of the same answers."""
     verdicts, rows, path = {}, {id: [] for id in wanted}, run.folder / "predictions.jsonl"
     if (judged := run.folder / "verdicts.jsonl").exists():
         verdicts = {(row["id"], row["sample"]): row for row in data.read_rows(judged, "verdicts")}
-    for row in data.read_rows(path, "rollouts"):
+    for row in data.checked_rows(path, "rollouts"):  # not all at once: token ids are gigabytes
+        if isinstance(row, data.RowError):
+            raise row
         if row["id"] in wanted:
-            data.need(row, str(path), engine=str, seed=int, correct=bool)
             row.pop("token_ids", None)  # most of a row, and not shown
-            if (verdict := verdicts.get((row["id"], row["sample"]))) and verdict["response_sha"] != row["response_sha"]:
-                raise data.RowError(f"{path}: the verdict on sample {row['sample']} of question {row['id']} is on another text; judge this run again")
+            key, verdict = (row["id"], row["sample"]), verdicts.get((row["id"], row["sample"]))
+            if lacking := [name for name in ("engine", "seed", "correct") if name not in row]:
+                said = f"missing '{lacking[0]}'; evaluate this run again"
+                raise data.RowError(f"{where_is(path, key)}: {said}")
+            if verdict and verdict["response_sha"] != row["response_sha"]:
+                said = f"the verdict on sample {row['sample']} of question {row['id']}"
+                raise data.RowError(
+                    f"{where_is(path, key)}: {said} is on another text; judge this run again"
+                )
             rows[row["id"]].append(row)
     for id, question in wanted.items():
         rows[id].sort(key=lambda row: row["sample"])
@@ -214,10 +228,15 @@ def header_html(runs: list[Run], common: list[data.Question], found: int, shown:
     )
 
 
-def write_page(runs: list[Run], questions: list[data.Question], image_root: str | Path, only: str, count: int, out: str | Path) -> int:
+def write_page(
+    runs: list[Run], questions: list[data.Question], image_root: str | Path, only: str, count: int,
+    out: str | Path, read: Iterable[str] = (),
+) -> int:  # fmt: skip
     """Writes the page of the first `count` cases that meet `only`; returns how many there are on it.
 
-    Raises RowError for an unknown condition, runs of one name or without a common question, no case at all, a missing image."""
+    Raises RowError for an unknown condition, runs of one name or without a common question, no case
+    at all, a missing image; and where `out` is a file of the runs, an image or what else was
+    `read`, or holds another page."""
     conditions, by_name = parse_only(only, runs), {run.name: run for run in runs}
     if len(by_name) < len(runs):
         raise data.RowError(f"runs of one name: {[run.name for run in runs]}; evaluate one of them under another --name")
@@ -241,7 +260,11 @@ def write_page(runs: list[Run], questions: list[data.Question], image_root: str 
     asked = " and ".join(named) or "every question"
     header = header_html(runs, common, len(chosen), len(shown), asked)
     page = PAGE.format(title=html.escape(asked), style=STYLE, header=header, cases="\n".join(articles))
-    stage.new_file(out, page, [])
+    # half a surrogate pair, as of a folder's name, is no reason to stop; browsers drop a raw "\r"
+    page = page.encode("utf-8", "xmlcharrefreplace").decode().replace("\r", "&#13;")
+    files = [run.folder / name for run in runs for name in FILES]
+    images = [path for question in shown for path in image_paths(question, Path(image_root))]
+    stage.new_file(out, page, [*read, *files, *images])
     return len(shown)
 
 

@@ -156,19 +156,25 @@ csv.field_size_limit(2**31 - 1)  # of characters in a cell; a chain of reasoning
 
 
 def read_sheet(path: str | Path, columns: list[str]) -> list[tuple[int, dict[str, str]]]:
-    """(number, row) of a CSV, numbered as a spreadsheet does: the first row is the header. Raises RowError for a file that
-    cannot be read and for a row without one of `columns`."""
+    """(number, row) of a CSV, numbered as a spreadsheet does: the first row is the header. Raises
+    RowError for a file that cannot be read, and for one that lacks one of `columns`, in its header
+    or in any row: such rows are listed together."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             sheet = csv.DictReader(file)
             rows, names = list(enumerate(sheet, 2)), sheet.fieldnames or []
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise data.RowError(f"{path}: cannot be read ({error}); save the filled-in sheet as CSV in UTF-8") from None
-    if not set(columns) <= set(names):
-        raise data.RowError(f"{path}: columns are {names}, expected {' and '.join(columns)} among them; save the sheet as CSV with commas, its first line unchanged")
-    for number, row in rows:
-        if lacking := [name for name in columns if row[name] is None]:
-            raise data.RowError(f"{path}: row {number}: no column {lacking[0]!r}; save the sheet as CSV with commas, its first line unchanged")
+    if lost := [name for name in columns if name not in names]:
+        wanted = f"columns are {names}, expected {' and '.join(columns)} among them"
+        said = f"no column {lost[0]!r}: {wanted}"
+    else:
+        short = [(number, name) for number, row in rows for name in columns if row[name] is None]
+        said = "; ".join(f"row {number}: no column {name!r}" for number, name in short[:20])
+        said += f"; ... and {len(short) - 20} more" if len(short) > 20 else ""
+    if said:
+        how = "save the sheet as CSV with commas, its first line unchanged"
+        raise data.RowError(f"{path}: {said}; {how}")
     return rows
 
 

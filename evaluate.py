@@ -85,7 +85,7 @@ def ask_for_letters(engine, asks: dict[str, Ask], rows: list[dict], questions: d
 
 def read_all(paths: list[str]) -> dict[str, data.Question]:
     """Questions of several files by id. One that two benchmarks share counts in both, the second under an id with its source.
-    Raises RowError where one id stands for two questions, or there is none at all."""
+    Raises RowError where one id stands for two questions."""
     found: dict[str, data.Question] = {}
     for path in paths:
         for question in data.read_questions(path):
@@ -94,8 +94,6 @@ def read_all(paths: list[str]) -> dict[str, data.Question]:
                 raise data.RowError(f"{path}: id {question.id!r} stands for another question in an earlier file; give one of them another id")
             if held.source != question.source:
                 found[f"{question.id}-{question.source}"] = replace(question, id=f"{question.id}-{question.source}")
-    if not found:
-        raise data.RowError(f"{' '.join(paths)}: no question in it")
     return found
 
 
@@ -184,6 +182,8 @@ def run(args: argparse.Namespace) -> None:
     asks = {key: make_ask(question, args.prompt, image_root, args.n[0 if question.images else -1]) for key, question in by_id.items()}
     sampling = Sampling(args.temperature, args.top_p, args.max_tokens, args.seed)
     path = replies_file(args, "evaluate", args.engine, sampling)
+    # each before it is asked: its folder may be trained anew in the meantime
+    answers = {args.engine: identity(args.engine)}
     engine = open_engine(args.engine, setup_of(args))
     rows = []
     for kind in ("image", "text"):  # apart, so that a batch has one number of samples a question
@@ -196,11 +196,15 @@ def run(args: argparse.Namespace) -> None:
         engine.close()
     del engine  # grader and judge, if they are local, want its memory
     read_answers(rows, by_id, bool(args.open_ended))
-    ungraded = grade(rows, by_id, args.open_ended, args) if args.open_ended else 0
+    ungraded = 0
+    if args.open_ended:
+        answers[args.open_ended] = identity(args.open_ended)
+        ungraded = grade(rows, by_id, args.open_ended, args)
     data.write_jsonl(out / "predictions.jsonl", rows)
 
     criteria, outputs = {}, [out / "predictions.jsonl", out / "results.json"]
     if args.judge:
+        answers[args.judge] = identity(args.judge)
         judge = open_engine(args.judge, setup_of(args))
         chains = [row for row in rows if by_id[row["id"]].images and row["response"].strip()]  # there is nothing to judge in no answer
         verdicts = judge_all(judge, chains, by_id, args)
@@ -217,7 +221,7 @@ def run(args: argparse.Namespace) -> None:
     print_results(results)
     if ungraded:
         print(f"{ungraded} answers have no readable grade, and count as wrong")
-    stage.finish(args, outputs, started, {}, {spec: identity(spec) for spec in specs})
+    stage.finish(args, outputs, started, {}, answers)
 
 
 def print_results(results: dict) -> None:
@@ -264,7 +268,8 @@ def compare(args: argparse.Namespace) -> None:
             )  # fmt: skip
     print("\n".join(lines))
     if args.out:
-        stage.new_file(args.out, "\n".join(lines) + "\n", [])
+        read = [Path(folder) / "results.json" for folder in args.results]
+        stage.new_file(args.out, "\n".join(lines) + "\n", read)
 
 
 def draw(args: argparse.Namespace) -> None:
@@ -282,7 +287,10 @@ def draw(args: argparse.Namespace) -> None:
 
 def show_cases(args: argparse.Namespace) -> None:
     questions = list(read_all(args.questions).values())
-    count = cases.write_page([cases.read_run(folder) for folder in args.results], questions, args.images, args.only, args.n, args.out)
+    runs = [cases.read_run(folder) for folder in args.results]
+    count = cases.write_page(
+        runs, questions, args.images, args.only, args.n, args.out, args.questions
+    )
     print(f"{args.out}: {count} cases")
 
 
@@ -296,13 +304,16 @@ def report(args: argparse.Namespace) -> None:
     results = read_results(args.results)
     if not stage.open_folder(args, inputs):
         return
+    # all is read before anything is written, so that a mistake in a row leaves the folder free
+    curves = [data.read_metrics(folder) for folder in (args.sft, args.dpo) if folder]
+    pairs = data.read_rows(Path(args.pairs) / "pairs.jsonl", "pairs") if args.pairs else []
     text, outputs = tables.table(results), [out / "table.md"]
     data.write_text(out / "table.md", text + "\n")
-    if args.sft:
-        figures.plot_report(results, data.read_metrics(args.sft), data.read_metrics(args.dpo), out / "report.png")
+    if curves:
+        figures.plot_report(results, *curves, out / "report.png")
         outputs.append(out / "report.png")
-    if args.pairs:
-        figures.plot_films(data.read_rows(Path(args.pairs) / "pairs.jsonl", "pairs"), Path(args.images), out / "films.png")
+    if pairs:
+        figures.plot_films(pairs, Path(args.images), out / "films.png")
         outputs += [out / "films.png"] if (out / "films.png").exists() else []
         print_report(data.read_json(Path(args.pairs) / "report.json"))
     print("\n" + text)
@@ -313,6 +324,7 @@ def report(args: argparse.Namespace) -> None:
 # claims
 
 RESAMPLES = 2000  # ours: bootstrap over questions
+STAGES = ("eval-base", "eval-stage1", "eval-stage2")  # folders of a run of the demo
 
 
 def per_question(folder: Path) -> dict[str, dict[str, float]]:
@@ -348,7 +360,7 @@ def measure_claims(runs: list[Path]) -> list[dict]:
     """Each claim over several runs (seeds): the difference in every run, their mean, and a 95 % interval from resampling
     questions within each run, the same questions before and after."""
     found = []
-    seen = [{name: per_question(run / name) for name in ("eval-base", "eval-stage1", "eval-stage2")} for run in runs]
+    seen = [{name: per_question(run / name) for name in STAGES} for run in runs]
     accuracy = share("right", "samples")
     for text, figure, before, after, direction in CLAIMS:
         def difference(tables: dict, ids: list[str]) -> tuple[float, float]:
@@ -381,7 +393,8 @@ def claims(args: argparse.Namespace) -> None:
     for row in found:
         runs = ", ".join(f"{a:.3f} → {b:.3f}" for a, b in row["levels"])
         lines.append(f"| {row['claim']} | {runs} | {row['mean']:+.3f} | {row['low']:+.3f} … {row['high']:+.3f} | {'yes' if row['shown'] else '**no**'} |")
-    stage.new_file(args.out, "\n".join(lines) + "\n", [])
+    read = [Path(run) / name / "results.json" for run in args.runs for name in STAGES]
+    stage.new_file(args.out, "\n".join(lines) + "\n", read)
     print("\n".join(lines))
 
 

@@ -120,8 +120,11 @@ def right_by_rule(rollouts: list[dict], questions: dict[str, data.Question]) -> 
 
 def read_rollouts(path: str, questions: dict[str, data.Question]) -> list[dict]:
     rows = data.read_rows(path, "rollouts")
-    if stranger := next((row["id"] for row in rows if row["id"] not in questions), None):
-        raise data.RowError(f"{path}: id: {stranger!r} is not in the questions; give the file the rollouts were made from")
+    if any(row["id"] not in questions for row in rows):
+        lines = data.read_jsonl(path)
+        where, id = next((where, row["id"]) for where, row in lines if row["id"] not in questions)
+        known = "give the file the rollouts were made from"
+        raise data.RowError(f"{where}: id: {id!r} is not in the questions; {known}")
     return rows
 
 
@@ -133,13 +136,14 @@ def verdicts(args: argparse.Namespace) -> None:
     rollouts = read_rollouts(args.rollouts, questions)
     right = right_by_rule(rollouts, questions)
     print(f"{len(rollouts)} candidates, {len(right)} right by rule: those go to {args.judge}")
+    answers = identity(args.judge)  # before it is asked: its folder may be trained anew
     engine = open_engine(args.judge, setup_of(args))
     rows = judge_all(engine, right, questions, args)
     data.write_jsonl(out / "verdicts.jsonl", rows)
     unread = sum(row["criteria"] is None for row in rows)
     print(f"{len(rows)} verdicts, {unread} unreadable and left out")
     figures = {"judged": len(rows), "unreadable": unread}
-    stage.finish(args, [out / "verdicts.jsonl"], started, figures, {args.judge: identity(args.judge)})
+    stage.finish(args, [out / "verdicts.jsonl"], started, figures, {args.judge: answers})
 
 
 # ---------------------------------------------------------------------------------------------------------------

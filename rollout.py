@@ -50,6 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     asks = question_asks(data.read_questions(args.questions), Path(args.images), args.n)
     sampling = Sampling(args.temperature, args.top_p, args.max_tokens, args.seed)
     replies = replies_file(args, "rollout", args.engine, sampling)
+    answers = identity(args.engine)  # before it is asked: its folder may be trained anew
     engine = open_engine(args.engine, setup_of(args))
     rows = list(ask_all(engine, asks, sampling, replies, lambda reply: reply_row(reply, args.engine), "rollouts").values())
     data.write_jsonl(path, rows)
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     cut, none = ends.pop("length", 0), {reason: count for reason, count in sorted(ends.items()) if reason != "stop"}
     print(f"{len(rows)} answers to {len(asks)} questions, {cut} cut off by --max-tokens {args.max_tokens}" + "".join(f", {count} {reason}" for reason, count in none.items()))
     figures = {"answers": len(rows), "cut_off": cut, "unanswered": sum(none.values())}
-    stage.finish(args, [path], started, figures, {args.engine: identity(args.engine)})
+    stage.finish(args, [path], started, figures, {args.engine: answers})
 
 
 if __name__ == "__main__":

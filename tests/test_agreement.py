@@ -160,10 +160,23 @@ def test_a_chain_without_a_readable_verdict_is_never_drawn_and_too_many_cases_ar
         draw(study, tmp_path / "more", CASES + 40)
 
 
-def test_a_sheet_that_may_be_half_filled_in_is_not_written_over(study, tmp_path):
-    draw(study, tmp_path / "out", 5)
-    with pytest.raises(data.RowError, match="half filled in"):
-        draw(study, tmp_path / "out", 5)
+def test_a_sheet_that_may_be_half_filled_in_is_not_written_over(study, tmp_path, capsys):
+    out = tmp_path / "out"
+    draw(study, out, 5)
+    sheet = out / "sheet" / "sheet.csv"
+    filled = sheet.read_bytes().replace(b",,,\r\n", b",Yes,,\r\n", 1)
+    assert filled != sheet.read_bytes()
+    sheet.write_bytes(filled)
+    capsys.readouterr()
+    draw(study, out, 5)  # the same command has nothing to do
+    assert "is finished already" in capsys.readouterr().out and sheet.read_bytes() == filled
+    with pytest.raises(data.RowError, match="other settings.*seed 0 -> 1.*another folder"):
+        draw(study, out, 5, seed=1)
+    assert sheet.read_bytes() == filled
+    (out / "stage.json").unlink()  # as if it had been killed before its last line
+    with pytest.raises(data.RowError, match=r"sheet\.csv: .*a human may have filled it in; move"):
+        draw(study, out, 5)
+    assert sheet.read_bytes() == filled
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -200,12 +213,12 @@ def compared(study, drawn, tmp_path_factory) -> Path:
     """`agree` with one simulated rater"""
     folder = tmp_path_factory.mktemp("agree")
     fill(study, drawn, folder / "rater.csv", 3)
-    agree(study, drawn, [folder / "rater.csv"], folder)
+    agree(study, drawn, [folder / "rater.csv"], folder / "out")
     return folder
 
 
 def test_agree_finds_the_error_rates_of_a_simulated_rater(study, drawn, compared):
-    found = json.loads((compared / "agreement.json").read_text())
+    found = json.loads((compared / "out" / "agreement.json").read_text())
     figures, intervals = found["figures"], found["intervals"]
     assert (found["cases"], found["raters"]) == (CASES, 1)
     shift = 0.0
@@ -230,7 +243,7 @@ def test_agree_finds_the_error_rates_of_a_simulated_rater(study, drawn, compared
 
 def test_a_rater_who_says_what_the_judge_said_agrees_in_everything(study, drawn, tmp_path):
     fill(study, drawn, tmp_path / "rater.csv", 0, dict.fromkeys(judge.CRITERIA, 0.0))
-    figures = agree(study, drawn, [tmp_path / "rater.csv"], tmp_path)["figures"]
+    figures = agree(study, drawn, [tmp_path / "rater.csv"], tmp_path / "out")["figures"]
     assert (figures["mean"], figures["sd"], figures["within_sd_of_0"]) == (0, 0, 1)
     assert all(figures[f"{name}.accuracy"] == figures[f"{name}.kappa"] == 1 for name in (*judge.CRITERIA, "all"))
 
@@ -239,14 +252,14 @@ def test_three_raters_are_nearer_to_the_judge_than_one(study, drawn, compared, t
     sheets = [tmp_path / f"rater{seed}.csv" for seed in range(3)]
     for seed, path in enumerate(sheets):
         fill(study, drawn, path, seed)
-    found = agree(study, drawn, sheets, tmp_path)
-    alone = json.loads((compared / "agreement.json").read_text())["figures"]["sd"]
+    found = agree(study, drawn, sheets, tmp_path / "out")
+    alone = json.loads((compared / "out" / "agreement.json").read_text())["figures"]["sd"]
     assert found["raters"] == 3 and found["figures"]["sd"] < 0.75 * alone
     assert found["figures"]["No_Hallucination.accuracy"] == pytest.approx(0.8, abs=0.04)
 
 
 def test_the_histogram_is_drawn(compared):
-    with Image.open(compared / "agreement.png") as picture:
+    with Image.open(compared / "out" / "agreement.png") as picture:
         pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3)
     assert min(picture.size) > 400
     bars = (pixels == (0x5B, 0x8D, 0xB8)).all(1).mean()
@@ -258,12 +271,11 @@ def test_a_case_with_an_unreadable_verdict_of_another_judge_is_left_out_and_coun
     rows = [row for _, row in data.read_jsonl(study / "verdicts.jsonl")]
     lost = (key[0]["id"], key[0]["response_sha"])
     data.write_jsonl(tmp_path / "verdicts.jsonl", ({**row, "criteria": None} if (row["id"], row["response_sha"]) == lost else row for row in rows))
-    (tmp_path / "questions.jsonl").write_bytes((study / "questions.jsonl").read_bytes())
-    found = agree(tmp_path, drawn, [compared / "rater.csv"], tmp_path)
+    found = agree(tmp_path, drawn, [compared / "rater.csv"], tmp_path / "one")
     assert found["cases"] == CASES - 1 and "1 left out for an unreadable verdict" in capsys.readouterr().out
     data.write_jsonl(tmp_path / "verdicts.jsonl", (row for row in rows if (row["id"], row["response_sha"]) != lost))
     with pytest.raises(data.RowError, match=r"verdicts\.jsonl: no verdict on 1 of 400 cases, the first is case-0001"):
-        agree(tmp_path, drawn, [compared / "rater.csv"], tmp_path)
+        agree(tmp_path, drawn, [compared / "rater.csv"], tmp_path / "two")
 
 
 MISTAKES = {
@@ -274,6 +286,10 @@ MISTAKES = {
     "a row lost": (lambda rows: rows.pop(10), r"case-0011 is missing"),
     "a column lost": (lambda rows: [row.pop("No_Hallucination") for row in rows], r"no column 'No_Hallucination'"),
     "many": (lambda rows: [row.update(No_Hallucination="?") for row in rows], r"400 mistakes.*row 21 .*\.\.\. and 380 more"),
+    "many of several kinds": (
+        lambda rows: (rows[0].update(id="case-9999"), rows[6].update(No_Hallucination="maybe")),
+        r"3 mistakes; nothing was computed.*row 2 \(case-9999\).*row 8 .*case-0001 is missing",
+    ),
 }
 
 
@@ -284,14 +300,32 @@ def test_a_sheet_with_a_mistake_is_refused_by_file_row_and_column(study, drawn, 
     spoil(rows)
     write(tmp_path / "rater.csv", rows)
     with pytest.raises(data.RowError, match=r"(?s)rater\.csv: .*" + message):
-        agree(study, drawn, [tmp_path / "rater.csv"], tmp_path)
-    assert not (tmp_path / "agreement.json").exists()
+        agree(study, drawn, [tmp_path / "rater.csv"], tmp_path / "out")
+    assert not list((tmp_path / "out").glob("agreement.*"))
 
 
-@pytest.mark.parametrize("encoding, delimiter, message", [("utf-8", ";", "no column 'id'.*commas"), ("latin-1", ",", "cannot be read.*UTF-8"), (None, None, "cannot be read")])
+def test_rows_that_end_too_early_are_listed_together(study, drawn, tmp_path):
+    """A spreadsheet may drop the empty cells at the end of a row."""
+    write(tmp_path / "rater.csv", drawn[1])
+    whole = (tmp_path / "rater.csv").read_bytes()
+    (tmp_path / "rater.csv").write_bytes(whole.replace(b",,,\r\n", b"\r\n"))
+    said = r"row 2: no column 'Image_Analysis_Involvement'.*row 3: .*\.\.\. and 1180 more.*commas"
+    with pytest.raises(data.RowError, match=r"rater\.csv: " + said):
+        agree(study, drawn, [tmp_path / "rater.csv"], tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "encoding, delimiter, message",
+    [
+        ("utf-8", ";", "no column 'id'.*commas"),
+        ("latin-1", ",", "cannot be read.*UTF-8"),
+        (None, None, "no such file.*check the path"),
+    ],
+)
 def test_a_sheet_saved_another_way_is_refused_with_what_to_do(study, drawn, tmp_path, encoding, delimiter, message):
     if encoding:
         rows = [{**row, "question": row["question"].replace("≥", ">"), **dict.fromkeys(judge.CRITERIA, "Yes")} for row in drawn[1]]
         write(tmp_path / "rater.csv", rows, encoding, delimiter)
     with pytest.raises(data.RowError, match=r"rater\.csv: " + message):
-        agree(study, drawn, [tmp_path / "rater.csv"], tmp_path)
+        agree(study, drawn, [tmp_path / "rater.csv"], tmp_path / "out")
+    assert not list(tmp_path.glob("out/agreement.*"))

@@ -6,6 +6,7 @@ import html.parser
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 from dataclasses import replace
@@ -19,6 +20,7 @@ from PIL import Image
 
 import cases
 import data
+import evaluate
 import judge
 import score
 
@@ -39,11 +41,17 @@ def make_run(folder: Path, name: str, answers: dict, questions: list[data.Questi
         for k, (response, ended) in enumerate(samples):
             read, right = (score.choice_of(response, by_id[key]), data.is_correct(response, by_id[key])) if ended == "stop" else (None, False)
             row = {"id": key, "sample": k, "engine": engine, "response": response, "token_ids": [1], "finish_reason": ended, "seed": 70 + k}
+            digest = hashlib.sha256(json.dumps(response, ensure_ascii=False).encode()).hexdigest()
+            row["response_sha"] = digest[:16]
             rows.append(row | {"extracted": read, "correct": right})
-    sha = {(row["id"], row["sample"]): hashlib.sha256(json.dumps(row["response"], ensure_ascii=False).encode()).hexdigest()[:16] for row in rows}
+    sha = {(row["id"], row["sample"]): row["response_sha"] for row in rows}
     data.write_jsonl(folder / "predictions.jsonl", rows)
     if judged:
-        data.write_jsonl(folder / "verdicts.jsonl", [{"id": key[0], "sample": key[1], "response_sha": sha[key], **given} for key, given in judged.items()])
+        verdicts = [
+            {"id": id, "sample": k, "response_sha": sha[id, k], "verdict_sha": "v", **given}
+            for (id, k), given in judged.items()
+        ]
+        data.write_jsonl(folder / "verdicts.jsonl", verdicts)
     criteria = {key: given["criteria"] for key, given in (judged or {}).items()}
     entries = [score.entry(by_id[key], [row for row in rows if row["id"] == key], criteria) for key in answers]
     data.write_json(folder / "results.json", {"name": name, "entries": entries})
@@ -95,6 +103,8 @@ class Page(html.parser.HTMLParser):
 
 
 def write(tmp_path: Path, runs, questions, only="", count=20) -> tuple[int, Page]:
+    """A new page, after the one before it was moved away."""
+    (tmp_path / "cases.html").unlink(missing_ok=True)
     shown = cases.write_page(runs, questions, tmp_path, only, count, tmp_path / "cases.html")
     return shown, Page(tmp_path / "cases.html")
 
@@ -319,8 +329,19 @@ def test_a_missing_or_unreadable_image_is_named_and_no_page_is_written(tmp_path)
 def test_the_same_runs_make_the_same_page(tmp_path, hostile):
     write(tmp_path, *hostile)
     before = (tmp_path / "cases.html").read_bytes()
+    cases.write_page(*hostile, tmp_path, "", 20, tmp_path / "cases.html")  # over itself
+    assert (tmp_path / "cases.html").read_bytes() == before
     write(tmp_path, *hostile)
     assert (tmp_path / "cases.html").read_bytes() == before
+
+
+def test_line_ends_of_every_kind_are_kept_and_the_same_page_is_no_other(tmp_path):
+    chain = "<think> one\r\ntwo\rthree\n </think> <answer> A </answer>"
+    questions = [question("q0")]
+    run = make_run(tmp_path / "a", "m", {"q0": [(chain, "stop")]}, questions)
+    _, page = write(tmp_path, [run], questions)
+    assert page.chains() == [chain] and b"\r" not in (tmp_path / "cases.html").read_bytes()
+    assert cases.write_page([run], questions, tmp_path, "", 20, tmp_path / "cases.html") == 1
 
 
 def test_half_a_surrogate_pair_does_not_stop_the_page(tmp_path):
@@ -328,6 +349,54 @@ def test_half_a_surrogate_pair_does_not_stop_the_page(tmp_path):
     run = make_run(tmp_path / "a", "m", {"q0": [(RIGHT, "stop")]}, questions)
     _, page = write(tmp_path, [run], [replace(questions[0], question="half \ud83d pair")])
     assert "half" in page.text("p.stem")
+    folder = tmp_path / os.fsdecode(b"\xff-latin")  # a name that is not UTF-8
+    run = make_run(folder, "m", {"q0": [(RIGHT, "stop")]}, questions)
+    assert "-latin" in write(tmp_path, [run], questions)[1].text("header.")
+
+
+@pytest.mark.parametrize("line", [1, 3])
+def test_half_a_surrogate_pair_in_a_file_is_named_by_its_line(tmp_path, line):
+    questions = [question(f"q{i}") for i in range(3)]
+    answers = {found.id: [(RIGHT, "stop")] for found in questions}
+    run = make_run(tmp_path / "a", "m", answers, questions)
+    path = tmp_path / "a" / "predictions.jsonl"
+    lines = path.read_text().splitlines()
+    lines[line - 1] = lines[line - 1].replace("It is broken", "half \\ud83d pair")
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(data.RowError, match=rf"predictions\.jsonl:{line}: holds half a surrogate"):
+        write(tmp_path, [run], questions)
+
+
+# what --out names -> why nothing is written there
+TAKEN = {
+    "a/results.json": "is read here; name another file",
+    "a/predictions.jsonl": "is read here; name another file",
+    "a/verdicts.jsonl": "is read here; name another file",
+    "test.jsonl": "is read here; name another file",
+    "films/7.png": "is read here; name another file",
+    "a/../test.jsonl": "is read here; name another file",
+    "a": "is a folder; name another file",
+    "older.html": "is there already, with another content; move it away, or name another file",
+}
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_a_page_is_never_written_over_something_else(tmp_path, name):
+    questions = [question("q0", images=["films/7.png"])]
+    (tmp_path / "films").mkdir()
+    Image.new("L", (28, 28), 90).save(tmp_path / "films" / "7.png")
+    judged = {("q0", 0): {"criteria": None, "error": "x"}}
+    make_run(tmp_path / "a", "m", {"q0": [(RIGHT, "stop")]}, questions, judged)
+    data.write_jsonl(tmp_path / "test.jsonl", [found.to_row() for found in questions])
+    (tmp_path / "older.html").write_text("a page of last week")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    files = ["--questions", str(tmp_path / "test.jsonl"), "--images", str(tmp_path)]
+    command = ["cases", str(tmp_path / "a"), *files]
+    with pytest.raises(data.RowError, match=re.escape(name) + ".*" + TAKEN[name]):
+        evaluate.main([*command, "--out", str(tmp_path / name)])
+    now = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert now == before
+    evaluate.main([*command, "--out", str(tmp_path / "new.html")])  # so it was for --out alone
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -348,10 +417,20 @@ def test_verdicts_on_another_text_and_changed_questions_are_refused(tmp_path):
     with pytest.raises(data.RowError, match="question q0: was put with another reference"):
         write(tmp_path, [run], [question("q0", answer="B")])
     with pytest.raises(data.RowError, match="or other options"):
-        write(tmp_path, [make_run(tmp_path / "b", "m", {"q0": [(WRONG, "stop")]}, questions)], [question("q0", options={"A": "yes"})])
+        three = [question("q0", options={"A": "yes", "B": "no", "C": "perhaps"})]
+        said = {"q0": [("<think> Hm. </think> <answer> C </answer>", "stop")]}
+        write(tmp_path, [make_run(tmp_path / "b", "m", said, three)], questions)
+    lines = (tmp_path / "a" / "predictions.jsonl").read_text()
+    for name in ("engine", "seed", "correct"):
+        row = {key: value for key, value in json.loads(lines).items() if key != name}
+        data.write_jsonl(tmp_path / "a" / "predictions.jsonl", [row])
+        with pytest.raises(data.RowError, match=rf"predictions\.jsonl:1: missing '{name}'"):
+            write(tmp_path, [run], questions)
+    (tmp_path / "a" / "predictions.jsonl").write_text("\n" + lines)  # an empty line is no row
     verdicts = tmp_path / "a" / "verdicts.jsonl"
     data.write_jsonl(verdicts, [json.loads(verdicts.read_text()) | {"response_sha": "0" * 16}])
-    with pytest.raises(data.RowError, match=r"predictions.jsonl:1: the verdict on sample 0 of question q0 is on another text"):
+    told = r"predictions\.jsonl:2: the verdict on sample 0 of question q0 is on another text"
+    with pytest.raises(data.RowError, match=told):
         write(tmp_path, [run], questions)
 
 

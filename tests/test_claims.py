@@ -1,5 +1,7 @@
 """What several runs show: differences and intervals from files whose answer is known by construction."""
 
+import pytest
+
 import data
 import evaluate
 import score
@@ -52,3 +54,25 @@ def test_the_table_marks_what_is_not_shown(tmp_path, capsys):
     evaluate.main(["claims", "--runs", str(tmp_path / "run"), "--out", str(tmp_path / "CLAIMS.md")])
     text = (tmp_path / "CLAIMS.md").read_text()
     assert "**no**" in text and text.count("\n|") == 2 + len(evaluate.CLAIMS)
+
+
+# --out -> why nothing is written there
+TAKEN = {
+    "run/eval-base/results.json": "is read here; name another file",
+    "run": "is a folder; name another file",
+    "older.md": "is there already, with another content; move it away, or name another file",
+}
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_claims_are_never_written_over_something_else(tmp_path, name):
+    for stage in ("eval-base", "eval-stage1", "eval-stage2"):
+        write_stage(tmp_path / "run" / stage, [2] * 10, [1] * 10, [4] * 10, [2] * 10)
+    (tmp_path / "older.md").write_text("the claims of another run")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    command = ["claims", "--runs", str(tmp_path / "run"), "--out"]
+    with pytest.raises(data.RowError, match=f"--out .*{name}: {TAKEN[name]}"):
+        evaluate.main([*command, str(tmp_path / name)])
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    for _ in range(2):  # the same over itself changes nothing
+        evaluate.main([*command, str(tmp_path / "new.md")])

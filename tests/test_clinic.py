@@ -15,6 +15,7 @@ import clinic
 import data
 import distill
 import judge
+from stage import RECORDS
 
 CASES = [
     clinic.Case(sign, 1 + i % 3, clinic.SIDES[i % 2], clue, clinic.SYMPTOMS[i % len(clinic.SYMPTOMS)], 40, "woman")
@@ -37,7 +38,10 @@ def make(out: Path, seed: int) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "stage.json"}
+    """{name: content} of all that is the world's own: no record of how it was made."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    names = {str(path.relative_to(folder)): path for path in files if path.name not in RECORDS}
+    return {name: path.read_bytes() for name, path in names.items()}
 
 
 def question_of(case: clinic.Case, kind: str, film: str | None = "film.png") -> data.Question:

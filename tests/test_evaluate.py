@@ -4,7 +4,7 @@ import contextlib
 import json
 import statistics
 import threading
-from dataclasses import replace
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -12,12 +12,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import asking
+import clinic
 import data
 import evaluate
 import judge
 import rollout
 import score
 import tables
+from asking import Reply, Sampling
+from stage import RECORDS
 
 OPTIONS = {"A": "CT", "B": "MRI", "C": "PET"}
 
@@ -89,46 +93,71 @@ def test_subsets_split_the_image_questions(stages):
         assert sum(figures["questions"] * figures["accuracy"][0] for figures in parts) / 6 == pytest.approx(results["groups"]["image"]["accuracy"][0])
 
 
-def test_killed_and_resumed_evaluation_gives_the_same_results(world, stages, tmp_path):
-    whole = (stages["thorough"] / "replies.jsonl").read_bytes()
+def test_killed_and_resumed_evaluation_gives_the_same_results_and_asks_nothing_twice(
+    world, stages, tmp_path, monkeypatch
+):
+    (path,) = (stages["thorough"].parent / "replies").glob("evaluate-clinic-thorough-*.jsonl")
+    asked, answer = Counter(), clinic.answer
+
+    def counted(role: str, *about) -> str:
+        asked[role] += 1
+        return answer(role, *about)
+
+    monkeypatch.setattr(clinic, "answer", counted)
+    whole = path.read_bytes()
     kept = whole[: len(whole) // 2]
     assert not kept.endswith(b"\n")  # killed in the middle of a line
-    (tmp_path / "replies.jsonl").write_bytes(kept)
-    (tmp_path / "replies.jsonl.settings.json").write_bytes((stages["thorough"] / "replies.jsonl.settings.json").read_bytes())
-    results = run(world, tmp_path, "-n", "8", "4", "--judge", "clinic:judge", "--name", "thorough")
+    (tmp_path / "replies").mkdir()
+    (tmp_path / "replies" / path.name).write_bytes(kept)
+    more = ["-n", "8", "4", "--judge", "clinic:judge", "--name", "thorough"]
+    results = run(world, tmp_path / "out", *more)
     assert results == json.loads((stages["thorough"] / "results.json").read_text())
-    assert (tmp_path / "replies.jsonl").read_bytes() == whole
-    assert (tmp_path / "predictions.jsonl").read_bytes() == (stages["thorough"] / "predictions.jsonl").read_bytes()
+    assert (tmp_path / "replies" / path.name).read_bytes() == whole
+    assert asked["thorough"] == whole.count(b"\n") - kept.count(b"\n")
+    (judged,) = (tmp_path / "replies").glob("judge-*.jsonl")
+    assert asked["judge"] == judged.read_bytes().count(b"\n")
+    for name in ("predictions.jsonl", "verdicts.jsonl"):
+        assert (tmp_path / "out" / name).read_bytes() == (stages["thorough"] / name).read_bytes()
 
 
-def replies_file(out: Path, question: data.Question, responses: list[tuple[str, str]]) -> None:
-    """Stored replies, so that the real command has nothing to ask: what it then says follows from this file alone."""
-    rows = [
-        {
-            "id": question.id,
-            "sample": k,
-            "engine": "clinic:hasty",
-            "response": text,
-            "token_ids": None,
-            "finish_reason": finish,
-            "seed": 0,
-            "response_sha": data.content_hash(text)[:16],
-        }
-        for k, (text, finish) in enumerate(responses)
-    ]
-    data.write_jsonl(out / "replies.jsonl", rows)
+@contextlib.contextmanager
+def stored(out: Path, replies: dict[str, list[tuple[str, str]]], *more: str, images: str = "."):
+    """Stored replies of clinic:hasty to the questions of RUN/test.jsonl, (text, finish_reason) of
+    each sample by question: the real command has nothing to ask, and what it says follows from
+    this file alone. Yields its flags."""
+    questions = {q.id: q for q in data.read_questions(out.parent / "test.jsonl")}
+    count = max(map(len, replies.values()))
+    asked = ["--questions", str(out.parent / "test.jsonl"), "--images", images, "-n", str(count)]
+    flags = ["run", "--engine", "clinic:hasty", *asked, *more, "--out", str(out)]
+    args, rows = evaluate.parse(flags), []
+    sampling = Sampling(args.temperature, args.top_p, args.max_tokens, args.seed)
+    for key, said in replies.items():
+        question = questions[key].opened() if args.open_ended else questions[key]
+        ask = evaluate.make_ask(question, args.prompt, Path(images), count)
+        for k, (text, finish) in enumerate(said):
+            row = asking.reply_row(Reply(key, k, text, None, finish, 0), "clinic:hasty")
+            rows.append({**row, "asked": asking.content_of(ask.messages, ask.images)})
+    path = asking.replies_file(args, "evaluate", "clinic:hasty", sampling)
+    data.write_jsonl(path, rows)
+    before = path.read_bytes()
+    yield flags
+    assert path.read_bytes() == before  # nothing was asked
+
+
+def results_of(out: Path) -> dict:
+    return json.loads((out / "results.json").read_text())
 
 
 def test_right_answer_that_was_cut_off_counts_as_wrong_and_as_unread(tmp_path):
     question = data.Question("Which one?", OPTIONS, "A")
     data.write_jsonl(tmp_path / "test.jsonl", [question.to_row()])
     good = data.join_response("x", "A")
-    replies_file(
-        tmp_path / "out",
-        question,
-        [(good, "stop"), (good, "length"), ("<think> the answer is (A)", "length"), (data.join_response("x", "B"), "stop")],
-    )
-    figures = run(tmp_path, tmp_path / "out", "-n", "4", engine="clinic:hasty")["groups"]["text"]
+    wrong = data.join_response("x", "B")
+    said = [(good, "stop"), (good, "length"), ("<think> the answer is (A)", "length")]
+    said.append((wrong, "stop"))
+    with stored(tmp_path / "out", {question.id: said}) as flags:
+        evaluate.main(flags)
+    figures = results_of(tmp_path / "out")["groups"]["text"]
     assert (figures["accuracy"][0], figures["cut_off"], figures["unparsed"]) == (0.25, 0.5, 0.5)
 
 
@@ -136,8 +165,11 @@ def test_open_ended_answers_are_voted_on_and_only_unreadable_ones_are_unparsed(t
     question = data.Question("Which one?", {}, "renal ultrasound")
     data.write_jsonl(tmp_path / "test.jsonl", [question.to_row()])
     said = ["Renal ultrasound.", "CBC", "renal  ultrasound"]
-    replies_file(tmp_path / "out", question, [*((data.join_response("x", text), "stop") for text in said), ("<think> no answer", "stop")])
-    figures = run(tmp_path, tmp_path / "out", "-n", "4", engine="clinic:hasty")["groups"]["text"]
+    said = [(data.join_response("x", text), "stop") for text in said]
+    said.append(("<think> no answer", "stop"))
+    with stored(tmp_path / "out", {question.id: said}) as flags:
+        evaluate.main(flags)
+    figures = results_of(tmp_path / "out")["groups"]["text"]
     assert figures["accuracy"][0] == 0.5 and figures["unparsed"] == 0.25
     assert figures["majority"]["1"][0] == figures["pass"]["1"][0] == 0.5  # MV@1 = pass@1 = accuracy
     assert figures["majority"]["4"][0] == 1  # two of the three readable ones agree
@@ -147,37 +179,12 @@ def test_one_question_in_two_files_is_not_counted_twice(tmp_path):
     rows = [data.Question(f"{name}?", OPTIONS, "A") for name in "pq"]
     data.write_jsonl(tmp_path / "test.jsonl", [row.to_row() for row in rows])
     data.write_jsonl(tmp_path / "more.jsonl", [rows[0].to_row()])
-    replies = [
-        {
-            "id": q.id,
-            "sample": 0,
-            "engine": "clinic:hasty",
-            "response": data.join_response("x", said),
-            "token_ids": None,
-            "finish_reason": "stop",
-            "seed": 0,
-            "response_sha": "",
-        }
-        for q, said in zip(rows, "AB")
-    ]
-    data.write_jsonl(tmp_path / "out" / "replies.jsonl", replies)
-    try:
-        evaluate.main(
-            [
-                "run",
-                "--engine",
-                "clinic:hasty",
-                "--questions",
-                str(tmp_path / "test.jsonl"),
-                str(tmp_path / "more.jsonl"),
-                "--out",
-                str(tmp_path / "out"),
-            ]
-        )
-    except data.RowError as error:  # to refuse it is as good, if the message says which question
-        assert rows[0].id in str(error)
-        return
-    figures = json.loads((tmp_path / "out" / "results.json").read_text())["groups"]["text"]
+    said = {q.id: [(data.join_response("x", letter), "stop")] for q, letter in zip(rows, "AB")}
+    with stored(tmp_path / "out", said) as flags:
+        place = flags.index(str(tmp_path / "test.jsonl"))
+        flags.insert(place + 1, str(tmp_path / "more.jsonl"))
+        evaluate.main(flags)
+    figures = results_of(tmp_path / "out")["groups"]["text"]
     assert (figures["questions"], figures["accuracy"][0]) == (2, 0.5)
 
 
@@ -252,7 +259,8 @@ def test_plots_are_written_and_not_empty(reported, name):
 
 def test_report_without_curves_or_pairs_is_a_table(stages, tmp_path):
     evaluate.main(["report", "--results", str(stages["thorough"]), "--out", str(tmp_path / "out")])
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["stage.json", "table.md"]
+    results = {path.name for path in (tmp_path / "out").iterdir()} - set(RECORDS)
+    assert results == {"table.md"} and (tmp_path / "out" / "stage.json").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -309,8 +317,11 @@ def test_medxpertqas_own_prompt_has_two_turns_and_its_own_rule_reads_them_differ
     question = data.Question("What is seen?", OPTIONS, "B", [film(tmp_path)], "medxpertqa-mm")
     data.write_jsonl(tmp_path / "test.jsonl", [question.to_row()])
     with serving(lambda messages: "Therefore it is B" if "answer is" in text_of(messages) else "A long look: option A at first. The answer is (C).") as (spec, requests):
-        results = run(tmp_path, tmp_path / "out", "-n", "2", "--prompt", "official", engine=spec)
-        again = run(tmp_path, tmp_path / "out", "-n", "2", "--prompt", "official", engine=spec)  # nothing is asked twice
+        more = ["-n", "2", "--prompt", "official", "--name", "m"]
+        results = run(tmp_path, tmp_path / "out", *more, engine=spec)
+        assert len(requests) == 2  # and nothing is asked twice, in the same folder or in another
+        run(tmp_path, tmp_path / "out", *more, engine=spec)
+        again = run(tmp_path, tmp_path / "again", *more, engine=spec)
     assert [text_of(body["messages"]) for body in requests[:1]] == ["Q: What is seen?\nAnswer Choices: (A) CT (B) MRI (C) PET\nA: Let's think step by step.[image]"]
     assert {text_of(body["messages"]) for body in requests[1:]} == {"Therefore, among A through C, the answer is"} and len(requests) == 2  # two samples in the first; both chains are the same
     assert requests[1]["messages"][-2]["content"].startswith("A long look")
@@ -335,8 +346,10 @@ def test_both_rules_are_applied_and_shown_side_by_side(tmp_path, capsys):
     question = data.Question("What is seen?", OPTIONS, "B", source="medqa")
     data.write_jsonl(tmp_path / "test.jsonl", [question.to_row()])
     said = ["<think> A man. </think> <answer> B </answer>", "<think> B, or C </think> <answer> C </answer>", "<think> no letter </think>", "<answer> B </answer>"]
-    replies_file(tmp_path / "out", question, [(text, "stop") for text in said[:3]] + [(said[3], "length")])
-    found = run(tmp_path, tmp_path / "out", "-n", "4", engine="clinic:hasty")["benchmarks"]["medqa"]["figures"]
+    replies = [(text, "stop") for text in said[:3]] + [(said[3], "length")]
+    with stored(tmp_path / "out", {question.id: replies}) as flags:
+        evaluate.main(flags)
+    found = results_of(tmp_path / "out")["benchmarks"]["medqa"]["figures"]
     # ours: B, C, none, cut off; MedXpertQA's: the article A, the B of the thinking, none, cut off
     assert (found["accuracy"][0], found["unparsed"], found["official"][0], found["official_unparsed"]) == (0.25, 0.5, 0.25, 0.5)
     assert "by the benchmark's own rule 0.250" in capsys.readouterr().out
@@ -345,11 +358,15 @@ def test_both_rules_are_applied_and_shown_side_by_side(tmp_path, capsys):
 def test_free_answers_are_asked_for_without_options_and_graded_once(tmp_path):
     question = data.Question("What is done?", {"A": "renal ultrasound", "B": "CT"}, "A")
     data.write_jsonl(tmp_path / "test.jsonl", [question.to_row()])
-    replies_file(tmp_path / "out", replace(question), [(data.join_response("x", said), "stop") for said in ("Renal ultrasound", "sonography of the kidneys", "a CT", "an echo")])
+    said = ("Renal ultrasound", "sonography of the kidneys", "a CT", "an echo")
+    replies = {question.id: [(data.join_response("x", text), "stop") for text in said]}
     grades = {"sonography of the kidneys": '{"Correct": "Yes"}', "a CT": '{"Correct": "No"}', "an echo": "cannot say"}
     with serving(lambda messages: next(grade for said, grade in grades.items() if f"<Answer> {said} </Answer>" in text_of(messages))) as (spec, requests):
-        found = run(tmp_path, tmp_path / "out", "-n", "4", "--open-ended", spec, engine="clinic:hasty")["groups"]["text"]
-        assert run(tmp_path, tmp_path / "out", "-n", "4", "--open-ended", spec, engine="clinic:hasty")["groups"]["text"] == found
+        for name in ("out", "again"):  # a second folder of the same run
+            with stored(tmp_path / name, replies, "--open-ended", spec) as flags:
+                evaluate.main(flags)
+    found = results_of(tmp_path / "out")["groups"]["text"]
+    assert results_of(tmp_path / "again")["groups"]["text"] == found
     assert found["accuracy"][0] == 0.5 and len(requests) == 1 + 1 + 3  # what cannot be read is asked three times, and is wrong
     assert all("<Reference> renal ultrasound </Reference>" in text_of(body["messages"]) for body in requests)
     assert json.loads((tmp_path / "out" / "results.json").read_text())["entries"][0]["answer"] == "renal ultrasound"
@@ -392,20 +409,28 @@ def test_a_question_of_two_benchmarks_counts_in_both_and_one_id_for_two_question
     with pytest.raises(data.RowError, match="stands for another question"):
         evaluate.read_all([paths[0], paths[2]])
     (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(data.RowError, match="no question in it"):
-        evaluate.read_all([str(tmp_path / "empty.jsonl")])
+    with pytest.raises(data.RowError, match=r"empty\.jsonl: no row in it"):
+        evaluate.read_all([paths[0], str(tmp_path / "empty.jsonl")])
 
 
-def test_an_empty_answer_is_not_judged_and_verdicts_of_an_earlier_run_go(world, tmp_path):
-    questions = [q for q in data.read_questions(world / "test.jsonl") if q.images][:1]
-    data.write_jsonl(tmp_path / "test.jsonl", [questions[0].to_row()])
-    replies_file(tmp_path / "out", questions[0], [("", "blocked"), (data.join_response("The film shows it.", "x"), "stop")])
-    flags = ["run", "--engine", "clinic:hasty", "--questions", str(tmp_path / "test.jsonl"), "--images", str(world), "--out", str(tmp_path / "out"), "-n", "2"]
-    evaluate.main([*flags, "--judge", "clinic:judge"])
-    image = json.loads((tmp_path / "out" / "results.json").read_text())["groups"]["image"]
-    assert image["judged"] == 1 and image["unanswered"] == 0.5
-    evaluate.main(flags)
-    assert not (tmp_path / "out" / "verdicts.jsonl").exists()
+def test_an_empty_answer_is_not_judged_and_a_run_never_stands_beside_verdicts_of_another(
+    world, tmp_path
+):
+    question = next(q for q in data.read_questions(world / "test.jsonl") if q.images)
+    data.write_jsonl(tmp_path / "test.jsonl", [question.to_row()])
+    said = [("", "blocked"), (data.join_response("The film shows it.", "x"), "stop")]
+    out, bare = tmp_path / "out", tmp_path / "bare"
+    with stored(out, {question.id: said}, images=str(world)) as flags:
+        evaluate.main([*flags, "--judge", "clinic:judge"])
+        image = results_of(out)["groups"]["image"]
+        assert image["judged"] == 1 and image["unanswered"] == 0.5
+        before = {path: path.read_bytes() for path in out.iterdir()}
+        with pytest.raises(data.RowError, match="judge 'clinic:judge' -> ''.*another folder"):
+            evaluate.main(flags)
+        assert {path: path.read_bytes() for path in out.iterdir()} == before
+        evaluate.main([*flags, "--out", str(bare)])
+    assert not (bare / "verdicts.jsonl").exists()
+    assert "criteria" not in results_of(bare)["groups"]["image"]
 
 
 def test_benchmarks_are_told_apart_by_source_and_each_has_its_subsets(tmp_path):
@@ -461,3 +486,95 @@ def test_three_numbers_of_samples_are_refused(tmp_path):
 def test_a_folder_without_results_is_named(tmp_path):
     with pytest.raises(data.RowError, match="evaluate.py run writes it"):
         evaluate.main(["table", "--results", str(tmp_path / "none"), "--out", str(tmp_path)])
+
+
+# --------------------------------------------------------------------------------------------------
+# Nothing is written over
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """{path: content} of every file below a folder, but for locks, which hold nothing."""
+    found = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {path: content for path, content in found.items() if path.name != ".lock"}
+
+
+@pytest.fixture
+def two_runs(stages, tmp_path) -> Path:
+    """A folder with two evaluations, one and two, and things that none of our commands wrote."""
+    for name, engine in (("one", "hasty"), ("two", "thorough")):
+        (tmp_path / name).mkdir()
+        content = (stages[engine] / "results.json").read_bytes()
+        (tmp_path / name / "results.json").write_bytes(content)
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "notes.txt").write_text("the only copy")
+    (tmp_path / "older.md").write_text("a table of last week")
+    return tmp_path
+
+
+# --out -> why nothing is written there
+NO_FOLDER = {
+    "one": r"holds .*one/results\.json, which is read here; write to another folder",
+    ".": r"holds .*one/results\.json, which is read here; write to another folder",
+    "older.md": "a folder is wanted there",
+    "foreign": r"holds notes\.txt, which no finished or begun command wrote; write to another",
+    "done": r"was finished with other settings or inputs \(results \[.*two.*\] -> \[.*one.*\]\)",
+}
+
+
+@pytest.mark.parametrize("command", ["table", "plot", "report"])
+@pytest.mark.parametrize("name", NO_FOLDER)
+def test_tables_and_plots_are_never_written_over_something_else(two_runs, command, name):
+    done, out = str(two_runs / "done"), str(two_runs / name)
+    if name == "done":
+        evaluate.main([command, "--results", str(two_runs / "two"), "--out", done])
+    before = contents(two_runs)
+    with pytest.raises(data.RowError, match=f"--out .*: {NO_FOLDER[name]}"):
+        evaluate.main([command, "--results", str(two_runs / "one"), "--out", out])
+    assert contents(two_runs) == before
+
+
+@pytest.mark.parametrize("command", ["table", "plot", "report"])
+def test_a_table_of_changed_results_is_refused_and_one_of_the_same_is_left(
+    two_runs, command, capsys
+):
+    flags = [command, "--results", str(two_runs / "one"), "--out", str(two_runs / "out")]
+    evaluate.main(flags)
+    before = contents(two_runs)
+    capsys.readouterr()
+    evaluate.main(flags)
+    assert "is finished already" in capsys.readouterr().out and contents(two_runs) == before
+    results = (two_runs / "two" / "results.json").read_bytes()
+    (two_runs / "one" / "results.json").write_bytes(results)
+    before = contents(two_runs)
+    with pytest.raises(data.RowError, match=r"\(.*one/results\.json changed\)"):
+        evaluate.main(flags)
+    assert contents(two_runs) == before
+
+
+def test_a_table_and_a_plot_do_not_share_a_folder(two_runs):
+    flags = ["--results", str(two_runs / "one"), "--out", str(two_runs / "out")]
+    evaluate.main(["table", *flags])
+    with pytest.raises(data.RowError, match="command 'table' -> 'plot'"):
+        evaluate.main(["plot", *flags])
+
+
+# --out -> why nothing is written there
+NO_FILE = {
+    "one/results.json": "is read here; name another file",
+    "foreign/../two/results.json": "is read here; name another file",
+    "foreign": "is a folder; name another file",
+    "older.md": "is there already, with another content; move it away, or name another file",
+}
+
+
+@pytest.mark.parametrize("name", NO_FILE)
+def test_a_comparison_is_never_written_over_something_else(two_runs, name):
+    runs = [str(two_runs / "one"), str(two_runs / "two")]
+    before = contents(two_runs)
+    with pytest.raises(data.RowError, match=f"--out .*{name}: {NO_FILE[name]}"):
+        evaluate.main(["compare", "--results", *runs, "--out", str(two_runs / name)])
+    assert contents(two_runs) == before
+    for _ in range(2):  # the same over itself changes nothing
+        evaluate.main(["compare", "--results", *runs, "--out", str(two_runs / "new.md")])
+    with pytest.raises(data.RowError, match=r"new\.md: is there already, with another content"):
+        evaluate.main(["compare", "--results", *runs[::-1], "--out", str(two_runs / "new.md")])

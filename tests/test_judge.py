@@ -1,5 +1,6 @@
 """Preference pairs: the paper's prompt, verdicts that are read or left out, sides by truth table, pairing rules by hand."""
 
+import argparse
 import itertools
 import json
 import random
@@ -181,6 +182,18 @@ def test_error_names_the_missing_key(key):
 # Asking
 
 
+def asking_args(run: Path, *more: str) -> argparse.Namespace:
+    """The flags of `verdicts` into a folder of this run, with the run as the image root."""
+    files = ["--rollouts", "none.jsonl", "--questions", "none.jsonl"]
+    out = ["--images", str(run), "--out", str(run / "verdicts")]
+    return judge.parse(["verdicts", "--judge", "double:judge", *files, *out, *more])
+
+
+def stored(run: Path) -> dict[str, bytes]:
+    """{name: content} of every file of replies that a run keeps."""
+    return {path.name: path.read_bytes() for path in sorted((run / "replies").glob("*.jsonl"))}
+
+
 @dataclass
 class RemoteJudge:
     """Stands for a model behind a network: replies from a script, one a time, and remembers what it was asked."""
@@ -203,7 +216,7 @@ def test_unreadable_reply_is_asked_again_up_to_three_times_then_stored_with_its_
     no = reply(No_Hallucination="No")
     scripts = [[no], ["", no], ["", "{}", no], ["", "", "hm", no]]  # the last would be readable at a fourth ask
     double = RemoteJudge({row["response"]: script for row, script in zip(rows, scripts)})
-    verdicts = judge.judge_all(double, rows, {"q": question()}, tmp_path, tmp_path, {"seed": 0})
+    verdicts = judge.judge_all(double, rows, {"q": question()}, asking_args(tmp_path))
     expected = [(row["response"], k) for row, count in ((at_once, 1), (second, 2), (third, 3), (never, 3)) for k in range(count)]
     assert sorted(double.asked) == sorted(expected)
     by_sample = {row["sample"]: row for row in verdicts}
@@ -215,10 +228,14 @@ def test_unreadable_reply_is_asked_again_up_to_three_times_then_stored_with_its_
 def test_judged_again_asks_nothing_and_says_the_same(tmp_path):
     rows = [candidate("q", 0, "one"), candidate("q", 1, "two")]
     script = {rows[0]["response"]: ["", reply()], rows[1]["response"]: ["", "", ""]}
-    first = judge.judge_all(RemoteJudge(script), rows, {"q": question()}, tmp_path, tmp_path, {"seed": 0})
-    again = RemoteJudge(script)
-    assert judge.judge_all(again, rows, {"q": question()}, tmp_path, tmp_path, {"seed": 0}) == first
-    assert again.asked == []
+    args, before, again = asking_args(tmp_path), RemoteJudge(script), RemoteJudge(script)
+    first = judge.judge_all(before, rows, {"q": question()}, args)
+    kept = stored(tmp_path)
+    assert len(before.asked) == 2 + 3 and len(kept) == 1
+    assert judge.judge_all(again, rows, {"q": question()}, args) == first
+    other_folder = asking_args(tmp_path, "--out", str(tmp_path / "other"))
+    assert judge.judge_all(again, rows, {"q": question()}, other_folder) == first
+    assert again.asked == [] and stored(tmp_path) == kept
 
 
 def test_rollouts_made_again_are_asked_about_only_where_their_text_is_new(tmp_path):
@@ -226,8 +243,9 @@ def test_rollouts_made_again_are_asked_about_only_where_their_text_is_new(tmp_pa
     new = [candidate("q", 0, "two"), candidate("q", 1, "three"), candidate("q", 7, "one")]
     script = {row["response"]: [reply(No_Hallucination=answer)] for row, answer in zip([old[0], old[1], new[1]], ("Yes", "No", "Yes"))}
     before, after = RemoteJudge(script), RemoteJudge(script)
-    judge.judge_all(before, old, {"q": question()}, tmp_path, tmp_path, {"seed": 0})
-    verdicts = judge.judge_all(after, new, {"q": question()}, tmp_path, tmp_path, {"seed": 0})
+    args = asking_args(tmp_path)
+    judge.judge_all(before, old, {"q": question()}, args)
+    verdicts = judge.judge_all(after, new, {"q": question()}, args)
     assert [text for text, _ in before.asked] == [old[0]["response"], old[1]["response"]]
     assert [text for text, _ in after.asked] == [new[1]["response"]]
     assert [(row["sample"], row["criteria"]["No_Hallucination"]) for row in verdicts] == [(0, False), (1, True), (7, True)]
@@ -237,12 +255,17 @@ def test_rollouts_made_again_are_asked_about_only_where_their_text_is_new(tmp_pa
 def test_another_judge_or_other_settings_are_asked_anew_and_the_first_replies_stay(tmp_path):
     row = candidate("q", 0, "one")
     doubles = [RemoteJudge({row["response"]: [reply(No_Hallucination=said)]}, spec) for said, spec in (("Yes", "double:a"), ("No", "double:b"), ("No", "double:a"))]
-    for double, settings in zip(doubles, ({"seed": 0}, {"seed": 0}, {"seed": 0, "pixels": 56})):
-        (verdict,) = judge.judge_all(double, [row], {"q": question()}, tmp_path, tmp_path, settings)
+    kept: dict[str, bytes] = {}
+    for double, more in zip(doubles, ([], [], ["--pixels", "3136"])):
+        (verdict,) = judge.judge_all(double, [row], {"q": question()}, asking_args(tmp_path, *more))
         assert len(double.asked) == 1 and verdict["judge"] == double.spec and verdict["criteria"]["No_Hallucination"] == (double is doubles[0])
+        now = stored(tmp_path)
+        assert len(now) == len(kept) + 1 and kept.items() < now.items()  # beside the others
+        kept = now
     again = RemoteJudge({}, "double:a")
-    assert judge.judge_all(again, [row], {"q": question()}, tmp_path, tmp_path, {"seed": 0})[0]["criteria"]["No_Hallucination"]
-    assert again.asked == []
+    (verdict,) = judge.judge_all(again, [row], {"q": question()}, asking_args(tmp_path))
+    assert verdict["criteria"]["No_Hallucination"]
+    assert again.asked == [] and stored(tmp_path) == kept
 
 
 def test_verdict_carries_a_hash_of_all_it_says():
@@ -562,13 +585,14 @@ def run_verdicts(world: Path, rollouts: Path, out: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def verdicts(world, rollouts, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("verdicts")
+    out = tmp_path_factory.mktemp("judged") / "verdicts"
     run_verdicts(world, rollouts, out)
     return out
 
 
 def replies_of(folder: Path) -> Path:
-    (path,) = folder.glob("replies-*.jsonl")
+    """The judge's replies, which lie beside the folder of verdicts."""
+    (path,) = (folder.parent / "replies").glob("judge-*.jsonl")
     return path
 
 
@@ -602,6 +626,7 @@ def test_verdicts_say_what_each_teacher_lacks(world, rollouts, verdicts):
 
 
 def test_pairs_join_thorough_chains_with_lacking_ones_and_the_report_adds_up(world, rollouts, verdicts, tmp_path, capsys):
+    out = tmp_path / "pairs"
     judge.main(
         [
             "pairs",
@@ -612,11 +637,13 @@ def test_pairs_join_thorough_chains_with_lacking_ones_and_the_report_adds_up(wor
             "--questions",
             str(world / "test.jsonl"),
             "--out",
-            str(tmp_path),
+            str(out),
         ]
     )
-    report, stage = json.loads((tmp_path / "report.json").read_text()), json.loads((tmp_path / "stage.json").read_text())
-    pairs = [row for _, row in data.read_jsonl(tmp_path / "pairs.jsonl")]
+    report, stage = (
+        json.loads((out / f"{name}.json").read_text()) for name in ("report", "stage")
+    )
+    pairs = [row for _, row in data.read_jsonl(out / "pairs.jsonl")]
     met = {(row["id"], row["sample"]): row["criteria"] for _, row in data.read_jsonl(verdicts / "verdicts.jsonl")}
     # by brute force: all x all of each question, each different pair of texts once
     texts = {(row["id"], row["sample"]): row["response"] for _, row in data.read_jsonl(rollouts)}
@@ -625,18 +652,25 @@ def test_pairs_join_thorough_chains_with_lacking_ones_and_the_report_adds_up(wor
     assert report["candidates"] == 120 and report["correct"] == len(met) == report["positive"] + report["negative"]
     assert report["pairs"] == len(pairs) == stage["figures"]["pairs"]
     assert f"120 -> {len(met)} -> {len(met)} -> {report['positive']} / {report['negative']}" in capsys.readouterr().out
-    assert data.main(["check", str(tmp_path / "pairs.jsonl"), str(verdicts / "verdicts.jsonl"), str(rollouts)]) == 0
+    files = [out / "pairs.jsonl", verdicts / "verdicts.jsonl", rollouts]
+    assert data.main(["check", *map(str, files)]) == 0
 
 
-def test_killed_and_resumed_judge_says_the_same_and_asks_nothing_twice(world, rollouts, verdicts, tmp_path):
-    path = replies_of(verdicts)
+def test_killed_and_resumed_judge_says_the_same_and_asks_nothing_twice(
+    world, rollouts, verdicts, tmp_path, monkeypatch
+):
+    path, asked, answer = replies_of(verdicts), [], clinic.answer
     whole = path.read_bytes()
     kept = whole[: len(whole) // 2]
     assert not kept.endswith(b"\n")  # killed in the middle of a line
-    (tmp_path / path.name).write_bytes(kept)
-    run_verdicts(world, rollouts, tmp_path)
-    assert (tmp_path / "verdicts.jsonl").read_bytes() == (verdicts / "verdicts.jsonl").read_bytes()
-    assert (tmp_path / path.name).read_bytes() == whole
+    (tmp_path / "replies").mkdir()
+    (tmp_path / "replies" / path.name).write_bytes(kept)
+    monkeypatch.setattr(clinic, "answer", lambda *about: asked.append(about) or answer(*about))
+    run_verdicts(world, rollouts, tmp_path / "again")
+    again = tmp_path / "again" / "verdicts.jsonl"
+    assert again.read_bytes() == (verdicts / "verdicts.jsonl").read_bytes()
+    assert (tmp_path / "replies" / path.name).read_bytes() == whole
+    assert len(asked) == whole.count(b"\n") - kept.count(b"\n")
 
 
 def test_rollout_of_an_unknown_question_is_refused_by_file_and_line(tmp_path):
