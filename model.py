@@ -34,10 +34,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 
 import data
+from images import load_image
 
 MAX_PIXELS = 768 * 768  # ours: paper silent (LLaMA-Factory's image_max_pixels)
 TILES = 1  # ours: paper silent (LLaMA-Factory trains InternVL on one tile an image)
@@ -98,22 +99,6 @@ class Segment:
 
 
 Row = list[Segment]
-
-
-def load_image(path: str | Path) -> Image.Image:
-    """An RGB image, upright. Transparency is laid on white; 16-bit greys are scaled to 8. Raises RowError naming the file."""
-    try:
-        with Image.open(path) as opened:
-            opened.load()
-            image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith("I"):  # 16 bits of grey; Pillow's own conversion would clip at 255
-                image = image.convert("F").point(lambda value: value / 257).convert("L")
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise data.RowError(f"{path}: not a readable image ({error}); replace or remove it") from None
 
 
 class Processor:

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # each file may import only files before it
 TABLE = [
-    "data", "lora", "model", "train", "clinic", "decode", "asking", "remote", "engines", "benchmarks", "official", "leaks",
+    "data", "images", "lora", "model", "train", "clinic", "decode", "asking", "remote", "engines", "benchmarks", "official", "leaks",
     "descriptions", "curate", "distill", "sft", "rollout", "judge", "dpo", "score", "tables", "figures", "cases", "evaluate", "plan", "medee",
 ]  # fmt: skip
 STAGES = ["data", "model", "clinic", "benchmarks", "leaks", "curate", "distill", "sft", "rollout", "judge", "dpo", "evaluate", "medee"]

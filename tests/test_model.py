@@ -303,59 +303,6 @@ def test_internvl_tiles_are_one_by_default_and_cut_on_request(internvl_hub, size
     assert many.grid[0] * many.grid[1] * many.grid[2] == many.tokens
 
 
-def test_load_image_makes_every_kind_of_file_upright_rgb(tmp_path):
-    colours = picture(40, 30)
-
-    def load(image: Image.Image, name: str, **options) -> np.ndarray:
-        image.save(tmp_path / name, **options)
-        loaded = model.load_image(tmp_path / name)
-        assert loaded.mode == "RGB"
-        return np.asarray(loaded).astype(int)
-
-    half = colours.copy()
-    half.putalpha(Image.fromarray(np.repeat([[0, 128, 255]], 30, 0).repeat([20, 10, 10], 1).astype(np.uint8)))
-    shown = load(half, "alpha.png")
-    assert (shown[:, :20] == 255).all()  # nothing but the white it lies on
-    assert (shown[:, 30:] == np.asarray(colours)[:, 30:]).all()
-    assert np.abs(shown[:, 20:30] - (np.asarray(colours)[:, 20:30] * 128.0 + 255 * 127) / 255).max() <= 1
-
-    deep = np.linspace(0, 65535, 1200).reshape(30, 40).astype(np.uint16)
-    assert np.abs(load(Image.fromarray(deep), "deep.png")[..., 0] - deep / 257).max() <= 1
-
-    flat = Image.new("RGB", (40, 30), (200, 40, 90))
-    assert np.abs(load(flat.convert("CMYK"), "print.jpg", quality=100) - [200, 40, 90]).max() <= 4
-
-    indexed = colours.quantize(16)
-    assert (load(indexed, "palette.png") == np.asarray(indexed.convert("RGB"))).all()
-    hole = load(indexed, "hole.png", transparency=3)
-    assert (hole[np.asarray(indexed) == 3] == 255).all()
-    assert (hole[np.asarray(indexed) != 3] == np.asarray(indexed.convert("RGB"))[np.asarray(indexed) != 3]).all()
-
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera lay on its side: turn a quarter clockwise
-    assert (load(colours, "turned.png", exif=exif) == np.rot90(np.asarray(colours), -1)).all()
-
-    assert load(colours.convert("L"), "grey.png").shape == (30, 40, 3)
-    assert load(colours.crop((0, 0, 40, 1)), "line.png").shape == (1, 40, 3)
-
-
-def test_unreadable_images_are_refused_by_name(tmp_path):
-    picture(40, 30).save(tmp_path / "whole.jpg")
-    (tmp_path / "torn.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:500])
-    (tmp_path / "text.png").write_text("not an image")
-    (tmp_path / "empty.png").touch()
-    for name in ("torn.jpg", "text.png", "empty.png", "absent.png"):
-        with pytest.raises(data.RowError, match=name):
-            model.load_image(tmp_path / name)
-
-
-def test_an_image_too_large_to_open_is_refused_by_name(tmp_path, monkeypatch):
-    picture(40, 30).save(tmp_path / "huge.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow's guard against files that unpack to gigabytes
-    with pytest.raises(data.RowError, match="huge.png"):
-        model.load_image(tmp_path / "huge.png")
-
-
 # --- positions and log-probabilities
 
 
