@@ -1,17 +1,19 @@
-"""One function opens a picture, for everybody who looks at one: training, engines, leak check, pages and plots.
+"""One function opens a picture for everybody: training, engines, leak check, pages and plots.
 
     load_image(path) -> an RGB image of 8 bits a colour, upright
 
     turned        as the camera's EXIF note says
     transparent   laid on white
-    deep greys    16 or 32 bits or floats: the picture's own darkest value becomes 0, its brightest 255
+    deep greys    16 or 32 bits or floats: the picture's own darkest value becomes 0, its
+                  brightest 255, and a constant picture is black
 
-A film of 10 to 15 bits uses a small part of a 16-bit file. Divided by 257 it would come out nearly black, and no note in the
-file says how many bits it has; so the picture's own range decides. A constant picture is black.
+A film of 10 to 15 bits uses a small part of a 16-bit file. Divided by 257 it would come out nearly
+black, and no note in the file says how many bits it has; so the picture's own range decides.
 
 reads any file that Pillow reads; writes nothing.
 
-Where we depart from the paper, or it is silent: it names no image formats and no windows. All of this is ours.
+Where we depart from the paper, or it is silent: it names no image formats and no windows. All of
+this is ours.
 """
 
 from pathlib import Path
@@ -23,7 +25,7 @@ import data
 
 
 def stretched(image: Image.Image) -> Image.Image:
-    """A picture of deep greys as 8 bits over its own range. Raises ValueError for greys that are no finite numbers."""
+    """A picture of deep greys as 8 bits over its own range. Raises ValueError unless all are finite."""
     grey = np.asarray(image, np.float64)
     low, high = grey.min(), grey.max()
     if not np.isfinite(high - low):
@@ -34,9 +36,10 @@ def stretched(image: Image.Image) -> Image.Image:
 
 
 def load_image(path: str | Path, least: tuple[int, int] | None = None) -> Image.Image:
-    """An upright RGB image: transparency is laid on white, greys of more than 8 bits are stretched over the picture's own
-    range. least: (width, height) to which a large JPEG may be shrunk and made grey while it is decoded, which is much faster.
-    Raises RowError naming the file."""
+    """An upright RGB image: transparency is laid on white, greys of more than 8 bits are stretched
+    over the picture's own range. least: (width, height) that is enough; a large JPEG may then be
+    shrunk and made grey while it is decoded, which is much faster. Raises RowError naming the file.
+    """
     try:
         with Image.open(path) as opened:
             if least:
@@ -49,4 +52,5 @@ def load_image(path: str | Path, least: tuple[int, int] | None = None) -> Image.
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
     except Exception as error:  # each of Pillow's decoders has its own exceptions for a broken file
-        raise data.RowError(f"{path}: not a readable image ({error}); replace or remove it") from None
+        said = f"{path}: not a readable image ({error}); replace or remove it"
+        raise data.RowError(said) from None

@@ -1,4 +1,4 @@
-"""images.py: every kind of file by hand, a film of 12 bits against the same film in 8, and files that are broken."""
+"""images.py: every kind of file by hand, a film of 12 bits against the same film in 8, broken files."""
 
 import io
 import os
@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def picture(width: int, height: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(noise)
 
 
 def film(bits: int) -> np.ndarray:
@@ -88,7 +89,8 @@ def test_a_film_of_more_bits_looks_like_the_same_film_in_8(tmp_path, bits, name)
     Image.fromarray(film(bits).astype(np.uint16)).save(tmp_path / name)
     plain = np.asarray(images.load_image(tmp_path / "plain.png")).astype(int)
     assert 60 < plain.mean() < 200
-    for shown in (images.load_image(tmp_path / name), Image.open(io.BytesIO(remote.picture_bytes(tmp_path / name, None)))):
+    sent = Image.open(io.BytesIO(remote.picture_bytes(tmp_path / name, None)))
+    for shown in (images.load_image(tmp_path / name), sent):
         assert np.abs(np.asarray(shown).astype(int) - plain).max() <= 1
     one, other = leaks.dhash(tmp_path / "plain.png"), leaks.dhash(tmp_path / name)
     assert (one ^ other).bit_count() <= leaks.DISTANCE
@@ -99,12 +101,13 @@ def test_deep_greys_span_the_pictures_own_range_whatever_their_type(tmp_path):
     greys = np.array([[-1000, -200, 600], [1400, 2200, 3000]])
     for name, kind in (("whole.tiff", np.int32), ("float.tiff", np.float32)):
         Image.fromarray(greys.astype(kind)).save(tmp_path / name)
-        assert np.asarray(images.load_image(tmp_path / name))[..., 0].tolist() == [[0, 51, 102], [153, 204, 255]]
+        shown = np.asarray(images.load_image(tmp_path / name))[..., 0]
+        assert shown.tolist() == [[0, 51, 102], [153, 204, 255]]
     for name, kind in (("flat.png", np.uint16), ("flat.tiff", np.float32)):
         Image.fromarray(np.full((4, 5), 700, kind)).save(tmp_path / name)
         assert not np.asarray(images.load_image(tmp_path / name)).any()
     Image.fromarray(np.array([[0, np.nan], [1, 2]], np.float32)).save(tmp_path / "hole.tiff")
-    with pytest.raises(data.RowError, match="hole.tiff: not a readable image .its greys are not all finite"):
+    with pytest.raises(data.RowError, match="hole.tiff: not a readable image .its greys are not"):
         images.load_image(tmp_path / "hole.tiff")
 
 
@@ -121,8 +124,9 @@ def test_a_file_cut_off_anywhere_is_refused_by_name(tmp_path, suffix):
 
 
 def test_no_other_file_opens_pictures():
-    # benchmarks.py asks whether downloaded bytes are a picture, clinic.py reads the text chunk of its own films
-    opening = {path.name for path in ROOT.glob("*.py") if re.search(r"\bImage\.open\(", path.read_text())}
+    # benchmarks.py asks whether downloaded bytes are a picture, clinic.py reads its films' text chunk
+    opens = re.compile(r"\bImage\.open\(")
+    opening = {path.name for path in ROOT.glob("*.py") if opens.search(path.read_text())}
     assert opening == {"images.py", "benchmarks.py", "clinic.py"}
 
 

@@ -15,6 +15,7 @@ import torch
 from bench.logprobs import peak_bytes
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers.core_model_loading import revert_weight_conversion
 
 import data
 import model
@@ -151,10 +152,15 @@ def test_prompt_ids_are_those_of_the_chat_template(processor, family, template, 
 REAL_MODELS = sorted(path.parent for path in Path(os.environ.get("MEDEE_REAL_MODELS", "/nowhere")).glob("*/config.json"))
 
 
+# the first is half the bytes that the published index counts, the second the sum of the sizes by
+# hand of test_folders.hub_weights
+PUBLISHED_PARAMETERS = {"qwen2.5-vl-7b": 8_292_166_656, "internvl3-8b": 7_944_373_760}
+
+
 @pytest.mark.skipif(not REAL_MODELS, reason="MEDEE_REAL_MODELS names no folder with published checkpoints; the templates above are written from memory")
 @pytest.mark.parametrize("folder", REAL_MODELS, ids=[path.name for path in REAL_MODELS])
 def test_a_published_folder_has_the_template_the_ids_and_the_shapes_that_this_project_takes_it_to_have(folder):
-    # weights are not read: config, tokenizer and image processor are enough
+    # no weight is read: config, tokenizer, image processor and, where they are, the files' headers
     processor = model.Processor(folder)
     for count in (0, 1, 6):
         images = [processor.encode_image(picture(300 + 28 * seed, 200, seed)) for seed in range(count)]
@@ -163,11 +169,24 @@ def test_a_published_folder_has_the_template_the_ids_and_the_shapes_that_this_pr
     assert processor.image_id == processor.config.image_token_id and processor.tokenizer.decode([processor.stop_id]) == "<|im_end|>"
     for response in (GOOD, "\n" + GOOD, " " + GOOD, "caf\u00e9 \u2265 3 \u4e2d\U0001f600"):
         assert processor.decode(processor.encode_response(response).ids) == response
-    size = plan.SIZES.get(folder.name.lower().removesuffix("-hf").removesuffix("-instruct"))
-    if size:
-        text = processor.config.get_text_config()
-        found = (text.hidden_size, text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads, text.intermediate_size, text.vocab_size)
-        assert found == (size.width, size.layers, size.heads, size.kv_heads, size.feed_forward, size.vocabulary)
+    name = folder.name.lower().removesuffix("-hf").removesuffix("-instruct")
+    if name in plan.SIZES:
+        network = plan.shapes(model.load_config(folder), "full").model
+        planned = plan.shapes(plan.config_of(plan.SIZES[name]), "full").model
+        found, wanted = (
+            {n: p.shape for n, p in net.named_parameters()} for net in (network, planned)
+        )
+        assert found == wanted
+        assert sum(p.numel() for p in network.parameters()) == PUBLISHED_PARAMETERS[name]
+        index = folder / "model.safetensors.index.json"
+        if index.exists():
+            published = json.loads(index.read_text())
+            stored = revert_weight_conversion(network, dict(network.named_parameters()))
+            assert stored.keys() == published["weight_map"].keys()
+            size = 2 * PUBLISHED_PARAMETERS[name]  # bf16
+            assert published["metadata"]["total_size"] == size
+    if any(folder.glob("*.safetensors")):
+        model.meta_policy(folder)  # raises unless every name and shape has its place
 
 
 def test_images_inside_a_turn_stand_where_its_parts_have_them(processor, family):
