@@ -187,6 +187,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in backward")
     parser.add_argument("--replicas", type=int, default=1, help="copies of the model, each sharded over its part of the ranks: the number of nodes, or 1")
     parser.add_argument("--save-every", type=int, default=50, help="steps between states to resume from")
+    stored = "numbers of OUT/merged; auto: as the weight files of --model have them"
+    parser.add_argument("--save-dtype", choices=["auto", "float32"], default="auto", help=stored)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 
@@ -236,10 +238,12 @@ def main(argv: list[str] | None = None) -> None:
         out=out, device=device, learning_rate_peak=args.lr, batch=args.batch, micro=args.micro_batch, epochs=args.epochs,
         seed=args.seed, save_every=args.save_every,
     )  # fmt: skip
-    save(out, policy, processor, (args.rank, args.alpha, args.model) if args.method == "lora" else None)
+    adapter = (args.rank, args.alpha, args.model) if args.method == "lora" else None
+    saved = save(out, policy, processor, adapter, args.save_dtype)
     train.forget_state(out)
     if train.rank() == 0:
         figures = {"pairs": len(kept), "dropped": len(pairs) - len(kept), "steps": len(history), "first_loss": history[0]["loss"], "last_loss": history[-1]["loss"]}
+        figures |= saved
         data.write_stage(out, args, [args.model, args.pairs], [out / "merged"], started, **figures)
         train.print0(json.dumps(figures))
 

@@ -28,6 +28,7 @@ import math
 import os
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -39,13 +40,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 import data
+import lora
 from images import load_image
 
 MAX_PIXELS = 768 * 768  # ours: paper silent (LLaMA-Factory's image_max_pixels)
 TILES = 1  # ours: paper silent (LLaMA-Factory trains InternVL on one tile an image)
 LOGIT_CHUNK = 256  # supervised positions whose logits exist at one time; ours: 156 MB in fp32 for 152k tokens
-# ours: two weights are compared so many rows at a time, 120 MB in fp32 for the widest of a 72B
-COMPARED_ROWS = 1024
+# ours: weights are compared so many rows at a time, 30 MB in fp32 for the widest of a 72B
+COMPARED_ROWS = 256
 SHARD_BYTES = 5_000_000_000  # ours: a weight file is at most so large, as on the hub, and so is what saving holds
 
 
@@ -594,6 +596,10 @@ class Checkpoint:
                     raise data.RowError(f"{folder}: {both} are both {name}; remove the wrong one")
                 self.stored[name], self.keys[name] = opened.get_slice(key), place
         self.check(model)
+        numbers = Counter()
+        for tensor in self.stored.values():
+            numbers[tensor[:0].dtype] += math.prod(tensor.get_shape())
+        self.dtype = numbers.most_common(1)[0][0]  # that of most numbers: a file may mix them
 
     def files(self) -> list[Path]:
         """The weight files. Raises RowError if one is not there."""
@@ -692,49 +698,109 @@ def load_policy(folder: str | Path, dtype: torch.dtype = torch.float32) -> Polic
     return policy
 
 
-def save_policy(folder: str | Path, policy: Policy, processor: Processor, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes a folder that transformers and vLLM load: weights, config, tokenizer, image processor.
+class Rounding:
+    """What becomes of a training's changes in saving, gathered tensor by tensor: a change of less
+    than half the spacing of the file's numbers is rounded away."""
 
-    tensors: (name in the Hugging Face model, whole tensor), one at a time; a tied weight once. Only the tensors of the file
-    being filled are held. All is written to FOLDER/saving.tmp and then moved, the file that makes the weights loadable last:
-    a kill at any moment leaves no checkpoint that loads and is not whole.
+    def __init__(self, policy: Policy):
+        self.start = policy.checkpoint  # None: the policy comes from no folder
+        self.trained = lora.trained_weights(policy.model)
+        self.count = self.changed = 0
+        self.change = self.lost = 0.0  # squared norms
+
+    def add(self, name: str, exact: Tensor, saved: Tensor) -> None:
+        """exact: a weight as training left it; saved: the same as the file will have it."""
+        if self.start is None or name not in self.trained:
+            return
+        for part in row_parts(len(exact)):
+            before, after = self.start.read(name, part).float(), saved[part].float()
+            now = exact[part].float()
+            self.count += now.numel()
+            self.changed += int((after != before).sum())
+            self.change += float((now - before).square().sum(dtype=torch.float64))
+            self.lost += float((now - after).square().sum(dtype=torch.float64))
+
+    def figures(self) -> dict[str, float]:
+        """weights_changed: the share of the trained weights whose saved value is not the start's.
+        rounding_lost: the norm of what rounding took, over the norm of the whole change. Empty for
+        a policy from no folder."""
+        if not self.count:
+            return {}
+        lost = math.sqrt(self.lost / self.change) if self.change else 0.0
+        return {"weights_changed": self.changed / self.count, "rounding_lost": lost}
+
+
+def write_config(folder: Path, policy: Policy, dtype: torch.dtype) -> None:
+    """config.json and generation_config.json of weights that are all of one dtype."""
+    config = policy.model.config
+    config.architectures = [type(policy.model).__name__]
+    for part in (config, config.text_config, config.vision_config):
+        part.dtype = str(dtype).removeprefix("torch.")
+    config.save_pretrained(folder)
+    policy.model.generation_config.save_pretrained(folder)
+
+
+def save_policy(
+    folder: str | Path,
+    policy: Policy,
+    processor: Processor,
+    tensors: Iterable[tuple[str, Tensor]],
+    shard_bytes: int = SHARD_BYTES,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, float]:
+    """Writes a folder that transformers and vLLM load: weights, all of one dtype, config,
+    tokenizer, image processor. Returns Rounding's figures.
+
+    tensors: (name in the Hugging Face model, whole tensor), one at a time; a tied weight once. Only
+    the tensors of the file being filled are held. All is written to FOLDER/saving.tmp and then
+    moved, the file that makes the weights loadable last: a kill at any moment leaves no checkpoint
+    that loads and is not whole.
     """
     from safetensors.torch import save_file
     from transformers.core_model_loading import revert_weight_conversion
 
-    folder = Path(folder)
-    making = folder / "saving.tmp"
+    making = Path(folder) / "saving.tmp"
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir(parents=True)
+    rounding, total = Rounding(policy), 0
     held: dict[str, Tensor] = {}
     files: list[list[str]] = []  # the keys of each file
-    total = 0
 
     def write() -> None:
-        stored = revert_weight_conversion(policy.model, held)  # names as the hub's checkpoints have them
+        stored = revert_weight_conversion(policy.model, held)  # names as on the hub
         save_file(stored, making / f"{len(files)}", metadata={"format": "pt"})
         files.append(list(stored))
         held.clear()
 
     for name, tensor in tensors:
-        if held and sum(t.nbytes for t in held.values()) + tensor.nbytes > shard_bytes:
-            write()
-        held[name] = tensor.detach().cpu().contiguous()
-        total += tensor.nbytes
+        saved = tensor.detach().to("cpu", dtype).contiguous()
+        rounding.add(name, tensor.detach(), saved)
         del tensor  # or the loop's variable would hold it while the next is made
+        if held and sum(t.nbytes for t in held.values()) + saved.nbytes > shard_bytes:
+            write()
+        held[name] = saved
+        total += saved.nbytes
+        del saved
     write()
-    config = policy.model.config
-    config.architectures, config.dtype = [type(policy.model).__name__], str(policy.model.dtype).removeprefix("torch.")
-    config.save_pretrained(making)
-    policy.model.generation_config.save_pretrained(making)
+    write_config(making, policy, dtype)
     processor.save(making)
-    names = [f"model-{at + 1:05d}-of-{len(files):05d}.safetensors" for at in range(len(files))] if len(files) > 1 else ["model.safetensors"]
+    move_into(Path(folder), making, files, total)
+    return rounding.figures()
+
+
+def move_into(folder: Path, making: Path, files: list[list[str]], total: int) -> None:
+    """Puts what is in `making` in the place of an older checkpoint. files: the keys of its weight
+    files, which are named 0, 1 and so on; total: the bytes of all tensors."""
+    count = len(files)
+    names = [f"model-{at + 1:05d}-of-{count:05d}.safetensors" for at in range(count)]
+    last = "model.safetensors.index.json"
+    if count == 1:
+        names, last = ["model.safetensors"], "model.safetensors"
     for at, name in enumerate(names):
         os.replace(making / f"{at}", making / name)
-    last = names[0]
-    if len(files) > 1:
-        last = "model.safetensors.index.json"
-        data.write_json(making / last, {"metadata": {"total_size": total}, "weight_map": {key: name for name, keys in zip(names, files) for key in keys}})
+    if count > 1:
+        where = {key: name for name, keys in zip(names, files) for key in keys}
+        data.write_json(making / last, {"metadata": {"total_size": total}, "weight_map": where})
     for older in [*folder.glob("model.safetensors*"), *folder.glob("model-*-of-*.safetensors")]:
         older.unlink()
     for path in sorted(making.iterdir(), key=lambda path: path.name == last):

@@ -254,7 +254,8 @@ def save_state(folder: Path, policy: nn.Module, optimizer: torch.optim.Optimizer
 def same_run(out: Path, args: argparse.Namespace, inputs: list[str | Path]) -> None:
     """Holds a training run to the settings and inputs it was begun with: a state must not go on under others. Raises RowError."""
     if rank() == 0:
-        free = ("out", "save_every", "print_every", "micro_batch", "checkpointing", "replicas", "run")  # change nothing but rounding
+        free = {"out", "save_every", "print_every", "run"}
+        free |= {"micro_batch", "checkpointing", "replicas", "save_dtype"}  # only rounding
         settings = {key: value for key, value in vars(args).items() if key not in free}
         data.settle(out / "state", {**settings, "inputs": [data.file_hash(path) for path in inputs]})
     barrier()

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import math
+import re
 import shutil
 import struct
 from pathlib import Path
@@ -15,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import data
 import lora
 import model
+import sft
 import train
 
 
@@ -434,6 +437,74 @@ def test_no_moment_of_the_last_moves_shows_a_checkpoint_that_is_not_whole(folder
     else:
         assert len(count) <= move
         assert all(torch.equal(p, dict(changed.named_parameters())[name]) for name, p in model.load_policy(tmp_path).model.named_parameters())
+
+
+def bf16_base(folder: Path, out: Path) -> Path:
+    """The folder's model stored in bf16, a matrix of each block with ones in its first row"""
+    network = network_of(folder, tied=False).to(torch.bfloat16)
+    with torch.no_grad():
+        for layer in network.model.language_model.layers:
+            layer.self_attn.q_proj.weight[0] = 1.0
+    network.save_pretrained(out)
+    return out
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_change_below_half_a_spacing_is_rounded_away_and_both_figures_say_so(
+    folder, processor, tmp_path, capsys, method
+):
+    # by hand: bf16 has 8 bits of mantissa, so the number after 1 is 1 + 1/128; 0.003 is less than
+    # half of that and is lost, 0.005 is more and becomes 1/128
+    policy = model.load_policy(bf16_base(folder, tmp_path / "base"))
+    policy.freeze_vision()
+    moved = policy.language_model.layers[0].self_attn
+    count, adapter = sum(p.numel() for p in policy.parameters() if p.requires_grad), None
+    if method == "lora":
+        names = lora.inject(policy.model, policy.language_model, 2, 4.0)
+        count = sum(policy.language_model.get_submodule(n).base.weight.numel() for n in names)
+        adapter = (2, 4.0, "base")
+    with torch.no_grad():
+        if adapter:
+            # alpha / rank is 2
+            moved.q_proj.lora_A.zero_()[0, :2] = torch.tensor([0.003, 0.005]) / 2
+            moved.q_proj.lora_B[0, 0] = 1.0
+        else:
+            moved.q_proj.weight[0, :2] += torch.tensor([0.003, 0.005])
+    figures = sft.save(tmp_path, policy, processor, adapter, "auto")
+    lost = math.hypot(0.003, 1 / 128 - 0.005) / math.hypot(0.003, 0.005)
+    assert figures == pytest.approx({"weights_changed": 1 / count, "rounding_lost": lost}, rel=1e-4)
+    said = f"saved in torch.bfloat16: {1 / count:.2%} of .*; rounding lost {lost:.2%} of the change"
+    assert re.search(said, capsys.readouterr().out)
+    before, after = (load_file(tmp_path / at / "model.safetensors") for at in ("base", "merged"))
+    ((key, first),) = ((k, t) for k, t in before.items() if not torch.equal(t, after[k]))
+    assert key.endswith("layers.0.self_attn.q_proj.weight") and before.keys() == after.keys()
+    assert (after[key] - first).nonzero().tolist() == [[0, 1]] and after[key][0, 1] == 1 + 1 / 128
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("asked", ["auto", "float32"])
+def test_what_is_saved_has_one_dtype_and_config_json_says_so(
+    folder, processor, tmp_path, stored, asked
+):
+    network_of(folder).to(stored).save_pretrained(tmp_path / "base")
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    # a file may mix dtypes: that of most numbers counts, here of the larger third of the tensors
+    small = sorted(weights, key=lambda key: weights[key].numel())[: 2 * len(weights) // 3]
+    weights |= {key: weights[key].float() for key in small}
+    save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    policy = model.load_policy(tmp_path / "base")
+    for module in (policy.vision, policy.projector):  # as train.shard leaves them on a GPU
+        module.to(torch.bfloat16)
+    policy.freeze_vision()
+    sft.save(tmp_path, policy, processor, None, asked)
+    wanted = stored if asked == "auto" else torch.float32
+    saved = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {wanted}
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    parts = (config, config["text_config"], config["vision_config"])
+    assert {part["dtype"] for part in parts} == {str(wanted).removeprefix("torch.")}
+    theirs = type(policy.model).from_pretrained(tmp_path / "merged", dtype="auto")
+    assert {p.dtype for p in theirs.parameters()} == {wanted}
 
 
 # ---------------------------------------------------------------------------------------------------------------
