@@ -96,6 +96,7 @@ def test_a_film_of_more_bits_looks_like_the_same_film_in_8(tmp_path, bits, name)
     assert (one ^ other).bit_count() <= leaks.DISTANCE
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_deep_greys_span_the_pictures_own_range_whatever_their_type(tmp_path):
     # by hand: (-1000 .. 3000) onto 0 .. 255 is (grey + 1000) * 255 / 4000
     greys = np.array([[-1000, -200, 600], [1400, 2200, 3000]])
