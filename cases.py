@@ -151,7 +151,7 @@ def chain_html(response: str) -> str:
 
 def image_html(path: Path, name: str, alt: str) -> str:
     """One image inside the page, as small as it may be. Raises RowError naming the file if it cannot be read."""
-    from model import load_image
+    from images import load_image
 
     image, buffer = load_image(path), BytesIO()
     image.thumbnail((LONGEST, LONGEST))

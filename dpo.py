@@ -209,6 +209,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--save-every", type=flags.whole(0), default=50,
         help="steps between states to resume from; 0: no states",
     )  # fmt: skip
+    parser.add_argument(
+        "--save-dtype", choices=["auto", "float32"], default="auto",
+        help="numbers of OUT/merged; auto: as the weight files of --model have them",
+    )  # fmt: skip
     parser.add_argument("--seed", type=flags.SEED, default=0)
     return parser.parse_args(argv)
 
@@ -258,10 +262,11 @@ def main(argv: list[str] | None = None) -> None:
         out=out, device=device, learning_rate_peak=args.lr, batch=args.batch, micro=args.micro_batch, epochs=args.epochs,
         seed=args.seed, save_every=args.save_every,
     )  # fmt: skip
-    save(out, policy, processor, (args.rank, args.alpha, args.model) if args.method == "lora" else None)
+    adapter = (args.rank, args.alpha, args.model) if args.method == "lora" else None
+    saved = save(out, policy, processor, adapter, args.save_dtype)
     if train.rank() == 0:
         figures = {"pairs": len(kept), "dropped": len(pairs) - len(kept), "steps": len(history), "first_loss": history[0]["loss"], "last_loss": history[-1]["loss"]}
-        stage.finish(args, [out / "merged"], started, figures)
+        stage.finish(args, [out / "merged"], started, figures | saved)
         train.print0(json.dumps(figures))
     train.end(out)
 

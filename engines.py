@@ -161,7 +161,7 @@ class VLLMEngine:
 
     def prompt(self, ask: Ask) -> tuple[dict, list[int]]:
         """(what vLLM is given, the ids it must make of that): an image stands as a single mark, which vLLM spreads out."""
-        from model import load_image
+        from images import load_image
 
         images = [load_image(path) for path in ask.images]
         encoded = self.processor.encode_prompt(ask.messages, [self.processor.encode_image(image) for image in images])

@@ -254,7 +254,7 @@ def plot_report(results: list[dict], sft: list[dict], dpo: list[dict], path: Pat
 def plot_films(pairs: list[dict], image_root: Path, path: Path) -> None:
     """A sheet of preference pairs: the image, the question, the chosen chain beside the rejected one and why it failed.
     Nothing is written where no pair has an image."""
-    from PIL import Image
+    from images import load_image
 
     shown: dict[str, dict] = {}  # one pair a question: one of each failure first, then whatever there is
     for reason in [*CRITERIA, *[None] * (6 - len(CRITERIA))]:
@@ -271,7 +271,7 @@ def plot_films(pairs: list[dict], image_root: Path, path: Path) -> None:
     heights = [max(2.1, 0.6 + 0.16 * max(text.count("\n") + 1 for *_, text in texts)) for texts in sheet]  # inches: 0.16 a line
     figure, axes = canvas(len(shown), 4, 16, sum(heights), [1, 2, 3, 3], heights)
     for row, texts, (film, *columns) in zip(shown.values(), sheet, axes):
-        film.imshow(Image.open(image_root / row["images"][0]).convert("RGB"))  # a grey film would be given false colours
+        film.imshow(load_image(image_root / row["images"][0]))  # a grey film would be given false colours
         film.set_anchor("N")
         film.axis("off")
         for ax, (title, colour, text) in zip(columns, texts):

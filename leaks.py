@@ -33,12 +33,13 @@ from difflib import SequenceMatcher
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 import data
 import flags
 import stage
+from images import load_image
 
 NGRAM = 13  # ours: paper silent
 JACCARD = 0.25  # ours: paper silent; see departure 2
@@ -46,6 +47,7 @@ DISTANCE = 4  # ours: paper silent
 GRAM = 5  # ours: words in a piece of the Jaccard similarity
 SHORT = 13  # ours: a stem of fewer words is generic
 FLAT = 8  # ours: a dHash with fewer bits of one kind says no more than that the image is nearly flat
+DECODED = (9 * 16, 8 * 16)  # ours: a large JPEG is decoded no smaller, 16 pixels for each of the greys
 BLOCK = 1024  # ours: images compared at once; 1024 x 3000 distances are 25 MB
 
 
@@ -117,21 +119,8 @@ class Grams:
 def dhash(path: Path) -> int | None:
     """64 bits, one for each of 8 x 8 places in the 9 x 8 greys that a picture is shrunk to: is it brighter to the right?
     None for a picture that is nearly flat. Raises RowError for a file that is no picture."""
-    try:
-        with Image.open(path) as opened:
-            opened.draft("L", (9 * 16, 8 * 16))  # a large JPEG is decoded small
-            image = ImageOps.exif_transpose(opened)
-            low, high = 0, 255
-            if image.mode[0] in "IF":  # 16 or 32 bits of grey, of which often only a part is used
-                image = image.convert("F")
-                low, high = image.getextrema()
-            elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:  # laid on white, as models see it
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            small = np.asarray((image if image.mode == "F" else image.convert("L")).resize((9, 8), Image.Resampling.BILINEAR), np.float64)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise data.RowError(f"{path}: not a readable image ({error}); replace or remove it") from None
-    small = np.rint((small - low) * 255 / max(high - low, 1e-9))  # whole greys: noise in a black border is no difference
+    image = load_image(path, DECODED).convert("L")
+    small = np.asarray(image.resize((9, 8), Image.Resampling.BILINEAR))
     bits = small[:, 1:] > small[:, :-1]
     return int.from_bytes(np.packbits(bits).tobytes(), "big") if FLAT <= bits.sum() <= 64 - FLAT else None
 

@@ -3,7 +3,8 @@
     h = W0 x + (alpha / r) B A x          W0 (out, in) frozen, A (r, in) and B (out, r) trained, B = 0 at the start
 
 With B = 0 the adapted model is exactly the base model before the first step. After training the update is folded
-into the weight, W = W0 + (alpha / r) B A, in fp32: adding a small product to a bf16 weight would round most of it away.
+into the weight, W = W0 + (alpha / r) B A, in fp32. What is saved is rounded once, to the dtype of
+the base's files, and saving says how much of the change that takes (model.Rounding).
 
     names = inject(model.language_model, rank=8, alpha=16)     every other parameter is frozen
     ... train ...
@@ -99,6 +100,13 @@ def merge(language_model: nn.Module) -> int:
 def plain_name(name: str) -> str:
     """A parameter's name in the model without adapters: "...q_proj.base.weight" is "...q_proj.weight"."""
     return name.replace(".base.", ".")
+
+
+def trained_weights(model: nn.Module) -> set[str]:
+    """The weights that training changes, by their names in the model without adapters: an adapter
+    changes the weight that it is folded into."""
+    trained = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    return {re.sub(r"\.lora_[AB]$", ".weight", name) for name in trained}
 
 
 def merge_state(tensors: Iterator[tuple[str, Tensor]], scale: float) -> Iterator[tuple[str, Tensor]]:

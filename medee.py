@@ -322,13 +322,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def plan(args: argparse.Namespace) -> None:
-    from transformers import AutoConfig
-
     from lora import RANK
+    from model import load_config
     from plan import ROOM, SIZES, config_of, image_bytes, report, shapes
 
     recipe = RECIPES[args.recipe]
-    config = AutoConfig.from_pretrained(args.base, trust_remote_code=False, local_files_only=True) if args.base else config_of(SIZES[args.recipe])
+    config = load_config(args.base) if args.base else config_of(SIZES[args.recipe])
     print(f"{args.recipe} on {args.gpus} GPUs of {args.memory:.0f} GB, rows of {args.len} tokens; shapes of {args.base or 'the published config, from memory (--base FOLDER reads yours)'}")
     for name in [args.stage] if args.stage else ["sft", "dpo"]:
         flags = getattr(recipe, name)

@@ -27,21 +27,27 @@ import json
 import math
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 
 import data
 import flags
+import lora
+from images import load_image
 
 MAX_PIXELS = 768 * 768  # ours: paper silent (LLaMA-Factory's image_max_pixels)
 TILES = 1  # ours: paper silent (LLaMA-Factory trains InternVL on one tile an image)
 LOGIT_CHUNK = 256  # supervised positions whose logits exist at one time; ours: 156 MB in fp32 for 152k tokens
+# ours: weights are compared so many rows at a time, 30 MB in fp32 for the widest of a 72B
+COMPARED_ROWS = 256
 SHARD_BYTES = 5_000_000_000  # ours: a weight file is at most so large, as on the hub, and so is what saving holds
 
 
@@ -65,10 +71,47 @@ FAMILIES = {
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"  # both families: Qwen2.5's chat format
 
 
-def family_of(config) -> Family:
-    if config.model_type not in FAMILIES:
-        raise ValueError(f"model_type {config.model_type!r} is not supported; known are {sorted(FAMILIES)} (InternVL in its -hf form)")
-    return FAMILIES[config.model_type]
+@contextmanager
+def reading(what: str | Path) -> Iterator[None]:
+    """What goes wrong while a file of a model's folder is read becomes a RowError that names it."""
+    try:
+        yield
+    except Exception as error:  # json, tokenizers, safetensors and transformers have their own ones
+        said = f"{what}: cannot be read ({error}); copy or download it again"
+        raise data.RowError(said) from None
+
+
+def load_config(folder: str | Path):
+    """The config of a Hugging Face folder. Raises RowError for no model, or none of a known family.
+
+    Whether the output head is the embedding is taken from config.json as it stands, and set in both
+    places where a reader may look. transformers has a default instead: it would tie the head of
+    InternVL, whose published folders hold one of its own.
+    """
+    from transformers import AutoConfig
+
+    path = Path(folder) / "config.json"
+    if path.with_name("adapter_config.json").exists():
+        raise data.RowError(f"{folder} is a LoRA adapter; give the merged checkpoint beside it")
+    if not path.exists():
+        raise data.RowError(
+            f"{folder} is not a model's folder: it has no config.json; "
+            "nothing is downloaded here, see README"
+        )
+    with reading(path):
+        stored = dict(json.loads(path.read_text(encoding="utf-8")))
+    if stored.get("model_type") not in FAMILIES:
+        raise data.RowError(
+            f"{path}: model_type {stored.get('model_type')!r} is not supported; "
+            f"give a model of {sorted(FAMILIES)} (InternVL in its -hf form)"
+        )
+    with reading(path):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        text = stored.get("text_config") or {}
+        # untied where neither says it: if that is wrong, Checkpoint names the head as missing
+        tied = stored.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+        config.tie_word_embeddings = config.text_config.tie_word_embeddings = tied
+    return config
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -100,47 +143,40 @@ class Segment:
 Row = list[Segment]
 
 
-def load_image(path: str | Path) -> Image.Image:
-    """An RGB image, upright. Transparency is laid on white; 16-bit greys are scaled to 8. Raises RowError naming the file."""
-    try:
-        with Image.open(path) as opened:
-            opened.load()
-            image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith("I"):  # 16 bits of grey; Pillow's own conversion would clip at 255
-                image = image.convert("F").point(lambda value: value / 257).convert("L")
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise data.RowError(f"{path}: not a readable image ({error}); replace or remove it") from None
-
-
 class Processor:
     """Tokenizer and image processor of one checkpoint, and the chat format. Everything that becomes token ids does so here."""
 
     def __init__(self, folder: str | Path, max_pixels: int = MAX_PIXELS, tiles: int = TILES):
-        from transformers import AutoConfig, AutoTokenizer
+        from transformers import AutoTokenizer
 
-        if not (Path(folder) / "config.json").exists():
-            raise data.RowError(f"{folder} is not a model's folder: it has no config.json; nothing is downloaded here, see README")
         self.folder = str(folder)
-        self.config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        self.family = family_of(self.config)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        self.config = load_config(folder)
+        self.family = FAMILIES[self.config.model_type]
+        with reading(f"{folder}: its tokenizer (tokenizer.json and others)"):
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            vocabulary = self.tokenizer.get_vocab()
         self.settings = {"max_pixels": max_pixels} if self.family.grid_positions else {"tiles": tiles}
+        settings = Path(folder) / "preprocessor_config.json"
         if self.family.grid_positions:
             from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-            self.images = Qwen2VLImageProcessorPil.from_pretrained(folder)
+            with reading(settings):
+                self.images = Qwen2VLImageProcessorPil.from_pretrained(folder)
             self.images.size = {"shortest_edge": min(self.images.size["shortest_edge"], max_pixels), "longest_edge": max_pixels}
         else:
             from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
-            self.images = GotOcr2ImageProcessorPil.from_pretrained(folder)
+            with reading(settings):
+                self.images = GotOcr2ImageProcessorPil.from_pretrained(folder)
             self.images.crop_to_patches, self.images.min_patches, self.images.max_patches = tiles > 1, 1, tiles
         self.special = {token.content: index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        self.special |= {token: self.tokenizer.convert_tokens_to_ids(token) for token in (TURN_START, TURN_END, self.family.image_token)}
+        for token in (TURN_START, TURN_END, self.family.image_token):
+            if token not in vocabulary:
+                raise data.RowError(
+                    f"{folder}: its tokenizer has no {token!r}, as {self.config.model_type} has; "
+                    "copy the tokenizer of this model's own folder"
+                )
+            self.special[token] = vocabulary[token]
         self.stop_id = self.special[TURN_END]
         self.image_id = self.special[self.family.image_token]
 
@@ -432,7 +468,7 @@ class Policy(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
-        self.family = family_of(model.config)
+        self.family = FAMILIES[model.config.model_type]
         self.image_id = model.config.image_token_id
         self.checkpoint: Checkpoint | None = None  # where the numbers of parameters on `meta` are (meta_policy)
         from transformers import AttentionInterface, AttentionMaskInterface
@@ -516,46 +552,101 @@ class Policy(nn.Module):
 # Folders
 
 
+def row_parts(rows: int) -> Iterator[slice]:
+    """A tensor's rows, COMPARED_ROWS at a time."""
+    return (slice(at, at + COMPARED_ROWS) for at in range(0, rows, COMPARED_ROWS))
+
+
+def equal(one, other) -> bool:
+    """Do two stored tensors hold the same numbers? Neither is ever whole in memory."""
+    if one.get_shape() != other.get_shape():
+        return False
+    parts = row_parts(one.get_shape()[0])
+    return all(torch.equal(one[part].float(), other[part].float()) for part in parts)
+
+
 class Checkpoint:
     """The weights in a Hugging Face folder, by the names that `model` gives its parameters. Nothing is read before it is
     asked for, and then only the rows asked for: of a 72B, a rank that holds an eighth of each weight reads an eighth.
 
     The hub's checkpoints carry older names ("visual.blocks.0...", "model.layers.0..."). transformers maps them as it loads,
     by the table that is used here, and back as it saves (`save_policy`).
-    Raises ValueError that names what is missing, unexpected or of another shape, before anything is read.
+    Every tensor of the files has a place in the model. Raises RowError that names what is missing,
+    unexpected, there twice or of another shape, before any number is read; only a head that is
+    stored although it is tied is read, and must equal the embedding.
     """
 
     def __init__(self, folder: str | Path, model: nn.Module):
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import rename_source_key
 
-        folder = Path(folder)
-        index = folder / "model.safetensors.index.json"
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
-        absent = [file for file in files if not (folder / file).exists()]
-        if absent:
-            raise ValueError(f"{folder}: {len(absent)} of {len(files)} weight files are not there ({absent[0]}); copy or download the folder again")
+        self.folder = Path(folder)
         renamings, modules = get_model_conversion_mapping(model), model.state_dict()
         self.stored = {}  # a parameter's name -> its slice: a place in a file, without its numbers
-        for file in files:
-            try:
-                opened = safe_open(folder / file, framework="pt")
-            except SafetensorError as error:
-                raise ValueError(f"{folder / file}: not a whole safetensors file ({error}); copy or download it again") from None
+        self.keys = {}  # a parameter's name -> file and key, to be named in an error
+        for path in self.files():
+            with reading(path):
+                opened = safe_open(path, framework="pt")
             for key in opened.keys():
                 name, _ = rename_source_key(key, renamings, [], model.base_model_prefix, modules)
-                self.stored[name] = opened.get_slice(key)
-        wanted = {name: list(tensor.shape) for name, tensor in [*model.named_parameters(), *model.named_buffers()] if name in modules}
+                place = f"{path.name}: {key}"
+                if name in self.stored:
+                    both = f"{self.keys[name]} and {place}"
+                    raise data.RowError(f"{folder}: {both} are both {name}; remove the wrong one")
+                self.stored[name], self.keys[name] = opened.get_slice(key), place
+        self.check(model)
+        numbers = Counter()
+        for tensor in self.stored.values():
+            numbers[tensor[:0].dtype] += math.prod(tensor.get_shape())
+        self.dtype = numbers.most_common(1)[0][0]  # that of most numbers: a file may mix them
+
+    def files(self) -> list[Path]:
+        """The weight files. Raises RowError if one is not there."""
+        index, names = self.folder / "model.safetensors.index.json", ["model.safetensors"]
+        if index.exists():
+            with reading(index):
+                where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                names = sorted(set(where.values()))
+        absent = [name for name in names if not (self.folder / name).exists()]
+        if absent:
+            raise data.RowError(
+                f"{self.folder}: {len(absent)} of {len(names)} weight files are not there "
+                f"({absent[0]}); copy or download the folder again"
+            )
+        return [self.folder / name for name in names]
+
+    def check(self, model: nn.Module) -> None:
+        """Raises RowError unless the files hold what the model has, no more and no less."""
+        modules = model.state_dict()
+        wanted = dict([*model.named_parameters(), *model.named_buffers()])
+        wanted = {name: list(wanted[name].shape) for name in modules if name in wanted}
         found = {name: stored.get_shape() for name, stored in self.stored.items()}
+        both = wanted.keys() & found.keys()
         faults = {
             "missing": wanted.keys() - found.keys(),
-            "unexpected": found.keys() - modules.keys(),  # a tied head's own copy of the embedding is neither
-            "of another shape": {name for name in wanted.keys() & found.keys() if wanted[name] != found[name]},
+            "unexpected": found.keys() - modules.keys(),
+            "of another shape": {name for name in both if wanted[name] != found[name]},
         }
-        if any(faults.values()):
-            said = "; ".join(f"{len(names)} {fault}: {', '.join(sorted(names)[:3])}" for fault, names in faults.items() if names)
-            raise ValueError(f"{folder}: the weights do not fit the model of its config.json: {said}")
+        said = [
+            f"{len(names)} {fault}: " + ", ".join(self.keys.get(n, n) for n in sorted(names)[:3])
+            for fault, names in faults.items()
+            if names
+        ]
+        if said:
+            raise data.RowError(
+                f"{self.folder}: the weights do not fit the model of its config.json: "
+                f"{'; '.join(said)}; copy or download the folder again, or mend config.json"
+            )
+        for name in found.keys() - wanted.keys():  # a tied head: a second name of the embedding
+            head = model.get_parameter(name)
+            twin = next(other for other, parameter in model.named_parameters() if parameter is head)
+            if not equal(self.stored[name], self.stored[twin]):
+                raise data.RowError(
+                    f"{self.folder}: {self.keys[name]} differs from {self.keys[twin]}, but "
+                    "config.json ties the two; set tie_word_embeddings to false there, or remove "
+                    "the first tensor"
+                )
 
     def read(self, name: str, rows: slice = slice(None)) -> Tensor:
         """Those rows of a weight in the dtype of the file: a view of the mapped file. Copy it, or the weight is the file."""
@@ -566,18 +657,17 @@ def meta_policy(folder: str | Path, dtype: torch.dtype = torch.float32) -> Polic
     """A policy from a Hugging Face folder with its parameters on the `meta` device: shapes without memory, so that a 72B can
     be built, adapted and sharded in every process. `policy.checkpoint` has their numbers; `fill` or train.shard puts them in.
 
-    Raises ValueError for a folder that is no model of a known family or whose weights do not fit it.
+    Raises RowError for a folder that is no model of a known family or whose weights do not fit it.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
+    from transformers import AutoModelForImageTextToText, GenerationConfig
 
-    if (Path(folder) / "adapter_config.json").exists():
-        raise ValueError(f"{folder} is a LoRA adapter; give the merged checkpoint beside it")
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    family_of(config)
-    with torch.device("meta"):
+    folder = Path(folder)
+    config = load_config(folder)
+    with reading(folder / "config.json"), torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    if (Path(folder) / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    if (folder / "generation_config.json").exists():
+        with reading(folder / "generation_config.json"):
+            model.generation_config = GenerationConfig.from_pretrained(folder)
     # Buffers that no file holds (the frequencies of rotary positions) were computed on meta too, and so not at all.
     # They are a few numbers: transformers' own initialisation, as in from_pretrained, computes them again on the CPU.
     for module in model.modules():
@@ -602,55 +692,115 @@ def fill(policy: Policy, read: Callable[[str, nn.Parameter], Tensor]) -> None:
 
 
 def load_policy(folder: str | Path, dtype: torch.dtype = torch.float32) -> Policy:
-    """A whole policy from a Hugging Face folder, on the CPU. Raises ValueError as `meta_policy` does."""
+    """A whole policy from a Hugging Face folder, on the CPU. Errors as for `meta_policy`."""
     policy = meta_policy(folder, dtype)
     fill(policy, lambda name, parameter: policy.checkpoint.read(name).to(parameter.dtype, copy=True))
     return policy
 
 
-def save_policy(folder: str | Path, policy: Policy, processor: Processor, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes a folder that transformers and vLLM load: weights, config, tokenizer, image processor.
+class Rounding:
+    """What becomes of a training's changes in saving, gathered tensor by tensor: a change of less
+    than half the spacing of the file's numbers is rounded away."""
 
-    tensors: (name in the Hugging Face model, whole tensor), one at a time; a tied weight once. Only the tensors of the file
-    being filled are held. All is written to FOLDER/saving.tmp and then moved, the file that makes the weights loadable last:
-    a kill at any moment leaves no checkpoint that loads and is not whole.
+    def __init__(self, policy: Policy):
+        self.start = policy.checkpoint  # None: the policy comes from no folder
+        self.trained = lora.trained_weights(policy.model)
+        self.count = self.changed = 0
+        self.change = self.lost = 0.0  # squared norms
+
+    def add(self, name: str, exact: Tensor, saved: Tensor) -> None:
+        """exact: a weight as training left it; saved: the same as the file will have it."""
+        if self.start is None or name not in self.trained:
+            return
+        for part in row_parts(len(exact)):
+            before, after = self.start.read(name, part).float(), saved[part].float()
+            now = exact[part].float()
+            self.count += now.numel()
+            self.changed += int((after != before).sum())
+            self.change += float((now - before).square().sum(dtype=torch.float64))
+            self.lost += float((now - after).square().sum(dtype=torch.float64))
+
+    def figures(self) -> dict[str, float]:
+        """weights_changed: the share of the trained weights whose saved value is not the start's.
+        rounding_lost: the norm of what rounding took, over the norm of the whole change. Empty for
+        a policy from no folder."""
+        if not self.count:
+            return {}
+        lost = math.sqrt(self.lost / self.change) if self.change else 0.0
+        return {"weights_changed": self.changed / self.count, "rounding_lost": lost}
+
+
+def write_config(folder: Path, policy: Policy, dtype: torch.dtype) -> None:
+    """config.json and generation_config.json of weights that are all of one dtype."""
+    config = policy.model.config
+    config.architectures = [type(policy.model).__name__]
+    for part in (config, config.text_config, config.vision_config):
+        part.dtype = str(dtype).removeprefix("torch.")
+    config.save_pretrained(folder)
+    policy.model.generation_config.save_pretrained(folder)
+
+
+def save_policy(
+    folder: str | Path,
+    policy: Policy,
+    processor: Processor,
+    tensors: Iterable[tuple[str, Tensor]],
+    shard_bytes: int = SHARD_BYTES,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, float]:
+    """Writes a folder that transformers and vLLM load: weights, all of one dtype, config,
+    tokenizer, image processor. Returns Rounding's figures.
+
+    tensors: (name in the Hugging Face model, whole tensor), one at a time; a tied weight once. Only
+    the tensors of the file being filled are held. All is written to FOLDER/saving.tmp and then
+    moved, the file that makes the weights loadable last: a kill at any moment leaves no checkpoint
+    that loads and is not whole.
     """
     from safetensors.torch import save_file
     from transformers.core_model_loading import revert_weight_conversion
 
-    folder = Path(folder)
-    making = folder / "saving.tmp"
+    making = Path(folder) / "saving.tmp"
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir(parents=True)
+    rounding, total = Rounding(policy), 0
     held: dict[str, Tensor] = {}
     files: list[list[str]] = []  # the keys of each file
-    total = 0
 
     def write() -> None:
-        stored = revert_weight_conversion(policy.model, held)  # names as the hub's checkpoints have them
+        stored = revert_weight_conversion(policy.model, held)  # names as on the hub
         save_file(stored, making / f"{len(files)}", metadata={"format": "pt"})
         files.append(list(stored))
         held.clear()
 
     for name, tensor in tensors:
-        if held and sum(t.nbytes for t in held.values()) + tensor.nbytes > shard_bytes:
-            write()
-        held[name] = tensor.detach().cpu().contiguous()
-        total += tensor.nbytes
+        saved = tensor.detach().to("cpu", dtype).contiguous()
+        rounding.add(name, tensor.detach(), saved)
         del tensor  # or the loop's variable would hold it while the next is made
+        if held and sum(t.nbytes for t in held.values()) + saved.nbytes > shard_bytes:
+            write()
+        held[name] = saved
+        total += saved.nbytes
+        del saved
     write()
-    config = policy.model.config
-    config.architectures, config.dtype = [type(policy.model).__name__], str(policy.model.dtype).removeprefix("torch.")
-    config.save_pretrained(making)
-    policy.model.generation_config.save_pretrained(making)
+    write_config(making, policy, dtype)
     processor.save(making)
-    names = [f"model-{at + 1:05d}-of-{len(files):05d}.safetensors" for at in range(len(files))] if len(files) > 1 else ["model.safetensors"]
+    move_into(Path(folder), making, files, total)
+    return rounding.figures()
+
+
+def move_into(folder: Path, making: Path, files: list[list[str]], total: int) -> None:
+    """Puts what is in `making` in the place of an older checkpoint. files: the keys of its weight
+    files, which are named 0, 1 and so on; total: the bytes of all tensors."""
+    count = len(files)
+    names = [f"model-{at + 1:05d}-of-{count:05d}.safetensors" for at in range(count)]
+    last = "model.safetensors.index.json"
+    if count == 1:
+        names, last = ["model.safetensors"], "model.safetensors"
     for at, name in enumerate(names):
         os.replace(making / f"{at}", making / name)
-    last = names[0]
-    if len(files) > 1:
-        last = "model.safetensors.index.json"
-        data.write_json(making / last, {"metadata": {"total_size": total}, "weight_map": {key: name for name, keys in zip(names, files) for key in keys}})
+    if count > 1:
+        where = {key: name for name, keys in zip(names, files) for key in keys}
+        data.write_json(making / last, {"metadata": {"total_size": total}, "weight_map": where})
     for older in [*folder.glob("model.safetensors*"), *folder.glob("model-*-of-*.safetensors")]:
         older.unlink()
     for path in sorted(making.iterdir(), key=lambda path: path.name == last):

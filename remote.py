@@ -260,7 +260,7 @@ def picture_bytes(path: Path, pixels: int | None) -> bytes:
     """An image as a remote model gets it: upright RGB, no larger than `pixels`, as PNG."""
     from PIL import Image
 
-    from model import load_image
+    from images import load_image
 
     image = load_image(path)
     if pixels and image.width * image.height > pixels:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -217,6 +218,26 @@ def run_memory(models: str, out: Path) -> None:
     (out / f"memory_{train.rank()}.json").write_text(json.dumps(figures))
 
 
+def run_rounding(models: str, out: Path) -> None:
+    """OUT/rounding: a bf16 base whose trained weights all moved by 0.003, as the stages save it.
+    OUT/rounding.json: the figures."""
+    base = out / "bf16"
+    if train.rank() == 0:
+        shutil.copytree(Path(models) / "qwen", base)
+        file = base / "model.safetensors"
+        weights = {key: tensor.bfloat16() for key, tensor in load_file(file).items()}
+        save_file(weights, file, {"format": "pt"})
+    train.barrier()
+    policy = model.meta_policy(base)
+    policy.freeze_vision()
+    train.shard(policy, torch.device("cpu"))
+    for parameter in train.trained(policy).values():
+        train.local(parameter).data.add_(0.003)
+    figures = sft.save(out / "rounding", policy, model.Processor(base), None, "auto")
+    if train.rank() == 0:
+        (out / "rounding.json").write_text(json.dumps(figures))
+
+
 def die_while_saving(place: str) -> None:
     """From now on the process kills itself (-9) when half of a file whose path contains `place` is written."""
     import safetensors.torch
@@ -234,8 +255,6 @@ def die_while_saving(place: str) -> None:
 
 def main(path: str) -> None:
     """SPEC: {"mains": [[stage, its arguments]], "pids": folder, "die": [rank, path]}, {"resume": {case: folder}}, or all cases."""
-    from safetensors.torch import save_file
-
     spec = json.loads(Path(path).read_text())
     if "mains" in spec:
         rank = int(os.environ.get("RANK", 0))
@@ -262,6 +281,7 @@ def main(path: str) -> None:
     if "resume" not in spec:
         run_stages(models, images, out)
         run_memory(models, out)
+        run_rounding(models, out)
     train.barrier()
     torch.distributed.destroy_process_group()
 

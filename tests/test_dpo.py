@@ -365,7 +365,11 @@ def test_a_run_starts_at_ln_2_learns_the_preference_and_leaves_vision_alone(fold
     for name, p in trained.named_parameters():
         assert torch.equal(p, before[name]) == (id(p) in frozen), name
     stage = json.loads((tmp_path / "out" / "stage.json").read_text())
-    assert stage["figures"] == {"pairs": 4, "dropped": 0, "steps": 4, "first_loss": metrics[0]["loss"], "last_loss": metrics[-1]["loss"]}
+    moved = [(p != before[n]) for n, p in trained.named_parameters() if id(p) not in frozen]
+    share = sum(m.sum().item() for m in moved) / sum(m.numel() for m in moved)
+    saved = {"weights_changed": pytest.approx(share, abs=1e-12), "rounding_lost": 0.0}
+    losses = {"first_loss": metrics[0]["loss"], "last_loss": metrics[-1]["loss"]}
+    assert stage["figures"] == {"pairs": 4, "dropped": 0, "steps": 4, **losses, **saved}
     assert stage["outputs"] == {"merged": data.file_hash(tmp_path / "out" / "merged")} and not (tmp_path / "out" / "state").exists()
     assert "kept 4 of 4" in (said := capsys.readouterr().out) and "1 tokenised from text" in said
 

@@ -2,17 +2,22 @@
 
 import copy
 import json
+import math
+import re
+import shutil
 import struct
 from pathlib import Path
 
 import pytest
 import torch
-from ranks_worker import measured
+from ranks_worker import measured, plain_inputs
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import data
 import lora
 import model
+import sft
 import train
 
 
@@ -103,8 +108,147 @@ def test_a_cut_off_weight_file_is_named(folder, tmp_path):
     network_of(folder).save_pretrained(tmp_path)
     whole = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="model.safetensors: not a whole safetensors file"):
+    with pytest.raises(ValueError, match="model.safetensors: cannot be read"):
         model.load_policy(tmp_path)
+
+
+def test_a_cut_off_file_of_any_kind_is_refused_by_name(folder, tmp_path):
+    names = {path.name for path in folder.glob("*.json")} | {"model.safetensors.index.json"}
+    for name in names - {"processor_config.json"}:  # that one is only copied
+        torn = tmp_path / name
+        shutil.copytree(folder, torn)
+        network_of(folder).save_pretrained(torn, max_shard_size="500KB")
+        whole = (torn / name).read_bytes()
+        (torn / name).write_bytes(whole[: len(whole) // 2])
+        said = "tokenizer.json" if name == "tokenizer_config.json" else name
+        with pytest.raises(data.RowError, match=f"{said}.*: cannot be read .*; copy or"):
+            model.Processor(torn)
+            model.meta_policy(torn)
+
+
+@pytest.mark.parametrize(
+    "config, said",
+    [
+        (None, "no config.json"),
+        ([1], "config.json: cannot be read"),
+        ({}, "model_type None is not supported; give a model of"),
+        ({"model_type": "internvl_chat"}, "'internvl_chat' is not supported; .*in its -hf form"),
+        ({"model_type": "internvl", "text_config": {"hidden_size": "x"}}, "config.json: cannot be"),
+        ({"model_type": "qwen2_5_vl", "num_attention_heads": 0}, "config.json: cannot be read"),
+    ],
+)
+def test_a_folder_that_is_no_model_of_a_known_family_is_refused_by_name(tmp_path, config, said):
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    for action in (model.Processor, model.meta_policy):
+        if action is model.Processor and "num_attention_heads" in (config or ()):
+            continue  # a config that reads well, but makes no model
+        with pytest.raises(data.RowError, match=said) as caught:
+            action(tmp_path)
+        assert str(tmp_path) in str(caught.value)
+
+
+def test_a_tokenizer_of_another_family_is_refused(folders, tmp_path):
+    shutil.copytree(folders["internvl"], tmp_path / "mixed")
+    for path in folders["qwen"].glob("tokenizer*"):
+        shutil.copyfile(path, tmp_path / "mixed" / path.name)
+    with pytest.raises(data.RowError, match="its tokenizer has no '<IMG_CONTEXT>'"):
+        model.Processor(tmp_path / "mixed")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The output head: one of its own, or the embedding
+
+
+def with_ties(folder: Path, top: bool | None, text: bool | None) -> Path:
+    """Rewrites config.json as others write it: whether the head is tied, at two places or none."""
+    config = json.loads((folder / "config.json").read_text())
+    for place, said in ((config, top), (config["text_config"], text)):
+        place.pop("tie_word_embeddings", None)
+        if said is not None:
+            place["tie_word_embeddings"] = said
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def log_probs(network, processor, ids: list[int]) -> torch.Tensor:
+    """log p of each token but the first, by Hugging Face's own forward"""
+    with torch.no_grad():
+        logits = network.eval()(**plain_inputs([ids], [], processor)).logits[0]
+    return logits.log_softmax(-1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+
+# InternVL's published folders say nothing at the top, and below only what is not the default
+@pytest.mark.parametrize("top, text", [(None, False), (None, None), (False, None), (False, True)])
+def test_a_head_of_its_own_is_loaded_and_saved_whatever_config_json_leaves_out(
+    folder, processor, tmp_path, top, text
+):
+    network = network_of(folder, tied=False)
+    with torch.no_grad():
+        network.lm_head.weight.normal_()  # a head that shows
+    network.save_pretrained(tmp_path / "hub")
+    with_ties(tmp_path / "hub", top, text)
+    theirs = network if text else type(network).from_pretrained(tmp_path / "hub")
+    assert theirs.lm_head.weight is not theirs.model.language_model.embed_tokens.weight
+
+    prompt = processor.encode_prompt([{"role": "user", "content": "What is it?"}], [])
+    row = [prompt, processor.encode_response("<think> a b </think> <answer> A </answer>")]
+    expected = log_probs(theirs, processor, row[0].ids + row[1].ids)[len(row[0].ids) - 1 :]
+    batch, count = model.collate([row], processor), sum(p.numel() for p in theirs.parameters())
+    ours = model.load_policy(tmp_path / "hub")
+    model.save_policy(tmp_path / "saved", ours, processor, ours.model.named_parameters())
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert [place["tie_word_embeddings"] for place in (saved, saved["text_config"])] == [False] * 2
+    assert keys_of(tmp_path / "saved") == keys_of(tmp_path / "hub")
+    for policy in (ours, model.load_policy(tmp_path / "saved")):
+        assert sum(p.numel() for p in policy.parameters()) == count
+        found = policy(batch).detach()[0, len(row[0].ids) :]
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        assert torch.equal(policy.model.lm_head.weight, network.lm_head.weight)
+
+
+def test_a_head_that_config_json_promises_and_the_files_lack_is_missing(folder, tmp_path):
+    network_of(folder).save_pretrained(tmp_path)
+    with_ties(tmp_path, None, None)
+    with pytest.raises(data.RowError, match="1 missing: lm_head.weight"):
+        model.meta_policy(tmp_path)
+
+
+def head_key(folder: Path) -> str:
+    """What the folder's family calls its head in a file"""
+    names = {"internvl": "language_model.lm_head.weight", "qwen": "lm_head.weight"}
+    return names[folder.name]
+
+
+@pytest.mark.parametrize("row", [None, 0, -1])
+def test_a_stored_head_beside_a_tied_embedding_must_equal_it(folder, tmp_path, monkeypatch, row):
+    monkeypatch.setattr(model, "COMPARED_ROWS", 100)  # the last part is a smaller one
+
+    def add_head(weights: dict) -> None:
+        (embedding,) = (weights[key] for key in weights if key.endswith("embed_tokens.weight"))
+        head = embedding.clone()
+        if row is not None:
+            head[row, 5] += 1e-6
+        weights[head_key(folder)] = head
+
+    spoil(folder, tmp_path, add_head)
+    if row is None:
+        policy = model.load_policy(tmp_path)
+        assert policy.model.lm_head.weight is policy.language_model.embed_tokens.weight
+    else:
+        said = rf"model.safetensors: {head_key(folder)} differs from .*embed_tokens.* ties the two"
+        with pytest.raises(data.RowError, match=said):
+            model.meta_policy(tmp_path)
+
+
+def test_two_stored_tensors_for_one_parameter_are_refused(folder, tmp_path):
+    def twice(weights: dict) -> None:
+        key = next(key for key in weights if key.endswith("layers.1.mlp.up_proj.weight"))
+        weights["model.language_model.layers.1.mlp.up_proj.weight"] = weights[key].clone() + 1
+        assert len(weights) > len(load_file(folder / "model.safetensors"))
+
+    with pytest.raises(data.RowError, match="up_proj.weight and .* are both .*; remove the"):
+        model.meta_policy(spoil(folder, tmp_path, twice))
 
 
 # --- the real sizes: (width, layers, heads, heads of keys and values, width of the MLP, vocabulary), and the tower's.
@@ -293,6 +437,74 @@ def test_no_moment_of_the_last_moves_shows_a_checkpoint_that_is_not_whole(folder
     else:
         assert len(count) <= move
         assert all(torch.equal(p, dict(changed.named_parameters())[name]) for name, p in model.load_policy(tmp_path).model.named_parameters())
+
+
+def bf16_base(folder: Path, out: Path) -> Path:
+    """The folder's model stored in bf16, a matrix of each block with ones in its first row"""
+    network = network_of(folder, tied=False).to(torch.bfloat16)
+    with torch.no_grad():
+        for layer in network.model.language_model.layers:
+            layer.self_attn.q_proj.weight[0] = 1.0
+    network.save_pretrained(out)
+    return out
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_change_below_half_a_spacing_is_rounded_away_and_both_figures_say_so(
+    folder, processor, tmp_path, capsys, method
+):
+    # by hand: bf16 has 8 bits of mantissa, so the number after 1 is 1 + 1/128; 0.003 is less than
+    # half of that and is lost, 0.005 is more and becomes 1/128
+    policy = model.load_policy(bf16_base(folder, tmp_path / "base"))
+    policy.freeze_vision()
+    moved = policy.language_model.layers[0].self_attn
+    count, adapter = sum(p.numel() for p in policy.parameters() if p.requires_grad), None
+    if method == "lora":
+        names = lora.inject(policy.model, policy.language_model, 2, 4.0)
+        count = sum(policy.language_model.get_submodule(n).base.weight.numel() for n in names)
+        adapter = (2, 4.0, "base")
+    with torch.no_grad():
+        if adapter:
+            # alpha / rank is 2
+            moved.q_proj.lora_A.zero_()[0, :2] = torch.tensor([0.003, 0.005]) / 2
+            moved.q_proj.lora_B[0, 0] = 1.0
+        else:
+            moved.q_proj.weight[0, :2] += torch.tensor([0.003, 0.005])
+    figures = sft.save(tmp_path, policy, processor, adapter, "auto")
+    lost = math.hypot(0.003, 1 / 128 - 0.005) / math.hypot(0.003, 0.005)
+    assert figures == pytest.approx({"weights_changed": 1 / count, "rounding_lost": lost}, rel=1e-4)
+    said = f"saved in torch.bfloat16: {1 / count:.2%} of .*; rounding lost {lost:.2%} of the change"
+    assert re.search(said, capsys.readouterr().out)
+    before, after = (load_file(tmp_path / at / "model.safetensors") for at in ("base", "merged"))
+    ((key, first),) = ((k, t) for k, t in before.items() if not torch.equal(t, after[k]))
+    assert key.endswith("layers.0.self_attn.q_proj.weight") and before.keys() == after.keys()
+    assert (after[key] - first).nonzero().tolist() == [[0, 1]] and after[key][0, 1] == 1 + 1 / 128
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("asked", ["auto", "float32"])
+def test_what_is_saved_has_one_dtype_and_config_json_says_so(
+    folder, processor, tmp_path, stored, asked
+):
+    network_of(folder).to(stored).save_pretrained(tmp_path / "base")
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    # a file may mix dtypes: that of most numbers counts, here of the larger third of the tensors
+    small = sorted(weights, key=lambda key: weights[key].numel())[: 2 * len(weights) // 3]
+    weights |= {key: weights[key].float() for key in small}
+    save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    policy = model.load_policy(tmp_path / "base")
+    for module in (policy.vision, policy.projector):  # as train.shard leaves them on a GPU
+        module.to(torch.bfloat16)
+    policy.freeze_vision()
+    sft.save(tmp_path, policy, processor, None, asked)
+    wanted = stored if asked == "auto" else torch.float32
+    saved = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {wanted}
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    parts = (config, config["text_config"], config["vision_config"])
+    assert {part["dtype"] for part in parts} == {str(wanted).removeprefix("torch.")}
+    theirs = type(policy.model).from_pretrained(tmp_path / "merged", dtype="auto")
+    assert {p.dtype for p in theirs.parameters()} == {wanted}
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import torch
 from bench.logprobs import peak_bytes
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers.core_model_loading import revert_weight_conversion
 
 import data
 import model
@@ -151,10 +152,15 @@ def test_prompt_ids_are_those_of_the_chat_template(processor, family, template, 
 REAL_MODELS = sorted(path.parent for path in Path(os.environ.get("MEDEE_REAL_MODELS", "/nowhere")).glob("*/config.json"))
 
 
+# the first is half the bytes that the published index counts, the second the sum of the sizes by
+# hand of test_folders.hub_weights
+PUBLISHED_PARAMETERS = {"qwen2.5-vl-7b": 8_292_166_656, "internvl3-8b": 7_944_373_760}
+
+
 @pytest.mark.skipif(not REAL_MODELS, reason="MEDEE_REAL_MODELS names no folder with published checkpoints; the templates above are written from memory")
 @pytest.mark.parametrize("folder", REAL_MODELS, ids=[path.name for path in REAL_MODELS])
 def test_a_published_folder_has_the_template_the_ids_and_the_shapes_that_this_project_takes_it_to_have(folder):
-    # weights are not read: config, tokenizer and image processor are enough
+    # no weight is read: config, tokenizer, image processor and, where they are, the files' headers
     processor = model.Processor(folder)
     for count in (0, 1, 6):
         images = [processor.encode_image(picture(300 + 28 * seed, 200, seed)) for seed in range(count)]
@@ -163,11 +169,24 @@ def test_a_published_folder_has_the_template_the_ids_and_the_shapes_that_this_pr
     assert processor.image_id == processor.config.image_token_id and processor.tokenizer.decode([processor.stop_id]) == "<|im_end|>"
     for response in (GOOD, "\n" + GOOD, " " + GOOD, "caf\u00e9 \u2265 3 \u4e2d\U0001f600"):
         assert processor.decode(processor.encode_response(response).ids) == response
-    size = plan.SIZES.get(folder.name.lower().removesuffix("-hf").removesuffix("-instruct"))
-    if size:
-        text = processor.config.get_text_config()
-        found = (text.hidden_size, text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads, text.intermediate_size, text.vocab_size)
-        assert found == (size.width, size.layers, size.heads, size.kv_heads, size.feed_forward, size.vocabulary)
+    name = folder.name.lower().removesuffix("-hf").removesuffix("-instruct")
+    if name in plan.SIZES:
+        network = plan.shapes(model.load_config(folder), "full").model
+        planned = plan.shapes(plan.config_of(plan.SIZES[name]), "full").model
+        found, wanted = (
+            {n: p.shape for n, p in net.named_parameters()} for net in (network, planned)
+        )
+        assert found == wanted
+        assert sum(p.numel() for p in network.parameters()) == PUBLISHED_PARAMETERS[name]
+        index = folder / "model.safetensors.index.json"
+        if index.exists():
+            published = json.loads(index.read_text())
+            stored = revert_weight_conversion(network, dict(network.named_parameters()))
+            assert stored.keys() == published["weight_map"].keys()
+            size = 2 * PUBLISHED_PARAMETERS[name]  # bf16
+            assert published["metadata"]["total_size"] == size
+    if any(folder.glob("*.safetensors")):
+        model.meta_policy(folder)  # raises unless every name and shape has its place
 
 
 def test_images_inside_a_turn_stand_where_its_parts_have_them(processor, family):
@@ -301,59 +320,6 @@ def test_internvl_tiles_are_one_by_default_and_cut_on_request(internvl_hub, size
     many = model.Processor(internvl_hub, tiles=12).encode_image(image)
     assert many.tokens == 256 * tiles and many.pixels.shape == (tiles, 3, 448, 448)
     assert many.grid[0] * many.grid[1] * many.grid[2] == many.tokens
-
-
-def test_load_image_makes_every_kind_of_file_upright_rgb(tmp_path):
-    colours = picture(40, 30)
-
-    def load(image: Image.Image, name: str, **options) -> np.ndarray:
-        image.save(tmp_path / name, **options)
-        loaded = model.load_image(tmp_path / name)
-        assert loaded.mode == "RGB"
-        return np.asarray(loaded).astype(int)
-
-    half = colours.copy()
-    half.putalpha(Image.fromarray(np.repeat([[0, 128, 255]], 30, 0).repeat([20, 10, 10], 1).astype(np.uint8)))
-    shown = load(half, "alpha.png")
-    assert (shown[:, :20] == 255).all()  # nothing but the white it lies on
-    assert (shown[:, 30:] == np.asarray(colours)[:, 30:]).all()
-    assert np.abs(shown[:, 20:30] - (np.asarray(colours)[:, 20:30] * 128.0 + 255 * 127) / 255).max() <= 1
-
-    deep = np.linspace(0, 65535, 1200).reshape(30, 40).astype(np.uint16)
-    assert np.abs(load(Image.fromarray(deep), "deep.png")[..., 0] - deep / 257).max() <= 1
-
-    flat = Image.new("RGB", (40, 30), (200, 40, 90))
-    assert np.abs(load(flat.convert("CMYK"), "print.jpg", quality=100) - [200, 40, 90]).max() <= 4
-
-    indexed = colours.quantize(16)
-    assert (load(indexed, "palette.png") == np.asarray(indexed.convert("RGB"))).all()
-    hole = load(indexed, "hole.png", transparency=3)
-    assert (hole[np.asarray(indexed) == 3] == 255).all()
-    assert (hole[np.asarray(indexed) != 3] == np.asarray(indexed.convert("RGB"))[np.asarray(indexed) != 3]).all()
-
-    exif = Image.Exif()
-    exif[0x0112] = 6  # the camera lay on its side: turn a quarter clockwise
-    assert (load(colours, "turned.png", exif=exif) == np.rot90(np.asarray(colours), -1)).all()
-
-    assert load(colours.convert("L"), "grey.png").shape == (30, 40, 3)
-    assert load(colours.crop((0, 0, 40, 1)), "line.png").shape == (1, 40, 3)
-
-
-def test_unreadable_images_are_refused_by_name(tmp_path):
-    picture(40, 30).save(tmp_path / "whole.jpg")
-    (tmp_path / "torn.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:500])
-    (tmp_path / "text.png").write_text("not an image")
-    (tmp_path / "empty.png").touch()
-    for name in ("torn.jpg", "text.png", "empty.png", "absent.png"):
-        with pytest.raises(data.RowError, match=name):
-            model.load_image(tmp_path / name)
-
-
-def test_an_image_too_large_to_open_is_refused_by_name(tmp_path, monkeypatch):
-    picture(40, 30).save(tmp_path / "huge.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow's guard against files that unpack to gigabytes
-    with pytest.raises(data.RowError, match="huge.png"):
-        model.load_image(tmp_path / "huge.png")
 
 
 # --- positions and log-probabilities

@@ -198,6 +198,17 @@ def test_both_stages_run_on_ranks_and_move_as_on_one(ranks, folders, images, tmp
     assert len(data.resume_jsonl(ranks / "dpo" / "reference.jsonl")) == 7
 
 
+def test_ranks_save_a_bf16_base_and_say_what_rounding_took_as_one_does(ranks, folders, tmp_path):
+    ranks_worker.run_rounding(str(folders["qwen"].parent), tmp_path)
+    saved = "rounding/merged/model.safetensors"
+    found, wanted = (load_file(at / saved) for at in (ranks, tmp_path))
+    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
+    assert_same(found, wanted, 0)
+    found, wanted = (json.loads((at / "rounding.json").read_text()) for at in (ranks, tmp_path))
+    assert found == wanted and 0 < wanted["rounding_lost"] < 1
+    assert 0.5 < wanted["weights_changed"] < 1
+
+
 def test_no_rank_ever_holds_the_whole_model(ranks):
     """Bytes of torch's allocator. Loading: the rank's own shards (the vision tower whole) and a weight on its way; saving:
     on the first rank a file and a weight on its way, on the others a weight on its way."""

@@ -308,9 +308,43 @@ def test_the_merged_model_is_base_plus_adapter_and_loads_in_transformers(folder,
     metrics = data.read_metrics(out)
     assert [row["step"] for row in metrics] == [0, 1, 2, 3] and {"loss", "think", "answer", "tag", "lr", "grad_norm"} <= metrics[0].keys()
     stage = json.loads((out / "stage.json").read_text())
+    changed = sum((wanted[n] != base[n]).sum().item() for n in wanted)
+    share = changed / sum(wanted[n].numel() for n in wanted if not torch.equal(wanted[n], base[n]))
+    assert stage["figures"].pop("weights_changed") == pytest.approx(share, abs=1e-3) and share > 0.5
+    assert stage["figures"].pop("rounding_lost") == 0  # an fp32 base is saved in fp32
     assert stage["figures"] == {"rows": 6, "dropped": 0, "steps": 4, "first_loss": metrics[0]["loss"], "last_loss": metrics[-1]["loss"]}
     assert stage["settings"]["alpha"] == 12 and stage["inputs"][str(tmp_path / "demos.jsonl")] == data.file_hash(tmp_path / "demos.jsonl")
     assert stage["outputs"] == {"merged": data.file_hash(out / "merged")} and not (out / "state").exists()
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_bf16_base_is_saved_in_bf16_rounded_once_and_stage_json_says_what_that_cost(
+    folder, films, tmp_path, method
+):
+    network = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16)
+    network.save_pretrained(tmp_path / "base")
+    model.Processor(folder).save(tmp_path / "base")
+    rows, saved, figures = [demo(index) for index in range(4)], {}, {}
+    for asked in ("auto", "float32"):
+        flags = ["--method", method, "--epochs", "1", "--lr", "1e-3", "--save-dtype", asked]
+        saved[asked] = run(tmp_path / "base", films, tmp_path / asked, rows, *flags)
+        stage = json.loads((tmp_path / asked / "out" / "stage.json").read_text())
+        figures[asked] = stage["figures"]
+    exact, rounded = saved["float32"], saved["auto"]
+    assert {tensor.dtype for tensor in exact.values()} == {torch.float32}
+    assert {tensor.dtype for tensor in rounded.values()} == {torch.bfloat16}
+    assert all(torch.equal(rounded[name], exact[name].bfloat16()) for name in exact)
+
+    base = load_file(tmp_path / "base" / "model.safetensors")
+    trained = [name for name in exact if not torch.equal(exact[name], base[name].float())]
+    change = sum((exact[n] - base[n].float()).square().sum() for n in trained).sqrt()
+    lost = sum((exact[n] - rounded[n].float()).square().sum() for n in trained).sqrt()
+    changed = sum((rounded[n] != base[n]).sum() for n in trained)
+    count = sum(base[n].numel() for n in trained)
+    wanted = {"weights_changed": (changed / count).item(), "rounding_lost": (lost / change).item()}
+    assert {name: figures["auto"][name] for name in wanted} == pytest.approx(wanted, rel=1e-4)
+    assert 0 < wanted["rounding_lost"] < 1 and figures["float32"]["rounding_lost"] == 0
+    assert figures["float32"]["weights_changed"] > wanted["weights_changed"] > 0
 
 
 def test_full_training_moves_everything_but_the_vision_tower(folder, policy, films, tmp_path):
