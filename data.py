@@ -39,6 +39,8 @@ SYSTEM_PROMPT = (
     "The reasoning process and answer are enclosed within <think> </think> and <answer> </answer> tags, respectively, "
     "i.e., <think> reasoning process here </think> <answer> answer here </answer>."
 )
+# paper App. A: what the judge says Yes or No to; the last four are the criteria of §3.3
+JUDGED = ("Answer_Correctness", "Logical_Consistency", "Image_Analysis_Involvement", "No_Hallucination", "Reflection_Presence")
 IMAGE_MARK = re.compile(r"<image\s+(\d+)>")  # how published questions name their images in the text
 LETTERS = "ABCDEFGHIJ"  # ten options at most: MMMU-Pro, MedXpertQA-Text
 
@@ -443,7 +445,11 @@ OPTIONS: Rule = (
 TURNS: Rule = ("a list of turns, each with a role and a content that is a text, the last one the user's", lambda value: isinstance(value, list) and value != [] and all(map(is_turn, value)) and value[-1]["role"] == "user")
 DEMO: Rule = ("three turns of system, user, assistant", lambda value: isinstance(value, list) and all(map(is_turn, value)) and [turn["role"] for turn in value] == ["system", "user", "assistant"])
 TOKENS: Rule = ("a list of token ids, or null", lambda value: value is None or (isinstance(value, list) and all(map(WHOLE[1], value))))
-CRITERIA: Rule = ("an object of criteria that are true or false, or null", lambda value: value is None or (isinstance(value, dict) and value != {} and all(type(met) is bool for met in value.values())))
+VERDICT: Rule = (
+    f"null, or true or false for each of {', '.join(JUDGED)}",
+    lambda value: value is None
+    or (isinstance(value, dict) and value.keys() == set(JUDGED) and all(type(met) is bool for met in value.values())),
+)  # fmt: skip
 CHOICE: Rule = ("a text, or null", lambda value: value is None or isinstance(value, str))
 FINISH: Rule = (f"one of {', '.join(FINISH_REASONS)}", lambda value: value in FINISH_REASONS)
 
@@ -473,7 +479,7 @@ KINDS = {
         lambda row: (row["id"], row["sample"]),
     ),
     "verdicts": Kind(
-        {"id": FILLED, "sample": WHOLE, "response_sha": TEXT, "criteria": CRITERIA, "verdict_sha": TEXT},
+        {"id": FILLED, "sample": WHOLE, "response_sha": TEXT, "criteria": VERDICT, "verdict_sha": TEXT},
         {"error": CHOICE, "judge": TEXT, "raw": TEXT}, lambda row: (row["id"], row["sample"]),
     ),
     "pairs": Kind(
@@ -490,6 +496,11 @@ TOLD_BY = {"metrics": "step", "key": "case", "pairs": "chosen", "demos": "messag
 
 def kind_of(row: dict) -> str:
     return next((kind for kind, key in TOLD_BY.items() if key in row), "questions")
+
+
+def kind_of_file(path: str | Path) -> str:
+    """A file holds one kind of row: its first row's."""
+    return next((kind_of(row) for _, row in read_jsonl(path)), "questions")
 
 
 def check_row(row: dict, where: str, kind: str) -> None:
@@ -566,7 +577,7 @@ def main(argv: list[str] | None = None) -> int:
     for path in args.files:
         good, kind = 0, "questions"
         try:
-            kind = next((kind_of(row) for _, row in read_jsonl(path)), kind)  # a file holds one kind: its first row's
+            kind = kind_of_file(path)
             for row in checked_rows(path, kind):
                 good += not isinstance(row, RowError)
                 if isinstance(row, RowError):

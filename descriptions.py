@@ -159,11 +159,12 @@ def read_sheet(path: str | Path, columns: list[str]) -> list[tuple[int, dict[str
     """(number, row) of a CSV, numbered as a spreadsheet does: the first row is the header. Raises
     RowError for a file that cannot be read, and for one that lacks one of `columns`, in its header
     or in any row: such rows are listed together."""
+    with data.open_file(path) as file:
+        content = file.read()
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            sheet = csv.DictReader(file)
-            rows, names = list(enumerate(sheet, 2)), sheet.fieldnames or []
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        sheet = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""))
+        rows, names = list(enumerate(sheet, 2)), sheet.fieldnames or []
+    except (UnicodeDecodeError, csv.Error) as error:
         raise data.RowError(f"{path}: cannot be read ({error}); save the filled-in sheet as CSV in UTF-8") from None
     if lost := [name for name in columns if name not in names]:
         wanted = f"columns are {names}, expected {' and '.join(columns)} among them"

@@ -54,6 +54,10 @@ class ClinicEngine:
     """The miniature's roles. They reply with text, like any remote engine, and no token ids."""
 
     def __init__(self, spec: str, role: str):
+        import clinic
+
+        if role not in clinic.ROLES:
+            raise Unavailable(f"{spec}: is not a role of the clinic; known are {', '.join(clinic.ROLES)}")
         self.spec, self.role, self.tally = spec, role, Counter()
 
     def answer(self, asks: list[Ask], sampling: Sampling) -> Iterator[list[Reply]]:

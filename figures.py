@@ -271,7 +271,7 @@ def plot_films(pairs: list[dict], image_root: Path, path: Path) -> None:
     heights = [max(2.1, 0.6 + 0.16 * max(text.count("\n") + 1 for *_, text in texts)) for texts in sheet]  # inches: 0.16 a line
     figure, axes = canvas(len(shown), 4, 16, sum(heights), [1, 2, 3, 3], heights)
     for row, texts, (film, *columns) in zip(shown.values(), sheet, axes):
-        film.imshow(load_image(image_root / row["images"][0]))  # a grey film would be given false colours
+        film.imshow(load_image(data.image_file(image_root, row["images"][0])))  # a grey film would be given false colours
         film.set_anchor("N")
         film.axis("off")
         for ax, (title, colour, text) in zip(columns, texts):

@@ -49,8 +49,8 @@ from asking import SPEED, Ask, Engine, add_flags, ask_yes_no, checkpoint, identi
 from descriptions import read_sheet, write_sheet
 from engines import open_engine
 
-CRITERIA = ("Logical_Consistency", "Image_Analysis_Involvement", "No_Hallucination", "Reflection_Presence")  # MMRP, paper 3.3
-KEYS = ("Answer_Correctness", *CRITERIA)
+KEYS = data.JUDGED
+CRITERIA = KEYS[1:]  # MMRP, paper 3.3
 
 # paper App. A; the three slots are question, ground truth and the model's whole response
 JUDGE_PROMPT = """You are an expert reasoning evaluator.

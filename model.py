@@ -825,9 +825,11 @@ COLOURS = {data.PROMPT: "\033[90m", data.THINK: "\033[32m", data.ANSWER: "\033[3
 
 def show(path: str, folder: str, count: int) -> None:
     """Prints rows with every token in the colour of its label: the mask as one can read it."""
+    kind = data.kind_of_file(path)
+    if kind not in ("demos", "pairs"):
+        raise data.RowError(f"{path}: holds {kind}, expected demos or pairs")
     processor = Processor(folder)
-    rows = [row for _, row in zip(range(count), (row for _, row in data.read_jsonl(path)))]
-    for title, prompt, responses in iter_rows(rows, processor):
+    for title, prompt, responses in iter_rows(data.read_rows(path, kind)[:count], processor):
         print(f"--- {title}: prompt {len(prompt.ids)} tokens, one placeholder for each of {len(prompt.images)} images")
         print(f"{COLOURS[data.PROMPT]}{processor.tokenizer.decode(prompt.ids)}\033[0m", end="")
         for response in responses:

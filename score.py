@@ -124,6 +124,11 @@ def read_results(folder: str | Path, wanted: dict[str, type]) -> dict:
     results = data.read_json(path)
     data.need({"results": results}, str(path), results=dict)
     data.need(results, str(path), **wanted)
+    for number, found in enumerate(results["entries"], 1):
+        data.need({"entry": found}, f"{path}: entry {number}", entry=dict)
+        data.need(found, f"{path}: entry {number}", id=str, source=str, image=bool, choices=list, right=list, ended=list, criteria=list)
+    if not results["entries"]:
+        raise data.RowError(f"{path}: no question in it; run the evaluation again")
     return results
 
 

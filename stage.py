@@ -210,6 +210,6 @@ def new_file(path: str | Path, content: str, inputs: Iterable[str | Path]) -> No
     path = Path(path)
     if path.is_dir() or path.resolve() in [Path(one).resolve() for one in inputs]:
         raise data.RowError(f"--out {path}: is {'a folder' if path.is_dir() else 'read here'}; name another file")
-    if path.exists() and path.read_text(encoding="utf-8", errors="replace") != content:
+    if path.exists() and path.read_bytes() != content.encode():
         raise data.RowError(f"--out {path}: is there already, with another content; move it away, or name another file")
     data.write_text(path, content)

@@ -645,7 +645,8 @@ BAD = {  # what is wrong: (kind, the row or its line, what the message must name
     "a rollout that is correct by a word": ("rollouts", {**ROLLOUT, "correct": "No"}, "correct"),
     "a verdict on nothing": ("verdicts", without(VERDICT, "response_sha"), "response_sha"),
     "a verdict in words": ("verdicts", {**VERDICT, "criteria": "No"}, "criteria"),
-    "a criterion in words": ("verdicts", {**VERDICT, "criteria": {"No_Hallucination": "No"}}, "criteria"),
+    "a criterion in words": ("verdicts", {**VERDICT, "criteria": dict.fromkeys(data.JUDGED, "No")}, "criteria"),
+    "a criterion that is missing": ("verdicts", {**VERDICT, "criteria": dict.fromkeys(data.JUDGED[1:], True)}, "criteria"),
     "no criteria at all": ("verdicts", {**VERDICT, "criteria": {}}, "criteria"),
     "a loss that is a text": ("metrics", {"step": 1, "loss": "0.5"}, "loss"),
     "a key without its case": ("key", {**without(KEY, "case"), "case": ""}, "case"),
@@ -675,7 +676,7 @@ def test_a_row_that_says_a_thing_twice_is_refused_and_both_lines_are_named(tmp_p
 
 
 def test_contrary_verdicts_on_one_sample_are_refused(tmp_path):
-    yes, no = ({**VERDICT, "criteria": {"No_Hallucination": met}} for met in (True, False))
+    yes, no = ({**VERDICT, "criteria": dict.fromkeys(data.JUDGED, met)} for met in (True, False))
     with pytest.raises(data.RowError, match="is already on"):
         data.read_rows(write(tmp_path / "x.jsonl", yes, no), "verdicts")
 
