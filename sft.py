@@ -89,10 +89,12 @@ def pack_plan(lengths: list[int], limit: int, seed: int) -> list[list[int]]:
 
 
 def check(claim: str, holds: bool, otherwise: str) -> None:
-    """One line of the gate. Raises RuntimeError where the claim does not hold."""
-    train.print0(f"  gate: {'ok ' if holds else 'NOT'} {claim}")
-    if not holds:
-        raise RuntimeError(f"gate: {claim}: not so; {otherwise}")
+    """One line of the gate: a claim that must hold on every rank. Raises train.Refused, on all of
+    them, where it does not. A collective."""
+    against = train.gather_rows([] if holds else [otherwise])
+    train.print0(f"  gate: {'NOT' if against else 'ok '} {claim}")
+    if against:
+        train.refuse(train.Refused(f"gate: {claim}: not so; {against[0]}"))
 
 
 def gate_rows(path: str, rows: list[dict], encode: Callable[[dict], model.Row], responses: Callable[[dict], list[str]], processor: model.Processor) -> list[int]:

@@ -159,7 +159,8 @@ def test_text_pairs_have_trls_loss_and_gradients(folder, policy, processor, tmp_
 
     rows = [dpo.encode_pair(row, processor, tmp_path) for row in pairs]
     assert [[theirs[key] for key in ("prompt_ids", "chosen_ids", "rejected_ids")] for theirs in trainer.train_dataset] == [[segment.ids for segment in row] for row in rows]
-    values = dpo.reference_values(model.Policy(other), lambda index: rows[index], processor, [0, 1, 2], 2, CPU)
+    rounds = dpo.reference_rounds(model.Policy(other), lambda index: rows[index], processor, [0, 1, 2], 2, CPU)
+    values = [values for done in rounds for _, values in done]
     batch = dpo.collate_pairs(list(zip(rows, values)), [1.0] * 3, processor)
     loss, count, _ = dpo.pair_loss(policy(batch), batch, 0.1)
     (loss / count).backward()
@@ -272,7 +273,7 @@ def test_a_corrupted_reference_value_stops_the_run(policy, processor, films, tmp
     rows = encode(processor, films, [None, "film0.png"])
     refer(tmp_path, policy, rows, processor)
     stored = data.resume_jsonl(tmp_path / "reference.jsonl")
-    stored[1][side] += 0.5
+    stored[2 if side == "chosen" else 3]["logp"] += 0.5
     data.write_jsonl(tmp_path / "reference.jsonl", stored)
     with pytest.raises(RuntimeError, match="reference of pair 1 is off by 0.5"):
         refer(tmp_path, policy, rows, processor)
