@@ -3,13 +3,14 @@
     h = [log pi(y_w|x) - log pi_ref(y_w|x)] - [log pi(y_l|x) - log pi_ref(y_l|x)]        L = -log sigmoid(beta h)
 
 pi_ref is the policy before its first update. Its log-probabilities never change, so they are computed once, before
-training, by the very code that trains, and kept in OUT/reference.jsonl. Then h = 0 at the first step and the loss must
-be ln 2 = 0.6931: a gate refuses to go on where it is not.
+training, by the very code that trains, and kept in OUT/reference.jsonl. Then h = 0 at the first
+step and the loss must be ln 2 = 0.6931: a gate refuses to go on where it is not.
 
     reference.jsonl   {"key", "logp", "tokens"}, a row for each chain, appended as they are computed
 
-The key is a hash of the weights, the prompt, its images and the response, so a chain that stands in several pairs is
-stored once, with the value of the first of them. A run that was killed computes the rest.
+The key is a hash of the weights, the prompt, its images and the response, so a chain that stands
+in several pairs is stored once, with the value from the first of them. A run that was killed
+computes the rest.
 
 A pair is one tree row: prompt -> chosen, prompt -> rejected. The prompt and its images are computed once.
 
@@ -122,8 +123,8 @@ def reference_rounds(
     micro: int,
     device: torch.device,
 ) -> Iterator[list[tuple[int, list[float]]]]:
-    """(index, log pi_ref of chosen and rejected) of each pair, a round at a time: one micro-batch of
-    every rank. A collective: all ranks work through their shares, and all get all values."""
+    """(index, log pi_ref of chosen and rejected) of each pair, a round at a time: one micro-batch
+    of every rank. A collective: all ranks work through their shares, and all get all values."""
     parts = train.micro_batches(indices, micro, train.rank(), train.world())
     for part in tqdm(parts, desc="reference", unit="batch", disable=train.rank() > 0):
         batch = model.collate([encode(index) for index, _ in part], processor).to(device)
@@ -142,9 +143,9 @@ def references(
     micro: int,
     device: torch.device,
 ) -> list[list[float]]:
-    """Reference values of all pairs, (chosen, rejected) each. Pairs with a chain that is not stored are
-    computed, and their chains appended. A few of the others are computed again. Raises train.Refused
-    where a chain's new value is not the stored one: the file then belongs to another policy."""
+    """Reference values of all pairs, (chosen, rejected) each. Pairs with a chain that is not stored
+    are computed, and their chains appended. A few of the others are computed again. Raises
+    train.Refused where a chain's new value is not the stored one: the file is of another policy."""
     keys, tokens = [], {}
     for index in range(rows):
         row = encode(index)
@@ -174,8 +175,8 @@ def keep(
     stored: dict[str, float],
     device: torch.device,
 ) -> list[dict]:
-    """Adds the chains that are not stored yet to `stored`, and returns their rows. The others must have
-    their stored value."""
+    """Adds the chains that are not stored yet to `stored`, and returns their rows. The others must
+    have their stored value."""
     rows = []
     for index, values in done:
         for side, key, value in zip(SIDES, keys[index], values):
@@ -191,10 +192,10 @@ def keep(
 def tolerance(tokens: int, device: torch.device) -> float:
     """How far two values of log pi(y|x), computed by the same weights, may differ.
 
-    The rounding errors of the tokens are small and of either sign, so they add up like a random walk:
-    with the square root of the length. This holds for any micro-batch: other rows beside a chain pad it
-    to another length and change how its tokens round, not by how much. Chains of up to SHORT tokens
-    have the limit of SHORT: in a few tokens one large error is not averaged out.
+    The rounding errors of the tokens are small and of either sign, so they add up like a random
+    walk: with the square root of the length. This holds for any micro-batch: other rows beside a
+    chain pad it to another length and change how its tokens round, not by how much. Chains of up
+    to SHORT tokens have the limit of SHORT: in a few tokens one large error is not averaged out.
     """
     a_token = 1e-4 if device.type == "cpu" else 2e-2  # ours: rounding in fp32, and in bf16
     return a_token * math.sqrt(max(tokens, SHORT))
@@ -212,8 +213,8 @@ def gate_reference(
     micro: int,
     device: torch.device,
 ) -> None:
-    """The gate's last part (the others are in sft.py): the first pairs, as they will be trained, must
-    have the reference's log-probabilities and a loss of ln 2. A collective.
+    """The gate's last part (the others are in sft.py): the first pairs, as they will be trained,
+    must have the reference's log-probabilities and a loss of ln 2. A collective.
 
     Near h = 0 the loss moves by beta / 2 times h, and h by the errors of two chains.
     """
@@ -226,8 +227,8 @@ def gate_reference(
             logp = policy(batch)
             losses, weight, _ = pair_loss(logp, batch, beta)
         loss, count = loss + losses.item(), count + weight
-        apart = (torch.stack(response_sums(logp, batch), 1) - batch.reference).abs().flatten().tolist()
-        off += zip([len(segment.ids) for row, _ in rows for segment in row[1:]], apart)
+        apart = (torch.stack(response_sums(logp, batch), 1) - batch.reference).abs().flatten()
+        off += zip([len(segment.ids) for row, _ in rows for segment in row[1:]], apart.tolist())
     off, (loss, count) = train.gather_rows(off), train.total([loss, count], device)
     wrong = [apart for tokens, apart in off if not apart <= tolerance(tokens, device)]
     said = f"log-probabilities differ by up to {max(wrong, default=0):.4f}; remove reference.jsonl"

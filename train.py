@@ -17,10 +17,10 @@ rank reads the rows of its own shards from the files, and saving gathers one ten
 Resume is exact: the order of rows is a pure function of (seed, epoch), and weights, optimizer and step are saved together,
 so a run that was killed goes on to the very weights of a run that was not.
 
-A run begins with `begin` and ends with `end`. While it works, OUT holds metrics.jsonl and OUT/state,
-the newest state; the last step has a state too, so a kill while the result is written costs no step.
-The result is saved first, then stage.json, and only then are the states removed. OUT must lie on a
-disk that all nodes share: `begin` finds out. What the ranks refuse, they refuse together (`refuse`).
+A run begins with `begin` and ends with `end`. While it works, OUT holds metrics.jsonl and, in
+OUT/state, the newest state. The last step has a state too, so a kill while the result is written
+costs no step: the result is saved first, then stage.json, and only then is the state removed. OUT
+must lie on a disk that all nodes share; `begin` finds out. All ranks refuse together (`refuse`).
 
 Where we depart from the paper, or it is silent:
   1. FSDP2 instead of DeepSpeed ZeRO-3: the same sharding of weights, gradients and optimizer, in plain PyTorch.
@@ -150,8 +150,8 @@ def shard(policy: nn.Module, device: torch.device, checkpointing: bool = False, 
         for layer in layers:
             layer.forward = partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
     if world() % replicas:
-        ranks = f"the number of ranks, {world()}"
-        refuse(data.RowError(f"--replicas {replicas} does not divide {ranks}; one replica a node is usual"))
+        said = f"--replicas {replicas} does not divide the number of ranks, {world()}"
+        refuse(data.RowError(f"{said}; one replica a node is usual"))
     if dist.is_initialized():
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -286,9 +286,9 @@ FREE = ("save_every", "print_every", "micro_batch", "checkpointing", "replicas")
 
 
 def begin(args: argparse.Namespace, inputs: list[str | Path]) -> bool:
-    """stage.open_folder, by the first rank for all of them. Where OUT is finished it does what `end`
-    does, and returns False. All ranks end where the first one raises, and where one of them does not
-    see what the first one wrote. A collective."""
+    """stage.open_folder, by the first rank for all of them. Where OUT is finished it does what
+    `end` does, and returns False. All ranks end where the first one raises, and where one of them
+    does not see what the first one wrote. A collective."""
     path, failed, said = Path(args.out) / "begun.json", None, None
     if rank() == 0:
         try:
@@ -385,8 +385,9 @@ def fit(
     encode(i)            row i, ready to collate (called when needed, so images need not all be in memory)
     collate(rows, w)     a batch with `.to(device)`; w are the rows' weights, 0 for a row that only keeps a rank in step
     loss_of(logps, b)    (sum, count, {name: (sum, count)}): sums over the micro-batch, never means
-    save_every           steps between states; the last step has one too. 0 keeps none. `end` removes them.
-    Writes out/metrics.jsonl, one row a step. Raises Diverged on a loss that is not finite, before it does harm.
+    save_every           steps between states; the last step has one too. 0 keeps none.
+    Writes out/metrics.jsonl, one row a step, and out/state, which `end` removes. Raises Diverged on
+    a loss that is not finite, before it does harm.
     """
     steps = math.ceil(epochs * math.ceil(rows / batch))
     parameters = list(trained(policy).values())
