@@ -280,13 +280,15 @@ def main(argv: list[str] | None = None) -> None:
     pairs = data.read_rows(args.pairs, "pairs")
     textual = sum(not (row.get("chosen_token_ids") and row.get("rejected_token_ids")) for row in pairs)
     if textual and args.require_token_ids:
-        raise data.RowError(f"{args.pairs}: {textual} pairs have no token ids; sample with an engine that tells them, or drop --require-token-ids")
+        said = f"{args.pairs}: {textual} pairs have no token ids; sample with an engine"
+        train.refuse(data.RowError(f"{said} that tells them, or drop --require-token-ids"))
     processor = model.Processor(args.model, args.pixels, args.tiles)
     lengths = gate_rows(args.pairs, pairs, lambda row: encode_pair(row, processor, image_root), lambda row: [row["chosen"], row["rejected"]], processor)
     kept = [row for row, length in zip(pairs, lengths) if length <= args.max_length]
     train.print0(f"pairs: kept {len(kept)} of {len(pairs)} ({len(pairs) - len(kept)} over {args.max_length} tokens: --max-length), {textual} tokenised from text")
     if not kept:
-        raise data.RowError(f"{args.pairs}: every pair is over {args.max_length} tokens; raise --max-length")
+        said = f"every pair is over {args.max_length} tokens"
+        train.refuse(data.RowError(f"{args.pairs}: {said}; raise --max-length"))
 
     policy = model.meta_policy(args.model)
     policy.freeze_vision()

@@ -187,7 +187,8 @@ def main(argv: list[str] | None = None) -> None:
     kept = [row for row, length in zip(rows, lengths) if length <= args.max_length]
     train.print0(f"demonstrations: kept {len(kept)} of {len(rows)} ({len(rows) - len(kept)} over {args.max_length} tokens: --max-length)")
     if not kept:
-        raise data.RowError(f"{' '.join(args.demos)}: every demonstration is over {args.max_length} tokens; raise --max-length")
+        said = f"every demonstration is over {args.max_length} tokens"
+        train.refuse(data.RowError(f"{' '.join(args.demos)}: {said}; raise --max-length"))
     plan = pack_plan([length for length in lengths if length <= args.max_length], args.pack, args.seed)
 
     policy = model.meta_policy(args.model)
