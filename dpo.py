@@ -3,8 +3,14 @@
     h = [log pi(y_w|x) - log pi_ref(y_w|x)] - [log pi(y_l|x) - log pi_ref(y_l|x)]        L = -log sigmoid(beta h)
 
 pi_ref is the policy before its first update. Its log-probabilities never change, so they are computed once, before
-training, by the very code that trains, and kept in OUT/reference.jsonl under a hash of the weights, tokens and images.
-Then h = 0 at the first step and the loss must be ln 2 = 0.6931: a gate refuses to go on where it is not.
+training, by the very code that trains, and kept in OUT/reference.jsonl. Then h = 0 at the first
+step and the loss must be ln 2 = 0.6931: a gate refuses to go on where it is not.
+
+    reference.jsonl   {"key", "logp", "tokens"}, a row for each chain, appended as they are computed
+
+The key is a hash of the weights, the prompt, its images and the response, so a chain that stands
+in several pairs is stored once, with the value from the first of them. A run that was killed
+computes the rest.
 
 A pair is one tree row: prompt -> chosen, prompt -> rejected. The prompt and its images are computed once.
 
@@ -26,7 +32,8 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,7 +52,10 @@ from sft import check, gate_policy, gate_rows, save
 
 BETA = 0.1  # ours: paper silent (LLaMA-Factory default; the DPO paper uses 0.1 to 0.5)
 CHOSEN, REJECTED = 1, 2  # Segment.answer of a pair's two responses
+SIDES = ("chosen", "rejected")  # in the order of a pair's row
 MAX_LENGTH = 8192  # ours: paper silent; prompt, chosen and rejected together
+CHECKED = 8  # ours: about so many stored pairs are computed again when a run goes on
+SHORT = 100  # ours: tokens up to which two values of a chain may differ by 1e-3 in fp32
 
 
 def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,7 +96,7 @@ def encode_pair(row: dict, processor: model.Processor, image_root: Path) -> mode
     """prompt -> chosen, prompt -> rejected"""
     images = [processor.encode_file(data.image_file(image_root, image)) for image in row["images"]]
     encoded = [processor.encode_prompt(row["prompt"], images)]
-    for side, which in (("chosen", CHOSEN), ("rejected", REJECTED)):
+    for side, which in zip(SIDES, (CHOSEN, REJECTED)):
         if row.get(f"{side}_token_ids"):
             encoded.append(processor.encode_tokens(row[f"{side}_token_ids"], 0, which))
         else:
@@ -98,68 +108,137 @@ def encode_pair(row: dict, processor: model.Processor, image_root: Path) -> mode
 # The reference
 
 
-def pair_key(row: model.Row, checkpoint: str) -> str:
-    """What a reference value depends on: the checkpoint's files, the tokens, the pixels."""
+def chain_keys(row: model.Row, checkpoint: str) -> list[str]:
+    """Of each response, what its reference value depends on: the checkpoint's files, the tokens and
+    pixels of the prompt, and its own tokens."""
     pixels = [hashlib.sha256(image.pixels.numpy().tobytes()).hexdigest() for image in row[0].images]
-    return data.content_hash([checkpoint, [segment.ids for segment in row], pixels])
+    return [data.content_hash([checkpoint, row[0].ids, pixels, segment.ids]) for segment in row[1:]]
 
 
 @torch.no_grad()
-def reference_values(policy: model.Policy, encode: Callable[[int], model.Row], processor: model.Processor, indices: list[int], micro: int, device: torch.device) -> list[list[float]]:
-    """log pi_ref of (chosen, rejected) for each index, in order. A collective: all ranks work through their shares."""
-    mine = []
-    for part in tqdm(train.micro_batches(indices, micro, train.rank(), train.world()), desc="reference", unit="batch", disable=train.rank() > 0):
+def reference_rounds(
+    policy: model.Policy,
+    encode: Callable[[int], model.Row],
+    processor: model.Processor,
+    indices: list[int],
+    micro: int,
+    device: torch.device,
+) -> Iterator[list[tuple[int, list[float]]]]:
+    """(index, log pi_ref of chosen and rejected) of each pair, a round at a time: one micro-batch
+    of every rank. A collective: all ranks work through their shares, and all get all values."""
+    parts = train.micro_batches(indices, micro, train.rank(), train.world())
+    for part in tqdm(parts, desc="reference", unit="batch", disable=train.rank() > 0):
         batch = model.collate([encode(index) for index, _ in part], processor).to(device)
         sums = torch.stack(response_sums(policy(batch), batch), 1).tolist()
-        mine += [(index, values) for (index, weight), values in zip(part, sums) if weight]
-    values = dict(train.gather_rows(mine))
-    return [values[index] for index in indices]
+        mine = [(index, values) for (index, weight), values in zip(part, sums) if weight]
+        yield train.gather_rows(mine)
 
 
-def references(path: Path, policy: model.Policy, rows: int, encode: Callable[[int], model.Row], processor: model.Processor, checkpoint: str, micro: int, device: torch.device) -> list[list[float]]:
-    """Reference values of all pairs: those stored under the same key, the others computed and stored. A few stored ones are
-    computed again and compared. Raises RuntimeError if they differ: the file would then belong to another policy."""
-    keys = [pair_key(encode(index), checkpoint) for index in range(rows)]
-    stored = {row["key"]: [row["chosen"], row["rejected"]] for row in data.resume_jsonl(path)} if path.exists() else {}
-    known = [index for index in range(rows) if keys[index] in stored]
-    again = known[:: max(1, len(known) // 8)]
-    for index, value in zip(again, reference_values(policy, encode, processor, again, micro, device) if again else []):
-        worst = max(abs(a - b) for a, b in zip(value, stored[keys[index]]))
-        if not worst <= tolerance(device) * 10:
-            raise RuntimeError(f"{path}: the stored reference of pair {index} is off by {worst:.4f}; remove the file to compute it anew")
-    missing = [index for index in range(rows) if keys[index] not in stored]
-    for index, value in zip(missing, reference_values(policy, encode, processor, missing, micro, device) if missing else []):
-        stored[keys[index]] = value
-    if train.rank() == 0 and missing:
-        data.write_jsonl(path, ({"key": key, "chosen": stored[key][0], "rejected": stored[key][1]} for key in dict.fromkeys(keys)))
-    train.barrier()
-    train.print0(f"reference: {len(missing)} pairs computed, {len(known)} from {path.name} ({len(again)} checked)")
-    return [stored[key] for key in keys]
+def references(
+    path: Path,
+    policy: model.Policy,
+    rows: int,
+    encode: Callable[[int], model.Row],
+    processor: model.Processor,
+    checkpoint: str,
+    micro: int,
+    device: torch.device,
+) -> list[list[float]]:
+    """Reference values of all pairs, (chosen, rejected) each. Pairs with a chain that is not stored
+    are computed, and their chains appended. A few of the others are computed again. Raises
+    train.Refused where a chain's new value is not the stored one: the file is of another policy."""
+    keys, tokens = [], {}
+    for index in range(rows):
+        row = encode(index)
+        keys.append(chain_keys(row, checkpoint))
+        tokens |= {key: len(segment.ids) for key, segment in zip(keys[-1], row[1:])}
+    found = data.resume_jsonl(path) if train.rank() == 0 else []  # a torn line is cut by one rank
+    stored = {row["key"]: row["logp"] for row in train.gather_rows(found)}
+    known = [index for index in range(rows) if stored.keys() >= set(keys[index])]
+    missing = [index for index in range(rows) if not stored.keys() >= set(keys[index])]
+    again = known[:: max(1, len(known) // CHECKED)]
+    with open(path, "a", encoding="utf-8") if train.rank() == 0 else nullcontext() as log:
+        for indices in [some for some in (again, missing) if some]:
+            for done in reference_rounds(policy, encode, processor, indices, micro, device):
+                new = keep(path, done, keys, tokens, stored, device)
+                if train.rank() == 0:
+                    data.append_jsonl(log, new)
+    counts = f"{len(missing)} pairs computed, {len(known)} from {path.name} ({len(again)} checked)"
+    train.print0(f"reference: {counts}")
+    return [[stored[key] for key in pair] for pair in keys]
 
 
-def tolerance(device: torch.device) -> float:
-    """How far the first loss may be from ln 2: rounding in fp32, and in bf16, where batches of other shapes round differently."""
-    return 1e-4 if device.type == "cpu" else 2e-2
+def keep(
+    path: Path,
+    done: list[tuple[int, list[float]]],
+    keys: list[list[str]],
+    tokens: dict[str, int],
+    stored: dict[str, float],
+    device: torch.device,
+) -> list[dict]:
+    """Adds the chains that are not stored yet to `stored`, and returns their rows. The others must
+    have their stored value."""
+    rows = []
+    for index, values in done:
+        for side, key, value in zip(SIDES, keys[index], values):
+            if key not in stored:
+                stored[key] = value
+                rows.append({"key": key, "logp": value, "tokens": tokens[key]})
+            elif not (off := abs(value - stored[key])) <= tolerance(tokens[key], device):
+                what = f"the stored reference of pair {index} is off by {off:.4f} ({side})"
+                train.refuse(train.Refused(f"{path}: {what}; remove the file to compute it anew"))
+    return rows
+
+
+def tolerance(tokens: int, device: torch.device) -> float:
+    """How far two values of log pi(y|x), computed by the same weights, may differ.
+
+    The rounding errors of the tokens are small and of either sign, so they add up like a random
+    walk: with the square root of the length. This holds for any micro-batch: other rows beside a
+    chain pad it to another length and change how its tokens round, not by how much. Chains of up
+    to SHORT tokens have the limit of SHORT: in a few tokens one large error is not averaged out.
+    """
+    a_token = 1e-4 if device.type == "cpu" else 2e-2  # ours: rounding in fp32, and in bf16
+    return a_token * math.sqrt(max(tokens, SHORT))
 
 
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def gate_reference(policy: model.Policy, encode: Callable[[int], tuple[model.Row, list[float]]], processor: model.Processor, beta: float, pairs: int, micro: int, device: torch.device) -> None:
-    """The gate's last part (the others are in sft.py): the first pairs, as they will be trained, must have the reference's
-    log-probabilities and a loss of ln 2. A collective."""
-    loss, count, differences = 0.0, 0.0, []
-    for part in train.micro_batches(list(range(min(pairs, 4 * train.world()))), micro, train.rank(), train.world()):
-        batch = collate_pairs([encode(index) for index, _ in part], [weight for _, weight in part], processor).to(device)
+def gate_reference(
+    policy: model.Policy,
+    encode: Callable[[int], tuple[model.Row, list[float]]],
+    processor: model.Processor,
+    beta: float,
+    pairs: int,
+    micro: int,
+    device: torch.device,
+) -> None:
+    """The gate's last part (the others are in sft.py): the first pairs, as they will be trained,
+    must have the reference's log-probabilities and a loss of ln 2. A collective.
+
+    Near h = 0 the loss moves by beta / 2 times h, and h by the errors of two chains.
+    """
+    loss, count, off = 0.0, 0.0, []
+    first_pairs = list(range(min(pairs, 4 * train.world())))
+    for part in train.micro_batches(first_pairs, micro, train.rank(), train.world()):
+        rows = [encode(index) for index, _ in part]
+        batch = collate_pairs(rows, [weight for _, weight in part], processor).to(device)
         with torch.no_grad():
             logp = policy(batch)
             losses, weight, _ = pair_loss(logp, batch, beta)
         loss, count = loss + losses.item(), count + weight
-        differences.append((torch.stack(response_sums(logp, batch), 1) - batch.reference).abs().max().item())
-    differences, (loss, count) = train.gather_rows(differences), train.total([loss, count], device)
-    limit, first = tolerance(device), loss / count
-    check("policy equals reference", all(value <= 10 * limit for value in differences), f"log-probabilities differ by up to {max(differences):.4f}; remove reference.jsonl")
-    check(f"first loss {first:.6f} is ln 2 = {math.log(2):.6f}", abs(first - math.log(2)) <= limit, "policy and reference differ before any update")
+        apart = (torch.stack(response_sums(logp, batch), 1) - batch.reference).abs().flatten()
+        off += zip([len(segment.ids) for row, _ in rows for segment in row[1:]], apart.tolist())
+    off, (loss, count) = train.gather_rows(off), train.total([loss, count], device)
+    wrong = [apart for tokens, apart in off if not apart <= tolerance(tokens, device)]
+    said = f"log-probabilities differ by up to {max(wrong, default=0):.4f}; remove reference.jsonl"
+    check("policy equals reference", not wrong, said)
+    first, longest = loss / count, max(tokens for tokens, _ in off)
+    least = tolerance(SHORT, device) / 10  # ours: 1e-4 in fp32, whatever beta is
+    limit = max(least, beta / 2 * tolerance(2 * longest, device))
+    claim = f"first loss {first:.6f} is ln 2 = {math.log(2):.6f}"
+    check(claim, abs(first - math.log(2)) <= limit, "policy and reference differ before any update")
 
 
 def collate_pairs(rows: list[tuple[model.Row, list[float]]], weights: list[float], processor: model.Processor) -> model.Batch:
@@ -226,13 +305,15 @@ def main(argv: list[str] | None = None) -> None:
     pairs = data.read_rows(args.pairs, "pairs")
     textual = sum(not (row.get("chosen_token_ids") and row.get("rejected_token_ids")) for row in pairs)
     if textual and args.require_token_ids:
-        raise data.RowError(f"{args.pairs}: {textual} pairs have no token ids; sample with an engine that tells them, or drop --require-token-ids")
+        said = f"{args.pairs}: {textual} pairs have no token ids; sample with an engine"
+        train.refuse(data.RowError(f"{said} that tells them, or drop --require-token-ids"))
     processor = model.Processor(args.model, args.pixels, args.tiles)
     lengths = gate_rows(args.pairs, pairs, lambda row: encode_pair(row, processor, image_root), lambda row: [row["chosen"], row["rejected"]], processor)
     kept = [row for row, length in zip(pairs, lengths) if length <= args.max_length]
     train.print0(f"pairs: kept {len(kept)} of {len(pairs)} ({len(pairs) - len(kept)} over {args.max_length} tokens: --max-length), {textual} tokenised from text")
     if not kept:
-        raise data.RowError(f"{args.pairs}: every pair is over {args.max_length} tokens; raise --max-length")
+        said = f"every pair is over {args.max_length} tokens"
+        train.refuse(data.RowError(f"{args.pairs}: {said}; raise --max-length"))
 
     policy = model.meta_policy(args.model)
     policy.freeze_vision()

@@ -93,10 +93,12 @@ def pack_plan(lengths: list[int], limit: int, seed: int) -> list[list[int]]:
 
 
 def check(claim: str, holds: bool, otherwise: str) -> None:
-    """One line of the gate. Raises RuntimeError where the claim does not hold."""
-    train.print0(f"  gate: {'ok ' if holds else 'NOT'} {claim}")
-    if not holds:
-        raise RuntimeError(f"gate: {claim}: not so; {otherwise}")
+    """One line of the gate: a claim that must hold on every rank. Raises train.Refused, on all of
+    them, where it does not. A collective."""
+    against = train.gather_rows([] if holds else [otherwise])
+    train.print0(f"  gate: {'NOT' if against else 'ok '} {claim}")
+    if against:
+        train.refuse(train.Refused(f"gate: {claim}: not so; {against[0]}"))
 
 
 def gate_rows(path: str, rows: list[dict], encode: Callable[[dict], model.Row], responses: Callable[[dict], list[str]], processor: model.Processor) -> list[int]:
@@ -238,7 +240,8 @@ def main(argv: list[str] | None = None) -> None:
     kept = [row for row, length in zip(rows, lengths) if length <= args.max_length]
     train.print0(f"demonstrations: kept {len(kept)} of {len(rows)} ({len(rows) - len(kept)} over {args.max_length} tokens: --max-length)")
     if not kept:
-        raise data.RowError(f"{' '.join(args.demos)}: every demonstration is over {args.max_length} tokens; raise --max-length")
+        said = f"every demonstration is over {args.max_length} tokens"
+        train.refuse(data.RowError(f"{' '.join(args.demos)}: {said}; raise --max-length"))
     plan = pack_plan([length for length in lengths if length <= args.max_length], args.pack, args.seed)
 
     policy = model.meta_policy(args.model)

@@ -17,6 +17,11 @@ rank reads the rows of its own shards from the files, and saving gathers one ten
 Resume is exact: the order of rows is a pure function of (seed, epoch), and weights, optimizer and step are saved together,
 so a run that was killed goes on to the very weights of a run that was not.
 
+A run begins with `begin` and ends with `end`. While it works, OUT holds metrics.jsonl and, in
+OUT/state, the newest state. The last step has a state too, so a kill while the result is written
+costs no step: the result is saved first, then stage.json, and only then is the state removed. OUT
+must lie on a disk that all nodes share; `begin` finds out. All ranks refuse together (`refuse`).
+
 Where we depart from the paper, or it is silent:
   1. FSDP2 instead of DeepSpeed ZeRO-3: the same sharding of weights, gradients and optimizer, in plain PyTorch.
   2. The frozen vision tower is not sharded: every rank holds it whole, so a rank whose rows have no image need not join
@@ -35,10 +40,11 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -54,6 +60,15 @@ BETAS, EPS, WEIGHT_DECAY = (0.9, 0.999), 1e-8, 0.0  # ours: paper silent (LLaMA-
 WARMUP = 0.1  # ours: paper silent (LLaMA-Factory's examples); share of the steps
 CLIP = 1.0  # ours: paper silent (transformers' max_grad_norm)
 PATIENCE = timedelta(hours=1)  # ours: the other ranks wait while the first hashes or writes a large checkpoint (torch's default is 10 minutes)
+SIGHT = 10.0  # ours: seconds in which a network disk must show a file that another node wrote
+
+
+class Refused(SystemExit, RuntimeError):
+    """What cannot go on, and what to do. Uncaught, it ends a script as data.RowError does."""
+
+
+class Diverged(SystemExit, FloatingPointError):
+    """A loss or a gradient that is not finite. Uncaught, it ends a script as data.RowError does."""
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -91,6 +106,20 @@ def barrier() -> None:
         dist.barrier()
 
 
+def leave() -> None:
+    """Leaves the process group: a rank that ends inside one may abort while another still talks."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def refuse(error: Exception | None) -> NoReturn:
+    """Ends all ranks with exit code 1; the first says why, so the text is printed once. Every rank
+    must call it, after a collective that told all of them the same: none is left waiting."""
+    first = rank() == 0
+    leave()
+    raise error if first else SystemExit(1)
+
+
 def total(values: list[float], device: torch.device) -> list[float]:
     """Sums numbers over all ranks, in float64."""
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
@@ -121,7 +150,8 @@ def shard(policy: nn.Module, device: torch.device, checkpointing: bool = False, 
         for layer in layers:
             layer.forward = partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
     if world() % replicas:
-        raise ValueError(f"--replicas {replicas} does not divide the number of ranks, {world()}; one replica a node is usual")
+        said = f"--replicas {replicas} does not divide the number of ranks, {world()}"
+        refuse(data.RowError(f"{said}; one replica a node is usual"))
     if dist.is_initialized():
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -256,9 +286,41 @@ FREE = ("save_every", "print_every", "micro_batch", "checkpointing", "replicas")
 
 
 def begin(args: argparse.Namespace, inputs: list[str | Path]) -> bool:
-    """stage.open_folder, by the first rank for all of them. A collective."""
-    (todo,) = gather_rows([stage.open_folder(args, inputs, FREE)] if rank() == 0 else [])
-    return todo
+    """stage.open_folder, by the first rank for all of them. Where OUT is finished it does what
+    `end` does, and returns False. All ranks end where the first one raises, and where one of them
+    does not see what the first one wrote. A collective."""
+    path, failed, said = Path(args.out) / "begun.json", None, None
+    if rank() == 0:
+        try:
+            todo = stage.open_folder(args, inputs, FREE)
+            said = (todo, path.read_bytes() if todo else b"")
+        except Exception as error:  # the others wait below: they are told before it is raised
+            failed = error
+    (said,) = gather_rows([said] if rank() == 0 else [])
+    if said is None:
+        refuse(failed)
+    todo, begun = said
+    if not todo:
+        end(path.parent)
+        return False
+    blind = gather_rows([] if sees(path, begun) else [str(rank())])
+    if blind:
+        seen = f"rank {', '.join(blind)} cannot see what rank 0 wrote there"
+        wanted = "OUT must lie on a disk that all nodes share"
+        refuse(data.RowError(f"--out {args.out}: {seen}; {wanted}"))
+    return True
+
+
+def sees(path: Path, content: bytes) -> bool:
+    """Whether a file comes to have this content within SIGHT seconds, as this rank sees it."""
+    until = time.monotonic() + SIGHT
+    while True:
+        with suppress(OSError):  # it is not there yet, or is replaced while it is read
+            if path.read_bytes() == content:
+                return True
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.1)
 
 
 def load_state(folder: Path, policy: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -273,7 +335,8 @@ def load_state(folder: Path, policy: nn.Module, optimizer: torch.optim.Optimizer
     files = [safe_open(path, framework="pt") for path in sorted(states[-1].glob("rank_*.safetensors"))]
     step, shards = int(files[0].metadata()["step"]), int(files[0].metadata()["shards"])
     if len(files) != shards:
-        raise RuntimeError(f"{states[-1]}: {len(files)} of {shards} rank files; remove the folder to start again")
+        there = f"{len(files)} of {shards} rank files"
+        refuse(Refused(f"{states[-1]}: {there}; remove the folder to start again"))
     with torch.no_grad():
         for name, parameter in trained(policy).items():
             moments, rows = optimizer.state[parameter], own_rows(parameter)
@@ -322,8 +385,9 @@ def fit(
     encode(i)            row i, ready to collate (called when needed, so images need not all be in memory)
     collate(rows, w)     a batch with `.to(device)`; w are the rows' weights, 0 for a row that only keeps a rank in step
     loss_of(logps, b)    (sum, count, {name: (sum, count)}): sums over the micro-batch, never means
-    save_every           steps between states; 0 keeps none. A finished run removes its states.
-    Writes out/metrics.jsonl, one row a step. Raises FloatingPointError on a loss that is not finite, before it does harm.
+    save_every           steps between states; the last step has one too. 0 keeps none.
+    Writes out/metrics.jsonl, one row a step, and out/state, which `end` removes. Raises Diverged on
+    a loss that is not finite, before it does harm.
     """
     steps = math.ceil(epochs * math.ceil(rows / batch))
     parameters = list(trained(policy).values())
@@ -358,15 +422,16 @@ def fit(
             names = list(sums)  # the same on every rank: a loss names its figures whether or not they occur
             reduced = total([counted] + [x for name in names for x in sums[name]], device)
             means = {name: reduced[1 + 2 * i] / max(reduced[2 + 2 * i], 1e-12) for i, name in enumerate(names)}
+            untouched = f"the weights of step {step - 1} are untouched"
             if not math.isfinite(means["loss"]):
-                raise FloatingPointError(f"step {step}: the loss is {means['loss']}; the weights of step {step - 1} are untouched")
+                refuse(Diverged(f"step {step}: the loss is {means['loss']}; {untouched}"))
             for parameter in parameters:
                 if parameter.grad is not None:
                     parameter.grad.div_(reduced[0])
             norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP)
             norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
             if not math.isfinite(norm):
-                raise FloatingPointError(f"step {step}: the gradient's norm is {norm}; the weights of step {step - 1} are untouched")
+                refuse(Diverged(f"step {step}: the gradient's norm is {norm}; {untouched}"))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             row = {"step": step, **{name: round(value, 6) for name, value in means.items()}, "lr": now, "grad_norm": round(norm, 4), "seconds": round(time.time() - started, 3)}
@@ -375,16 +440,19 @@ def fit(
                 data.append_jsonl(log, [row])
             if (step + 1) % print_every == 0 or step + 1 == steps:
                 print0(status_line(row, steps, device))
-            if save_every and (step + 1) % save_every == 0 and step + 1 < steps:
+            if save_every and ((step + 1) % save_every == 0 or step + 1 == steps):
                 save_state(out / "state", policy, optimizer, step + 1)
     return history
 
 
 def end(out: Path) -> None:
-    """Removes the states of a run whose result is saved."""
+    """Removes the states of a run whose stage.json is written; then every rank leaves the group. A
+    collective."""
     barrier()
     if rank() == 0:
         shutil.rmtree(out / "state", ignore_errors=True)
+    barrier()
+    leave()
 
 
 def status_line(row: dict, steps: int, device: torch.device) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -24,6 +25,7 @@ import dpo  # noqa: E402
 import lora  # noqa: E402
 import model  # noqa: E402
 import sft  # noqa: E402
+import stage  # noqa: E402
 import train  # noqa: E402
 
 WORDS = "the film shows a nodule in the left upper lobe with fever and cough so the next step is a scan".split()
@@ -137,13 +139,14 @@ def prepare(case: str, models: str, images: str, device: torch.device | None = N
         values = dpo.references(out / "reference.jsonl", policy, len(rows), encode_row, processor, "checkpoint", micro, device)
         dpo.gate_reference(policy, lambda i: (encode_row(i), values[i]), processor, dpo.BETA, len(rows), micro, device)
     else:
-        values = dpo.reference_values(policy, encode_row, processor, list(range(len(rows))), 1, torch.device("cpu"))
+        rounds = dpo.reference_rounds(policy, encode_row, processor, list(range(len(rows))), 1, torch.device("cpu"))
+        values = [values for done in rounds for _, values in done]
     encode = lambda i: (encode_row(i), values[i])  # noqa: E731
     return policy, lambda logp, b: dpo.pair_loss(logp, b, dpo.BETA), encode, lambda r, w: dpo.collate_pairs(r, w, processor), rows
 
 
 def run_case(case: str, models: str, images: str, out: Path, stop: int | None = None) -> dict[str, torch.Tensor]:
-    """Whole weights after three steps of train.fit. The state of step 1 is kept as OUT/first; the state of step 2 is the
+    """Whole weights after three steps of train.fit. The state of step 1 is kept as OUT/first; the state of step 3 is the
     last one, and stays in OUT/state. With `stop`, the run dies in that step. A collective."""
     device, micro = torch.device("cpu"), CASES[case][3]
     out.mkdir(parents=True, exist_ok=True)
@@ -186,6 +189,12 @@ def measured(action) -> tuple[int, object]:
     return peak, returned
 
 
+def join(store: Path) -> None:
+    """A command leaves the group when it ends. The ranks of this launch meet again in a file, for the next command."""
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
+
+
 def run_stages(models: str, images: str, out: Path) -> None:
     """Both stages by their own main: LoRA, then DPO over all parameters on what it merged."""
     base, root = Path(models) / "qwen", ["--images", images, "--pixels", str(56 * 56), "--batch", "5"]
@@ -195,9 +204,8 @@ def run_stages(models: str, images: str, out: Path) -> None:
     train.barrier()
     root += ["--epochs", "2", "--lr", "1e-3"]
     sft.main(["--model", str(base), "--demos", str(out / "demos.jsonl"), "--out", str(out / "sft"), *root])
-    train.barrier()
+    join(out / "dpo.store")
     dpo.main(["--model", str(out / "sft" / "merged"), "--pairs", str(out / "pairs.jsonl"), "--out", str(out / "dpo"), *root])
-    train.barrier()
 
 
 def run_memory(models: str, out: Path) -> None:
@@ -238,31 +246,53 @@ def run_rounding(models: str, out: Path) -> None:
         (out / "rounding.json").write_text(json.dumps(figures))
 
 
-def die_while_saving(place: str) -> None:
-    """From now on the process kills itself (-9) when half of a file whose path contains `place` is written."""
+def die_at(moment: str) -> None:
+    """From now on the process kills itself (-9) at a moment: "finish", all saved but for stage.json; "dropping", one file of
+    the state removed; "forward N", at the policy's Nth forward; else, half of a file whose path contains `moment` written."""
     import safetensors.torch
 
-    real = safetensors.torch.save_file
+    save_file, rmtree, forward, calls = safetensors.torch.save_file, shutil.rmtree, model.Policy.forward, []
 
-    def save_file(tensors: dict, path: Path, metadata: dict) -> None:
-        real(tensors, path, metadata)
-        if place in str(path):
+    def die(*given) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def saves(tensors: dict, path: Path, metadata: dict) -> None:
+        save_file(tensors, path, metadata)
+        if moment in str(path):
             os.truncate(path, os.path.getsize(path) // 2)
-            os.kill(os.getpid(), signal.SIGKILL)
+            die()
 
-    safetensors.torch.save_file = save_file
+    def drops(path: Path, ignore_errors: bool = False) -> None:
+        if moment == "dropping" and Path(path).name == "state":
+            next(Path(path).rglob("rank_*")).unlink()
+            die()
+        rmtree(path, ignore_errors)
+
+    def counts(self, batch: model.Batch) -> torch.Tensor:
+        calls.append(1)
+        if moment == f"forward {len(calls)}":
+            die()
+        return forward(self, batch)
+
+    safetensors.torch.save_file, shutil.rmtree, model.Policy.forward = saves, drops, counts
+    if moment == "finish":
+        stage.finish = die
 
 
 def main(path: str) -> None:
-    """SPEC: {"mains": [[stage, its arguments]], "pids": folder, "die": [rank, path]}, {"resume": {case: folder}}, or all cases."""
+    """SPEC: {"mains": [[stage, its arguments]], "pids": folder, "die": [rank, moment in the last main]}, {"resume": {case: folder}},
+    or all cases."""
     spec = json.loads(Path(path).read_text())
     if "mains" in spec:
         rank = int(os.environ.get("RANK", 0))
         (Path(spec["pids"]) / f"pid_{rank}").write_text(str(os.getpid()))
-        if spec["die"] and spec["die"][0] == rank:
-            die_while_saving(spec["die"][1])
-        for stage, *arguments in spec["mains"]:
-            {"sft": sft, "dpo": dpo}[stage].main(arguments)
+        for at, (name, *arguments) in enumerate(spec["mains"], 1):
+            if at > 1:
+                join(Path(f"{path}.{at}.store"))
+            if at == len(spec["mains"]) and spec["die"] and spec["die"][0] == rank:
+                die_at(spec["die"][1])
+            {"sft": sft, "dpo": dpo}[name].main(arguments)
+            assert not dist.is_initialized()  # a rank that ends inside the group may abort
         return
     models, images, out = spec["models"], spec["images"], Path(spec["out"])
     train.init_ranks()
@@ -279,11 +309,10 @@ def main(path: str) -> None:
             run_stopped(case, models, images, out / case / "stopped")
             keep(case, "resumed", run_case(case, models, images, Path(spec["stopped"][case])))
     if "resume" not in spec:
-        run_stages(models, images, out)
         run_memory(models, out)
         run_rounding(models, out)
-    train.barrier()
-    torch.distributed.destroy_process_group()
+        run_stages(models, images, out)
+    train.leave()
 
 
 if __name__ == "__main__":

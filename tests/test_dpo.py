@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import dpo
 import lora
 import model
 import train
+from stage import fingerprint
 
 CPU = torch.device("cpu")
 
@@ -159,7 +161,8 @@ def test_text_pairs_have_trls_loss_and_gradients(folder, policy, processor, tmp_
 
     rows = [dpo.encode_pair(row, processor, tmp_path) for row in pairs]
     assert [[theirs[key] for key in ("prompt_ids", "chosen_ids", "rejected_ids")] for theirs in trainer.train_dataset] == [[segment.ids for segment in row] for row in rows]
-    values = dpo.reference_values(model.Policy(other), lambda index: rows[index], processor, [0, 1, 2], 2, CPU)
+    rounds = dpo.reference_rounds(model.Policy(other), lambda index: rows[index], processor, [0, 1, 2], 2, CPU)
+    values = [values for done in rounds for _, values in done]
     batch = dpo.collate_pairs(list(zip(rows, values)), [1.0] * 3, processor)
     loss, count, _ = dpo.pair_loss(policy(batch), batch, 0.1)
     (loss / count).backward()
@@ -229,8 +232,8 @@ def test_a_pair_without_ids_is_tokenised_with_its_end_of_turn(processor, films):
 # The reference
 
 
-def refer(tmp_path, policy, rows: list[model.Row], processor, checkpoint: str = "one") -> list[list[float]]:
-    return dpo.references(tmp_path / "reference.jsonl", policy, len(rows), lambda index: rows[index], processor, checkpoint, 2, CPU)
+def refer(tmp_path, policy, rows: list[model.Row], processor, checkpoint: str = "one", micro: int = 2) -> list[list[float]]:
+    return dpo.references(tmp_path / "reference.jsonl", policy, len(rows), lambda index: rows[index], processor, checkpoint, micro, CPU)
 
 
 def test_reference_values_are_the_sums_of_separate_rows(folder, policy, processor, films, tmp_path):
@@ -272,10 +275,70 @@ def test_a_corrupted_reference_value_stops_the_run(policy, processor, films, tmp
     rows = encode(processor, films, [None, "film0.png"])
     refer(tmp_path, policy, rows, processor)
     stored = data.resume_jsonl(tmp_path / "reference.jsonl")
-    stored[1][side] += 0.5
+    stored[2 if side == "chosen" else 3]["logp"] += 0.5
     data.write_jsonl(tmp_path / "reference.jsonl", stored)
     with pytest.raises(RuntimeError, match="reference of pair 1 is off by 0.5"):
         refer(tmp_path, policy, rows, processor)
+
+
+def with_responses(row: model.Row, chosen: model.Segment, rejected: model.Segment) -> model.Row:
+    return [row[0], replace(chosen, answer=dpo.CHOSEN), replace(rejected, answer=dpo.REJECTED)]
+
+
+def test_a_chain_of_several_pairs_and_of_both_sides_is_stored_once(policy, processor, films, tmp_path, capsys):
+    first, other = encode(processor, films, ["film0.png", None])
+    a, b, c = first[1], first[2], other[1]
+    rows = [first, with_responses(first, a, c), with_responses(first, b, c)]
+    values = refer(tmp_path, policy, rows, processor)
+    assert [row["logp"] for row in data.resume_jsonl(tmp_path / "reference.jsonl")] == [*values[0], values[1][1]]
+    assert values[1][0] == values[0][0] and values[2] == [values[0][1], values[1][1]]
+    capsys.readouterr()
+    more = [with_responses(first, c, a), other]  # chains that are all stored, and another prompt before one of them
+    found = refer(tmp_path, policy, more, processor)
+    assert found[0] == [values[1][1], values[0][0]] and abs(found[1][0] - values[1][1]) > 1e-2
+    assert "1 pairs computed, 1 from" in capsys.readouterr().out
+    assert len(data.resume_jsonl(tmp_path / "reference.jsonl")) == 5
+
+
+@pytest.mark.parametrize("micro", [1, 3])
+def test_stored_values_hold_under_another_micro_batch(policy, processor, films, tmp_path, capsys, micro):
+    rows = encode(processor, films, [None, "film0.png", "film1.png"])
+    first = refer(tmp_path, policy, rows, processor)
+    assert refer(tmp_path, policy, rows, processor, micro=micro) == first
+    assert "0 pairs computed, 3 from reference.jsonl (3 checked)" in capsys.readouterr().out
+
+
+def long_row(processor, films) -> model.Row:
+    """Its chosen response has 400 tokens: the limit is twice that of 100."""
+    ((prompt, _, rejected),) = encode(processor, films)
+    return [prompt, processor.encode_tokens([5] * 400, 0, dpo.CHOSEN), rejected]
+
+
+@pytest.mark.parametrize("side, off, holds", [(0, 1.7e-3, True), (0, 2.5e-3, False), (1, 0.7e-3, True), (1, 1.3e-3, False)])
+def test_what_may_be_rounding_grows_with_the_root_of_the_length(policy, processor, films, tmp_path, side, off, holds):
+    row = long_row(processor, films)
+    (values,) = refer(tmp_path, policy, [row], processor)
+    stored = data.resume_jsonl(tmp_path / "reference.jsonl")
+    assert [line["tokens"] for line in stored] == [400, len(row[2].ids)] and len(row[2].ids) < 100
+    stored[side]["logp"] += off
+    data.write_jsonl(tmp_path / "reference.jsonl", stored)
+    moved = [value + off * (side == at) for at, value in enumerate(values)]
+    for action in (
+        lambda: refer(tmp_path, policy, [row], processor),
+        lambda: dpo.gate_reference(policy, lambda index: (row, moved), processor, dpo.BETA, 1, 1, CPU),
+    ):
+        if holds:
+            action()
+        else:
+            with pytest.raises(train.Refused):
+                action()
+
+
+def test_the_first_loss_may_be_off_by_half_of_beta_times_what_may_be_rounding(policy, processor, films):
+    """At beta 5, and h off by 0.0008, the loss is off by 0.002."""
+    (row,) = encode(processor, films)
+    (((_, values),),) = dpo.reference_rounds(policy, lambda index: row, processor, [0], 1, CPU)
+    dpo.gate_reference(policy, lambda index: (row, [values[0] + 0.8e-3, values[1]]), processor, 5.0, 1, 1, CPU)
 
 
 def test_a_run_prints_the_gate_line_by_line(folder, films, tmp_path, capsys):
@@ -292,8 +355,9 @@ def test_a_run_prints_the_gate_line_by_line(folder, films, tmp_path, capsys):
 
 def refused(claim: str, otherwise: str, folder, films, tmp_path, capsys, rows: list[dict], *flags: str) -> None:
     """The run stops at one line of the gate, says why, and trains nothing."""
-    with pytest.raises(RuntimeError, match=re.escape(f"gate: {claim}: not so; ") + ".*" + otherwise):
+    with pytest.raises(RuntimeError, match=re.escape(f"gate: {claim}: not so; ") + ".*" + otherwise) as refusal:
         run(folder, films, tmp_path, rows, *flags)
+    assert refusal.value.code == str(refusal.value)  # a script ends with the text: it is a SystemExit
     assert [line for line in capsys.readouterr().out.splitlines() if "gate:" in line][-1] == f"  gate: NOT {claim}"
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
@@ -370,7 +434,7 @@ def test_a_run_starts_at_ln_2_learns_the_preference_and_leaves_vision_alone(fold
     saved = {"weights_changed": pytest.approx(share, abs=1e-12), "rounding_lost": 0.0}
     losses = {"first_loss": metrics[0]["loss"], "last_loss": metrics[-1]["loss"]}
     assert stage["figures"] == {"pairs": 4, "dropped": 0, "steps": 4, **losses, **saved}
-    assert stage["outputs"] == {"merged": data.file_hash(tmp_path / "out" / "merged")} and not (tmp_path / "out" / "state").exists()
+    assert stage["outputs"] == {"merged": fingerprint(tmp_path / "out" / "merged")} and not (tmp_path / "out" / "state").exists()
     assert "kept 4 of 4" in (said := capsys.readouterr().out) and "1 tokenised from text" in said
 
 
@@ -387,11 +451,12 @@ def test_the_reference_of_a_lora_run_is_the_merged_stage_one_and_not_the_base(fo
     run(stage_one, films, tmp_path, rows, "--method", "lora", "--rank", "4", "--alpha", "8", "--batch", "2", "--epochs", "3", "--lr", "1e-3")
     stored = data.resume_jsonl(tmp_path / "out" / "reference.jsonl")
     plain = [AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32) for path in (stage_one, base)]
-    for row, values in zip(rows, stored, strict=True):
+    for row, *values in zip(rows, stored[::2], stored[1::2], strict=True):
         prompt, *responses = dpo.encode_pair(row, processor, films)
         with torch.no_grad():
             by_stage_one, by_base = ([response_logp(network, prompt, response.ids, processor).item() for response in responses] for network in plain)
-        assert [values["chosen"], values["rejected"]] == pytest.approx(by_stage_one, abs=1e-3)
+        assert [value["logp"] for value in values] == pytest.approx(by_stage_one, abs=1e-3)
+        assert [value["tokens"] for value in values] == [len(response.ids) for response in responses]
         assert abs(by_base[0] - by_stage_one[0]) > 0.1
     metrics = data.read_metrics(tmp_path / "out")
     assert metrics[0]["loss"] == pytest.approx(0.693147, abs=1e-4) and metrics[-1]["loss"] < metrics[0]["loss"]
@@ -401,7 +466,7 @@ def test_the_reference_of_a_lora_run_is_the_merged_stage_one_and_not_the_base(fo
     assert len(moved) == len(adapter) // 2 == 7 * len(policy.language_model.layers)
 
 
-def test_another_checkpoint_in_the_same_folder_gets_its_own_reference(folders, films, tmp_path, capsys):
+def test_another_checkpoint_in_the_same_folder_is_refused_there_and_gets_its_own_reference_elsewhere(folders, films, tmp_path, capsys):
     folder = tmp_path / "checkpoint"
     shutil.copytree(folders["qwen"], folder)
     rows = [pair(index) for index in range(2)]
@@ -409,12 +474,15 @@ def test_another_checkpoint_in_the_same_folder_gets_its_own_reference(folders, f
     first = data.resume_jsonl(tmp_path / "out" / "reference.jsonl")
     weights = load_file(folder / "model.safetensors")
     save_file({name: 1.1 * tensor for name, tensor in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(data.RowError, match=f"{folder} changed"):
+        run(folder, films, tmp_path, rows, "--epochs", "1")
     capsys.readouterr()
-    run(folder, films, tmp_path, rows, "--epochs", "1")
+    run(folder, films, tmp_path, rows, "--epochs", "1", "--out", str(tmp_path / "other"))
     assert "2 pairs computed, 0 from" in capsys.readouterr().out
-    second = data.resume_jsonl(tmp_path / "out" / "reference.jsonl")
-    assert all(abs(a["chosen"] - b["chosen"]) > 0.1 for a, b in zip(first, second, strict=True))
-    assert data.read_metrics(tmp_path / "out")[0]["loss"] == pytest.approx(0.693147, abs=1e-4)
+    second = data.resume_jsonl(tmp_path / "other" / "reference.jsonl")
+    assert not {row["key"] for row in first} & {row["key"] for row in second}
+    assert all(abs(a["logp"] - b["logp"]) > 0.1 for a, b in zip(first, second, strict=True))
+    assert data.read_metrics(tmp_path / "other")[0]["loss"] == pytest.approx(0.693147, abs=1e-4)
 
 
 @pytest.mark.parametrize("missing", ["chosen_token_ids", "rejected_token_ids"])
@@ -435,7 +503,7 @@ def test_a_pair_that_is_too_long_is_dropped_and_counted(folders, films, tmp_path
     run(folders["qwen"], films, tmp_path, rows, "--max-length", str(longest))
     assert f"kept 2 of 3 (1 over {longest} tokens" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "stage.json").read_text())["figures"]["dropped"] == 1
-    assert len(data.resume_jsonl(tmp_path / "out" / "reference.jsonl")) == 2
+    assert len(data.resume_jsonl(tmp_path / "out" / "reference.jsonl")) == 4  # two chains of each
 
 
 @pytest.mark.parametrize(
@@ -443,7 +511,7 @@ def test_a_pair_that_is_too_long_is_dropped_and_counted(folders, films, tmp_path
     [
         (lambda row: row.update(rejected=row["chosen"]), "rejected: is the same text as chosen"),
         (lambda row: row.pop("rejected"), "missing 'rejected'"),
-        (lambda row: row.update(images="film0.png"), "images: expected list"),
+        (lambda row: row.update(images="film0.png"), "images: expected a list"),
     ],
 )
 def test_a_bad_pair_is_named_by_file_line_and_key(tmp_path, spoil, said):

@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ import model
 import ranks_worker
 import train
 
+ROOT = Path(__file__).resolve().parent.parent
 STOPPED = ("sft-lora-qwen", "dpo-full-qwen", "dpo-full-internvl-replicas")  # cases whose state also crosses between one rank and several
 eight = pytest.mark.skipif(os.environ.get("MEDEE_RANKS") != "8", reason="set MEDEE_RANKS=8 to run on eight ranks")
 
@@ -130,7 +132,7 @@ def test_ranks_reach_the_same_weights_as_one(ranks, by_one, folders, case):
 @pytest.mark.parametrize("case", ranks_worker.CASES)
 def test_ranks_save_the_same_state_as_one(ranks, by_one, alone, case):
     by_one(case)
-    found, wanted = (whole_state(folder / case / "whole" / "state" / "step_000002") for folder in (ranks, alone))
+    found, wanted = (whole_state(folder / case / "whole" / "state" / "step_000003") for folder in (ranks, alone))
     assert_same(found, wanted, closeness(case))
 
 
@@ -170,12 +172,13 @@ def test_a_state_of_eight_ranks_goes_on_on_four(ranks, by_one, folders, images, 
 
 def test_a_state_that_lacks_a_rank_is_refused(ranks, folders, images, tmp_path):
     case = STOPPED[0]
-    source = ranks / case / "whole" / "state" / "step_000002"
-    kept = tmp_path / "state" / "step_000002"
+    source = ranks / case / "whole" / "state" / "step_000003"
+    kept = tmp_path / "state" / "step_000003"
     kept.mkdir(parents=True)
     (kept / "rank_00000.safetensors").write_bytes((source / "rank_00000.safetensors").read_bytes())
-    with pytest.raises(RuntimeError, match="1 of .* rank files"):
+    with pytest.raises(RuntimeError, match="1 of .* rank files") as refusal:
         ranks_worker.run_case(case, str(folders["qwen"].parent), images, tmp_path)
+    assert refusal.value.code == str(refusal.value)  # a script ends with the text: it is a SystemExit
 
 
 def test_both_stages_run_on_ranks_and_move_as_on_one(ranks, folders, images, tmp_path):
@@ -195,7 +198,7 @@ def test_both_stages_run_on_ranks_and_move_as_on_one(ranks, folders, images, tmp
         assert figures[0] == pytest.approx(figures[1], abs=1e-3)
         assert not (ranks / stage / "state").exists()
     assert data.read_metrics(ranks / "dpo")[0]["loss"] == pytest.approx(0.693147, abs=1e-4)
-    assert len(data.resume_jsonl(ranks / "dpo" / "reference.jsonl")) == 7
+    assert len(data.resume_jsonl(ranks / "dpo" / "reference.jsonl")) == 14  # two chains of each of seven pairs
 
 
 def test_ranks_save_a_bf16_base_and_say_what_rounding_took_as_one_does(ranks, folders, tmp_path):
@@ -246,10 +249,7 @@ def newest(folder: Path) -> int:
 @pytest.mark.parametrize("count, stage, base", [(1, "dpo", "qwen"), (2, "sft", "internvl"), pytest.param(8, "dpo", "qwen", marks=eight)])
 def test_kill_minus_nine_at_a_random_step_and_while_saving_changes_no_bit(folders, images, tmp_path, count, stage, base):
     """One run killed three times: at a random moment, half-way through a state's file, half-way through the checkpoint's."""
-    for film in Path(images).iterdir():
-        shutil.copy(film, tmp_path)
-    data.write_jsonl(tmp_path / "demos.jsonl", ranks_worker.mixed_rows("sft", count=10))
-    data.write_jsonl(tmp_path / "pairs.jsonl", ranks_worker.mixed_rows("dpo", count=10))
+    write_rows(images, tmp_path, 10)
     killed, straight = (command(stage, tmp_path, folders[base], name) for name in ("killed", "straight"))
     out, spec = tmp_path / "killed", {"mains": [killed], "pids": str(tmp_path), "die": None}
 
@@ -264,18 +264,112 @@ def test_kill_minus_nine_at_a_random_step_and_while_saving_changes_no_bit(folder
     assert running.wait(120) != 0 and not (out / "merged").exists()
 
     begun = [newest(out)]
-    for log, die in (("state", [count - 1, f"step_{begun[0] + 4:06d}.tmp"]), ("checkpoint", [0, "merged/saving.tmp"])):
+    for log, die in (("state", [count - 1, f"step_{begun[0] + 4:06d}.tmp"]), ("checkpoint", [0, "merged/saving.tmp"])):  # of the last step: 25
         assert start(count, spec | {"die": die}, tmp_path, log).wait(400) != 0
         assert f"resumed at step {begun[-1]} of 25" in (tmp_path / f"{log}.txt").read_text()
         begun.append(newest(out))
-    assert begun == [begun[0], begun[0] + 2, 24] and (out / "state" / f"step_{begun[0] + 4:06d}.tmp").exists() is False
+    assert begun == [begun[0], begun[0] + 2, 25] and (out / "state" / f"step_{begun[0] + 4:06d}.tmp").exists() is False
     assert (out / "merged" / "saving.tmp").exists() and not list((out / "merged").glob("*.safetensors"))
 
     said = finish(start(count, spec | {"mains": [killed, straight]}, tmp_path, "last"), tmp_path, "last")
-    assert "resumed at step 24 of 25" in said and not (out / "merged" / "saving.tmp").exists()
+    assert "resumed at step 25 of 25" in said and not (out / "merged" / "saving.tmp").exists()
     found, wanted = (load_file(tmp_path / name / "merged" / "model.safetensors") for name in ("killed", "straight"))
     assert found.keys() == wanted.keys() and [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
     assert any(not torch.equal(tensor, wanted[name]) for name, tensor in load_file(folders[base] / "model.safetensors").items())
     metrics = [[{k: v for k, v in row.items() if k != "seconds"} for row in data.read_metrics(tmp_path / name)] for name in ("killed", "straight")]
     assert metrics[0] == metrics[1] and [row["step"] for row in metrics[0]] == list(range(25))
     assert not (out / "state").exists()
+
+
+def write_rows(images: str, folder: Path, count: int) -> None:
+    for film in Path(images).iterdir():
+        shutil.copy(film, folder)
+    data.write_jsonl(folder / "demos.jsonl", ranks_worker.mixed_rows("sft", count=count))
+    data.write_jsonl(folder / "pairs.jsonl", ranks_worker.mixed_rows("dpo", count=count))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("count, stage, base", [(1, "dpo", "qwen"), (2, "sft", "internvl")])
+def test_a_kill_after_the_last_step_costs_no_step_and_a_finished_run_is_left_alone(folders, images, tmp_path, count, stage, base):
+    """Killed with all saved but stage.json, then half-way through removing the states; then run twice more."""
+    write_rows(images, tmp_path, 3)
+    straight, killed = ([*command(stage, tmp_path, folders[base], name), "--save-every", "7"] for name in ("straight", "killed"))
+    out, spec = tmp_path / "killed", {"mains": [killed], "pids": str(tmp_path), "die": None}
+
+    assert start(count, spec | {"mains": [straight, killed], "die": [0, "finish"]}, tmp_path, "finish").wait(400) != 0
+    assert (out / "merged").exists() and not (out / "stage.json").exists() and newest(out) == 10
+    metrics = (out / "metrics.jsonl").read_bytes()
+
+    assert start(count, spec | {"die": [0, "dropping"]}, tmp_path, "dropping").wait(400) != 0
+    said = (tmp_path / "dropping.txt").read_text()
+    assert "resumed at step 10 of 10" in said and "step 00" not in said
+    assert (out / "stage.json").exists() and (out / "state" / "step_000010").exists()
+    before = {name: content for name, content in contents(out).items() if not name.startswith("state")}
+
+    assert "is finished already" in finish(start(count, spec, tmp_path, "again"), tmp_path, "again")
+    assert contents(out) == before and before["metrics.jsonl"] == metrics
+    assert contents(out / "merged") == contents(tmp_path / "straight" / "merged")
+
+    assert start(count, spec | {"mains": [[*killed, "--lr", "2e-3"]]}, tmp_path, "other").wait(400) == 1
+    assert "was finished with other settings or inputs (lr 0.001 -> 0.002)" in (tmp_path / "other.txt").read_text()
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize("count, done", [(1, 3), (2, 6)])
+def test_a_reference_pass_that_was_killed_computes_only_the_rest_to_the_same_values(folders, images, tmp_path, count, done):
+    """The first rank dies in its fourth round. The file's last line is torn then, as where a machine stops."""
+    write_rows(images, tmp_path, 10)
+    straight, killed = ([*command("dpo", tmp_path, folders["qwen"], name), "--epochs", "1"] for name in ("straight", "killed"))
+    path, spec = tmp_path / "killed" / "reference.jsonl", {"pids": str(tmp_path)}
+    assert start(count, spec | {"mains": [straight, killed], "die": [0, "forward 4"]}, tmp_path, "first").wait(400) != 0
+    whole = (tmp_path / "straight" / "reference.jsonl").read_bytes()
+    assert path.read_bytes().splitlines() == whole.splitlines()[: 2 * done]
+    with open(path, "ab") as file:
+        file.write(whole.splitlines()[2 * done][:50])
+    said = finish(start(count, spec | {"mains": [killed], "die": None}, tmp_path, "last"), tmp_path, "last")
+    assert f"reference: {10 - done} pairs computed, {done} from reference.jsonl ({done} checked)" in said
+    assert path.read_bytes() == whole and said.count("dropped a torn last line") == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Two ranks started by hand, as on two nodes: what one of them refuses
+
+
+def by_hand(folder: Path, arguments: list[str]) -> list[tuple[int, str]]:
+    """(exit code, what it printed) of the two ranks of sft.py, each in a working directory of its own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    running = []
+    for rank in (0, 1):
+        (folder / f"node{rank}").mkdir(exist_ok=True)
+        environment = os.environ | meeting | {"RANK": str(rank), "OMP_NUM_THREADS": "1"}
+        options = {"cwd": folder / f"node{rank}", "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        running.append(subprocess.Popen([sys.executable, str(ROOT / "sft.py"), *arguments], **options))
+    said = [process.communicate(timeout=200)[0] for process in running]
+    return [(process.returncode, text) for process, text in zip(running, said)]
+
+
+REFUSED = {  # what is wrong -> (flags, what is said once)
+    "OUT is on a disk of each node": (["--out", "out"], "--out out: rank 1 cannot see what rank 0 wrote there; OUT must lie on a disk that all nodes share"),
+    "OUT is a file": (["--out", "{folder}/demos.jsonl"], "demos.jsonl: a folder is wanted there"),
+    "one node lacks the images": (["--out", "{folder}/out", "--images", "films"], "gate: all 4 rows are valid: not so"),
+    "replicas that do not divide": (["--out", "{folder}/out", "--replicas", "3"], "--replicas 3 does not divide the number of ranks, 2"),
+}
+
+
+@pytest.mark.parametrize("wrong", REFUSED)
+def test_what_one_rank_refuses_ends_all_ranks_with_one_text_and_no_traceback(folders, images, tmp_path, wrong):
+    write_rows(images, tmp_path, 4)
+    if "lacks" in wrong:
+        shutil.copytree(images, tmp_path / "node0" / "films")
+    flags, said = REFUSED[wrong]
+    given = ["--model", str(folders["qwen"]), "--demos", str(tmp_path / "demos.jsonl"), "--images", str(images), "--pixels", str(56 * 56)]
+    ended = by_hand(tmp_path, [*given, *(flag.format(folder=tmp_path) for flag in flags)])
+    printed = ended[0][1] + ended[1][1]
+    assert [code for code, _ in ended] == [1, 1], printed
+    assert printed.count(said) == 1 and "Traceback" not in printed, printed
+    assert not list(tmp_path.glob("**/metrics.jsonl"))

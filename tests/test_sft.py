@@ -15,6 +15,7 @@ import data
 import lora
 import model
 import sft
+from stage import fingerprint
 
 PLAIN = dict.fromkeys(data.SPAN_NAMES, 1.0)
 ROWS = {"one text row": [None], "one row with an image": ["film0.png"], "three rows, text and images": [None, "film1.png", "film2.png"]}
@@ -183,10 +184,10 @@ def test_a_plan_keeps_to_the_limit_and_loses_no_row(limit):
 @pytest.mark.parametrize(
     "spoil, said",
     [
-        (lambda row: row["messages"].pop(0), "messages: roles are"),
+        (lambda row: row["messages"].pop(0), "messages: expected three turns of system, user, assistant"),
         (lambda row: row.pop("images"), "missing 'images'"),
         (lambda row: row["messages"][2].update(content="<answer> A </answer>"), "messages: the assistant turn"),
-        (lambda row: row.update(id=7), "id: expected str"),
+        (lambda row: row.update(id=7), "id: expected a text"),
     ],
 )
 def test_a_bad_demonstration_is_named_by_file_line_and_key(tmp_path, spoil, said):
@@ -218,8 +219,9 @@ def test_a_run_prints_the_gate_line_by_line(folder, films, tmp_path, capsys):
 
 def refused(claim: str, otherwise: str, folder, films, tmp_path, capsys, rows: list[dict]) -> None:
     """The run stops at one line of the gate, says why, and trains nothing."""
-    with pytest.raises(RuntimeError, match=re.escape(f"gate: {claim}: not so; ") + ".*" + otherwise):
+    with pytest.raises(RuntimeError, match=re.escape(f"gate: {claim}: not so; ") + ".*" + otherwise) as refusal:
         run(folder, films, tmp_path, rows)
+    assert refusal.value.code == str(refusal.value)  # a script ends with the text: it is a SystemExit
     assert [line for line in capsys.readouterr().out.splitlines() if "gate:" in line][-1] == f"  gate: NOT {claim}"
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
 
@@ -314,7 +316,7 @@ def test_the_merged_model_is_base_plus_adapter_and_loads_in_transformers(folder,
     assert stage["figures"].pop("rounding_lost") == 0  # an fp32 base is saved in fp32
     assert stage["figures"] == {"rows": 6, "dropped": 0, "steps": 4, "first_loss": metrics[0]["loss"], "last_loss": metrics[-1]["loss"]}
     assert stage["settings"]["alpha"] == 12 and stage["inputs"][str(tmp_path / "demos.jsonl")] == data.file_hash(tmp_path / "demos.jsonl")
-    assert stage["outputs"] == {"merged": data.file_hash(out / "merged")} and not (out / "state").exists()
+    assert stage["outputs"] == {"merged": fingerprint(out / "merged")} and not (out / "state").exists()
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

@@ -5,6 +5,7 @@ import math
 import os
 import random
 import shutil
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from torch import nn
 import data
 import model
 import sft
+import stage
 import train
 
 CPU = torch.device("cpu")
@@ -187,8 +189,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_does_harm(tmp_path, b
         total, count, figures = toy_loss(out, batch)
         return total * (bad if len(calls) == 5 else 1.0), count, figures
 
-    with pytest.raises(FloatingPointError, match="step 2"):
+    with pytest.raises(FloatingPointError, match="step 2") as refusal:
         toy_fit(toy, tmp_path, loss=loss)
+    assert refusal.value.code == str(refusal.value)  # a script ends with the text: it is a SystemExit
     assert_bits(weights_of(toy), before)
     assert not torch.equal(before["inner.0.weight"], Toy().inner[0].weight)  # two good steps were taken
     assert [row["step"] for row in data.read_metrics(tmp_path)] == [0, 1]
@@ -276,6 +279,24 @@ def test_a_run_stopped_in_any_step_ends_in_the_same_weights_and_logs_each_step_o
         assert untimed(history) == untimed(wanted)
 
 
+@pytest.mark.parametrize("save_every", [1, 4, 100])
+def test_the_last_step_has_a_state_and_a_run_that_goes_on_from_it_takes_no_step(tmp_path, save_every):
+    straight, resumed = Toy(), Toy()
+    wanted = toy_fit(straight, tmp_path, save_every=save_every)
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["step_000006"]
+
+    def encode(index: int):
+        raise AssertionError("a row is asked for")
+
+    assert toy_fit(resumed, tmp_path, encode=encode, save_every=save_every) == wanted
+    assert_bits(weights_of(resumed), weights_of(straight))
+
+
+def test_a_run_that_keeps_no_state_has_none_of_its_last_step(tmp_path):
+    toy_fit(Toy(), tmp_path, save_every=0)
+    assert not (tmp_path / "state").exists()
+
+
 def test_a_resumed_run_never_leaves_its_metrics_empty(tmp_path):
     """A second name for the file shows whether it is emptied and written again, or replaced whole: a kill in between
     would lose the figures of every step so far."""
@@ -294,17 +315,45 @@ def test_a_resumed_run_never_leaves_its_metrics_empty(tmp_path):
     assert len((tmp_path / "second name").read_text().splitlines()) == 4
 
 
+def settings(tmp_path: Path, lr: float = 1e-4, micro_batch: int = 1) -> argparse.Namespace:
+    return argparse.Namespace(out=str(tmp_path / "out"), lr=lr, micro_batch=micro_batch)
+
+
 def test_a_state_goes_on_only_under_the_settings_it_was_begun_with(tmp_path):
     source = tmp_path / "rows.jsonl"
     source.write_text("{}\n")
-    begun = argparse.Namespace(lr=1e-4, seed=0, micro_batch=1, out="x")
-    train.same_run(tmp_path, begun, [source])
-    (tmp_path / "state").mkdir()  # the run was killed after it had saved a state
-    train.same_run(tmp_path, argparse.Namespace(lr=1e-4, seed=0, micro_batch=4, out="x"), [source])  # only rounding changes
+    assert train.begin(settings(tmp_path), [source])
+    (tmp_path / "out" / "state").mkdir()  # the run was killed after it had saved a state
+    assert train.begin(settings(tmp_path, micro_batch=4), [source])  # only rounding changes
     with pytest.raises(data.RowError, match="lr 0.0001 -> 0.001"):
-        train.same_run(tmp_path, argparse.Namespace(lr=1e-3, seed=0, micro_batch=1, out="x"), [source])
+        train.begin(settings(tmp_path, lr=1e-3), [source])
     source.write_text("{} \n")
-    with pytest.raises(data.RowError, match="inputs"):
-        train.same_run(tmp_path, begun, [source])
-    (tmp_path / "state").rmdir()  # a finished run keeps no state: a new one may begin
-    train.same_run(tmp_path, argparse.Namespace(lr=1e-3, seed=0, micro_batch=1, out="x"), [source])
+    with pytest.raises(data.RowError, match="rows.jsonl changed"):
+        train.begin(settings(tmp_path), [source])
+    (tmp_path / "out" / "state").rmdir()  # nothing was made: a new one may begin
+    assert train.begin(settings(tmp_path, lr=1e-3), [source])
+
+
+def test_a_finished_run_begins_no_other_and_loses_what_is_left_of_its_states(tmp_path):
+    assert train.begin(settings(tmp_path), [])
+    result = tmp_path / "out" / "weights"
+    result.write_text("trained")
+    stage.finish(settings(tmp_path), [result], 0.0, {})
+    (tmp_path / "out" / "state" / "step_000006").mkdir(parents=True)  # killed while it removed them
+    with pytest.raises(data.RowError, match="was finished with other settings .*lr 0.0001 -> 0.001"):
+        train.begin(settings(tmp_path, lr=1e-3), [])
+    assert not train.begin(settings(tmp_path), [])
+    assert result.read_text() == "trained" and not (tmp_path / "out" / "state").exists()
+
+
+def test_a_file_is_seen_once_a_slow_disk_shows_it_as_it_was_written(tmp_path, monkeypatch):
+    path = tmp_path / "begun.json"
+    monkeypatch.setattr(train, "SIGHT", 0.3)
+    assert not train.sees(path, b"new")
+    path.write_bytes(b"old")
+    assert not train.sees(path, b"new")
+    monkeypatch.setattr(train, "SIGHT", 60.0)
+    later = threading.Timer(0.5, path.write_bytes, [b"new"])
+    later.start()
+    assert train.sees(path, b"new")
+    later.join()
