@@ -17,6 +17,7 @@ import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
+import data
 from judge import CRITERIA
 from tables import MM, SIZES, STAGES, TITLES, distinct, paper_overall, stage_of
 
