@@ -53,7 +53,6 @@ from sft import check, gate_policy, gate_rows, save
 BETA = 0.1  # ours: paper silent (LLaMA-Factory default; the DPO paper uses 0.1 to 0.5)
 CHOSEN, REJECTED = 1, 2  # Segment.answer of a pair's two responses
 SIDES = ("chosen", "rejected")  # in the order of a pair's row
-MAX_LENGTH = 8192  # ours: paper silent; prompt, chosen and rejected together
 CHECKED = 8  # ours: about so many stored pairs are computed again when a run goes on
 SHORT = 100  # ours: tokens up to which two values of a chain may differ by 1e-3 in fp32
 
@@ -254,45 +253,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--images", default=".", help="image root")
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--method", choices=["full", "lora"], default="full")  # paper App. C
-    parser.add_argument("--rank", type=flags.RANK, default=lora.RANK)
-    parser.add_argument("--alpha", type=flags.ALPHA, default=lora.ALPHA)
     # ours: beta times a difference of log-probabilities must be finite in fp32
     parser.add_argument("--beta", type=flags.number(above=0, high=1000), default=BETA)
     parser.add_argument("--lr", type=flags.RATE, default=1e-6)  # paper App. C
     parser.add_argument("--epochs", type=flags.EPOCHS, default=1)  # ours: paper silent
-    parser.add_argument(
-        "--batch", type=flags.whole(1), default=64, help="pairs a step, over all ranks"
-    )  # ours: paper silent
-    parser.add_argument(
-        "--micro-batch", type=flags.whole(1), default=1, help="pairs at once on one rank"
-    )
-    parser.add_argument(
-        "--max-length", type=flags.whole(1), default=MAX_LENGTH,
-        help="in tokens; longer pairs are dropped and counted",
-    )  # fmt: skip
     parser.add_argument("--require-token-ids", action="store_true", help="refuse pairs without the rollout's token ids")
-    parser.add_argument(
-        "--pixels", type=flags.PIXELS, default=model.MAX_PIXELS,
-        help="largest image in pixels, Qwen; as in the rollouts",
-    )  # fmt: skip
-    parser.add_argument(
-        "--tiles", type=flags.TILES, default=model.TILES, help="most tiles of an image, InternVL"
-    )
-    parser.add_argument("--checkpointing", action="store_true", help="recompute activations in backward")
-    parser.add_argument(
-        "--replicas", type=flags.whole(1), default=1,
-        help="copies of the model, each sharded over its part of the ranks: "
-        "the number of nodes, or 1",
-    )  # fmt: skip
-    parser.add_argument(
-        "--save-every", type=flags.whole(0), default=50,
-        help="steps between states to resume from; 0: no states",
-    )  # fmt: skip
-    parser.add_argument(
-        "--save-dtype", choices=["auto", "float32"], default="auto",
-        help="numbers of OUT/merged; auto: as the weight files of --model have them",
-    )  # fmt: skip
-    parser.add_argument("--seed", type=flags.SEED, default=0)
+    train.add_flags(parser, "pairs")
     return parser.parse_args(argv)
 
 

@@ -39,7 +39,6 @@ import model
 import stage
 import train
 
-MAX_LENGTH = 8192  # ours: paper silent; prompt and response together
 
 
 def sft_loss(logp: Tensor, batch: model.Batch, weights: dict[int, float]) -> tuple[Tensor, float, dict]:
@@ -175,22 +174,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--images", default=".", help="image root")
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--method", choices=["lora", "full"], default="lora")  # paper App. C
-    parser.add_argument("--rank", type=flags.RANK, default=lora.RANK)
-    parser.add_argument("--alpha", type=flags.ALPHA, default=lora.ALPHA)
     parser.add_argument("--lr", type=flags.RATE, default=1e-4)  # paper App. C
-    parser.add_argument(
-        "--epochs", type=flags.EPOCHS, default=3
-    )  # ours: paper silent (LLaMA-Factory example)
-    parser.add_argument(
-        "--batch", type=flags.whole(1), default=64, help="rows a step, over all ranks"
-    )  # ours: paper silent (the same)
-    parser.add_argument(
-        "--micro-batch", type=flags.whole(1), default=1, help="rows at once on one rank"
-    )
-    parser.add_argument(
-        "--max-length", type=flags.whole(1), default=MAX_LENGTH,
-        help="in tokens; longer rows are dropped and counted",
-    )  # fmt: skip
+    # ours: paper silent (LLaMA-Factory example)
+    parser.add_argument("--epochs", type=flags.EPOCHS, default=3)
     parser.add_argument(
         "--pack", type=flags.whole(0), default=0,
         help="pack demonstrations into rows of up to this many tokens; 0: one each",
@@ -200,28 +186,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--weights", type=flags.number(0, 1e6), nargs=3, default=[1.0, 1.0, 1.0],
         metavar=("THINK", "ANSWER", "TAG"), help="of the spans' tokens in the loss",
     )  # fmt: skip
-    parser.add_argument(
-        "--pixels", type=flags.PIXELS, default=model.MAX_PIXELS,
-        help="largest image in pixels, Qwen",
-    )  # fmt: skip
-    parser.add_argument(
-        "--tiles", type=flags.TILES, default=model.TILES, help="most tiles of an image, InternVL"
-    )
-    parser.add_argument("--checkpointing", action="store_true", help="recompute activations in backward: less memory, a third more time")
-    parser.add_argument(
-        "--replicas", type=flags.whole(1), default=1,
-        help="copies of the model, each sharded over its part of the ranks: "
-        "the number of nodes, or 1",
-    )  # fmt: skip
-    parser.add_argument(
-        "--save-every", type=flags.whole(0), default=50,
-        help="steps between states to resume from; 0: no states",
-    )  # fmt: skip
-    parser.add_argument(
-        "--save-dtype", choices=["auto", "float32"], default="auto",
-        help="numbers of OUT/merged; auto: as the weight files of --model have them",
-    )  # fmt: skip
-    parser.add_argument("--seed", type=flags.SEED, default=0)
+    train.add_flags(parser, "rows")
     args = parser.parse_args(argv)
     if not any(args.weights):
         parser.error("argument --weights: at least one of them must be above 0")

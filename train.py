@@ -52,6 +52,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import data
+import flags
 import lora
 import model
 import stage
@@ -60,6 +61,7 @@ BETAS, EPS, WEIGHT_DECAY = (0.9, 0.999), 1e-8, 0.0  # ours: paper silent (LLaMA-
 WARMUP = 0.1  # ours: paper silent (LLaMA-Factory's examples); share of the steps
 CLIP = 1.0  # ours: paper silent (transformers' max_grad_norm)
 PATIENCE = timedelta(hours=1)  # ours: the other ranks wait while the first hashes or writes a large checkpoint (torch's default is 10 minutes)
+MAX_LENGTH = 8192  # ours: paper silent; tokens of a row, responses included
 SIGHT = 10.0  # ours: seconds in which a network disk must show a file that another node wrote
 
 
@@ -283,6 +285,31 @@ def save_state(folder: Path, policy: nn.Module, optimizer: torch.optim.Optimizer
 
 
 FREE = ("save_every", "print_every", "micro_batch", "checkpointing", "replicas")  # change nothing but rounding
+
+
+def add_flags(parser: argparse.ArgumentParser, row: str) -> None:
+    """The flags that both stages have. row: what a row of the batch is called."""
+    add = parser.add_argument
+    add("--rank", type=flags.RANK, default=lora.RANK)
+    add("--alpha", type=flags.ALPHA, default=lora.ALPHA)
+    # ours: paper silent (LLaMA-Factory example)
+    add("--batch", type=flags.whole(1), default=64, help=f"{row} a step, over all ranks")
+    add("--micro-batch", type=flags.whole(1), default=1, help=f"{row} at once on one rank")
+    said = f"in tokens; longer {row} are dropped and counted"
+    add("--max-length", type=flags.whole(1), default=MAX_LENGTH, help=said)
+    said = "largest image in pixels, Qwen; as in the rollouts"
+    add("--pixels", type=flags.PIXELS, default=model.MAX_PIXELS, help=said)
+    said = "most tiles of an image, InternVL; as in the rollouts"
+    add("--tiles", type=flags.TILES, default=model.TILES, help=said)
+    said = "recompute activations in backward: less memory, a third more time"
+    add("--checkpointing", action="store_true", help=said)
+    said = "copies of the model, each sharded over its part of the ranks: the number of nodes, or 1"
+    add("--replicas", type=flags.whole(1), default=1, help=said)
+    said = "steps between states to resume from; 0: no states"
+    add("--save-every", type=flags.whole(0), default=50, help=said)
+    said = "numbers of OUT/merged; auto: as the weight files of --model have them"
+    add("--save-dtype", choices=["auto", "float32"], default="auto", help=said)
+    add("--seed", type=flags.SEED, default=0)
 
 
 def begin(args: argparse.Namespace, inputs: list[str | Path]) -> bool:
