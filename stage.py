@@ -11,6 +11,9 @@ the difference, whatever it is. Nothing here deletes or replaces a result.
     begun.json   {"settings", "inputs": {path: hash}}
     stage.json   the same, with "command", "outputs": {name: hash}, "engines", "figures", "versions", "sources", "seconds"
 
+Images count by their names here, so a changed image needs a new name: the readers of published sets refuse to write
+another image under an old name, and replies and reference log-probabilities are bound to the images' bytes.
+
 Hashing 150 GB takes minutes, so the hash of a large file is kept in RUN/fingerprints.jsonl by path, size and mtime, where
 RUN is the folder that holds the command's --out.
 
