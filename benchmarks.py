@@ -231,7 +231,7 @@ def write_image(content: bytes, target: Path, where: str) -> None:
             raise data.RowError(f"{where}: {target} is there already and is another image; give another --images folder")
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(target.name + ".tmp")
+    temporary = data.unfinished(target)
     temporary.write_bytes(content)
     os.replace(temporary, target)  # killed before this, the next run writes it again
 

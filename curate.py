@@ -76,7 +76,8 @@ def add(args: argparse.Namespace) -> None:
     Whatever else is there under the bank's name is an error, and stays."""
     import benchmarks
 
-    benchmarks.reader_of(args.name)
+    if args.name not in benchmarks.READERS:
+        raise data.RowError(f"{args.name}: no such reader; known are {', '.join(sorted(benchmarks.READERS))}")
     if Path(args.out).resolve() in [Path(path).resolve() for path in args.paths]:
         raise data.RowError(f"--out {args.out}: is read here; name another file")
     lock = stage.hold(Path(f"{args.out}.lock"), f"--out {args.out}")

@@ -22,6 +22,7 @@ Where we depart from the paper, or it is silent:
 import argparse
 import hashlib
 import json
+import math
 import os
 import re
 import unicodedata
@@ -67,10 +68,13 @@ def load_json(text: str | bytes, where: str):
     def refuse(constant: str):
         raise ValueError(f"{constant} is no JSON number")
 
+    def finite(number: str) -> float:
+        return float(number) if math.isfinite(float(number)) else refuse(number)
+
     try:
         if isinstance(text, bytes):
             text = text.decode()
-        value = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
         if "\\u" in text:  # an escape may spell half a pair
             json.dumps(value, ensure_ascii=False).encode()
         return value
@@ -309,7 +313,8 @@ def need(row: dict, where: str, **types: type) -> None:
     for key, kind in types.items():
         if key not in row:
             raise RowError(f"{where}: missing '{key}'; the row has {sorted(row)}")
-        if not isinstance(row[key], kind) or (isinstance(row[key], bool) and kind is not bool):
+        wanted = (int, float) if kind is float else kind
+        if not isinstance(row[key], wanted) or (isinstance(row[key], bool) and kind is not bool):
             found = f"{type(row[key]).__name__} {str(row[key])[:60]!r}"
             raise RowError(f"{where}: {key}: expected {kind.__name__}, found {found}")
 
@@ -342,11 +347,16 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
             yield where, row
 
 
+def unfinished(path: Path) -> Path:
+    """The name under which a file is written: hidden, so that it is nobody's own."""
+    return path.with_name(f".{path.name}.tmp")
+
+
 def write_jsonl(path: str | Path, rows: Iterable[dict]) -> int:
     """Writes all rows under a temporary name and renames: a reader sees the whole file or none. Returns the count."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = unfinished(path)
     count = 0
     with open(temporary, "w", encoding="utf-8") as file:
         for count, row in enumerate(rows, 1):
@@ -359,7 +369,7 @@ def write_text(path: str | Path, text: str) -> None:
     """Writes under a temporary name and renames."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = unfinished(path)
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
@@ -397,7 +407,7 @@ def file_hash(path: str | Path) -> str:
     """SHA-256 of a file's bytes. Raises RowError where there is no file. A process reads a file once for each size and mtime."""
     with open_file(path) as file:
         stat = os.fstat(file.fileno())
-        key = (str(Path(path).resolve()), stat.st_size, stat.st_mtime_ns)
+        key = (os.path.realpath(path), stat.st_size, stat.st_mtime_ns)
         if key not in HASHES:
             HASHES[key] = hashlib.file_digest(file, "sha256").hexdigest()
     return HASHES[key]
@@ -444,7 +454,8 @@ OPTIONS: Rule = (
 )  # fmt: skip
 TURNS: Rule = ("a list of turns, each with a role and a content that is a text, the last one the user's", lambda value: isinstance(value, list) and value != [] and all(map(is_turn, value)) and value[-1]["role"] == "user")
 DEMO: Rule = ("three turns of system, user, assistant", lambda value: isinstance(value, list) and all(map(is_turn, value)) and [turn["role"] for turn in value] == ["system", "user", "assistant"])
-TOKENS: Rule = ("a list of token ids, or null", lambda value: value is None or (isinstance(value, list) and all(map(WHOLE[1], value))))
+TOKENS: Rule = ("a list of token ids, or null", lambda value: value is None or (isinstance(value, list) and all(WHOLE[1](token) and token < 2**31 for token in value)))
+META: Rule = ("an object, with a list of texts under 'answers' if there is one", lambda value: isinstance(value, dict) and NAMES[1](value.get("answers", [])))
 VERDICT: Rule = (
     f"null, or true or false for each of {', '.join(JUDGED)}",
     lambda value: value is None
@@ -465,7 +476,7 @@ class Kind:
 
 KINDS = {
     "questions": Kind(
-        {"id": FILLED, "question": FILLED, "options": OPTIONS, "answer": FILLED, "images": IMAGES}, {"source": TEXT, "meta": OBJECT},
+        {"id": FILLED, "question": FILLED, "options": OPTIONS, "answer": FILLED, "images": IMAGES}, {"source": TEXT, "meta": META},
         lambda row: row["id"],
     ),
     "demos": Kind(

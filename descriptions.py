@@ -166,6 +166,8 @@ def read_sheet(path: str | Path, columns: list[str]) -> list[tuple[int, dict[str
         rows, names = list(enumerate(sheet, 2)), sheet.fieldnames or []
     except (UnicodeDecodeError, csv.Error) as error:
         raise data.RowError(f"{path}: cannot be read ({error}); save the filled-in sheet as CSV in UTF-8") from None
+    if len(set(names)) < len(names):
+        raise data.RowError(f"{path}: a column is there twice in {names}; remove one of the two")
     if lost := [name for name in columns if name not in names]:
         wanted = f"columns are {names}, expected {' and '.join(columns)} among them"
         said = f"no column {lost[0]!r}: {wanted}"
@@ -187,6 +189,6 @@ def write_sheet(path: Path, columns: list[str], rows: list[list]) -> None:
     content = text.getvalue().encode("utf-8-sig")
     if path.exists() and path.read_bytes() != content:
         raise data.RowError(f"{path}: is there already, and a human may have filled it in; move it away")
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = data.unfinished(path)
     temporary.write_bytes(content)
     temporary.replace(path)

@@ -108,8 +108,10 @@ def explain(error: Exception) -> str | None:
         return f"out of memory ({error}); give smaller batches, or more memory"
     if isinstance(error, UnicodeError):
         return f"a text that no file can hold or that is not UTF-8 ({error}); write it again"
+    if type(error).__name__ == "SafetensorError" or "Symlink loop" in str(error):
+        return f"{error}; check the disk and the path"
     if isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename else ""
+        where = f"{error.filename or _folder or ''}: ".removeprefix(": ")
         return f"{where}{error.strerror or error}; {HINTS.get(error.errno, 'check the path')}"
     return None
 
@@ -118,7 +120,12 @@ def run_script(main: Callable[[list[str]], object]) -> NoReturn:
     """Runs a script's main on the command line and ends the process. A mistake of the user or the machine ends it with one
     paragraph and exit code 1 (2 for a wrong flag); a traceback is for our own faults, or for --debug."""
     argv = [word for word in sys.argv[1:] if word != "--debug"]
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
+    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a letter gets its number
+        stream.reconfigure(errors="backslashreplace")
     try:
+        for word in argv:
+            word.encode()  # a path that is not UTF-8 could not be recorded
         code = main(argv)
         sys.stdout.flush()
         raise SystemExit(code)

@@ -11,8 +11,7 @@ the difference, whatever it is. Nothing here deletes or replaces a result.
     begun.json   {"settings", "inputs": {path: hash}}
     stage.json   the same, with "command", "outputs": {name: hash}, "engines", "figures", "versions", "sources", "seconds"
 
-Images count by their names here, so a changed image needs a new name: the readers of published sets refuse to write
-another image under an old name, and replies and reference log-probabilities are bound to the images' bytes.
+    images.json  {path: hash} of the images that the rows name, where a command reads images
 
 Hashing 150 GB takes minutes, so the hash of a large file is kept in RUN/fingerprints.jsonl by path, size and mtime, where
 RUN is the folder that holds the command's --out.
@@ -24,6 +23,7 @@ import argparse
 import fcntl
 import importlib.metadata
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable
@@ -34,8 +34,8 @@ from typing import IO
 import data
 import flags
 
-HERE = Path(__file__).resolve().parent
-RECORDS = ("begun.json", "stage.json", "medee.json", ".lock")  # of the folder itself, no result
+HERE = Path(os.path.realpath(__file__)).parent
+RECORDS = ("begun.json", "stage.json", "images.json", "medee.json")  # of the folder itself, no result
 MODEL_FILES = (".safetensors", ".json", ".txt", ".jinja", ".model")  # config, tokenizer, processor, weights
 LARGE = 1 << 26  # ours: bytes from which a file's hash is kept on disk; 64 MB take a tenth of a second
 VERSIONS = ("torch", "transformers", "numpy", "pillow", "safetensors", "vllm", "openai", "google-genai")
@@ -51,12 +51,12 @@ def remember(run: Path) -> None:
     """Keeps hashes of large files in RUN/fingerprints.jsonl from now on, and takes those that are there."""
     global _memory
     _memory = run / "fingerprints.jsonl"
-    if _memory.exists():
+    if _memory.is_file():
         for line in _memory.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 row = json.loads(line)
                 data.HASHES[row["path"], row["size"], row["mtime"]] = row["sha256"]
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue  # a torn line of a killed process: its file is hashed again
 
 
@@ -65,7 +65,8 @@ def large_hash(path: Path) -> str:
     known = len(data.HASHES)
     digest = data.file_hash(path)
     if _memory and (stat := path.stat()).st_size >= LARGE and len(data.HASHES) > known:
-        row = {"path": str(path.resolve()), "size": stat.st_size, "mtime": stat.st_mtime_ns, "sha256": digest}
+        row = {"path": os.path.realpath(path), "size": stat.st_size, "mtime": stat.st_mtime_ns, "sha256": digest}
+        _memory.parent.mkdir(parents=True, exist_ok=True)
         with open(_memory, "a", encoding="utf-8") as file:
             data.append_jsonl(file, [row])
     return digest
@@ -96,7 +97,7 @@ def fingerprint(path: str | Path) -> str:
 # ---------------------------------------------------------------------------------------------------------------
 # Opening and finishing a folder
 
-_locks: dict[Path, IO] = {}  # folder -> its open lock file, until the folder is finished or the script ends
+_held: dict[Path, tuple[IO, dict]] = {}  # real folder -> its lock and begun.json, until it is finished
 
 
 def settings_of(args: argparse.Namespace, free: Iterable[str] = ()) -> dict:
@@ -105,13 +106,23 @@ def settings_of(args: argparse.Namespace, free: Iterable[str] = ()) -> dict:
     return json.loads(json.dumps(kept, default=str))
 
 
-def difference(record: dict, settings: dict, inputs: dict[str, str]) -> str:
-    """In which settings and inputs a record differs from these: "lr 0.0001 -> 0.001, demos.jsonl changed"; "" if in none."""
-    before = record.get("settings", {})
-    said = [f"{key} {before.get(key)!r} -> {settings.get(key)!r}" for key in sorted(before | settings) if before.get(key) != settings.get(key)]
-    had = record.get("inputs", {})
-    said += [f"{path} changed" for path, digest in inputs.items() if path in had and had[path] != digest]
-    return ", ".join(said + [f"{path} is another input" for path in sorted(had.keys() ^ inputs.keys()) if not said])
+def difference(record: dict, now: dict) -> str:
+    """In which settings and inputs a record differs: "lr 0.0001 -> 0.001, demos.jsonl changed"; "" if in none."""
+    old, new = record["settings"], now["settings"]
+    said = [f"{key} {old.get(key)!r} -> {new.get(key)!r}" for key in sorted(old | new) if old.get(key) != new.get(key)]
+    had, has = record["inputs"], now["inputs"]
+    said += [f"{path} changed" for path, digest in has.items() if path in had and had[path] != digest]
+    return ", ".join(said + [f"{path} is another input" for path in sorted(had.keys() ^ has.keys()) if not said])
+
+
+def read_record(path: Path) -> dict:
+    """A record of a folder. Raises RowError for what is none, as of a torn or foreign file."""
+    keys = {"begun.json": {"settings": dict, "inputs": dict}, "medee.json": {"command": list, "inputs": dict}}
+    keys["stage.json"] = keys["begun.json"] | {"command": list, "outputs": dict, "sources": dict, "figures": dict, "seconds": float}
+    record = data.read_json(path)
+    data.need({"record": record}, str(path), record=dict)
+    data.need(record, str(path), **keys[path.name])
+    return record
 
 
 def changed_output(folder: Path, record: dict) -> str | None:
@@ -122,10 +133,27 @@ def changed_output(folder: Path, record: dict) -> str | None:
     return None
 
 
+def image_hashes(images: Iterable[Path]) -> dict[str, str]:
+    with ThreadPoolExecutor() as pool:
+        paths = list(dict.fromkeys(images))
+        return dict(zip(map(str, paths), pool.map(data.file_hash, paths)))
+
+
+def changed_image(folder: Path) -> str | None:
+    """The first image that a folder's command read and that is another now, or gone; or None."""
+    path = folder / "images.json"
+    for image, digest in (data.read_json(path) if path.exists() else {}).items():
+        if not Path(image).is_file() or data.file_hash(image) != digest:
+            return image
+    return None
+
+
 def hold(path: Path, what: str) -> IO:
     """Opens a file to append to, and locks it until it is closed. Raises RowError where another process has it: a killed one
     has let it go."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():
+        raise data.RowError(f"{path}: is not a file")
     file = open(path, "a", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -141,12 +169,15 @@ def appending(path: Path) -> IO:
 
 
 def release() -> None:
-    while _locks:
-        _locks.popitem()[1].close()
+    while _held:
+        _held.popitem()[1][0].close()
 
 
-def open_folder(args: argparse.Namespace, inputs: Iterable[str | Path], free: Iterable[str] = ()) -> bool:
-    """Opens the folder --out for a command with these inputs, or returns False where it is finished already.
+def open_folder(
+    args: argparse.Namespace, inputs: Iterable[str | Path], free: Iterable[str] = (), images: Iterable[Path] = ()
+) -> bool:
+    """Opens the folder --out for a command with these inputs, or returns False where it is finished already. images: the
+    files that the inputs' rows name.
 
     Raises RowError, before anything is written, where --out is no folder or holds an input; was begun or finished with
     other settings or inputs; holds what no command of ours wrote; or is being written by another process.
@@ -154,36 +185,49 @@ def open_folder(args: argparse.Namespace, inputs: Iterable[str | Path], free: It
     out, inputs = Path(args.out), [Path(path) for path in inputs]
     if not str(args.out) or (out.exists() and not out.is_dir()):
         raise data.RowError(f"--out {args.out}: a folder is wanted there")
-    for path in inputs:
-        if out.resolve() in (path.resolve(), *path.resolve().parents) and path.exists():
+    real = Path(os.path.realpath(out))
+    for path in map(Path, map(os.path.realpath, inputs)):
+        if real in (path, *path.parents) and path.exists():
             raise data.RowError(f"--out {out}: holds {path}, which is read here; write to another folder")
     remember(out.parent)
     now = {"settings": settings_of(args, free), "inputs": {str(path): fingerprint(path) for path in inputs}}
-    results = sorted(path.name for path in out.iterdir() if path.name not in RECORDS) if out.exists() else []
-    if results and not any((out / name).exists() for name in RECORDS[:2]):
+    seen = image_hashes(images)
+    own = {*RECORDS, ".lock", *(f".{name}.tmp" for name in RECORDS)}
+    results = sorted(path.name for path in out.iterdir() if path.name not in own) if out.exists() else []
+    records = [path for path in (out / "stage.json", out / "begun.json") if path.exists()]
+    if results and not records:
         raise data.RowError(f"--out {out}: holds {results[0]}, which no finished or begun command wrote; write to another folder")
-    if out.resolve() not in _locks:
-        _locks[out.resolve()] = hold(out / ".lock", f"--out {out}")
+    if real not in _held:
+        _held[real] = hold(out / ".lock", f"--out {out}"), now
     flags.working_in(out)
     finished = (out / "stage.json").exists()
-    record = data.read_json(out / ("stage.json" if finished else "begun.json")) if finished or results else {}
-    if (finished or results) and (differs := difference(record, **now)):
-        was = "finished" if finished else "begun"
-        raise data.RowError(f"--out {out}: was {was} with other settings or inputs ({differs}); write to another folder, or move this one away")
+    record = read_record(records[0]) if records else {}
+    if finished or results:
+        differs = difference(record, now)
+        before = data.read_json(out / "images.json") if (out / "images.json").exists() else {}
+        other = [path for path in before.keys() | seen.keys() if before.get(path) != seen.get(path)]
+        if differs := differs or (f"{sorted(other)[0]} changed" if other else ""):
+            was = "finished" if finished else "begun"
+            raise data.RowError(f"--out {out}: was {was} with other settings or inputs ({differs}); write to another folder, or move this one away")
     if finished:
         if lost := changed_output(out, record):
             raise data.RowError(f"--out {out}: is finished, but its {lost} is not as it was written; move the folder away to make it anew")
         print(f"{out}: is finished already ({out / 'stage.json'}); nothing to do")
         release()
         return False
+    _held[real] = _held[real][0], now
+    if seen:
+        data.write_json(out / "images.json", seen)
     data.write_json(out / "begun.json", now)
     return True
 
 
 def finish(args: argparse.Namespace, outputs: Iterable[str | Path], started: float, figures: dict, engines: dict[str, str] | None = None) -> None:
     """stage.json, written last: the folder is complete, and this is what made it. engines: {spec: what answered under it}."""
-    out = Path(args.out)
-    versions = {}
+    out, versions = Path(args.out), {}
+    file, begun = _held[Path(os.path.realpath(out))]
+    if not (out / ".lock").exists() or not os.path.samestat(os.fstat(file.fileno()), (out / ".lock").stat()):
+        raise data.RowError(f"--out {out}: was moved away while this command worked")
     for package in VERSIONS:
         try:
             versions[package] = importlib.metadata.version(package)
@@ -191,7 +235,7 @@ def finish(args: argparse.Namespace, outputs: Iterable[str | Path], started: flo
             versions[package] = None
     data.write_json(out / "stage.json", {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        **data.read_json(out / "begun.json"),
+        **begun,
         "engines": engines or {},
         "outputs": {str(Path(path).relative_to(out)): fingerprint(path) for path in outputs},
         "figures": figures,
@@ -211,8 +255,9 @@ def sources() -> dict[str, str]:
 def new_file(path: str | Path, content: str, inputs: Iterable[str | Path]) -> None:
     """Writes a text where no other is. Raises RowError for a folder, an input, and a file with another content."""
     path = Path(path)
-    if path.is_dir() or path.resolve() in [Path(one).resolve() for one in inputs]:
-        raise data.RowError(f"--out {path}: is {'a folder' if path.is_dir() else 'read here'}; name another file")
+    what = "read here" if os.path.realpath(path) in map(os.path.realpath, inputs) else "a folder" if path.is_dir() else ""
+    if what or (path.exists() and not path.is_file()):
+        raise data.RowError(f"--out {path}: is {what or 'no file'}; name another file")
     if path.exists() and path.read_bytes() != content.encode():
         raise data.RowError(f"--out {path}: is there already, with another content; move it away, or name another file")
     data.write_text(path, content)

@@ -391,7 +391,7 @@ LATE = {  # what would stop a late step: (flags, what is said)
         ["--experts", "hf:nowhere/model"],
         "hf:nowhere/model: nowhere/model is no model's folder: it has no config.json",
     ),
-    "no reviewed file": (["--reviewed", "nowhere.csv"], "nowhere.csv: cannot be read"),
+    "no reviewed file": (["--reviewed", "nowhere.csv"], "nowhere.csv: no such file"),
     "no such engine": (["--editor", "oracle:x"], "oracle:x: unknown engine"),
 }
 
@@ -737,9 +737,10 @@ def test_a_sheet_survives_a_spreadsheet(tmp_path):
     assert b"\r\nid:12e45678," in (tmp_path / "review.csv").read_bytes()  # and this is no number to them
     assert descriptions.read_reviewed(tmp_path / "review.csv") == {"12e45678": (long, "why")}
     (tmp_path / "western.csv").write_bytes("id,question\na,37 °C\n".encode("cp1252"))
-    for name in ("western.csv", "nowhere.csv"):
-        with pytest.raises(data.RowError, match=f"{name}: cannot be read .*save the filled-in sheet as CSV in UTF-8"):
-            descriptions.read_reviewed(tmp_path / name)
+    with pytest.raises(data.RowError, match="western.csv: cannot be read .*save the filled-in sheet as CSV in UTF-8"):
+        descriptions.read_reviewed(tmp_path / "western.csv")
+    with pytest.raises(data.RowError, match="nowhere.csv: no such file"):
+        descriptions.read_reviewed(tmp_path / "nowhere.csv")
 
 
 @pytest.mark.parametrize(("text", "said"), [("id,text\na,b\n", "expected id and question"), ("id,question\na\n", "row 2: no column 'question'"), ("id,question\na,\n", "row 2: question: is empty"), ("id,question\na,x\na,y\n", "row 3: id: it is there twice")])

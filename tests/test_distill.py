@@ -731,10 +731,10 @@ def test_verdicts_written_into_the_runs_own_sheet_survive_every_rerun_and_count(
     [
         ("chain,verdict\na,maybe\n", "row 2: verdict: 'maybe' is neither yes nor no"),
         ("chain,verdict\na,yes\na,no\n", "row 3: verdict: another row says the opposite"),
-        ("chain;verdict\na;yes\n", "columns are .*, expected chain and verdict among them"),
+        ("chain;verdict\na;yes\n", "no column .*: columns are .*, expected chain and verdict among them"),
         ("chain,verdict\na\n", "row 2: no column 'verdict'"),
-        ("chain,id\na,1\n", "columns are .*, expected chain and verdict among them"),
-        (None, "cannot be read"),
+        ("chain,id\na,1\n", "no column .*: columns are .*, expected chain and verdict among them"),
+        (None, "no such file"),
     ],
 )
 def test_a_sheet_that_cannot_be_used_is_refused_before_anything_is_done(reviewed, text, said):
@@ -852,7 +852,7 @@ def test_sharegpt_and_message_records_with_thinking_become_demonstrations(tmp_pa
 
 @pytest.mark.parametrize(("content", "said"), [
     (b"[{", "record 1: not JSON"), (b"\xff\xfe", ":1: not JSON"), (None, "no such file"),
-    (b"", "is empty"), (os.mkfifo, "is no regular file"), (os.mkdir, "is no regular file"),
+    (b"", "is empty"), (os.mkfifo, "is not a file"), (os.mkdir, "is no regular file"),
     (b'[{}, {"a": 1, "a": 2}]', "record 2: .*'a' is there twice"),
     (b'{"a": 1, "a": 2}', ":1: .*'a' is there twice"), (b'[{"a": NaN}]', "record 1: .*NaN"),
     (b"[{}, " + b"[" * 99_999, "record 2: .*nested"), (b"[{}]]", "not JSON"),
