@@ -14,7 +14,7 @@ import argparse
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Protocol
@@ -161,6 +161,15 @@ def replies_file(args: argparse.Namespace, role: str, spec: str, sampling: Sampl
     return path
 
 
+def read_replies(path: Path) -> list[dict]:
+    """The rows of a file of replies. Raises RowError for one that is not as it was written: what an engine said is evidence."""
+    rows = data.resume_jsonl(path)
+    for number, row in enumerate(rows, 1):
+        if row.pop("row_sha", None) != data.content_hash(row)[:16]:
+            raise data.RowError(f"{path}: row {number} is not as it was written; remove the row, and it is asked for again")
+    return rows
+
+
 def ask_all(engine: Engine, asks: list[Ask], sampling: Sampling, path: Path, to_row: Callable[[Reply], dict], title: str) -> dict[tuple[str, int], dict]:
     """{(id, sample): row} of these asks, in the file's order. Asks whatever `path` does not hold yet, appending a row for each
     reply as it comes, with a progress bar.
@@ -170,14 +179,14 @@ def ask_all(engine: Engine, asks: list[Ask], sampling: Sampling, path: Path, to_
     """
     contents, wanted = {ask.id: content_of(ask.messages, ask.images) for ask in asks}, {(ask.id, k) for ask in asks for k in ask.samples}
     with stage.appending(path) as file:
-        stored = data.resume_jsonl(path)
-        rows = {key: row for row in stored if (key := (row["id"], row["sample"])) in wanted and row.get("asked") == contents[row["id"]]}
+        stored = read_replies(path)
+        rows = {key: row for row in stored if (key := (row["id"], row["sample"])) in wanted and row["asked"] == contents[row["id"]]}
         left = [replace(ask, samples=missing) for ask in asks if (missing := tuple(k for k in ask.samples if (ask.id, k) not in rows))]
         engine.proven, bar = bool(stored), tqdm(total=len(wanted), initial=len(rows), desc=title, unit="answer")
         for replies in engine.answer(left, sampling):
             replies = [replace(reply, text=clean(reply.text), reasoning=clean(reply.reasoning)) for reply in replies]
             new = [{**to_row(reply), "asked": contents[reply.id]} for reply in replies]
-            data.append_jsonl(file, new)
+            data.append_jsonl(file, ({**row, "row_sha": data.content_hash(row)[:16]} for row in new))
             rows |= {(row["id"], row["sample"]): row for row in new}
             bar.set_postfix(engine.tally, refresh=False)
             bar.update(len(new))
@@ -285,6 +294,11 @@ def image_paths(question: data.Question, image_root: Path) -> list[Path]:
         if not path.is_file():
             raise data.RowError(f"question {question.id}: image {path.relative_to(image_root)} is not below {image_root}; check --images")
     return paths
+
+
+def images_of(questions: Iterable[data.Question], image_root: Path) -> list[Path]:
+    """The image files of all questions. Raises RowError for one that is not there."""
+    return [path for question in questions for path in image_paths(question, image_root)]
 
 
 def question_asks(questions: list[data.Question], image_root: Path, samples: int) -> list[Ask]:

@@ -30,6 +30,7 @@ Where we depart from the paper, or it is silent:
 """
 
 import argparse
+import os
 import re
 import time
 from collections import Counter
@@ -42,7 +43,7 @@ import flags
 import leaks
 import stage
 from asking import ATTEMPTS as LABELS
-from asking import ROOM, SPEED, Ask, Sampling, add_flags, ask_until, checkpoint, identity, image_paths, question_asks, read_object, replies_file, reply_row, setup_of
+from asking import ROOM, SPEED, Ask, Sampling, add_flags, ask_until, checkpoint, identity, image_paths, images_of, question_asks, read_object, replies_file, reply_row, setup_of
 from descriptions import EDIT_PROMPT, edit_fault, edited, read_edit, read_reviewed, settled, write_review
 from engines import Replicas, open_engine
 
@@ -80,6 +81,7 @@ def add(args: argparse.Namespace) -> None:
         raise data.RowError(f"{args.name}: no such reader; known are {', '.join(sorted(benchmarks.READERS))}")
     if Path(args.out).resolve() in [Path(path).resolve() for path in args.paths]:
         raise data.RowError(f"--out {args.out}: is read here; name another file")
+    args.out = os.path.realpath(args.out)  # a link to the bank stays one
     lock = stage.hold(Path(f"{args.out}.lock"), f"--out {args.out}")
     bank = {question.id: question for question in data.read_questions(args.out)} if Path(args.out).exists() else {}
     for path in args.paths:
@@ -282,7 +284,7 @@ def run(args: argparse.Namespace) -> None:
         return estimate(bank, args)
     specs = dict.fromkeys(demand.spec for step in args.steps for demand in demands(step, bank, args))
     inputs = [*args.questions, *args.against, *filter(None, [args.reviewed, *map(checkpoint, specs)])]
-    if not stage.open_folder(args, inputs, SPEED):
+    if not stage.open_folder(args, inputs, SPEED, images_of(bank, Path(args.images))):
         return
     left, rejected, after = bank, {}, {"bank" if len(args.steps) > 1 else "given": bank}
     waiting: list[data.Question] = []

@@ -428,6 +428,11 @@ def image_file(image_root: str | Path, image: str) -> Path:
     return Path(image_root) / image
 
 
+def image_files(image_root: str | Path, rows: Iterable[dict]) -> list[Path]:
+    """Where the images of all rows lie."""
+    return [image_file(image_root, image) for row in rows for image in row["images"]]
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # One schema for each kind of row
 

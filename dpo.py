@@ -266,9 +266,9 @@ def main(argv: list[str] | None = None) -> None:
     args, started = parse(argv), time.time()
     out, image_root = Path(args.out), Path(args.images)
     device = train.init_ranks()
-    if not train.begin(args, [args.model, args.pairs]):
-        return
     pairs = data.read_rows(args.pairs, "pairs")
+    if not train.begin(args, [args.model, args.pairs], data.image_files(image_root, pairs)):
+        return
     textual = sum(not (row.get("chosen_token_ids") and row.get("rejected_token_ids")) for row in pairs)
     if textual and args.require_token_ids:
         said = f"{args.pairs}: {textual} pairs have no token ids; sample with an engine"

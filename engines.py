@@ -65,7 +65,11 @@ class ClinicEngine:
 
         for ask in asks:
             seeds = [data.sample_seed(sampling.seed, ask.id, k) for k in ask.samples]
-            yield [Reply(ask.id, k, clinic.answer(self.role, ask.messages, ask.images, seed), None, "stop", seed) for k, seed in zip(ask.samples, seeds)]
+            try:
+                said = [clinic.answer(self.role, ask.messages, ask.images, seed) for seed in seeds]
+            except (StopIteration, LookupError, AttributeError, TypeError, ValueError):  # whatever it looks for
+                raise data.RowError(f"{self.spec}: {ask.id} is no question of the clinic, and its roles know no other") from None
+            yield [Reply(ask.id, k, text, None, "stop", seed) for k, text, seed in zip(ask.samples, said, seeds)]
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -42,9 +42,9 @@ import official
 import score
 import stage
 import tables
-from asking import SPEED, Ask, Sampling, add_flags, ask_all, ask_yes_no, checkpoint, identity, image_paths, prompt_ask, question_asks, read_verdict, replies_file, reply_row, setup_of
+from asking import SPEED, Ask, Sampling, add_flags, ask_all, ask_yes_no, checkpoint, identity, image_paths, images_of, prompt_ask, question_asks, read_verdict, replies_file, reply_row, setup_of
 from engines import Replicas, open_engine
-from judge import CRITERIA, judge_all, print_report
+from judge import CRITERIA, judge_all, print_report, read_report
 
 # ours: paper silent
 GRADE_PROMPT = """A medical question was answered freely. Does the answer mean the same as the reference answer? Other words and more detail are fine; another finding, drug, disease or amount is not.
@@ -174,9 +174,10 @@ def run(args: argparse.Namespace) -> None:
     if args.open_ended and args.prompt == "official":
         raise data.RowError("--open-ended with --prompt official: the benchmarks' own prompts ask for a letter; take paper or bare")
     specs = [spec for spec in (args.engine, args.open_ended, args.judge) if spec]
-    if not stage.open_folder(args, [*args.questions, *filter(None, map(checkpoint, specs))], SPEED):
-        return
     by_id = read_all(args.questions)
+    inputs = [*args.questions, *filter(None, map(checkpoint, specs))]
+    if not stage.open_folder(args, inputs, SPEED, images_of(by_id.values(), image_root)):
+        return
     if args.open_ended:
         by_id = {key: question.opened() for key, question in by_id.items()}
     asks = {key: make_ask(question, args.prompt, image_root, args.n[0 if question.images else -1]) for key, question in by_id.items()}
@@ -315,7 +316,7 @@ def report(args: argparse.Namespace) -> None:
     if pairs:
         figures.plot_films(pairs, Path(args.images), out / "films.png")
         outputs += [out / "films.png"] if (out / "films.png").exists() else []
-        print_report(data.read_json(Path(args.pairs) / "report.json"))
+        print_report(read_report(Path(args.pairs) / "report.json"))
     print("\n" + text)
     stage.finish(args, outputs, started, {})
 

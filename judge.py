@@ -45,7 +45,7 @@ import numpy as np
 import data
 import flags
 import stage
-from asking import SPEED, Ask, Engine, add_flags, ask_yes_no, checkpoint, identity, image_paths, prompt_ask, read_verdict, setup_of
+from asking import SPEED, Ask, Engine, add_flags, ask_yes_no, checkpoint, identity, image_paths, images_of, prompt_ask, read_verdict, setup_of
 from descriptions import read_sheet, write_sheet
 from engines import open_engine
 
@@ -130,10 +130,12 @@ def read_rollouts(path: str, questions: dict[str, data.Question]) -> list[dict]:
 
 def verdicts(args: argparse.Namespace) -> None:
     started, out = time.time(), Path(args.out)
-    if not stage.open_folder(args, [args.rollouts, args.questions, *filter(None, [checkpoint(args.judge)])], SPEED):
-        return
     questions = {question.id: question for question in data.read_questions(args.questions)}
     rollouts = read_rollouts(args.rollouts, questions)
+    inputs = [args.rollouts, args.questions, *filter(None, [checkpoint(args.judge)])]
+    shown = [questions[id] for id in dict.fromkeys(row["id"] for row in rollouts)]
+    if not stage.open_folder(args, inputs, SPEED, images_of(shown, Path(args.images))):
+        return
     right = right_by_rule(rollouts, questions)
     print(f"{len(rollouts)} candidates, {len(right)} right by rule: those go to {args.judge}")
     answers = identity(args.judge)  # before it is asked: its folder may be trained anew
@@ -245,6 +247,14 @@ def make_pairs(
         "never_looks": {side: sum(first_look(row[side]) is None for row in rows) for side in ("chosen", "rejected")},
     }
     return rows, report
+
+
+def read_report(path: Path) -> dict:
+    report = data.read_json(path)
+    data.need({"report": report}, str(path), report=dict)
+    figures = {"criteria": list, "pairs_failing": dict, "negatives_failing": dict, "words": dict, "first_look": dict, "never_looks": dict}
+    data.need(report, str(path), **figures, candidates=int, correct=int, no_verdict=int, pairs=int)
+    return report
 
 
 def print_report(report: dict) -> None:

@@ -103,18 +103,21 @@ WORLDS = {  # questions of the clinic's bank and tests, the base model's schooli
 # ---------------------------------------------------------------------------------------------------------------
 # Stages
 
-PLACES = ("out", "images", "replies")  # flags whose folders are no inputs
+FILES = (  # flags that name files, models or results; images are recorded by the scripts
+    "questions", "against", "reviewed", "review", "baselines", "experts", "classifier", "editor", "teachers", "expand", "checker",
+    "model", "demos", "engine", "rollouts", "judge", "verdicts", "pairs", "open-ended", "results", "sft", "dpo",
+)  # fmt: skip
 
 
 def named_files(words: tuple[str, ...]) -> dict[str, str]:
     """{path: fingerprint} of every file and model folder that the flags of a command name."""
     found, flag = {}, ""
-    for word in words if words[0].startswith("-") else words[1:]:  # without the command's name
+    for word in words:
         if re.match(r"--?[a-z]", word):
             flag = word.lstrip("-")
             continue
         path = re.sub(r"^(?:(?:text|image)=)?(?:hf|vllm):", "", word)
-        if flag not in PLACES and path and Path(path).exists():
+        if flag in FILES and path and Path(path).exists():
             found[path] = stage.fingerprint(path)
     return found
 
@@ -149,33 +152,48 @@ class Stage:
         begun, finished = self.folder / "medee.json", self.folder / "stage.json"
         if not begun.exists():
             return "not begun by this run" if self.folder.exists() and any(self.folder.iterdir()) else "to do"
-        record, now = data.read_json(begun), self.record()
+        record, now = stage.read_record(begun), self.record()
         if record["command"] != now["command"]:
             return "its settings changed"
         if changed := sorted(path for path in record["inputs"].keys() | now["inputs"].keys() if record["inputs"].get(path) != now["inputs"].get(path)):
             return f"{changed[0]} changed"
         if not finished.exists():
             return "interrupted"
-        lost = stage.changed_output(self.folder, data.read_json(finished))
+        if image := stage.changed_image(self.folder):
+            return f"{image} changed"
+        lost = stage.changed_output(self.folder, stage.read_record(finished))
         return f"its output {lost} changed" if lost else "done"
 
     def edited(self) -> list[str]:
         """Files of the project that changed since the stage was finished. They do not undo it: a corrected comment must not
         cost a week of training. Whoever knows that the change matters moves the folder away."""
-        then = data.read_json(self.folder / "stage.json")["sources"]
+        then = stage.read_record(self.folder / "stage.json")["sources"]
         return sorted(name for name, digest in then.items() if not (HERE / name).exists() or data.file_hash(HERE / name) != digest)
 
     def set_aside(self, why: str) -> None:
-        """Gives the folder another name: nothing is deleted."""
+        """Gives the folder another name: nothing is deleted. Raises RowError where that would take an input away, or where
+        a command is still writing there."""
+        own = Path(os.path.realpath(self.folder))
+        if inside := next((path for path in named_files(self.words) if own in Path(os.path.realpath(path)).parents), None):
+            raise data.RowError(f"{inside} lies in {self.folder}, which must be made anew ({why}); copy it to another place and name that")
+        stage.hold(self.folder / ".lock", str(self.folder)).close()
         aside = next(path for n in range(1, 10**6) if not (path := self.folder.with_name(f"{self.folder.name}.{n}")).exists())
         print(f"   {self.folder} is set aside as {aside.name} ({size_of(self.folder)}): {why}", flush=True)
         self.folder.rename(aside)
 
     def adopt(self) -> None:
-        """Takes a finished folder that was made by hand for this stage's. Raises RowError unless it is whole."""
+        """Takes a finished folder that was made by hand for this stage's, once. Raises RowError unless it is whole, and this
+        stage's."""
+        if (self.folder / "medee.json").exists():
+            if "adopted" in stage.read_record(self.folder / "medee.json"):
+                return
+            raise data.RowError(f"--adopt {self.name}: {self.folder} was begun by this run")
         if not (self.folder / "stage.json").exists():
             raise data.RowError(f"--adopt {self.name}: {self.folder} has no stage.json; only a finished stage can be adopted")
-        finished = data.read_json(self.folder / "stage.json")
+        finished = stage.read_record(self.folder / "stage.json")
+        command = [self.script] if self.words[0].startswith("-") else [self.script, self.words[0]]
+        if finished["command"][: len(command)] != command:
+            raise data.RowError(f"--adopt {self.name}: {self.folder} was made by {' '.join(finished['command'][:2])}, not by {' '.join(command)}")
         if lost := stage.changed_output(self.folder, finished):
             raise data.RowError(f"--adopt {self.name}: {self.folder / lost} is not as its stage.json has it")
         data.write_json(self.folder / "medee.json", {**self.record(), "adopted": finished["command"]})
@@ -264,6 +282,11 @@ def demo_stages(run: Path, family: str, size: str, world: str, seed: int) -> lis
 def run_stages(stages: list[Stage], run: Path, what: str) -> None:
     """Runs what is not done, and remembers the list for `status`."""
     started = time.time()
+    if run == Path():
+        raise data.RowError("--out: a folder of the run's own is wanted")
+    flags.working_in(run)
+    if (run / "run.json").exists():
+        read_run(run)  # or it is somebody else's
     lock = stage.hold(run / ".lock", f"--out {run}")
     stage.remember(run)
     data.write_json(run / "run.json", {"started_in": os.getcwd(), "stages": [[one.name, one.script, list(one.words), one.ranks] for one in stages]})
@@ -283,6 +306,14 @@ def run_stages(stages: list[Stage], run: Path, what: str) -> None:
     ):
         if (run / name).exists():
             print(f"  {name:<24} {about}")
+
+
+def read_run(run: Path) -> dict:
+    """run.json. Raises RowError where it is somebody else's."""
+    record = data.read_json(run / "run.json")
+    data.need({"record": record}, str(run / "run.json"), record=dict)
+    data.need(record, str(run / "run.json"), started_in=str, stages=list)
+    return record
 
 
 def print_summary(run: Path) -> None:
@@ -352,14 +383,16 @@ def status(args: argparse.Namespace) -> None:
     folder = Path(args.out)
     if not (folder / "run.json").exists():
         raise SystemExit(f"{folder} holds no run; start one with: python medee.py demo --out {folder}")
-    record = data.read_json(folder / "run.json")
-    stage.remember(folder.resolve())
+    record, there = read_run(folder), Path(os.path.realpath(folder))
+    stage.remember(there)
     os.chdir(record["started_in"])  # the commands' paths are relative to it
     for name, script, stage_words, ranks in record["stages"]:
         one = Stage(name, script, tuple(stage_words), ranks)
+        if Path(os.path.realpath(one.folder)).parent != there:
+            raise data.RowError(f"{there / 'run.json'} is of a run in {one.folder.parent}; a run that was copied or moved has no status")
         state, extra = one.state(), ""
         if state == "done":
-            record = data.read_json(one.folder / "stage.json")
+            record = stage.read_record(one.folder / "stage.json")
             extra = f"{record['seconds']:>7.1f} s   " + ", ".join(f"{key} {value}" for key, value in record["figures"].items() if not isinstance(value, dict))
             extra += f"   ({', '.join(edited)} changed since)" if (edited := one.edited()) else ""
         print(f"{name:<12} {state:<12} {extra}")

@@ -100,7 +100,7 @@ def load_config(folder: str | Path):
         )
     with reading(path):
         stored = dict(json.loads(path.read_text(encoding="utf-8")))
-    if stored.get("model_type") not in FAMILIES:
+    if str(stored.get("model_type")) not in FAMILIES:
         raise data.RowError(
             f"{path}: model_type {stored.get('model_type')!r} is not supported; "
             f"give a model of {sorted(FAMILIES)} (InternVL in its -hf form)"

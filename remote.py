@@ -301,8 +301,11 @@ class ChatEngine(RemoteEngine):
             raise Unavailable(f"{spec}: needs the openai package; pip install openai") from None
         url, _, self.model = spec.partition("#")
         if not self.model:
-            raise Unavailable(f"{spec}: which model? Write {spec}#MODEL")
-        self.host = urlsplit(url).hostname or ""
+            raise Unavailable(f"{spec}: which model? Write {url}#MODEL")
+        try:
+            self.host = urlsplit(url).hostname or ""
+        except ValueError as error:
+            raise Unavailable(f"{spec}: is no address ({error})") from None
         variable = key_variable(self.host)
         key = key_of(variable)
         if not key and url.startswith("https:"):

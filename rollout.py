@@ -45,9 +45,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args, started = parse(argv), time.time()
     path = Path(args.out) / "rollouts.jsonl"
-    if not stage.open_folder(args, [args.questions, *filter(None, [checkpoint(args.engine)])], SPEED):
-        return
     asks = question_asks(data.read_questions(args.questions), Path(args.images), args.n)
+    inputs = [args.questions, *filter(None, [checkpoint(args.engine)])]
+    if not stage.open_folder(args, inputs, SPEED, (image for ask in asks for image in ask.images)):
+        return
     sampling = Sampling(args.temperature, args.top_p, args.max_tokens, args.seed)
     replies = replies_file(args, "rollout", args.engine, sampling)
     answers = identity(args.engine)  # before it is asked: its folder may be trained anew

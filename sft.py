@@ -197,9 +197,9 @@ def main(argv: list[str] | None = None) -> None:
     args, started = parse(argv), time.time()
     out, image_root = Path(args.out), Path(args.images)
     device = train.init_ranks()
-    if not train.begin(args, [args.model, *args.demos]):
-        return
     rows = [row for path in args.demos for row in data.read_rows(path, "demos")]
+    if not train.begin(args, [args.model, *args.demos], data.image_files(image_root, rows)):
+        return
     processor = model.Processor(args.model, args.pixels, args.tiles)
     lengths = gate_rows(" ".join(args.demos), rows, lambda row: encode_demo(row, processor, image_root), lambda row: [row["messages"][-1]["content"]], processor)
     kept = [row for row, length in zip(rows, lengths) if length <= args.max_length]

@@ -39,7 +39,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext, suppress
 from datetime import timedelta
 from functools import partial
@@ -312,14 +312,14 @@ def add_flags(parser: argparse.ArgumentParser, row: str) -> None:
     add("--seed", type=flags.SEED, default=0)
 
 
-def begin(args: argparse.Namespace, inputs: list[str | Path]) -> bool:
+def begin(args: argparse.Namespace, inputs: list[str | Path], images: Iterable[Path] = ()) -> bool:
     """stage.open_folder, by the first rank for all of them. Where OUT is finished it does what
     `end` does, and returns False. All ranks end where the first one raises, and where one of them
     does not see what the first one wrote. A collective."""
     path, failed, said = Path(args.out) / "begun.json", None, None
     if rank() == 0:
         try:
-            todo = stage.open_folder(args, inputs, FREE)
+            todo = stage.open_folder(args, inputs, FREE, images)
             said = (todo, path.read_bytes() if todo else b"")
         except Exception as error:  # the others wait below: they are told before it is raised
             failed = error
@@ -354,16 +354,19 @@ def load_state(folder: Path, policy: nn.Module, optimizer: torch.optim.Optimizer
     """Puts the newest whole state back and returns its step, or 0 where there is none. The number of ranks and of replicas
     may have changed: a sharded tensor is the files' parts one after another along its first dimension, and each rank reads
     from them the rows that are now its own."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    states = sorted(path for path in folder.glob("step_*") if path.suffix != ".tmp") if folder.exists() else []
+    states = sorted(folder.glob("step_" + "[0-9]" * 6))
     if not states:
         return 0
-    files = [safe_open(path, framework="pt") for path in sorted(states[-1].glob("rank_*.safetensors"))]
-    step, shards = int(files[0].metadata()["step"]), int(files[0].metadata()["shards"])
-    if len(files) != shards:
+    try:
+        files = [safe_open(path, framework="pt") for path in sorted(states[-1].glob("rank_*.safetensors"))]
+        step, shards = int(files[0].metadata()["step"]), int(files[0].metadata()["shards"])
         there = f"{len(files)} of {shards} rank files"
-        refuse(Refused(f"{states[-1]}: {there}; remove the folder to start again"))
+    except (IndexError, SafetensorError) as error:
+        files, shards, there = [], 1, f"not a whole state ({error})"
+    if len(files) != shards:
+        refuse(Refused(f"{states[-1]}: {there}; move the folder away to start again"))
     with torch.no_grad():
         for name, parameter in trained(policy).items():
             moments, rows = optimizer.state[parameter], own_rows(parameter)
@@ -422,7 +425,10 @@ def fit(
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate_peak, betas=betas, eps=EPS, weight_decay=weight_decay, fused=fused)
     out.mkdir(parents=True, exist_ok=True)
     begin = load_state(out / "state", policy, optimizer)
-    history = [row for row in data.resume_jsonl(out / "metrics.jsonl") if row["step"] < begin] if rank() == 0 else []
+    history = data.resume_jsonl(out / "metrics.jsonl") if rank() == 0 else []
+    for row in history:
+        data.check_row(row, str(out / "metrics.jsonl"), "metrics")
+    history = [row for row in history if row["step"] < begin]
     if begin:
         print0(f"resumed at step {begin} of {steps} from {out / 'state'}")
     if rank() == 0:

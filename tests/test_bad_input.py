@@ -346,7 +346,7 @@ def test_a_folder_that_would_lose_something_is_refused_by_every_command(name, ho
     elif how == "finished with another input":
         out.mkdir()
         (out / "made.txt").write_text("a week of work")
-        record = {"settings": {}, "inputs": {"other.jsonl": "0"}, "outputs": {}}
+        record = {"settings": {}, "inputs": {"other.jsonl": "0"}, "outputs": {}, "command": [], "sources": {}, "figures": {}, "seconds": 1.0}
         (out / "stage.json").write_text(json.dumps(record))
     before = contents(place) | contents(tmp_path)
     code, said = outcome(script, words_of(name, place, Path("") if how == "nothing" else out), capsys)

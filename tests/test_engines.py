@@ -422,10 +422,12 @@ def test_a_reply_to_something_else_under_the_same_id_is_never_taken_and_stays(tm
     assert renewed["b", 0] == first["b", 0] and renewed["a", 0]["asked"] != first["a", 0]["asked"]
     assert ask(again, other) == renewed and not again.asked
     assert path.read_bytes().startswith(before)  # the first replies were paid for
-    # a reply that does not say what was asked answers nothing
-    rows = [row for _, row in data.read_jsonl(path)]
-    data.write_jsonl(path, ({key: value for key, value in row.items() if key != "asked"} for row in rows))
-    assert ask(again, other).keys() == renewed.keys() and len(again.asked) == 3
+    # what an engine said is evidence: a row that was edited is no reply any more
+    edited = path.read_text().replace("b says 0", "b says 1")
+    path.write_text(edited)
+    with pytest.raises(data.RowError, match="rollouts.jsonl: row 1 is not as it was written"):
+        ask(again, other)
+    assert not again.asked and path.read_text() == edited
 
 
 def test_two_processes_never_append_to_one_file_of_replies(tmp_path):
@@ -477,7 +479,7 @@ def test_half_a_character_in_a_reply_is_replaced_and_the_reply_is_kept(tmp_path)
 
     (row,) = ask().values()
     assert row["response"] == "half \ufffd, whole \U0001f600, \u4e2d" and row["reasoning"] == "thought \ufffd"
-    assert [row] == [row for _, row in data.read_jsonl(tmp_path / "rows.jsonl")]
+    assert [row] == asking.read_replies(tmp_path / "rows.jsonl")
 
 
 def test_a_resumed_hf_run_writes_what_an_unbroken_one_writes(stopping, pictures, tmp_path):

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import data
 import distill
 import medee
+from test_house import parsers
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -177,6 +179,93 @@ def test_a_whole_stage_that_was_made_by_hand_is_adopted_with_its_real_command(tm
     (stage.folder / "demos.jsonl").write_text("edited")
     with pytest.raises(data.RowError, match="demos.jsonl is not as its stage.json has it"):
         stage.adopt()
+
+
+def test_a_folder_of_another_script_or_of_this_run_is_not_adopted_and_one_that_was_is_watched(tmp_path):
+    world, stage = world_stage(tmp_path), distill_stage(tmp_path)
+    world.run()
+    with pytest.raises(data.RowError, match="was begun by this run"):
+        world.adopt()
+    shutil.copytree(world.folder, stage.folder)
+    (stage.folder / "medee.json").unlink()
+    with pytest.raises(data.RowError, match="was made by clinic.py world, not by distill.py run"):
+        stage.adopt()
+    shutil.rmtree(stage.folder)
+    stage.run()
+    record = json.loads((stage.folder / "medee.json").read_text())
+    (stage.folder / "medee.json").write_text(json.dumps({**record, "adopted": []}))
+    medee.Stage("distill", "distill.py", (*stage.words, "--seed", "5")).adopt()  # a second time changes nothing
+    assert json.loads((stage.folder / "medee.json").read_text()) == {**record, "adopted": []}
+
+
+def test_a_stage_in_which_a_command_still_works_is_not_set_aside(tmp_path):
+    stage = distill_stage(tmp_path)
+    world_stage(tmp_path).run()
+    stage.run()
+    hold = "import stage, sys, pathlib; file = stage.hold(pathlib.Path(sys.argv[1]), 'x'); print('held', flush=True); sys.stdin.read()"
+    other = subprocess.Popen([sys.executable, "-c", hold, str(stage.folder / ".lock")], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    before = files(stage.folder)
+    with pytest.raises(data.RowError, match="another process is writing there"):
+        medee.Stage("distill", "distill.py", (*stage.words, "--seed", "5")).run()
+    other.kill()
+    other.wait()
+    assert files(stage.folder) == before and not (tmp_path / "distill.1").exists()
+
+
+def test_a_sheet_that_lies_in_the_stage_it_changes_is_not_set_aside_with_it(tmp_path):
+    world_stage(tmp_path).run()
+    stage = distill_stage(tmp_path)
+    stage.run()
+    before = files(stage.folder)
+    with pytest.raises(data.RowError, match="review.csv lies in .*; copy it to another place"):
+        medee.Stage("distill", "distill.py", (*stage.words, "--review", str(stage.folder / "review.csv"))).run()
+    assert files(stage.folder) == before
+
+
+def test_an_image_that_became_another_under_its_name_is_a_change(tmp_path):
+    world = world_stage(tmp_path)
+    world.run()
+    stage = medee.Stage("rollout", "rollout.py", tuple(medee.words({"engine": "clinic:thorough", "questions": f"{tmp_path}/world/bank.jsonl", "images": f"{tmp_path}/world", "n": 1, "out": f"{tmp_path}/rollout"})))
+    stage.run()
+    film, other = sorted((tmp_path / "world" / "films").rglob("*.png"))[:2]
+    assert stage.state() == "done"
+    film.write_bytes(other.read_bytes())
+    assert stage.state() == f"{film} changed"
+    ended = subprocess.run([sys.executable, stage.script, *stage.words], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 1 and f"{film} changed" in ended.stderr
+
+
+def test_a_file_named_like_a_number_or_a_choice_changes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    stage = medee.Stage("x", "dpo.py", ("--method", "full", "--seed", "0", "--model", "m", "--out", "run/x"))
+    before = stage.record()
+    for name in ("0", "full", "1"):
+        (tmp_path / name).write_text("log")
+    assert stage.record() == before
+
+
+def test_every_flag_of_a_stage_that_can_name_a_file_counts():
+    """or an edited file would leave a stage done"""
+    places = {"out", "images", "replies", "name", "help", "family", "size"}
+    for script in sorted({stage.script for stage in every_stage()}):
+        for parser in parsers(script.removesuffix(".py")):
+            for action in parser._actions:
+                if action.type is None and action.nargs != 0 and not action.choices and action.option_strings:
+                    names = {option.lstrip("-") for option in action.option_strings}
+                    used = any(names & {word.lstrip("-") for word in stage.words if word.startswith("-")} for stage in every_stage() if stage.script == script)
+                    assert not used or names & {*medee.FILES, *places}, f"{script} {names}"
+
+
+def test_a_run_keeps_out_of_places_that_are_not_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(data.RowError, match="--out"):
+        medee.main(["demo", "--fast", "--out", ""])
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "run.json").write_text('{"mine": 1}')
+    with pytest.raises(data.RowError, match="run.json: missing 'started_in'"):
+        medee.main(["demo", "--fast", "--out", "mine"])
+    assert files(tmp_path) == {"mine/run.json": b'{"mine": 1}'}
 
 
 def test_only_stages_can_be_adopted(tmp_path):

@@ -286,3 +286,80 @@ def test_ctrl_c_says_what_is_kept_and_how_to_go_on(tmp_path, source):
 
 def test_every_hint_is_for_an_error_that_the_system_has():
     assert all(code in errno.errorcode for code in flags.HINTS)
+
+
+TORN = ("[]", "5", "null", "{}", '{"settings": []}', '{"settings": {}, "inputs": []}', "{", "[" * 100_000)
+
+
+@pytest.mark.parametrize("content", TORN)
+@pytest.mark.parametrize("name", ["begun.json", "stage.json"])
+def test_a_record_that_is_none_is_named_and_left(tmp_path, source, name, content):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text(content)
+    with pytest.raises(data.RowError, match=name):
+        work(out, [source])
+    assert (out / name).read_text() == content and not (out / "made.txt").exists()
+
+
+def test_a_command_that_was_killed_at_its_first_write_goes_on(tmp_path, source):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".begun.json.tmp").write_text("{")
+    assert work(out, [source])
+
+
+def test_a_folder_that_was_moved_away_is_not_finished_under_its_old_name(tmp_path, source):
+    out = tmp_path / "out"
+    args = argparse.Namespace(out=str(out), lr=1)
+    stage.open_folder(args, [source])
+    out.rename(tmp_path / "out.1")
+    other = argparse.Namespace(out=str(out), lr=2)
+    out.mkdir()
+    data.write_json(out / "begun.json", {"settings": {"lr": 2}, "inputs": {}})
+    with pytest.raises(data.RowError, match="was moved away while this command worked"):
+        stage.finish(args, [], time.time(), {})
+    assert not (out / "stage.json").exists() and other.lr == 2
+
+
+def test_the_first_large_input_of_a_new_run_is_remembered(tmp_path, source, monkeypatch):
+    monkeypatch.setattr(stage, "LARGE", 1)
+    monkeypatch.setattr(data, "HASHES", {})
+    assert work(tmp_path / "new" / "run" / "out", [source])
+    assert "in.jsonl" in (tmp_path / "new" / "run" / "fingerprints.jsonl").read_text()
+
+
+def test_a_changed_image_is_another_input(tmp_path, source):
+    film = tmp_path / "film.png"
+    film.write_bytes(b"one")
+    args = argparse.Namespace(out=str(tmp_path / "out"))
+    stage.open_folder(args, [source], images=[film])
+    stage.finish(args, [], time.time(), {})
+    assert not stage.open_folder(args, [source], images=[film]) and stage.changed_image(tmp_path / "out") is None
+    film.write_bytes(b"two")
+    with pytest.raises(data.RowError, match="film.png changed"):
+        stage.open_folder(args, [source], images=[film])
+    assert stage.changed_image(tmp_path / "out") == str(film)
+
+
+def test_streams_that_are_closed_or_lack_a_letter_stop_nothing(tmp_path):
+    program = "import flags\ndef main(argv):\n    print('\u2026')\nflags.run_script(main)"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "\\u2026\n", "")
+    closed = subprocess.run(["sh", "-c", f'"{sys.executable}" -c "$0" >&- 2>&-', program], cwd=ROOT)
+    assert closed.returncode == 0
+
+
+@pytest.mark.parametrize("what", ["a loop", "a pipe", "no UTF-8"])
+def test_strange_paths_are_answered_at_once(tmp_path, what):
+    if what == "a pipe":
+        os.mkfifo(tmp_path / "x")
+    if what == "a loop":
+        (tmp_path / "x").symlink_to(tmp_path / "x")
+    path = str(tmp_path / "x") if what != "no UTF-8" else os.fsencode(tmp_path) + b"/\xff"
+    rows = tmp_path / "q.jsonl"
+    rows.write_text("{}")
+    command = [sys.executable, str(ROOT / "leaks.py"), "--questions", path, "--against", str(rows), "--out", str(tmp_path / "out")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr and len(ended.stderr.splitlines()) == 1
