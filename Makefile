@@ -11,7 +11,7 @@ demo: .venv/ready
 	$(BIN)/python medee.py demo $(ARGS)
 
 test: .venv/ready-dev
-	$(BIN)/python -m pytest -q -ra tests $(ARGS)
+	$(BIN)/python -m pytest -q -ra -n 2 --dist loadfile tests $(ARGS)
 
 test-ranks: .venv/ready-dev
 	MEDEE_RANKS=8 $(BIN)/python -m pytest -q -ra tests/test_ranks.py $(ARGS)

@@ -14,7 +14,7 @@ import argparse
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Protocol
@@ -161,12 +161,18 @@ def replies_file(args: argparse.Namespace, role: str, spec: str, sampling: Sampl
     return path
 
 
+def sealed(row: dict) -> dict:
+    """A row with a hash of itself."""
+    return {**row, "row_sha": data.content_hash(row)[:16]}
+
+
 def read_replies(path: Path) -> list[dict]:
     """The rows of a file of replies. Raises RowError for one that is not as it was written: what an engine said is evidence."""
     rows = data.resume_jsonl(path)
     for number, row in enumerate(rows, 1):
-        if row.pop("row_sha", None) != data.content_hash(row)[:16]:
+        if sealed({key: value for key, value in row.items() if key != "row_sha"}) != row:
             raise data.RowError(f"{path}: row {number} is not as it was written; remove the row, and it is asked for again")
+        del row["row_sha"]
     return rows
 
 
@@ -186,7 +192,7 @@ def ask_all(engine: Engine, asks: list[Ask], sampling: Sampling, path: Path, to_
         for replies in engine.answer(left, sampling):
             replies = [replace(reply, text=clean(reply.text), reasoning=clean(reply.reasoning)) for reply in replies]
             new = [{**to_row(reply), "asked": contents[reply.id]} for reply in replies]
-            data.append_jsonl(file, ({**row, "row_sha": data.content_hash(row)[:16]} for row in new))
+            data.append_jsonl(file, map(sealed, new))
             rows |= {(row["id"], row["sample"]): row for row in new}
             bar.set_postfix(engine.tally, refresh=False)
             bar.update(len(new))
@@ -294,11 +300,6 @@ def image_paths(question: data.Question, image_root: Path) -> list[Path]:
         if not path.is_file():
             raise data.RowError(f"question {question.id}: image {path.relative_to(image_root)} is not below {image_root}; check --images")
     return paths
-
-
-def images_of(questions: Iterable[data.Question], image_root: Path) -> list[Path]:
-    """The image files of all questions. Raises RowError for one that is not there."""
-    return [path for question in questions for path in image_paths(question, image_root)]
 
 
 def question_asks(questions: list[data.Question], image_root: Path, samples: int) -> list[Ask]:

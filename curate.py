@@ -43,7 +43,7 @@ import flags
 import leaks
 import stage
 from asking import ATTEMPTS as LABELS
-from asking import ROOM, SPEED, Ask, Sampling, add_flags, ask_until, checkpoint, identity, image_paths, images_of, question_asks, read_object, replies_file, reply_row, setup_of
+from asking import ROOM, SPEED, Ask, Sampling, add_flags, ask_until, checkpoint, identity, image_paths, question_asks, read_object, replies_file, reply_row, setup_of
 from descriptions import EDIT_PROMPT, edit_fault, edited, read_edit, read_reviewed, settled, write_review
 from engines import Replicas, open_engine
 
@@ -284,7 +284,7 @@ def run(args: argparse.Namespace) -> None:
         return estimate(bank, args)
     specs = dict.fromkeys(demand.spec for step in args.steps for demand in demands(step, bank, args))
     inputs = [*args.questions, *args.against, *filter(None, [args.reviewed, *map(checkpoint, specs)])]
-    if not stage.open_folder(args, inputs, SPEED, images_of(bank, Path(args.images))):
+    if not stage.open_folder(args, inputs, SPEED, data.image_files(args.images, map(vars, bank))):
         return
     left, rejected, after = bank, {}, {"bank" if len(args.steps) > 1 else "given": bank}
     waiting: list[data.Question] = []

@@ -429,7 +429,7 @@ def image_file(image_root: str | Path, image: str) -> Path:
 
 
 def image_files(image_root: str | Path, rows: Iterable[dict]) -> list[Path]:
-    """Where the images of all rows lie."""
+    """Where the images of all rows lie, whether they are there or not."""
     return [image_file(image_root, image) for row in rows for image in row["images"]]
 
 

@@ -40,7 +40,7 @@ import benchmarks
 import data
 import flags
 import stage
-from asking import SPEED, Ask, Engine, Sampling, add_flags, ask_all, ask_yes_no, checkpoint, identity, image_paths, images_of, prompt_ask, question_asks, read_verdict, replies_file, reply_row, setup_of
+from asking import SPEED, Ask, Engine, Sampling, add_flags, ask_all, ask_yes_no, checkpoint, identity, image_paths, prompt_ask, question_asks, read_verdict, replies_file, reply_row, setup_of
 from descriptions import read_sheet, write_sheet
 from engines import open_engine
 
@@ -292,7 +292,7 @@ def run(args: argparse.Namespace) -> None:
         raise data.RowError(f"--expand: {strangers[0]} is not among the --teachers")
     specs = dict.fromkeys([*args.teachers, *(spec for _, spec in args.expand), *filter(None, [args.checker])])
     inputs = [args.questions, *filter(None, [args.review, *map(checkpoint, specs)])]
-    if not stage.open_folder(args, inputs, SPEED, images_of(questions, Path(args.images))):
+    if not stage.open_folder(args, inputs, SPEED, data.image_files(args.images, map(vars, questions))):
         return
     engines = [open_engine(spec, setup) for spec in args.teachers]
     expanders = {teacher: open_engine(spec, setup) for teacher, spec in args.expand}

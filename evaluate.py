@@ -42,7 +42,7 @@ import official
 import score
 import stage
 import tables
-from asking import SPEED, Ask, Sampling, add_flags, ask_all, ask_yes_no, checkpoint, identity, image_paths, images_of, prompt_ask, question_asks, read_verdict, replies_file, reply_row, setup_of
+from asking import SPEED, Ask, Sampling, add_flags, ask_all, ask_yes_no, checkpoint, identity, image_paths, prompt_ask, question_asks, read_verdict, replies_file, reply_row, setup_of
 from engines import Replicas, open_engine
 from judge import CRITERIA, judge_all, print_report, read_report
 
@@ -176,7 +176,7 @@ def run(args: argparse.Namespace) -> None:
     specs = [spec for spec in (args.engine, args.open_ended, args.judge) if spec]
     by_id = read_all(args.questions)
     inputs = [*args.questions, *filter(None, map(checkpoint, specs))]
-    if not stage.open_folder(args, inputs, SPEED, images_of(by_id.values(), image_root)):
+    if not stage.open_folder(args, inputs, SPEED, data.image_files(image_root, map(vars, by_id.values()))):
         return
     if args.open_ended:
         by_id = {key: question.opened() for key, question in by_id.items()}

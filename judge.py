@@ -45,7 +45,7 @@ import numpy as np
 import data
 import flags
 import stage
-from asking import SPEED, Ask, Engine, add_flags, ask_yes_no, checkpoint, identity, image_paths, images_of, prompt_ask, read_verdict, setup_of
+from asking import SPEED, Ask, Engine, add_flags, ask_yes_no, checkpoint, identity, image_paths, prompt_ask, read_verdict, setup_of
 from descriptions import read_sheet, write_sheet
 from engines import open_engine
 
@@ -131,11 +131,10 @@ def read_rollouts(path: str, questions: dict[str, data.Question]) -> list[dict]:
 def verdicts(args: argparse.Namespace) -> None:
     started, out = time.time(), Path(args.out)
     questions = {question.id: question for question in data.read_questions(args.questions)}
-    rollouts = read_rollouts(args.rollouts, questions)
     inputs = [args.rollouts, args.questions, *filter(None, [checkpoint(args.judge)])]
-    shown = [questions[id] for id in dict.fromkeys(row["id"] for row in rollouts)]
-    if not stage.open_folder(args, inputs, SPEED, images_of(shown, Path(args.images))):
+    if not stage.open_folder(args, inputs, SPEED, data.image_files(args.images, map(vars, questions.values()))):
         return
+    rollouts = read_rollouts(args.rollouts, questions)
     right = right_by_rule(rollouts, questions)
     print(f"{len(rollouts)} candidates, {len(right)} right by rule: those go to {args.judge}")
     answers = identity(args.judge)  # before it is asked: its folder may be trained anew

@@ -144,18 +144,13 @@ def nearest_images(own: dict[str, int], theirs: dict[str, int], distance: int) -
     return near
 
 
-def check_images(questions: list[data.Question], image_root: Path) -> None:
-    """Raises RowError for an image that is not there."""
-    for question in questions:
-        for image in question.images:
-            if not data.image_file(image_root, image).is_file():
-                raise data.RowError(f"question {question.id}: image {image} is not below {image_root}; check --images")
-
-
 def leaked_images(questions: list[data.Question], benchmarks: list[data.Question], image_root: Path, distance: int) -> dict[str, tuple[int, str]]:
     """{image: (bits that differ, benchmark image)}; a file that is the benchmark's has 0. Raises RowError for an image that
     is not there."""
-    check_images(questions + benchmarks, image_root)
+    for question in questions + benchmarks:
+        for image in question.images:
+            if not data.image_file(image_root, image).is_file():
+                raise data.RowError(f"question {question.id}: image {image} is not below {image_root}; check --images")
     own, theirs = (sorted({image for question in side for image in question.images}) for side in (questions, benchmarks))
     files = {data.file_hash(image_root / image): image for image in theirs}
     near = {}
@@ -267,8 +262,7 @@ def main(argv: list[str] | None = None) -> None:
     started, out = time.time(), Path(args.out)
     bank = read_bank(args.questions)
     benchmarks = [question for path in args.against for question in data.read_questions(path)]
-    images = data.image_files(args.images, (vars(question) for question in bank + benchmarks))
-    check_images(bank + benchmarks, Path(args.images))
+    images = data.image_files(args.images, map(vars, bank + benchmarks))
     if not stage.open_folder(args, [*args.questions, *args.against], images=images):
         return
     found, likeness = check(bank, benchmarks, Path(args.images), args.ngram, args.jaccard, args.distance)

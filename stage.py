@@ -35,7 +35,7 @@ import data
 import flags
 
 HERE = Path(os.path.realpath(__file__)).parent
-RECORDS = ("begun.json", "stage.json", "images.json", "medee.json")  # of the folder itself, no result
+RECORDS = ("begun.json", "stage.json", "images.json", "medee.json", ".lock")  # of the folder itself, no result
 MODEL_FILES = (".safetensors", ".json", ".txt", ".jinja", ".model")  # config, tokenizer, processor, weights
 LARGE = 1 << 26  # ours: bytes from which a file's hash is kept on disk; 64 MB take a tenth of a second
 VERSIONS = ("torch", "transformers", "numpy", "pillow", "safetensors", "vllm", "openai", "google-genai")
@@ -133,17 +133,22 @@ def changed_output(folder: Path, record: dict) -> str | None:
     return None
 
 
+def image_hash(path: Path) -> str:
+    """The hash of an image, "" where there is none: whoever opens it says so, with its row."""
+    return data.file_hash(path) if path.is_file() else ""
+
+
 def image_hashes(images: Iterable[Path]) -> dict[str, str]:
+    paths = list(dict.fromkeys(images))
     with ThreadPoolExecutor() as pool:
-        paths = list(dict.fromkeys(images))
-        return dict(zip(map(str, paths), pool.map(data.file_hash, paths)))
+        return dict(zip(map(str, paths), pool.map(image_hash, paths)))
 
 
 def changed_image(folder: Path) -> str | None:
     """The first image that a folder's command read and that is another now, or gone; or None."""
     path = folder / "images.json"
     for image, digest in (data.read_json(path) if path.exists() else {}).items():
-        if not Path(image).is_file() or data.file_hash(image) != digest:
+        if image_hash(Path(image)) != digest:
             return image
     return None
 
@@ -192,7 +197,7 @@ def open_folder(
     remember(out.parent)
     now = {"settings": settings_of(args, free), "inputs": {str(path): fingerprint(path) for path in inputs}}
     seen = image_hashes(images)
-    own = {*RECORDS, ".lock", *(f".{name}.tmp" for name in RECORDS)}
+    own = {*RECORDS, *(f".{name}.tmp" for name in RECORDS)}
     results = sorted(path.name for path in out.iterdir() if path.name not in own) if out.exists() else []
     records = [path for path in (out / "stage.json", out / "begun.json") if path.exists()]
     if results and not records:

@@ -499,7 +499,7 @@ def test_a_number_or_a_depth_that_no_file_of_ours_can_hold_is_named(tmp_path):
     for text in ('{"x": 1e999}', '{"x": ' + "[" * 800 + "]" * 800 + "}"):
         row = json.dumps(data.Question(**BASE).to_row()).replace('"meta": {}', f'"meta": {text}')
         (tmp_path / "a.jsonl").write_text(row)
-        with pytest.raises(data.RowError, match=r"a\.jsonl:1: cannot be written as JSON"):
+        with pytest.raises(data.RowError, match=r"a\.jsonl:1: (cannot be written as JSON|not JSON .1e999 is no JSON number)"):
             read("questions", tmp_path / "a.jsonl", None)
 
 

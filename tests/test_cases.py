@@ -259,7 +259,7 @@ def test_hostile_text_stays_text_and_nothing_is_loaded(tmp_path, hostile):
 
 def test_a_case_shows_what_an_auditor_needs(tmp_path):
     questions = [question("q0", meta={"modality": "x-ray"}, source="bank"), question("q1", options={}, answer="A broken arm")]
-    met = {"Logical_Consistency": True, "Image_Analysis_Involvement": False, "No_Hallucination": True, "Reflection_Presence": False}
+    met = {"Answer_Correctness": True, "Logical_Consistency": True, "Image_Analysis_Involvement": False, "No_Hallucination": True, "Reflection_Presence": False}
     judged = {("q0", 0): {"criteria": met, "error": None}, ("q0", 1): {"criteria": None, "error": "no JSON"}}
     answers = {"q0": [(WRONG, "stop"), (RIGHT, "stop"), (RIGHT, "stop"), (UNREADABLE, "stop"), (CUT, "length")]}
     answers["q1"] = [("<answer> a  Broken arm. </answer>", "stop")]

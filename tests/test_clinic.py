@@ -14,6 +14,7 @@ import asking
 import clinic
 import data
 import distill
+import engines
 import judge
 from stage import RECORDS
 
@@ -444,8 +445,8 @@ def test_expert_is_sometimes_wrong_but_rarely_always(name):
 
 
 def test_unknown_role_is_refused():
-    with pytest.raises(ValueError, match="surgeon"):
-        clinic.answer("surgeon", [], [], 0)
+    with pytest.raises(asking.Unavailable, match="clinic:surgeon: is not a role"):
+        engines.open_engine("clinic:surgeon", asking.Setup())
 
 
 def test_sheet_shows_every_sign_and_each_kind_of_question(tmp_path, capsys):

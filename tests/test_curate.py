@@ -74,7 +74,7 @@ def keep_replies(argv: list[str], role: str, name: str, said: dict[str, list]) -
         for k, (text, finish) in enumerate(attempts)
         if key in asked
     ]  # fmt: skip
-    data.write_jsonl(demand.file(args), rows)
+    data.write_jsonl(demand.file(args), map(asking.sealed, rows))
 
 
 def replies_of(out: Path, role: str, name: str) -> Path:

@@ -178,7 +178,7 @@ def keep_replies(argv: list[str], name: str, said: dict[str, list[str]]) -> None
         for key, attempts in said.items() for k, text in enumerate(attempts)
     ]  # fmt: skip
     sampling = asking.Sampling(args.temperature, 1.0, args.max_tokens, args.seed)
-    data.write_jsonl(asking.replies_file(args, "teacher", f"clinic:{name}", sampling), rows)
+    data.write_jsonl(asking.replies_file(args, "teacher", f"clinic:{name}", sampling), map(asking.sealed, rows))
 
 
 def replies_of(out: Path, name: str) -> Path:

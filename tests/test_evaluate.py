@@ -138,7 +138,7 @@ def stored(out: Path, replies: dict[str, list[tuple[str, str]]], *more: str, ima
             row = asking.reply_row(Reply(key, k, text, None, finish, 0), "clinic:hasty")
             rows.append({**row, "asked": asking.content_of(ask.messages, ask.images)})
     path = asking.replies_file(args, "evaluate", "clinic:hasty", sampling)
-    data.write_jsonl(path, rows)
+    data.write_jsonl(path, map(asking.sealed, rows))
     before = path.read_bytes()
     yield flags
     assert path.read_bytes() == before  # nothing was asked

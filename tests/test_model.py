@@ -657,8 +657,10 @@ def test_frozen_vision_gets_no_gradient_and_the_rest_does(processor, policy):
 def test_show_prints_the_text_and_the_counts_of_supervised_tokens(processor, folder, tmp_path, capsys):
     demo = {"id": "q1", "messages": turns("What?", data.SYSTEM_PROMPT) + [{"role": "assistant", "content": GOOD}], "images": ["film.png"]}
     pair = {"id": "q2", "prompt": turns("Why?"), "images": [], "chosen": GOOD, "rejected": POOR, "failed": []}
-    data.write_jsonl(tmp_path / "rows.jsonl", [demo, pair, demo | {"id": "q3"}])
-    model.main(["show", str(tmp_path / "rows.jsonl"), "--model", str(folder), "-n", "2"])
+    data.write_jsonl(tmp_path / "demos.jsonl", [demo, demo | {"id": "q3"}])
+    data.write_jsonl(tmp_path / "pairs.jsonl", [pair])
+    model.main(["show", str(tmp_path / "demos.jsonl"), "--model", str(folder), "-n", "1"])
+    model.main(["show", str(tmp_path / "pairs.jsonl"), "--model", str(folder), "-n", "1"])
     printed = re.sub(r"\033\[\d+m", "", capsys.readouterr().out)
     offsets = processor.tokenizer(GOOD, return_offsets_mapping=True)["offset_mapping"]
     starts = [start for start, _ in offsets]
