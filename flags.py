@@ -119,6 +119,21 @@ def explain(error: Exception) -> str | None:
 def run_script(main: Callable[[list[str]], object]) -> NoReturn:
     """Runs a script's main on the command line and ends the process. A mistake of the user or the machine ends it with one
     paragraph and exit code 1 (2 for a wrong flag); a traceback is for our own faults, or for --debug."""
+    try:
+        run_main(main)
+    except SystemExit as end:
+        if "RANK" not in os.environ:
+            raise
+        # of several ranks: threads of the process group may abort while Python clears up, and all is on disk
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1 if isinstance(end.code, str) else end.code or 0)
+
+
+def run_main(main: Callable[[list[str]], object]) -> NoReturn:
+    """Runs a main and raises SystemExit with what it ended in."""
     argv = [word for word in sys.argv[1:] if word != "--debug"]
     sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a letter gets its number

@@ -109,7 +109,9 @@ def barrier() -> None:
 
 
 def leave() -> None:
-    """Leaves the process group: a rank that ends inside one may abort while another still talks."""
+    """Leaves the process group, all ranks together: a rank that ends inside one, or leaves while another still talks, may
+    abort. A collective."""
+    barrier()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -484,7 +486,6 @@ def end(out: Path) -> None:
     barrier()
     if rank() == 0:
         shutil.rmtree(out / "state", ignore_errors=True)
-    barrier()
     leave()
 
 
