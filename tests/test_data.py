@@ -1,5 +1,6 @@
 """The vocabulary of the method: prompts, responses, supervised spans, answers read by rule, and files that survive a kill."""
 
+import ast
 import hashlib
 import json
 import os
@@ -289,7 +290,7 @@ def test_pronoun_i_is_not_the_ninth_option():
         ("MRI", "B"),
         ("B. CT", None),
         ("MRI, I think", None),
-        ("B. A long look at it", None),
+        ("B. A long look at it", "B"),  # other words after the letter, but no other option's
         # the same in another dress
         ("The answer is **B**.", "B"),
         ("**Answer:** B", "B"),
@@ -322,6 +323,93 @@ def test_pronoun_i_is_not_the_ninth_option():
 )
 def test_answer_is_taken_from_behind_the_thinking_and_from_the_last_block(response, letter):
     assert data.extract_choice(response, FOUR) == letter
+
+
+SAID = [  # thirty answers in other words, and the rule that each shows
+    # stated in words: the last statement counts, and a letter that is only spoken of does not
+    ("The answer is B. Answer A is wrong because it is coarse.", "B"),
+    ("Answer: B. It shows soft tissue. Not answer A.", "B"),
+    ("Answer: B\nNo.\nAnswer: C", "C"),
+    ("The correct option is B", "B"),
+    ("The correct answer, as the findings show, is option **B**:\nMRI", "B"),
+    ("This is 14.8, which corresponds to option **D**.", "D"),
+    ("The answer is most likely (B)", "B"),
+    ("The answer is MRI.", "B"),
+    ("I doubt if the answer is A.", None),
+    ("I don't think the answer is A.", None),
+    ("The answer is B? Actually it is C.", None),
+    # a line names an option, and nothing else
+    ("So it fits.\n\n**D. Ultrasound**", "D"),
+    ("The closest choice is:\n\nC\n\nThere may be rounding.", "C"),
+    ("So, B. MRI is the correct answer.", "B"),
+    ("A. CT\nB. MRI\nC. Diabetes\nD. Ultrasound", None),  # the options, repeated
+    ("A. CT: too coarse.\nC. Diabetes: no disease of bone.", None),
+    # letter and text open a longer answer
+    ("B. MRI\n\nThis is because CT is coarse, and so is A.", "B"),
+    ("(B) MRI. It shows soft tissue, which option D does not.", "B"),
+    ("(A) CT (B) MRI", None),
+    # the whole answer is an option, however it is dressed
+    ("Choice C", "C"),
+    ("MRI (B)", "B"),
+    ("A: MRI", "B"),  # the "A:" of question and answer
+    ("<answer> Option B: MRI </answer>", "B"),
+    ("<answer> (A) CT (B) MRI </answer>", None),
+    # a letter that is denied, or comes with another option's text
+    ("<answer> A is not correct </answer>", None),
+    ("<answer> A is incorrect; the answer is B </answer>", "B"),
+    ("<answer> answer B is wrong </answer>", None),
+    ("<answer> B. MRI is contraindicated </answer>", None),
+    ("<answer> B. CT, because it is fast </answer>", None),
+    ("<answer> E. coli </answer>", None),
+]
+
+
+@pytest.mark.parametrize(("response", "letter"), SAID)
+def test_what_is_stated_named_or_opens_an_answer_is_read_and_what_is_denied_is_not(response, letter):
+    assert data.extract_choice(response, FOUR) == letter
+
+
+def test_a_letter_that_is_also_a_numeral_is_told_from_an_option_that_begins_with_it():
+    statements = {"A": "II and III only", "B": "I and II only", "C": "I only", "D": "III only"}
+    statements |= {"E": "none", "F": "IV only", "G": "V", "H": "VI", "I": "II and IV only"}
+    statements["J"] = "I, II, and IV only"
+    assert data.extract_choice("I. II and IV only", statements) == "I"
+    assert data.extract_choice("I, II, and IV only", statements) == "J"
+    assert data.extract_choice("I only", statements) == "C"
+
+
+def test_an_option_in_latex_is_the_same_option_in_another_spelling():
+    options = {"A": "$w_{1}=52.37rad/s$", "B": "$w_{1}=92.37\\frac{rad}{s}$", "C": "$\\alpha$", "D": "$\\beta$"}
+    assert data.extract_choice("So:\n\nA. \\( w_{1}=52.37 \\, \\text{rad/s} \\)", options) == "A"
+    assert data.extract_choice("\\( \\alpha \\)", options) == "C"
+    assert data.extract_choice("D. \\(\\alpha\\)", options) is None
+
+
+REAL = Path(os.environ.get("MEDEE_REAL_DATA", ""))
+real = pytest.mark.skipif(not os.environ.get("MEDEE_REAL_DATA"), reason="MEDEE_REAL_DATA is not set")
+
+
+def real_replies() -> list[tuple[dict, dict]]:
+    rows = [json.loads(line) for line in open(REAL / "gpt4o_mmmu_pro_direct.jsonl")]
+    return [(row, dict(zip(data.LETTERS, map(str, ast.literal_eval(row["options"]))))) for row in rows]
+
+
+@real
+def test_of_1444_published_replies_without_tags_ten_are_unread():
+    # three of them name an option that a person would take; the others refuse, or name none or two
+    unread = [row["id"] for row, options in real_replies() if data.extract_choice(row["response"], options) is None]
+    assert len(unread) == 10
+
+
+@real
+def test_every_option_of_published_files_is_read_in_the_forms_that_models_write():
+    banks = [options for _, options in real_replies() if len(options) > 1]
+    for line in open(REAL / "medxpertqa_sampled_mm_input.jsonl"):
+        banks.append({option["letter"]: option["content"] for option in json.loads(line)["options"]})
+    forms = ["<answer> Option {}: {} </answer>", "<answer> {}. {} </answer>", "({}) {}", "{}: {}", "The answer is {}. {}"]
+    for options in banks:
+        for letter, text in options.items():
+            assert {data.extract_choice(form.format(letter, text), options) for form in forms} == {letter}
 
 
 @pytest.mark.parametrize(
@@ -610,7 +698,6 @@ BAD = {  # what is wrong: (kind, the row or its line, what the message must name
     "an id that is a number": ("questions", question_row(id=7), "id"),
     "an empty id": ("questions", question_row(id=""), "id"),
     "a choice of one option": ("questions", question_row(id="b", options={"A": "x"}, answer="A"), "options"),
-    "two options of one text": ("questions", question_row(id="b", options={"A": "x", "B": " x "}, answer="A"), "options"),
     "an empty option": ("questions", question_row(id="b", options={"A": "x", "B": ""}, answer="A"), "options"),
     "letters out of order": ("questions", question_row(id="b", options={"B": "x", "A": "y"}, answer="A"), "options"),
     "eleven options": ("questions", question_row(id="b", options=dict(zip("ABCDEFGHIJK", map(str, range(11)))), answer="A"), "options"),

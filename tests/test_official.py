@@ -93,7 +93,7 @@ ADVERSARIAL = [
     ("<think> Option A fits, no. </think> <answer> A fracture of the hip </answer>", None, "A", "A"),
     ("<think> It is I who err. </think> <answer> E </answer>", "E", "E", "E"),
     ("<think> x </think> <answer> Diabetes mellitus </answer>", "D", None, "D"),
-    ("Answer: Diabetes mellitus", None, None, "D"),
+    ("Answer: Diabetes mellitus", "D", None, "D"),
     ("<think> x </think> So \\boxed{\\text{C}}.", "C", "C", None),
     ("<think> x </think> <answer> $\\boxed{\\text{B. Borreliosis}}$ </answer>", "B", "B", "B"),
     ("Answer: Diabetes and a Cough", None, None, None),  # D and C
