@@ -49,6 +49,8 @@ SIGNS = {
     "smear": ["dot", "spike", "rod"],
     "oct": ["cyst", "peak", "fold"],
 }
+# the clinic's words, as data.MODALITIES calls them
+KINDS = {"radiograph": "x-ray", "scan": "ct", "smear": "microscopy", "oct": "ophthalmic imaging"}
 DIAGNOSES = {
     "radiograph": ["pneumonia", "abscess", "embolism", "contusion", "tuberculosis"],
     "scan": ["stroke", "meningitis", "glioma", "hydrocephalus", "encephalitis"],
@@ -200,7 +202,7 @@ def make_question(case: Case, kind: str, rng: random.Random, film: str | None) -
     options = dict(zip(data.LETTERS, texts))
     stem = ("" if film else case.reading() + " ") + f"{case.history()} {ASK[kind]}"
     answer = next(letter for letter, text in options.items() if text == right)
-    return data.Question(stem, options, answer, [film] if film else [], "clinic", {"modality": case.modality, "kind": kind})
+    return data.Question(stem, options, answer, [film] if film else [], "clinic", {"modality": KINDS[case.modality], "kind": kind})
 
 
 def make_questions(count: int, seed: int, name: str, with_film: bool, folder: Path, modalities: int = len(SIGNS)) -> list[data.Question]:
@@ -227,7 +229,7 @@ def look_questions(count: int, seed: int, folder: Path, modalities: int = len(SI
         texts = [*SIGNS[case.modality], rng.choice(sorted(MODALITY_OF.keys() - SIGNS[case.modality]))]
         rng.shuffle(texts)
         options = dict(zip(data.LETTERS, texts))
-        meta = {"modality": case.modality, "kind": "look"}
+        meta = {"modality": KINDS[case.modality], "kind": "look"}
         questions.append(data.Question(f"{case.history()} {LOOK}", options, data.LETTERS[texts.index(case.sign)], [film], "clinic", meta))
     return questions
 
@@ -364,7 +366,7 @@ def answer_as_classifier(messages: list[dict], images: list[Path]) -> str:
     """The reply to curate.py's question for a type."""
     case, kind, _ = understand([{"content": asked_about(messages)}], images)
     label, why = ("pattern_recognition", "The film alone shows it.") if kind == "look" else ("clinical_reasoning", "It takes film, history and rule.")
-    return json.dumps({"type": label, "modality": case.modality, "why": why})
+    return json.dumps({"type": label, "modality": KINDS[case.modality], "why": why})
 
 
 def answer_as_editor(messages: list[dict]) -> str:

@@ -58,12 +58,12 @@ TYPE_PROMPT = """You are given a medical exam question with its images. Which of
 - knowledge_recall: a fact from memory is enough. Neither the image nor the patient's story has to be worked through.
 - clinical_reasoning: several pieces of information (history, examination, tests, image) must be put together, or a conclusion must be drawn from a finding or diagnosis that has to be worked out first.
 
-Name also the modality of the image in a word or two, in lower case: x-ray, ct, mri, ultrasound, histopathology, fundus photography, ...
+Name also the modality of the image, one of: MODALITIES.
 
 Reply with one JSON object and nothing else:
 {"type": "one of the three", "modality": "...", "why": "one sentence"}
 
-<Question> %s </Question>"""
+<Question> %s </Question>""".replace("MODALITIES", ", ".join([*data.MODALITIES[0], *data.MODALITIES[1], "other"]))
 
 Rejection = dict  # {"filter", "reason", "evidence"}
 
@@ -209,7 +209,7 @@ def read_type(reply: str) -> dict[str, str]:
     if label not in TYPES:
         raise ValueError(f"type is {found.get('type')!r}, none of {', '.join(TYPES)}")
     modality, why = (" ".join(said.split()) if isinstance(said := found.get(key), str) else "" for key in ("modality", "why"))
-    return {"type": label, "modality": modality.casefold().rstrip("."), "why": why}
+    return {"type": label, "modality": modality and data.modality(modality), "why": why}
 
 
 def question_type(questions: list[data.Question], args: argparse.Namespace) -> dict[str, Rejection]:
@@ -354,7 +354,10 @@ def estimate(bank: list[data.Question], args: argparse.Namespace) -> None:
 
 
 def count(left: list[data.Question]) -> dict:
-    modality = Counter(str(question.meta.get("modality") or "unknown") if question.images else "text" for question in left)
+    """Text and image questions, and how many of each modality; "unknown" where nobody told it."""
+    told = [str(question.meta.get("modality") or "") for question in left if question.images]
+    modality = Counter(data.modality(text) if text else "unknown" for text in told)
+    modality.update(["text"] * (len(left) - len(told)))
     return {"text": sum(not q.images for q in left), "image": sum(bool(q.images) for q in left), "modality": dict(sorted(modality.items()))}
 
 

@@ -147,7 +147,10 @@ def entry(question: data.Question, rows: list[dict], verdicts: dict[tuple, dict 
     own_rule = "official" in rows[0]
     return {
         "id": question.id, "source": question.source, "image": bool(question.images), "answer": question.answer,
-        "groups": {key: str(question.meta[key]) for key in GROUPS if question.meta.get(key)},
+        "groups": {
+            key: data.modality(str(told)) if key == "modality" else str(told)
+            for key in GROUPS if (told := question.meta.get(key))
+        },
         "choices": [row["extracted"] for row in rows], "right": [row["correct"] for row in rows],
         "official": {"choices": [row["official"] for row in rows], "right": [row["official_correct"] for row in rows]} if own_rule else None,
         "ended": [row["finish_reason"] for row in rows], "words": [len(text.split()) for text in thinking],

@@ -385,6 +385,26 @@ def test_an_option_in_latex_is_the_same_option_in_another_spelling():
     assert data.extract_choice("D. \\(\\alpha\\)", options) is None
 
 
+@pytest.mark.parametrize(("name", "told"), [
+    ("x-ray", ["X-ray", "chest radiograph", "Plain film", "mammogram", "barium swallow"]),
+    ("ct", ["ct", "CT scan", "computed tomography", "Computerised tomography", "HRCT of the chest"]),
+    ("mri", ["MRI brain", "magnetic resonance imaging (T2)", "fMRI"]),
+    ("ultrasound", ["Ultrasonography", "Echocardiography", "doppler", "US"]),
+    ("angiography", ["CT angiography", "coronary angiogram", "MR angiogram"]),
+    ("nuclear medicine", ["PET/CT", "bone scan", "thyroid scintigraphy"]),
+    ("ophthalmic imaging", ["fundus photography", "OCT", "optical coherence tomography", "slit-lamp"]),
+    ("endoscopy", ["colonoscopy", "endoscopic ultrasound", "otoscopy"]),
+    ("histopathology", ["Histo-Pathology", "H&E stain", "skin biopsy", "pathology"]),
+    ("microscopy", ["peripheral blood smear", "electron microscopy", "photomicrograph"]),
+    ("electrical recording", ["ECG", "EKG", "electrocardiogram", "EEG"]),
+    ("clinical photograph", ["skin photograph", "Photo", "dermoscopy"]),
+    ("other", ["diagram", "", "none", "CT and MRI", "Body Scans: MRI, CT scans, and X-rays", "doctor"]),
+])  # fmt: skip
+def test_a_modality_told_in_any_words_is_one_of_twelve_or_other(name, told):
+    assert {data.modality(text) for text in told} == {name}
+    assert len(data.MODALITIES[0] | data.MODALITIES[1]) == 12
+
+
 REAL = Path(os.environ.get("MEDEE_REAL_DATA", ""))
 real = pytest.mark.skipif(not os.environ.get("MEDEE_REAL_DATA"), reason="MEDEE_REAL_DATA is not set")
 
