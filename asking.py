@@ -200,6 +200,11 @@ def ask_all(engine: Engine, asks: list[Ask], sampling: Sampling, path: Path, to_
     return rows
 
 
+def attempts_of(spec: str, sampling: Sampling) -> int:
+    """How often what cannot be read is asked for: a greedy local engine would say the same again."""
+    return 1 if checkpoint(spec) is not None and sampling.temperature == 0 else ATTEMPTS
+
+
 def ask_until(engine: Engine, asks: list[Ask], attempts: int, enough: Callable[[dict], bool], sampling: Sampling, path: Path, to_row: Callable[[Reply], dict], title: str) -> dict[str, list[dict]]:
     """{ask id: its replies as rows, the last of them `enough`, or not even after all attempts}. Asks of one id are one.
 
@@ -229,43 +234,61 @@ def clean(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def read_object(reply: str) -> dict:
-    """The JSON object of a reply, its keys in lower case. Raises ValueError if there is none. The last balanced {...} that is
-    JSON counts, so prose and code fences around it do no harm."""
-    found, end = None, 0
-    decoder = json.JSONDecoder()
+def json_objects(reply: str) -> list[dict]:
+    """The JSON objects that stand in a reply, in order, whatever surrounds them. Raises ValueError."""
+    found, end, decoder = [], 0, json.JSONDecoder()
     for brace in re.finditer(r"\{", reply):
         if brace.start() < end:  # inside an object that has been read
             continue
         try:
             value, end = decoder.raw_decode(reply, brace.start())
+            # escapes in the JSON may spell half a surrogate pair
+            found.append(json.loads(clean(json.dumps(value, ensure_ascii=False))))
         except json.JSONDecodeError:
             continue
         except RecursionError:
             raise ValueError("the JSON of the reply is nested too deeply") from None
-        if isinstance(value, dict):
-            found = value
-    if found is None:
-        raise ValueError("no JSON object in the reply")
-    try:
-        found = json.loads(clean(json.dumps(found, ensure_ascii=False)))  # escapes in the JSON may spell half a pair, too
-    except RecursionError:
-        raise ValueError("the JSON of the reply is nested too deeply") from None
-    return {str(key).strip().casefold(): value for key, value in found.items()}
+    return found
+
+
+def read_object(reply: str, keys: Sequence[str]) -> dict:
+    """The object of a reply that has all the keys, its own in lower case: the last one, or what it
+    wraps. Raises ValueError if there is none, or if it wraps several that differ."""
+    tops, wanted = json_objects(reply), {key.casefold() for key in keys}
+    missing = sorted(keys)
+    for top in reversed(tops):
+        level = [top]
+        while level:
+            lowered = [{key.strip().casefold(): value for key, value in one.items()} for one in level]
+            whole = [one for one in lowered if wanted <= one.keys()]
+            if any(one[key] != whole[0][key] for one in whole for key in wanted):
+                raise ValueError("it holds several objects that say different things")
+            if whole:
+                return whole[0]
+            for one in lowered:
+                missing = min(missing, [key for key in keys if key.casefold() not in one], key=len)
+            inner = [value for one in level for value in one.values()]
+            inner += [item for value in inner if isinstance(value, list) for item in value]
+            level = [value for value in inner if isinstance(value, dict)]
+    raise ValueError(f"key {missing[0]} is missing" if tops else "no JSON object in the reply")
+
+
+# Yes or No, perhaps with a reason; a reason that takes it back, or half of it, is none
+SAID = re.compile(r"(yes|no|true|false)\b\s*\.?(?:\s*[-–—:;.(](.*))?", re.S)
+HEDGE = re.compile(r"\b(?:yes|no|mostly|partly|partially|somewhat|but|except|however|unclear)\b")
 
 
 def read_yes_no(reply: str, keys: Sequence[str]) -> dict[str, bool]:
-    """{key: bool} for each of the keys. Raises ValueError with the reason if the reply is anything else: keys and values may be
-    in any case, but a prompt echoed ("Yes/No"), a missing key or another word is no judgement."""
-    said, verdict = read_object(reply), {}
+    """{key: bool} for each of the keys. Raises ValueError with the reason if the reply is anything
+    else: keys and values may be in any case, and a value may be followed by its reason ("Yes - as
+    seen"), but a prompt echoed ("Yes/No"), a missing key or another word is no judgement."""
+    said, verdict = read_object(reply, keys), {}
     for key in keys:
-        if key.casefold() not in said:
-            raise ValueError(f"key {key} is missing")
         value = said[key.casefold()]
-        word = str(value).strip().casefold().rstrip(".")
-        if word not in ("yes", "no", "true", "false"):
+        match = SAID.fullmatch(str(value).strip().casefold())
+        if not match or HEDGE.search(match[2] or ""):
             raise ValueError(f"{key} is {value!r}, neither Yes nor No")
-        verdict[key] = word in ("yes", "true")
+        verdict[key] = match[1] in ("yes", "true")
     return verdict
 
 
@@ -282,14 +305,14 @@ def read_verdict(reply: dict, keys: Sequence[str]) -> tuple[dict[str, bool] | No
 
 def ask_yes_no(engine: Engine, asks: list[Ask], keys: Sequence[str], role: str, args: argparse.Namespace) -> dict[str, dict]:
     """{ask id: its last reply, as a row, for read_verdict}. What cannot be read is asked again, under the next sample's
-    number, up to ATTEMPTS times in all. Asks of one id are one."""
+    number, up to attempts_of times in all. Asks of one id are one."""
 
     def to_row(reply: Reply) -> dict:
         return {"id": reply.id, "sample": reply.sample, "raw": reply.text, "finish_reason": reply.finish_reason}
 
     sampling = Sampling(0.0, 1.0, ROOM, args.seed)
     path = replies_file(args, role, engine.spec, sampling)
-    said = ask_until(engine, asks, ATTEMPTS, lambda row: read_verdict(row, keys)[0] is not None, sampling, path, to_row, f"{role}, {engine.spec}")
+    said = ask_until(engine, asks, attempts_of(engine.spec, sampling), lambda row: read_verdict(row, keys)[0] is not None, sampling, path, to_row, f"{role}, {engine.spec}")
     return {key: rows[-1] for key, rows in said.items()}
 
 

@@ -42,8 +42,7 @@ import data
 import flags
 import leaks
 import stage
-from asking import ATTEMPTS as LABELS
-from asking import ROOM, SPEED, Ask, Sampling, add_flags, ask_until, checkpoint, identity, image_paths, question_asks, read_object, replies_file, reply_row, setup_of
+from asking import ROOM, SPEED, Ask, Sampling, add_flags, ask_until, attempts_of, checkpoint, identity, image_paths, question_asks, read_object, replies_file, reply_row, setup_of
 from descriptions import EDIT_PROMPT, edit_fault, edited, read_edit, read_reviewed, settled, write_review
 from engines import Replicas, open_engine
 
@@ -149,7 +148,8 @@ def demands(step: str, questions: list[data.Question], args: argparse.Namespace)
         return []
     text_of = data.question_text if step == "type" else lambda question: question.question
     asks = [Ask(q.id, [{"role": "user", "content": prompt % text_of(q)}], image_paths(q, root), (0,)) for q in questions if q.images]
-    return [Demand(step, spec, asks, LABELS, Sampling(0.0, 1.0, ROOM, args.seed))]
+    sampling = Sampling(0.0, 1.0, ROOM, args.seed)
+    return [Demand(step, spec, asks, attempts_of(spec, sampling), sampling)]
 
 
 def replies(demand: Demand, ids: Collection[str], enough: Callable[[dict], bool], args: argparse.Namespace) -> dict[str, list[dict]]:
@@ -204,7 +204,7 @@ def difficulty(questions: list[data.Question], args: argparse.Namespace) -> dict
 
 def read_type(reply: str) -> dict[str, str]:
     """{"type", "modality", "why"} of a reply. Raises ValueError if it names none of the three types; the others may be ""."""
-    found = read_object(reply)
+    found = read_object(reply, ["type"])
     label = re.sub(r"[\s-]+", "_", str(found.get("type", "")).strip().casefold())
     if label not in TYPES:
         raise ValueError(f"type is {found.get('type')!r}, none of {', '.join(TYPES)}")

@@ -48,7 +48,7 @@ FIGURE = re.compile(r"<image(?:[ _]?\d+)?>|(?i:\b(?:fig(?:ure)?s?|images?|panels
 
 def read_edit(reply: str) -> tuple[str, list[str]]:
     """(text without descriptions, removed passages) of a reply. Raises ValueError if it is anything else."""
-    found = read_object(reply)
+    found = read_object(reply, ["question", "removed"])
     text, removed = found.get("question"), found.get("removed")
     if not isinstance(text, str) or not isinstance(removed, list) or not all(isinstance(passage, str) for passage in removed):
         raise ValueError("question is no text, or removed no list of texts")

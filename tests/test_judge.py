@@ -137,6 +137,12 @@ READABLE = {
     "an extra text that holds braces": (reply(Reflection_Presence="No", Comment="the set {} is empty"), LAST_NO),
     "booleans": (reply(Reflection_Presence=False, No_Hallucination=True), LAST_NO),
     "the last object wins": (reply() + "\nOn second thought:\n" + reply(Reflection_Presence="No"), LAST_NO),
+    "wrapped": (f'{{"evaluation": {{"scores": [{reply(Reflection_Presence="No")}]}}}}', LAST_NO),
+    "another object behind": (reply(Reflection_Presence="No") + '\n{"confidence": 0.9}', LAST_NO),
+    "annotated": (
+        reply(Reflection_Presence="No - nothing is checked", No_Hallucination="Yes (as the film shows)"),
+        LAST_NO,
+    ),
     "the prompt repeated before": (judge.JUDGE_PROMPT + "\n" + reply(Reflection_Presence="No"), LAST_NO),
     "all No": (reply(**dict.fromkeys(judge.KEYS, "No")), dict.fromkeys(judge.KEYS, False)),
 }
@@ -159,6 +165,9 @@ UNREADABLE = {
     "another word": reply(Logical_Consistency="Partially"),
     "not applicable": reply(Image_Analysis_Involvement="N/A"),
     "a hedge": reply(Logical_Consistency="Yes, mostly"),
+    "a hedge behind a dash": reply(Logical_Consistency="Yes - mostly"),
+    "annotated with the other word": reply(Logical_Consistency="Yes - no, rather not"),
+    "two verdicts in one object": f'{{"first": {reply()}, "second": {reply(Reflection_Presence="No")}}}',
     "null": reply(Logical_Consistency=None),
     "a number": reply(Logical_Consistency=1),
     "a list": json.dumps([json.loads(reply())["No_Hallucination"]] * 5),
