@@ -345,7 +345,7 @@ def guard_key(variable: str, url: str) -> None:
     if not private:
         remedy = f"use https, or unset {variable} if the server wants no key"
         raise Unavailable(f"{url}: over http anybody on the way can read the key; {remedy}")
-    tqdm.write(f"{url}: anybody in this network can read the key of {variable}; https would hide it")
+    tqdm.write(f"{url}: anybody in this network can read the key of {variable}; https hides it")
 
 
 def key_variable(host: str) -> str:
