@@ -181,7 +181,7 @@ class Chat:
             said += [piece(i, {"content": c}, **extra) for i, c in enumerate(row) if c]
         said += [piece(i, {"content": ""}, finish_reason=finish) for i in numbers]
         counts = {"prompt_tokens": 11, "completion_tokens": 7, "total_tokens": 18}
-        return said + [chunk(usage=counts)] * usage
+        return said + [chunk(usage=counts), chunk()] * usage
 
     @classmethod
     def stream(cls, chunks):
@@ -385,6 +385,11 @@ def test_a_server_that_is_not_there_or_not_ready_is_said_at_once(serve):
 
 # --- servers that do not give all that is asked for
 
+NO_THOUGHTS = (
+    "Unable to submit request because thinking is not supported by this model.",
+    "Thinking is not enabled for models/some-model",
+    "Thinking_config.include_thoughts is only enabled when thinking is enabled.",
+)
 ONLY_STREAMS = (
     "This model only support stream mode, please enable the stream parameter to access the model. ",
     "parameter.enable_thinking must be set to false for non-streaming calls",
@@ -428,15 +433,19 @@ def test_a_server_that_streams_one_sample_at_a_time_is_found_out_too(serve):
 
 @pytest.mark.parametrize("what", ["streams", "thoughts"])
 def test_requests_under_way_when_the_server_is_found_out_are_asked_again_too(serve, what):
-    api, together = (Chat if what == "streams" else Gemini), threading.Barrier(4)
+    """Four are refused, one of them only after another has been asked again and answered."""
+    api, text = (Chat, ONLY_STREAMS[0]) if what == "streams" else (Gemini, NO_THOUGHTS[0])
+    together, answered = threading.Barrier(4), threading.Event()
 
     def play(question, time, body):
-        if api is Chat and not body.get("stream"):
+        first = "stream" not in body if api is Chat else "thinkingConfig" in json.dumps(body)
+        if first:
             together.wait(10)
-            return Chat.bad(400, ONLY_STREAMS[0])
-        if api is Gemini and "thinkingConfig" in body["generationConfig"]:
-            together.wait(10)
-            return Gemini.bad(400, "Thinking is not enabled for models/some-model")
+            if question == "q3":
+                answered.wait(10)
+            return api.bad(400, text)
+        if question == "q4":
+            answered.set()
         return Chat.stream(Chat.pieces("yes")) if api is Chat else Gemini.good("yes")
 
     server = serve(play)
@@ -534,13 +543,6 @@ def test_streams_end_as_whole_replies_do(serve):
     assert told.pop("full") == ("", "length")  # of room
     assert told == {"filtered": ("So far", "blocked"), "cut": ("So far", "length")}
     assert engine.tally["requests"] == 1 + 1 + 1 + (1 + remote.MORE_ROOM)
-
-
-NO_THOUGHTS = (
-    "Unable to submit request because thinking is not supported by this model.",
-    "Thinking is not enabled for models/some-model",
-    "Thinking_config.include_thoughts is only enabled when thinking is enabled.",
-)
 
 
 @pytest.mark.parametrize("refusal", NO_THOUGHTS)
