@@ -12,8 +12,10 @@ import sys
 import threading
 import time
 from collections import Counter
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -36,8 +38,10 @@ OPTIONS = {"A": "CT", "B": "MRI"}
 
 
 class Server:
-    """`play(question, time, body)` says what the server does with the time-th request for a question: (status, body, headers), with
-    bytes as a body sent as they are; "reset", which breaks the connection in the middle of a body; "hang", which never answers."""
+    """`play(question, time, body)` says what the server does with the time-th request for a
+    question: (status, body, headers), with bytes as a body sent as they are, a list of bytes chunk
+    by chunk, and None in it a broken connection; "reset", which breaks the connection in the middle
+    of a body; "hang", which never answers."""
 
     def __init__(self, play, models: object = None):
         self.play, self.models = play, models or {"object": "list", "data": [{"id": "m", "object": "model", "created": 1, "owned_by": "someone"}]}
@@ -69,13 +73,29 @@ class Server:
                     self.close_connection = True
                 elif what == "reset":
                     self.wfile.write(b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{"choices": [')
-                    self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                    self.connection.close()
-                    self.close_connection = True
+                    self.reset()
                 else:
                     self.send(*what)
 
+            def reset(self):
+                linger = struct.pack("ii", 1, 0)
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                self.connection.close()
+                self.close_connection = True
+
+            def stream(self, status, pieces, headers):
+                self.send_response(status)
+                for name, value in {**headers, "Transfer-Encoding": "chunked"}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                for piece in [*pieces, b""]:  # the empty one is the end
+                    if piece is None:
+                        return self.reset()
+                    self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
+
             def send(self, status, body, headers):
+                if isinstance(body, list) and all(isinstance(p, bytes | None) for p in body):
+                    return self.stream(status, body, headers)
                 content = body if isinstance(body, bytes) else json.dumps(body).encode()
                 try:
                     self.send_response(status)
@@ -135,6 +155,38 @@ class Chat:
         return status, {"error": error}, {"Retry-After": wait} if wait else {}
 
     no_room = good(None, finish="length", thoughts="hm, hm")
+
+    @staticmethod
+    def event(value) -> bytes:
+        return f"data: {json.dumps(value)}\n\n".encode()
+
+    @staticmethod
+    def pieces(*texts, finish="stop", thoughts="", usage=True, **extra) -> list[dict]:
+        """The chunks of a stream: thoughts, then a character of each text in turn, then the ends,
+        then the usage."""
+
+        def chunk(*choices, usage=None):
+            kind = {"id": "x", "object": "chat.completion.chunk", "created": 1, "model": "m"}
+            return {**kind, "choices": list(choices), "usage": usage}
+
+        def piece(i, delta, **more):
+            choice = {"index": i, "delta": delta, "logprobs": None, "finish_reason": None, **more}
+            return chunk(choice)
+
+        said, numbers = [], range(len(texts))
+        for word in thoughts:
+            delta = {"role": "assistant", "content": None, "reasoning_content": word}
+            said += [piece(i, delta) for i in numbers]
+        for row in zip_longest(*texts):
+            said += [piece(i, {"content": c}, **extra) for i, c in enumerate(row) if c]
+        said += [piece(i, {"content": ""}, finish_reason=finish) for i in numbers]
+        counts = {"prompt_tokens": 11, "completion_tokens": 7, "total_tokens": 18}
+        return said + [chunk(usage=counts), chunk()] * usage
+
+    @classmethod
+    def stream(cls, chunks):
+        events = [b": keep-alive\n\n", *map(cls.event, chunks), b"data: [DONE]\n\n"]
+        return 200, events, {"Content-Type": "text/event-stream"}
 
 
 class Gemini:
@@ -274,7 +326,11 @@ def test_images_prompt_and_settings_arrive_as_they_should(api, serve, tmp_path):
         assert turn["role"] == "user" and text == {"text": "What is <<it>>?"}
         assert all("image/png" in part["inlineData"].values() for part in shown)  # mimeType or mime_type, as the client has it
         pictures = [base64.urlsafe_b64decode(part["inlineData"]["data"]) for part in shown]
-        assert body["generationConfig"] == {"candidateCount": 2, "maxOutputTokens": 100, "temperature": 0.9, "topP": 0.8, "seed": seed}
+        settings = {"candidateCount": 2, "maxOutputTokens": 100, "seed": seed}
+        settings |= {"temperature": 0.9, "topP": 0.8}
+        thinking = body["generationConfig"].pop("thinkingConfig")
+        assert thinking in ({"includeThoughts": True}, {"include_thoughts": True})  # the same
+        assert body["generationConfig"] == settings
     assert KEY not in path and KEY not in json.dumps(body)
     large, small = (Image.open(BytesIO(picture)) for picture in pictures)
     assert large.format == small.format == "PNG" and small.size == (20, 10) and small.getpixel((5, 5)) == (0, 128, 0)
@@ -327,6 +383,198 @@ def test_a_server_that_is_not_there_or_not_ready_is_said_at_once(serve):
         engines.open_engine(Chat.spec(busy), asking.Setup())
 
 
+# --- servers that do not give all that is asked for
+
+NO_THOUGHTS = (
+    "Unable to submit request because thinking is not supported by this model.",
+    "Thinking is not enabled for models/some-model",
+    "Thinking_config.include_thoughts is only enabled when thinking is enabled.",
+)
+ONLY_STREAMS = (
+    "This model only support stream mode, please enable the stream parameter to access the model. ",
+    "parameter.enable_thinking must be set to false for non-streaming calls",
+    "parameter.enable_thinking必须设置为false才能进行非流式调用",
+)
+
+
+@pytest.mark.parametrize("refusal", ONLY_STREAMS)
+def test_a_server_that_only_streams_is_found_out_once_and_its_streams_are_read_whole(
+    serve, refusal, capsys
+):
+    def play(question, time, body):
+        if not body.get("stream"):
+            return Chat.bad(400, refusal)
+        return Chat.stream(Chat.pieces("It is A.", "No: B", thoughts="hm, é"))
+
+    server = serve(play)
+    engine = open_at(Chat, server, concurrency=1)
+    replies = all_replies(engine, [ask("a", 2), ask("b", 2)])
+    told = {(r.sample, r.text, r.reasoning, r.token_ids, r.finish_reason) for r in replies}
+    assert len(replies) == 4
+    assert told == {(0, "It is A.", "hm, é", None, "stop"), (1, "No: B", "hm, é", None, "stop")}
+    assert engine.tally == {"requests": 3, "again": 1, "tokens in": 22, "tokens out": 14}
+    assert engine.stopping.pauses == [0]
+    asked = [(body.get("stream"), body.get("stream_options")) for _, _, body in server.requests]
+    assert asked == [(None, None)] + 2 * [(True, {"include_usage": True})]
+    assert capsys.readouterr().out.count("refuses requests for whole replies") == 1
+
+
+def test_a_server_that_streams_one_sample_at_a_time_is_found_out_too(serve):
+    def play(question, time, body):
+        if not body.get("stream") or body["n"] > 1:
+            return Chat.bad(400, "n must be 1" if body.get("stream") else ONLY_STREAMS[0])
+        return Chat.stream(Chat.pieces(f"yes {time}", usage=False))
+
+    server = serve(play)
+    replies = all_replies(open_at(Chat, server, concurrency=1), [ask("a", 2), ask("b", 2)])
+    assert {(r.id, r.sample) for r in replies} == {(id, k) for id in "ab" for k in (0, 1)}
+    assert [Chat.count(body) for _, _, body in server.requests] == [2, 2, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("what", ["streams", "thoughts"])
+def test_requests_under_way_when_the_server_is_found_out_are_asked_again_too(serve, what):
+    """Four are refused, one of them only after another has been asked again and answered."""
+    api, text = (Chat, ONLY_STREAMS[0]) if what == "streams" else (Gemini, NO_THOUGHTS[0])
+    together, answered = threading.Barrier(4), threading.Event()
+
+    def play(question, time, body):
+        first = "stream" not in body if api is Chat else "thinkingConfig" in json.dumps(body)
+        if first:
+            together.wait(10)
+            if question == "q3":
+                answered.wait(10)
+            return api.bad(400, text)
+        if question == "q4":
+            answered.set()
+        return Chat.stream(Chat.pieces("yes")) if api is Chat else Gemini.good("yes")
+
+    server = serve(play)
+    replies = all_replies(open_at(api, server, concurrency=4), [ask(f"q{i}") for i in range(12)])
+    assert len(replies) == 12 and {reply.text for reply in replies} == {"yes"}
+    assert len(server.requests) == 4 + 12
+
+
+def test_token_ids_of_a_stream_come_whole(serve):
+    models = {"object": "list", "data": [{"id": "m", "object": "model", "owned_by": "vllm"}]}
+
+    def play(question, time, body):
+        if not body.get("stream"):
+            return Chat.bad(400, ONLY_STREAMS[0])
+        return Chat.stream(Chat.pieces("yes", "no", token_ids=[5, 6]))
+
+    replies = all_replies(open_at(Chat, serve(play, models)), [ask("a", 2)])
+    told = [(reply.text, reply.token_ids) for reply in replies]
+    assert told == [("yes", 3 * [5, 6]), ("no", 2 * [5, 6])]
+
+
+GOOD = Chat.pieces("half an answer", usage=False)
+SSE = {"Content-Type": "text/event-stream"}
+BROKEN_STREAMS = {
+    "a reset": (200, [*map(Chat.event, GOOD[:5]), None], SSE),
+    "an end before the end": (200, [*map(Chat.event, GOOD[:5])], SSE),
+    "DONE before the end": Chat.stream(GOOD[:-1]),
+    "half an event": (200, [*map(Chat.event, GOOD[:5]), b'data: {"choices": [{"in\n\n'], SSE),
+    "an error": Chat.stream([*GOOD[:5], {"error": {"message": "overloaded", "code": 503}}]),
+    "an error event": (
+        200, [*map(Chat.event, GOOD[:5]), b'event: error\ndata: {"error": "x"}\n\n'], SSE
+    ),
+    "null": Chat.stream([*GOOD[:5], None]), "a number": Chat.stream([3]),
+    "a word for a piece": Chat.stream([{"object": "chat.completion.chunk", "choices": ["x"]}]),
+    "a number for a text": Chat.stream(
+        [{"choices": [{"index": 0, "delta": {"content": 5}, "finish_reason": "stop"}]}]
+    ),
+    "an end nobody knows": Chat.stream(Chat.pieces("half an", finish="error")),
+    "a web page": (200, [b"<html>", b"hello</html>"], {"Content-Type": "text/html"}),
+    "a whole reply": Chat.good("half an answer"), "nothing": (200, [], SSE),
+    "no text": Chat.stream(Chat.pieces("")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN_STREAMS)
+def test_a_stream_that_breaks_is_asked_again_and_never_half_an_answer(serve, name):
+    def play(question, time, body):
+        if not body.get("stream"):
+            return Chat.bad(400, ONLY_STREAMS[0])
+        return BROKEN_STREAMS[name] if time == 2 else Chat.stream(Chat.pieces("whole"))
+
+    server = serve(play)
+    engine = open_at(Chat, server)
+    (reply,) = all_replies(engine, [ask("a")])
+    assert (reply.text, reply.finish_reason) == ("whole", "stop")
+    assert len(server.requests) == 3 and 0.5 <= engine.stopping.pauses[1] <= 2
+
+
+def test_a_server_whose_streams_always_break_stops_the_run(serve):
+    def play(question, time, body):
+        if not body.get("stream"):
+            return Chat.bad(400, ONLY_STREAMS[0])
+        return BROKEN_STREAMS["an end before the end"]
+
+    server = serve(play)
+    replies, stopped = until_it_stops(open_at(Chat, server, concurrency=1), [ask("a"), ask("b")])
+    assert not replies and server.asked == {"a": remote.TRIES}
+    assert "a stream without an end" in str(stopped)
+
+
+def test_of_a_stream_that_is_cut_off_the_finished_samples_are_kept(serve):
+    def play(question, time, body):
+        if not body.get("stream"):
+            return Chat.bad(400, ONLY_STREAMS[0])
+        chunks = Chat.pieces(*(f"{time}.{i}" for i in range(body["n"])), usage=False)
+        return Chat.stream(chunks[:-1] if time == 2 else chunks)
+
+    server = serve(play)
+    replies = all_replies(open_at(Chat, server), [ask("a", 3)])
+    assert {reply.sample: reply.text for reply in replies} == {0: "2.0", 1: "2.1", 2: "3.0"}
+
+
+def test_streams_end_as_whole_replies_do(serve):
+    ends = {
+        "filtered": Chat.pieces("So far", finish="content_filter"),
+        "cut": Chat.pieces("So far", finish="length"),
+        "full": Chat.pieces("", finish="length", thoughts="hm"),
+    }
+
+    def play(question, time, body):
+        return Chat.stream(ends[question]) if body.get("stream") else Chat.bad(400, ONLY_STREAMS[0])
+
+    engine = open_at(Chat, serve(play), concurrency=1)
+    told = {r.id: (r.text, r.finish_reason) for r in all_replies(engine, [*map(ask, ends)])}
+    assert told.pop("full") == ("", "length")  # of room
+    assert told == {"filtered": ("So far", "blocked"), "cut": ("So far", "length")}
+    assert engine.tally["requests"] == 1 + 1 + 1 + (1 + remote.MORE_ROOM)
+
+
+@pytest.mark.parametrize("refusal", NO_THOUGHTS)
+def test_a_gemini_that_does_not_think_is_found_out_once(serve, refusal, capsys):
+    def play(question, time, body):
+        wanted = "thinkingConfig" in body["generationConfig"]
+        return Gemini.bad(400, refusal) if wanted else Gemini.good("yes", "no")
+
+    server = serve(play)
+    engine = open_at(Gemini, server, concurrency=1)
+    replies = all_replies(engine, [ask("a", 2), ask("b", 2)])
+    assert [(reply.text, reply.reasoning) for reply in replies] == 2 * [("yes", ""), ("no", "")]
+    assert len(server.requests) == 3 and engine.stopping.pauses == [0]
+    assert [Gemini.count(body) for _, _, body in server.requests] == [2, 2, 2]
+    assert capsys.readouterr().out.count("refuses requests for thoughts") == 1
+
+
+def test_a_refusal_that_asking_for_less_does_not_mend_is_held_against_nobody_else(api, serve):
+    """The words of such a refusal may as well stand in a question that is repeated."""
+    text = "what a stream of thinking"
+
+    def play(question, time, body):
+        return api.bad(400, text) if question == "q2" else api.good("yes")
+
+    server = serve(play)
+    replies = all_replies(open_at(api, server, concurrency=1), [ask(f"q{i}") for i in range(4)])
+    assert {reply.id for reply in replies if reply.finish_reason == "stop"} == {"q0", "q1", "q3"}
+    assert {reply.id for reply in replies if reply.finish_reason == "refused"} == {"q2"}
+    last = server.requests[-1][2]
+    assert "stream" not in last and (api is Chat or "thinkingConfig" in last["generationConfig"])
+
+
 # --- failures that pass
 
 PASSING = {
@@ -366,6 +614,49 @@ def test_waits_double_up_to_the_longest_unless_the_server_names_one(api, serve):
     first, named, third, short, *rest = engine.stopping.pauses
     assert (named, short) == (7, 0.25) and 0.5 <= first <= 1 and 2 <= third <= 4
     assert [8 <= rest[0] <= 16, 16 <= rest[1] <= 32, 30 <= rest[2] <= remote.LONGEST_WAIT == 60] == [True] * 3
+
+
+def test_a_server_that_names_a_date_is_asked_again_then(serve):
+    dates = {
+        1: formatdate(time.time() + 100, usegmt=True),
+        2: formatdate(time.time() - 1000, usegmt=True),  # is over
+        3: "Wed, 21 Oct 2015 07:28:00 -0000",
+        4: "soon",
+        5: "1 Jan 99999999999999999999 00:00:00 GMT",
+    }
+
+    def play(question, time, body):
+        return Chat.bad(429, wait=dates[time]) if time in dates else Chat.good("yes")
+
+    engine = open_at(Chat, serve(play))
+    assert len(all_replies(engine, [ask("a")])) == 1
+    first, *rest = engine.stopping.pauses
+    assert 90 < first <= 100
+    assert [2**k * 0.5 <= pause <= 2**k for k, pause in enumerate(rest, 1)] == [True] * 4
+
+
+@pytest.mark.parametrize("wait", ["601", "604800", "9" * 400, "a date"])
+def test_a_server_that_asks_for_a_wait_of_days_stops_the_run_with_its_length(api, serve, wait):
+    if wait == "a date":
+        wait = formatdate(time.time() + 7 * 86400, usegmt=True) if api is Chat else "604799.5"
+
+    def play(question, time, body):
+        return api.bad(429, "no more today", wait=wait) if question == "b" else api.good("yes")
+
+    server = serve(play)
+    engine = open_at(api, server, concurrency=1)
+    replies, stopped = until_it_stops(engine, [ask("a"), ask("b"), ask("c")])
+    assert [reply.id for reply in replies] == ["a"] and server.asked == {"a": 1, "b": 1}
+    assert re.search(r"a wait of (601|60(4800|479\d)|inf) s .*no more today", str(stopped))
+    assert not engine.stopping.pauses
+
+
+def test_a_wait_of_minutes_is_waited(api, serve):
+    def play(question, time, body):
+        return api.bad(429, wait="600") if time == 1 else api.good("yes")
+
+    engine = open_at(api, serve(play))
+    assert len(all_replies(engine, [ask("a")])) == 1 and engine.stopping.pauses == [600]
 
 
 def test_a_server_that_stays_down_stops_the_run(api, serve):
@@ -644,6 +935,65 @@ def test_a_key_that_no_header_carries_is_refused_unseen(api, serve, key, monkeyp
 def test_the_key_is_named_after_the_host():
     hosts = {"api.openai.com": "OPENAI", "api.deepseek.com": "DEEPSEEK", "dash-scope.aliyuncs.com": "ALIYUNCS", "localhost": "LOCAL", "127.0.0.1": "LOCAL", "::1": "LOCAL"}
     assert {host: remote.key_variable(host) for host in hosts} == {host: f"{name}_API_KEY" for host, name in hosts.items()}
+
+
+@pytest.fixture
+def called(api, serve, monkeypatch):
+    """called(host): a server on this machine that is found under this name or address, and the
+    variable of its key."""
+    resolve = socket.getaddrinfo
+
+    def start(host):
+        def here(name, *rest, **more):
+            return resolve("127.0.0.1" if name == host.strip("[]") else name, *rest, **more)
+
+        server = serve(lambda question, time, body: api.good("yes"))
+        monkeypatch.setattr(socket, "getaddrinfo", here)
+        server.base = server.base.replace("127.0.0.1", host)
+        monkeypatch.setenv("GOOGLE_GEMINI_BASE_URL", server.base)
+        return server, remote.key_variable(host.strip("[]"))
+
+    return start
+
+
+PUBLIC = ("api.example.com", "localhost.example.com", "8.8.8.8", "172.32.0.1", "[2001:4860::8888]")
+PRIVATE = ("gpu-box", "a.cluster.local", "10.1.2.3", "192.168.0.7", "172.16.0.1", "[fd00::1]")
+HERE = ("localhost", "a.localhost", "127.0.0.1", "127.8.9.1", "0.0.0.0", "[::1]")
+
+
+@pytest.mark.parametrize("host", PUBLIC)
+def test_a_key_is_not_sent_over_the_internet_in_the_clear(api, called, host, monkeypatch):
+    server, variable = called(host)
+    monkeypatch.setenv(variable, KEY)
+    with pytest.raises(asking.Unavailable) as refused:
+        open_at(api, server)
+    wanted = variable if api is Chat else "GEMINI_API_KEY"
+    assert "use https" in str(refused.value) and wanted in str(refused.value)
+    assert not server.requests and KEY not in str(refused.value)
+    if api is Chat:  # without a key there is nothing to hide
+        monkeypatch.delenv(variable)
+        assert [reply.text for reply in all_replies(open_at(api, server), [ask("a")])] == ["yes"]
+
+
+@pytest.mark.parametrize("host", PRIVATE)
+def test_in_a_private_network_a_key_in_the_clear_is_warned_of_once(
+    api, called, host, monkeypatch, capsys
+):
+    server, variable = called(host)
+    monkeypatch.setenv(variable, KEY)
+    for _ in range(2):
+        assert [reply.text for reply in all_replies(open_at(api, server), [ask("a")])] == ["yes"]
+    out = capsys.readouterr().out
+    assert out.count("in this network can read the key") == 1 and server.base in out
+    assert KEY not in out
+
+
+@pytest.mark.parametrize("host", HERE)
+def test_on_this_machine_a_key_in_the_clear_is_no_matter(api, called, host, monkeypatch, capsys):
+    server, variable = called(host)
+    monkeypatch.setenv(variable, KEY)
+    assert [reply.text for reply in all_replies(open_at(api, server), [ask("a")])] == ["yes"]
+    assert "key" not in capsys.readouterr().out
 
 
 # --- whole scripts
