@@ -21,6 +21,7 @@ from typing import Protocol
 
 from tqdm import tqdm
 
+import bill
 import data
 import flags
 import stage
@@ -94,9 +95,13 @@ class Setup:
     tensor_parallel: int = 1  # ours
     concurrency: int = 16  # ours
     max_requests: int = 0  # ours
+    images_may_leave: bool = False
 
 
-SPEED = ("batch", "replicas", "tensor_parallel", "concurrency", "max_requests")  # change how fast, not what
+# change how fast, and whether at all, not what
+SPEED = (
+    "batch", "replicas", "tensor_parallel", "concurrency", "max_requests", "images_may_leave",
+)  # fmt: skip
 
 FLAGS = {
     "pixels": "largest image in pixels, Qwen and remote engines; as in training",
@@ -105,7 +110,8 @@ FLAGS = {
     "replicas": "processes of a local engine, each with its own GPUs; 0: as many as the GPUs allow",
     "tensor_parallel": "GPUs that share one vllm: engine (72B: 4)",
     "concurrency": "requests at once to a remote engine",
-    "max_requests": "stop after so many requests to a remote engine; 0: no limit",
+    "max_requests": "stop after so many requests to remote engines; 0: no limit",
+    "images_may_leave": "let images be sent to engines on other machines",
 }
 
 
@@ -122,8 +128,11 @@ TYPES = {
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     for field in fields(Setup):
-        name, of = "--" + field.name.replace("_", "-"), TYPES[field.name]
-        parser.add_argument(name, type=of, default=field.default, help=FLAGS[field.name])
+        name, told = "--" + field.name.replace("_", "-"), FLAGS[field.name]
+        if field.name in TYPES:
+            parser.add_argument(name, type=TYPES[field.name], default=field.default, help=told)
+        else:
+            parser.add_argument(name, action="store_true", help=told)
     parser.add_argument("--replies", default="", help="folder of all replies; default: replies/ beside --out")
 
 

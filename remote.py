@@ -46,6 +46,7 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
+import bill
 import data
 from asking import Ask, Reply, Sampling, Setup, Unavailable
 
@@ -82,6 +83,7 @@ class RemoteEngine:
 
     API = ""  # what the address must be, in words
     SEVERAL = "several samples at once"
+    made = 0  # requests of this process, whichever engine's: --max-requests bounds a command
     WISH, REFUSED = "", ""  # what else a request asks for, and how the text of its refusal is known
 
     def __init__(self, spec: str, setup: Setup, key: str):
@@ -135,6 +137,9 @@ class RemoteEngine:
         That a question has no answer is believed, and handed on, only once another one has been answered after it, or
         at the end: a server that refuses everything must not leave a file full of refusals.
         """
+        away = bill.host_of(self.spec)
+        if away and not self.setup.images_may_leave and any(ask.images for ask in asks):
+            raise Unavailable(f"{self.spec}: images may not leave; give --images-may-leave if they may")
         self.stopping.clear()
         self.failure, self.later, held = None, [], []
         with ThreadPoolExecutor(self.setup.concurrency) as pool:
@@ -291,9 +296,11 @@ class RemoteEngine:
         with self.lock:
             if self.stopping.is_set():
                 raise Unavailable(f"{self.spec}: stopped")
-            if self.setup.max_requests and self.tally["requests"] >= self.setup.max_requests:
-                raise Unavailable(f"{self.spec}: {self.setup.max_requests} requests were made (--max-requests); the same command goes on")
+            if 0 < self.setup.max_requests <= RemoteEngine.made:
+                made = f"{RemoteEngine.made} requests were made (--max-requests)"
+                raise Unavailable(f"{self.spec}: {made}; the same command goes on")
             self.tally["requests"] += 1
+            RemoteEngine.made += 1
 
     def count_tokens(self, prompt: int | None, answer: int | None) -> None:
         with self.lock:
@@ -334,14 +341,13 @@ def guard_key(variable: str, url: str) -> None:
     over a private network so; on this machine it may."""
     parts = urlsplit(url)
     host = parts.hostname or ""
+    if parts.scheme == "https" or bill.is_here(host):
+        return
     try:
-        address = ipaddress.ip_address(host)
-        here, private = address.is_loopback or address.is_unspecified, not address.is_global
+        private = not ipaddress.ip_address(host).is_global
     except ValueError:  # a name; no public one has such an end, or no dot
         end = host.rpartition(".")[2]
-        here, private = end == "localhost", end in (host, "local", "internal")
-    if parts.scheme == "https" or here:
-        return
+        private = end in (host, "local", "internal")
     if not private:
         remedy = f"use https, or unset {variable} if the server wants no key"
         raise Unavailable(f"{url}: over http anybody on the way can read the key; {remedy}")

@@ -877,6 +877,7 @@ def test_a_cap_on_requests_stops_with_all_answers_kept_and_the_same_command_goes
     server, asks = serve(lambda question, time, body: api.bad(503) if time == 1 and question == "q1" else api.good("yes")), [ask(f"q{i}") for i in range(10)]
 
     def run():
+        remote.RemoteEngine.made = 0  # as in a process of its own
         engine = open_at(api, server, max_requests=4, concurrency=3)
         return asking.ask_all(engine, asks, WARM, tmp_path / "rows.jsonl", lambda reply: asking.reply_row(reply, "x"), "test")
 
