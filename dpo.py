@@ -343,7 +343,6 @@ def close(args: argparse.Namespace, figures: dict, history: list[dict], spent: s
     lines = {
         "pairs": f"{figures['pairs']:,} trained on, {figures['dropped']:,} too long",
         "loss": change(history, ["loss", "margin", "accuracy"]),
-        "log p": change(history, SIDES),
         "training": spent,
         "next": f"python evaluate.py run --engine hf:{merged} --questions test.jsonl "
         "--images IMAGES --max-tokens N --out OUT",

@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoTokenizer
 import data
 import lora
 import model
+import rollout
 import sft
 import train
 from stage import fingerprint
@@ -347,6 +348,25 @@ def test_a_run_closes_with_what_it_was_trained_on_and_what_comes_next(folder, fi
 
 def encode_text(folder, text: str) -> list[int]:
     return AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False)["input_ids"]
+
+
+def test_rollouts_with_less_room_than_the_demonstrations_took_are_warned_of(folders, films, tmp_path, capsys):
+    run(folders["qwen"], films, tmp_path, [demo(index) for index in range(5)], "--epochs", "1")
+    record = json.loads((tmp_path / "out" / "stage.json").read_text())
+    longest = record["figures"]["response_tokens"]["longest"]
+    question = data.Question("Which one?", {"A": "CT", "B": "MRI"}, "B", id="q")
+    data.write_jsonl(tmp_path / "questions.jsonl", [question.to_row()])
+    words = ["--engine", f"hf:{tmp_path / 'out' / 'merged'}", "--pixels", str(56 * 56)]
+    words += ["--questions", str(tmp_path / "questions.jsonl"), "-n", "2"]
+    capsys.readouterr()
+    for room in (longest - 1, longest):
+        rollout.main([*words, "--max-tokens", str(room), "--out", str(tmp_path / str(room))])
+        said = capsys.readouterr().out
+        warned = f"--max-tokens {room} is below what" in said and f"up to {longest} tokens" in said
+        assert warned == (room < longest)
+        rows = data.read_rows(tmp_path / str(room) / "rollouts.jsonl", "rollouts")
+        cut = [row["finish_reason"] for row in rows].count("length")
+        assert (f"{cut / 2:.0%} of the answers were cut off" in said) == (cut > 0)
 
 
 def test_an_internvl_on_a_llama_goes_through_stage_one(folders, films, tmp_path, capsys):
