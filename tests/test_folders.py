@@ -159,7 +159,10 @@ def test_a_cut_off_file_of_any_kind_is_refused_by_name(folder, tmp_path):
             r"'gemma2' is not supported; .*one of \['llama', 'qwen2'\]",
         ),
         (
-            {"model_type": "qwen2_5_vl", "text_config": {"use_sliding_window": True, "max_window_layers": 1}},
+            {
+                "model_type": "qwen2_5_vl",
+                "text_config": {"use_sliding_window": True, "max_window_layers": 1},
+            },
             "layers with sliding_attention are not supported; .*use_sliding_window false",
         ),
     ],

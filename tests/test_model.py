@@ -710,7 +710,7 @@ def test_a_llamas_tree_rows_have_the_logprobs_and_gradients_of_hugging_faces_own
     assert type(policy.language_model).__name__ == "LlamaModel"
     pictures = [picture(56, 56, seed) for seed in range(2)]
     prompt = prompt_of(processor, "What is it?", pictures)
-    answers = [processor.encode_response(text, 0, which) for which, text in enumerate((GOOD, POOR, "no"))]
+    answers = [processor.encode_response(text, 0) for text in (GOOD, POOR, "no")]
     rows = [[prompt, *answers], [prompt_of(processor, "Why?", []), processor.encode_response(POOR)]]
     batch = model.collate(rows, processor)
     ours = policy(batch)
@@ -743,14 +743,16 @@ def test_a_llama_without_branches_gets_no_mask(llama, monkeypatch):
 
     monkeypatch.setattr(model, "tree_attention", watched)
     policy = model.load_policy(llama)
-    rows = [[prompt_of(processor, text, []), processor.encode_response(GOOD)] for text in ("Why?", "A b c d?")]
+    prompts = [prompt_of(processor, text, []) for text in ("Why?", "A b c d?")]
+    rows = [[prompt, processor.encode_response(GOOD)] for prompt in prompts]
     policy(model.collate(rows, processor))
     assert len(seen) == len(policy.language_model.layers) and all(mask is None for mask in seen)
 
 
 def test_a_llamas_greedy_branches_are_what_hugging_face_generates(llama, tmp_path):
     folder = tilt(llama, tmp_path / "talking", {})
-    processor, policy, network = model.Processor(folder, tiles=1), model.load_policy(folder), fresh(folder)
+    processor, policy = model.Processor(folder, tiles=1), model.load_policy(folder)
+    network = fresh(folder)
     shown = [[picture(56, 56, seed) for seed in range(count)] for count in (0, 1, 2)]
     prompts = [prompt_of(processor, "What now? " * (1 + len(films)), films) for films in shown]
     draws = torch.zeros(len(prompts), 2, 16, dtype=torch.float64)

@@ -288,7 +288,9 @@ def test_the_gate_refuses_lora_on_other_than_the_language_models_linears(folder,
     refused(GATE[3], said, folder, films, tmp_path, capsys, [demo(0), demo(1)])
 
 
-def test_the_gate_takes_a_row_there_and_back_and_leaves_nothing_behind(policy, processor, films, capsys):
+def test_the_gate_takes_a_row_there_and_back_and_leaves_nothing_behind(
+    policy, processor, films, capsys
+):
     (row,) = encode(processor, films, ["film0.png"])
     policy.freeze_vision()
     before = {name: p.detach().clone() for name, p in policy.named_parameters()}
@@ -318,7 +320,9 @@ def test_the_gate_refuses_a_policy_that_cannot_go_there_and_back(policy, process
     assert all(p.grad is None for p in policy.parameters())
 
 
-def test_a_run_closes_with_what_it_was_trained_on_and_what_comes_next(folder, films, tmp_path, capsys):
+def test_a_run_closes_with_what_it_was_trained_on_and_what_comes_next(
+    folder, films, tmp_path, capsys
+):
     rows = [demo(index) for index in range(6)]
     lengths = [len(encode_text(folder, row["messages"][-1]["content"])) + 1 for row in rows]
     prompts = [model.Processor(folder).encode_prompt(row["messages"][:-1], []).ids for row in rows]
@@ -330,16 +334,20 @@ def test_a_run_closes_with_what_it_was_trained_on_and_what_comes_next(folder, fi
     metrics = data.read_metrics(tmp_path / "out")
     assert figures["response_tokens"] == {"median": kept[2], "p99": kept[-1], "longest": kept[-1]}
     assert sum(figures["span_tokens"].values()) == sum(kept)
-    lines = capsys.readouterr().out.partition("\nStage I is finished: ")[2].splitlines()
+    said = capsys.readouterr().out
+    assert f"gate: ok  the shortest row, {min(whole)} tokens, goes" in said
+    lines = said.partition("\nStage I is finished: ")[2].splitlines()
     merged = str(tmp_path / "out" / "merged")
     assert lines[0] == merged and all(len(line) < 300 for line in lines)
     found = {line[:14].strip(): line[14:] for line in lines[1:]}
     assert found["examples"] == "5 trained on, 1 too long"
     spans = figures["span_tokens"]
-    assert found["tokens"] == ", ".join(f"{name} {spans[name]}" for name in ("think", "answer", "tag"))
+    told = [f"{name} {spans[name]}" for name in ("think", "answer", "tag")]
+    assert found["tokens"] == ", ".join(told)
     for name in ("loss", *spans):
         assert f"{name} {metrics[0][name]:.3f} -> {metrics[-1][name]:.3f}" in found["loss"]
-    assert found["responses"].startswith(f"median {kept[2]} tokens, 99 % up to {kept[-1]}, longest {kept[-1]}:")
+    told = f"median {kept[2]} tokens, 99 % up to {kept[-1]}, longest {kept[-1]}:"
+    assert found["responses"].startswith(told)
     spent, tokens = sum(row["seconds"] for row in metrics), 2 * (sum(whole) - max(whole))
     rate = tokens / max(spent, 1e-3)
     assert found["training"] == f"2 steps in {train.clock(spent)}, {rate:,.0f} tokens/s"
@@ -350,7 +358,9 @@ def encode_text(folder, text: str) -> list[int]:
     return AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False)["input_ids"]
 
 
-def test_rollouts_with_less_room_than_the_demonstrations_took_are_warned_of(folders, films, tmp_path, capsys):
+def test_rollouts_with_less_room_than_the_demonstrations_took_are_warned_of(
+    folders, films, tmp_path, capsys
+):
     run(folders["qwen"], films, tmp_path, [demo(index) for index in range(5)], "--epochs", "1")
     record = json.loads((tmp_path / "out" / "stage.json").read_text())
     longest = record["figures"]["response_tokens"]["longest"]

@@ -242,14 +242,16 @@ def test_a_steps_line_tells_its_rate_and_what_is_left_of_this_run(tmp_path, caps
 
 
 def test_the_metrics_are_the_same_whether_a_line_tells_a_rate_or_not(tmp_path):
-    plain, told = (toy_fit(Toy(), tmp_path / str(at), lengths=given) for at, given in enumerate((None, [5] * 10)))
+    plain = toy_fit(Toy(), tmp_path / "plain")
+    told = toy_fit(Toy(), tmp_path / "told", lengths=[5] * 10)
     assert untimed(plain) == untimed(told) and plain[0].keys() == told[0].keys()
 
 
 def test_small_and_large_figures_stand_in_one_column():
-    for value, wanted in ((0.61237, " 0.612"), (-9.8765, "-9.877"), (-104.25, "-104.2"), (-2345.6, " -2346")):
-        assert train.figure(value) == wanted
-    assert [train.clock(seconds) for seconds in (0.4, 59.6, 3725, 360000)] == ["0:00:00", "0:01:00", "1:02:05", "100:00:00"]
+    shown = {0.61237: " 0.612", -9.8765: "-9.877", -104.25: "-104.2", -2345.6: " -2346"}
+    assert {value: train.figure(value) for value in shown} == shown
+    shown = {0.4: "0:00:00", 59.6: "0:01:00", 3725: "1:02:05", 360000: "100:00:00"}
+    assert {seconds: train.clock(seconds) for seconds in shown} == shown
 
 
 def test_a_bar_in_a_log_file_is_not_written_over_and_over(capsys):
