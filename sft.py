@@ -137,8 +137,8 @@ def gate_policy(
     with_lora: bool,
     device: torch.device,
 ) -> None:
-    """row: one that has images, if there is any. The policy is where it will be trained. A
-    collective."""
+    """row: one that has images, if there is any; shortest: the row that is run forward and
+    backward. The policy is where it will be trained. A collective."""
     if row:
         images = row[0].images
         pixels = torch.cat([image.pixels for image in images]).to(device)
@@ -163,8 +163,8 @@ def gate_policy(
 def gate_step(
     policy: model.Policy, row: model.Row, processor: model.Processor, device: torch.device
 ) -> None:
-    """Every rank takes the same row there and back. What it leaves is what it found: no gradient,
-    no random number drawn. A collective."""
+    """Every rank runs the same row forward and backward. No gradient stays, and no random number is
+    drawn: the run goes on as if this had not been. A collective."""
     batch = model.collate([row], processor).to(device)
     loss = -policy(batch).sum()
     loss.backward()

@@ -288,7 +288,7 @@ def test_the_gate_refuses_lora_on_other_than_the_language_models_linears(folder,
     refused(GATE[3], said, folder, films, tmp_path, capsys, [demo(0), demo(1)])
 
 
-def test_the_gate_takes_a_row_there_and_back_and_leaves_nothing_behind(
+def test_the_gate_runs_a_row_forward_and_backward_and_leaves_nothing_behind(
     policy, processor, films, capsys
 ):
     (row,) = encode(processor, films, ["film0.png"])
@@ -307,7 +307,7 @@ def test_the_gate_takes_a_row_there_and_back_and_leaves_nothing_behind(
 
 
 @pytest.mark.parametrize("way", ["forward", "backward"])
-def test_the_gate_refuses_a_policy_that_cannot_go_there_and_back(policy, processor, films, way):
+def test_the_gate_refuses_a_row_whose_log_p_or_gradient_is_not_finite(policy, processor, films, way):
     rows = encode(processor, films)
     weight = policy.language_model.layers[0].mlp.up_proj.weight
     if way == "forward":
@@ -323,7 +323,7 @@ def test_the_gate_refuses_a_policy_that_cannot_go_there_and_back(policy, process
 def test_a_run_closes_with_what_it_was_trained_on_and_what_comes_next(
     folder, films, tmp_path, capsys
 ):
-    rows = [demo(index) for index in range(6)]
+    rows = [demo(index) for index in range(6)][::-1]  # the shortest is not the first
     lengths = [len(encode_text(folder, row["messages"][-1]["content"])) + 1 for row in rows]
     prompts = [model.Processor(folder).encode_prompt(row["messages"][:-1], []).ids for row in rows]
     whole = [len(prompt) + length for prompt, length in zip(prompts, lengths)]
