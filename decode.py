@@ -99,7 +99,7 @@ def decode_trees(policy: Policy, processor: Processor, prompts: list[Segment], d
         """New tokens (rows, new, D) through the language model; their logits' hidden states come back."""
         state = policy.language_model(
             inputs_embeds=embedded, position_ids=places if policy.family.grid_positions else places[0],
-            attention_mask={"full_attention": mask}, past_key_values=cache, use_cache=True,
+            attention_mask=mask, past_key_values=cache, use_cache=True,
         ).last_hidden_state  # fmt: skip
         cache.used += embedded.shape[1]
         return state

@@ -29,7 +29,6 @@ Where we depart from the paper, or it is silent:
 
 import argparse
 import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -40,7 +39,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 import data
 import flags
@@ -48,7 +46,7 @@ import lora
 import model
 import stage
 import train
-from sft import check, gate_policy, gate_rows, save
+from sft import change, check, cost, gate_policy, gate_rows, save, summary
 
 BETA = 0.1  # ours: paper silent (LLaMA-Factory default; the DPO paper uses 0.1 to 0.5)
 CHOSEN, REJECTED = 1, 2  # Segment.answer of a pair's two responses
@@ -126,7 +124,7 @@ def reference_rounds(
     """(index, log pi_ref of chosen and rejected) of each pair, a round at a time: one micro-batch
     of every rank. A collective: all ranks work through their shares, and all get all values."""
     parts = train.micro_batches(indices, micro, train.rank(), train.world())
-    for part in tqdm(parts, desc="reference", unit="batch", disable=train.rank() > 0):
+    for part in train.bar(parts, "reference", "batch"):
         batch = model.collate([encode(index) for index, _ in part], processor).to(device)
         sums = torch.stack(response_sums(policy(batch), batch), 1).tolist()
         mine = [(index, values) for (index, weight), values in zip(part, sums) if weight]
@@ -147,7 +145,7 @@ def references(
     are computed, and their chains appended. A few of the others are computed again. Raises
     train.Refused where a chain's new value is not the stored one: the file is of another policy."""
     keys, tokens = [], {}
-    for index in range(rows):
+    for index in train.bar(range(rows), "hashing pairs", "pair"):
         row = encode(index)
         keys.append(chain_keys(row, checkpoint))
         tokens |= {key: len(segment.ids) for key, segment in zip(keys[-1], row[1:])}
@@ -269,14 +267,25 @@ def main(argv: list[str] | None = None) -> None:
     pairs = data.read_rows(args.pairs, "pairs")
     if not train.begin(args, [args.model, args.pairs], data.image_files(image_root, pairs)):
         return
-    textual = sum(not (row.get("chosen_token_ids") and row.get("rejected_token_ids")) for row in pairs)
+    whole = [row for row in pairs if row.get("chosen_token_ids") and row.get("rejected_token_ids")]
+    textual = len(pairs) - len(whole)
     if textual and args.require_token_ids:
         said = f"{args.pairs}: {textual} pairs have no token ids; sample with an engine"
         train.refuse(data.RowError(f"{said} that tells them, or drop --require-token-ids"))
     processor = model.Processor(args.model, args.pixels, args.tiles)
-    lengths = gate_rows(args.pairs, pairs, lambda row: encode_pair(row, processor, image_root), lambda row: [row["chosen"], row["rejected"]], processor)
+
+    def encode_one(row: dict) -> model.Row:
+        return encode_pair(row, processor, image_root)
+
+    def responses(row: dict) -> list[str]:
+        return [row["chosen"], row["rejected"]]
+
+    lengths = gate_rows(args.pairs, pairs, encode_one, responses, processor)
     kept = [row for row, length in zip(pairs, lengths) if length <= args.max_length]
-    train.print0(f"pairs: kept {len(kept)} of {len(pairs)} ({len(pairs) - len(kept)} over {args.max_length} tokens: --max-length), {textual} tokenised from text")
+    lengths = [length for length in lengths if length <= args.max_length]
+    dropped = len(pairs) - len(kept)
+    over = f"({dropped} over {args.max_length} tokens: --max-length)"
+    train.print0(f"pairs: kept {len(kept)} of {len(pairs)} {over}, {textual} tokenised from text")
     if not kept:
         said = f"every pair is over {args.max_length} tokens"
         train.refuse(data.RowError(f"{args.pairs}: {said}; raise --max-length"))
@@ -285,16 +294,24 @@ def main(argv: list[str] | None = None) -> None:
     policy.freeze_vision()
     if args.method == "lora":
         lora.inject(policy.model, policy.language_model, args.rank, args.alpha, args.seed)
-    train.print0(f"training {sum(p.numel() for p in train.trained(policy).values()):,} of {sum(p.numel() for p in policy.parameters()):,} parameters ({args.method})")
+    count = sum(p.numel() for p in train.trained(policy).values())
+    every = sum(p.numel() for p in policy.parameters())
+    train.print0(f"training {count:,} of {every:,} parameters ({args.method})")
     train.shard(policy, device, args.checkpointing, args.replicas)
-    seen = next((encode_pair(row, processor, image_root) for row in kept if row["images"]), None)
-    gate_policy(policy, seen, args.method == "lora", device)
+    seen = next((encode_one(row) for row in kept if row["images"]), None)
+    shortest = encode_one(kept[lengths.index(min(lengths))])
+    gate_policy(policy, seen, shortest, processor, args.method == "lora", device)
 
     def encode_row(index: int) -> model.Row:
-        return encode_pair(kept[index], processor, image_root)
+        return encode_one(kept[index])
 
-    (checkpoint,) = train.gather_rows([stage.fingerprint(args.model)] if train.rank() == 0 else [])  # a 72B takes minutes: once, not on every rank
-    values = references(out / "reference.jsonl", policy, len(kept), encode_row, processor, checkpoint, args.micro_batch, device)
+    # a 72B takes minutes: once, not on every rank
+    own = [stage.fingerprint(args.model)] if train.rank() == 0 else []
+    (checkpoint,) = train.gather_rows(own)
+    values = references(
+        out / "reference.jsonl", policy, len(kept), encode_row, processor, checkpoint,
+        args.micro_batch, device,
+    )  # fmt: skip
 
     def encode(index: int) -> tuple[model.Row, list[float]]:
         return encode_row(index), values[index]
@@ -306,16 +323,31 @@ def main(argv: list[str] | None = None) -> None:
         encode,
         lambda rows, w: collate_pairs(rows, w, processor),
         len(kept),
-        out=out, device=device, learning_rate_peak=args.lr, batch=args.batch, micro=args.micro_batch, epochs=args.epochs,
-        seed=args.seed, save_every=args.save_every,
+        out=out, device=device, learning_rate_peak=args.lr, batch=args.batch,
+        micro=args.micro_batch, epochs=args.epochs, seed=args.seed, save_every=args.save_every,
+        lengths=lengths,
     )  # fmt: skip
     adapter = (args.rank, args.alpha, args.model) if args.method == "lora" else None
     saved = save(out, policy, processor, adapter, args.save_dtype)
     if train.rank() == 0:
-        figures = {"pairs": len(kept), "dropped": len(pairs) - len(kept), "steps": len(history), "first_loss": history[0]["loss"], "last_loss": history[-1]["loss"]}
+        losses = {"first_loss": history[0]["loss"], "last_loss": history[-1]["loss"]}
+        figures = {"pairs": len(kept), "dropped": dropped, "steps": len(history), **losses}
         stage.finish(args, [out / "merged"], started, figures | saved)
-        train.print0(json.dumps(figures))
+        close(args, figures, history, cost(history, lengths, args.batch, args.seed))
     train.end(out)
+
+
+def close(args: argparse.Namespace, figures: dict, history: list[dict], spent: str) -> None:
+    """The summary of Stage II."""
+    merged = Path(args.out) / "merged"
+    lines = {
+        "pairs": f"{figures['pairs']:,} trained on, {figures['dropped']:,} too long",
+        "loss": change(history, ["loss", "margin", "accuracy"]),
+        "training": spent,
+        "next": f"python evaluate.py run --engine hf:{merged} --questions test.jsonl "
+        "--images IMAGES --max-tokens N --out OUT",
+    }
+    summary(f"Stage II is finished: {merged}", lines)
 
 
 if __name__ == "__main__":

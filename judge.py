@@ -48,6 +48,7 @@ import stage
 from asking import SPEED, Ask, Engine, add_flags, ask_yes_no, checkpoint, identity, image_paths, prompt_ask, read_verdict, setup_of
 from descriptions import read_sheet, write_sheet
 from engines import open_engine
+from rollout import cut_off
 
 KEYS = data.JUDGED
 CRITERIA = KEYS[1:]  # MMRP, paper 3.3
@@ -151,6 +152,8 @@ def verdicts(args: argparse.Namespace) -> None:
 # Pairs
 
 RULES = ("all", "per-positive", "one", "length-matched")
+# ours: a warning says so below these; the paper has 4,432 and 5,224 pairs (3.3)
+FEW_PAIRS, FEW_QUESTIONS = 100, 20
 
 
 def choose_pairs(positives: list[dict], negatives: list[dict], rule: str, cap: int, rng: random.Random) -> list[tuple[dict, dict]]:
@@ -267,6 +270,18 @@ def print_report(report: dict) -> None:
         print(f"{text:<34} chosen {report[figure]['chosen']}, rejected {report[figure]['rejected']}")
 
 
+def few(report: dict) -> str | None:
+    """A warning where the pairs are few, or of few questions."""
+    count, questions = report["pairs"], report["questions_with_pairs"]
+    if count >= FEW_PAIRS and questions >= FEW_QUESTIONS:
+        return None
+    return (
+        f"warning: {count} pairs of {questions} questions: what DPO learns from so few is noise; "
+        f"at least {FEW_PAIRS} of {FEW_QUESTIONS} are wanted: ask more questions, or take more "
+        "answers of each (rollout.py -n)"
+    )
+
+
 def pairs(args: argparse.Namespace) -> None:
     started, out = time.time(), Path(args.out)
     if not stage.open_folder(args, [args.rollouts, args.questions, args.verdicts]):
@@ -279,7 +294,10 @@ def pairs(args: argparse.Namespace) -> None:
     data.write_jsonl(out / "pairs.jsonl", rows)
     data.write_json(out / "report.json", report)
     print_report(report)
-    stage.finish(args, [out / "pairs.jsonl", out / "report.json"], started, {k: v for k, v in report.items() if isinstance(v, int)})
+    for said in filter(None, (cut_off(rollouts), few(report))):
+        print(said)
+    figures = {name: value for name, value in report.items() if isinstance(value, int)}
+    stage.finish(args, [out / "pairs.jsonl", out / "report.json"], started, figures)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
-"""The policy: Qwen2.5-VL and InternVL3 as one table of facts, and a function from a batch to per-token log-probabilities.
+"""The policy: Qwen2.5-VL and InternVL3 as one table of facts, and a function from a batch to
+per-token log-probabilities.
 
     log pi(y | x) = sum over t of log p(y_t | x, y_<t)         all that SFT (paper 3.2) and DPO (paper 3.3) need
 
@@ -58,16 +59,24 @@ class Family:
     image_token: str  # repeated once for each feature of an image
     before_image: str
     after_image: str
-    vision: str  # the vision tower and, below, the map into the language model's width: frozen in both stages
+    # the vision tower and, below, the map into the language model's width: frozen in both stages
+    vision: str
     projector: str
     grid_positions: bool  # an image takes (time, row, column) positions, or positions in reading order
+    texts: tuple[str, ...]  # the model_types its language model may have
 
 
 FAMILIES = {
-    "qwen2_5_vl": Family("<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "model.visual", "model.visual.merger", True),
-    # the -hf form's template puts a newline after each image
-    "internvl": Family("<IMG_CONTEXT>", "<img>", "</img>\n", "model.vision_tower", "model.multi_modal_projector", False),
-}
+    "qwen2_5_vl": Family(
+        "<|image_pad|>", "<|vision_start|>", "<|vision_end|>",
+        "model.visual", "model.visual.merger", True, ("qwen2_5_vl_text",),
+    ),
+    # the -hf form's template puts a newline after each image; the 9B's language model is a Llama
+    "internvl": Family(
+        "<IMG_CONTEXT>", "<img>", "</img>\n",
+        "model.vision_tower", "model.multi_modal_projector", False, ("qwen2", "llama"),
+    ),
+}  # fmt: skip
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"  # both families: Qwen2.5's chat format
 
 
@@ -111,7 +120,24 @@ def load_config(folder: str | Path):
         # untied where neither says it: if that is wrong, Checkpoint names the head as missing
         tied = stored.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
         config.tie_word_embeddings = config.text_config.tie_word_embeddings = tied
+    check_text(config, path)
     return config
+
+
+def check_text(config, path: Path) -> None:
+    """Raises RowError for a language model that would be computed wrong, or not at all."""
+    kind, known = config.text_config.model_type, FAMILIES[config.model_type].texts
+    if kind not in known:
+        raise data.RowError(
+            f"{path}: text_config: model_type {kind!r} is not supported; "
+            f"give a model whose language model is one of {sorted(known)}"
+        )
+    kinds = set(getattr(config.text_config, "layer_types", None) or ()) - {"full_attention"}
+    if kinds:  # every layer gets the same mask here
+        raise data.RowError(
+            f"{path}: text_config: layers with {sorted(kinds)[0]} are not supported; "
+            "give a model whose layers all see the whole text (use_sliding_window false)"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -471,11 +497,11 @@ class Policy(nn.Module):
         self.family = FAMILIES[model.config.model_type]
         self.image_id = model.config.image_token_id
         self.checkpoint: Checkpoint | None = None  # where the numbers of parameters on `meta` are (meta_policy)
-        from transformers import AttentionInterface, AttentionMaskInterface
-        from transformers.masking_utils import sdpa_mask
+        from transformers import AttentionInterface
 
+        # transformers makes no mask for an attention of which it knows none: each language model
+        # gets the one that is handed in, (B, 1, queries, keys), or none
         AttentionInterface.register(TREE_ATTENTION, tree_attention)
-        AttentionMaskInterface.register(TREE_ATTENTION, sdpa_mask)  # where transformers makes the mask, it is that of its own attention
         self.language_model.config._attn_implementation = TREE_ATTENTION
         if self.family.grid_positions:
             AttentionInterface.register(SEGMENT_ATTENTION, segment_attention)
@@ -534,7 +560,7 @@ class Policy(nn.Module):
         return self.language_model(
             inputs_embeds=self.embed(batch.ids, features),
             position_ids=batch.positions if self.family.grid_positions else batch.positions[0],
-            attention_mask={"full_attention": None},  # what a token sees is in the tree
+            attention_mask=None,  # what a token sees is in the tree
             use_cache=False,
             tree=batch.tree,
         ).last_hidden_state

@@ -21,8 +21,39 @@ from pathlib import Path
 import data
 import flags
 import stage
-from asking import SPEED, Sampling, add_flags, ask_all, checkpoint, identity, question_asks, replies_file, reply_row, setup_of
+from asking import SPEED, Reply, Sampling, add_flags, ask_all, checkpoint, identity
+from asking import question_asks, replies_file, reply_row, setup_of
 from engines import open_engine
+
+
+CUT_OFF = 0.05  # ours: share of answers cut off by the token limit from which a warning says so
+
+
+def too_short(engine: str, max_tokens: int) -> str | None:
+    """A warning where the answers have less room than the demonstrations took that the engine's
+    checkpoint learnt from. Stage I keeps their lengths in the stage.json beside it."""
+    folder = checkpoint(engine)
+    path = Path(folder, "..", "stage.json") if folder else None
+    if path is None or not path.exists():
+        return None
+    taken = stage.read_record(path)["figures"].get("response_tokens")
+    if not taken or max_tokens >= taken["p99"]:
+        return None
+    return (
+        f"warning: --max-tokens {max_tokens} is below what {engine} learnt from: 99 % of its "
+        f"demonstrations have up to {taken['p99']} tokens, the longest {taken['longest']}"
+    )
+
+
+def cut_off(rows: list[dict]) -> str | None:
+    """A warning where many rollouts were cut off."""
+    share = sum(row["finish_reason"] == "length" for row in rows) / max(1, len(rows))
+    if share <= CUT_OFF:
+        return None
+    return (
+        f"warning: {share:.0%} of the answers were cut off; they count as wrong and make no pairs: "
+        "sample again with a larger --max-tokens, into another --out"
+    )
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -51,13 +82,24 @@ def main(argv: list[str] | None = None) -> None:
         return
     sampling = Sampling(args.temperature, args.top_p, args.max_tokens, args.seed)
     replies = replies_file(args, "rollout", args.engine, sampling)
+    if said := too_short(args.engine, args.max_tokens):
+        print(said, flush=True)
     answers = identity(args.engine)  # before it is asked: its folder may be trained anew
     engine = open_engine(args.engine, setup_of(args))
-    rows = list(ask_all(engine, asks, sampling, replies, lambda reply: reply_row(reply, args.engine), "rollouts").values())
+
+    def row_of(reply: Reply) -> dict:
+        return reply_row(reply, args.engine)
+
+    rows = list(ask_all(engine, asks, sampling, replies, row_of, "rollouts").values())
     data.write_jsonl(path, rows)
     ends = Counter(row["finish_reason"] for row in rows)
-    cut, none = ends.pop("length", 0), {reason: count for reason, count in sorted(ends.items()) if reason != "stop"}
-    print(f"{len(rows)} answers to {len(asks)} questions, {cut} cut off by --max-tokens {args.max_tokens}" + "".join(f", {count} {reason}" for reason, count in none.items()))
+    cut = ends.pop("length", 0)
+    none = {reason: count for reason, count in sorted(ends.items()) if reason != "stop"}
+    others = "".join(f", {count} {reason}" for reason, count in none.items())
+    limit = f"--max-tokens {args.max_tokens}"
+    print(f"{len(rows)} answers to {len(asks)} questions, {cut} cut off by {limit}{others}")
+    if said := cut_off(rows):
+        print(said)
     figures = {"answers": len(rows), "cut_off": cut, "unanswered": sum(none.values())}
     stage.finish(args, [path], started, figures, {args.engine: answers})
 

@@ -24,9 +24,10 @@ Where we depart from the paper, or it is silent:
 """
 
 import argparse
+import math
 import time
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -38,7 +39,6 @@ import lora
 import model
 import stage
 import train
-
 
 
 def sft_loss(logp: Tensor, batch: model.Batch, weights: dict[int, float]) -> tuple[Tensor, float, dict]:
@@ -100,38 +100,129 @@ def check(claim: str, holds: bool, otherwise: str) -> None:
         train.refuse(train.Refused(f"gate: {claim}: not so; {against[0]}"))
 
 
-def gate_rows(path: str, rows: list[dict], encode: Callable[[dict], model.Row], responses: Callable[[dict], list[str]], processor: model.Processor) -> list[int]:
-    """Encodes every row once, and reads its supervised tokens back. Returns the rows' lengths in tokens."""
+def gate_rows(
+    path: str,
+    rows: list[dict],
+    encode: Callable[[dict], model.Row],
+    responses: Callable[[dict], list[str]],
+    processor: model.Processor,
+) -> list[int]:
+    """Encodes every row once, and reads its supervised tokens back. Returns the rows' lengths in
+    tokens."""
     lengths, invalid, different = [], [], []
-    for row in rows:
+    for row in train.bar(rows, "checking rows", "row"):
         try:
             encoded = encode(row)
         except data.RowError as error:
             invalid.append(f"{row['id']}: {error}")
             continue
         lengths.append(sum(len(segment.ids) for segment in encoded))
-        for segment, wanted in zip(encoded[1:], responses(row), strict=True):
-            found, wanted = (unicodedata.normalize("NFC", text) for text in (processor.decode(segment.ids), wanted))  # as the tokenizers do
+        for segment, text in zip(encoded[1:], responses(row), strict=True):
+            both = (processor.decode(segment.ids), text)
+            found, wanted = (unicodedata.normalize("NFC", t) for t in both)  # as the tokenizers do
             if found != wanted:
                 different.append(f"{row['id']}: {found[:60]!r} instead of {wanted[:60]!r}")
-    check(f"all {len(rows)} rows are valid", not invalid, f"{path}: {len(invalid)} are not: {'; '.join(invalid[:3])}")
-    check("supervised tokens decode to the responses", not different, f"{path}: {len(different)} do not: {'; '.join(different[:3])}")
+    said = f"{path}: {len(invalid)} are not: {'; '.join(invalid[:3])}"
+    check(f"all {len(rows)} rows are valid", not invalid, said)
+    said = f"{path}: {len(different)} do not: {'; '.join(different[:3])}"
+    check("supervised tokens decode to the responses", not different, said)
     return lengths
 
 
-def gate_policy(policy: model.Policy, row: model.Row | None, with_lora: bool, device: torch.device) -> None:
-    """row: one that has images, if there is any. The policy is where it will be trained."""
+def gate_policy(
+    policy: model.Policy,
+    row: model.Row | None,
+    shortest: model.Row,
+    processor: model.Processor,
+    with_lora: bool,
+    device: torch.device,
+) -> None:
+    """row: one that has images, if there is any; shortest: the row that is run forward and
+    backward. The policy is where it will be trained. A collective."""
     if row:
         images = row[0].images
+        pixels = torch.cat([image.pixels for image in images]).to(device)
+        grids = torch.tensor([image.grid for image in images], device=device)
         with torch.no_grad():
-            features = len(policy.image_features(torch.cat([image.pixels for image in images]).to(device), torch.tensor([image.grid for image in images], device=device)))
+            features = len(policy.image_features(pixels, grids))
         tokens = row[0].ids.count(policy.image_id)
-        check("image tokens equal image features", tokens == features, f"{tokens} tokens, {features} features; use the pixel settings and the processor of this checkpoint")
+        said = f"{tokens} tokens, {features} features"
+        said += "; use the pixel settings and the processor of this checkpoint"
+        check("image tokens equal image features", tokens == features, said)
     if with_lora:
-        language = next(name for name, module in policy.named_modules() if module is policy.language_model)
-        linears = {f"{language}.{name.removesuffix('.base')}" for name, module in policy.language_model.named_modules() if isinstance(module, nn.Linear)}
+        text = policy.language_model
+        language = next(name for name, module in policy.named_modules() if module is text)
+        linears = [name for name, module in text.named_modules() if isinstance(module, nn.Linear)]
+        linears = {f"{language}.{name.removesuffix('.base')}" for name in linears}
         learnt = {name.rpartition(".")[0] for name in train.trained(policy)}
-        check(f"LoRA trains the {len(linears)} linear maps of the language model and nothing else", learnt == linears, f"these differ: {sorted(learnt ^ linears)[:3]}")
+        claim = f"LoRA trains the {len(linears)} linear maps of the language model and nothing else"
+        check(claim, learnt == linears, f"these differ: {sorted(learnt ^ linears)[:3]}")
+    gate_step(policy, shortest, processor, device)
+
+
+def gate_step(
+    policy: model.Policy, row: model.Row, processor: model.Processor, device: torch.device
+) -> None:
+    """Every rank runs the same row forward and backward. No gradient stays, and no random number is
+    drawn: the run goes on as if this had not been. A collective."""
+    batch = model.collate([row], processor).to(device)
+    loss = -policy(batch).sum()
+    loss.backward()
+    surprise = loss.item()
+    slopes = [p.grad for p in train.trained(policy).values() if p.grad is not None]
+    slopes = [bool(train.local(slope).isfinite().all()) for slope in slopes]
+    policy.zero_grad(set_to_none=True)
+    claim = f"the shortest row, {batch.ids.numel()} tokens, goes forward and backward"
+    said = f"its -log p is {surprise}, and {slopes.count(False)} gradients are not finite"
+    check(claim, math.isfinite(surprise) and any(slopes) and all(slopes), said)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What a run closes with
+
+
+def response_tokens(rows: list[dict], processor: model.Processor) -> dict[str, dict[str, int]]:
+    """Tokens of the demonstrations' responses, <|im_end|> included: how many in each span, and how
+    long a response is. A model that answers like them needs such a --max-tokens."""
+    labels = [processor.encode_response(row["messages"][-1]["content"]).labels for row in rows]
+    lengths = sorted(len(response) for response in labels)
+    p99 = lengths[math.ceil(0.99 * len(lengths)) - 1]  # ours: the longest hundredth may be outliers
+    return {
+        "span_tokens": {
+            name: sum(response.count(label) for response in labels)
+            for label, name in data.SPAN_NAMES.items()
+        },
+        "response_tokens": {
+            "median": lengths[len(lengths) // 2],
+            "p99": p99,
+            "longest": lengths[-1],
+        },
+    }
+
+
+def summary(title: str, lines: dict[str, str]) -> None:
+    """What a stage closes with, a figure a line."""
+    train.print0(f"\n{title}")
+    for name, text in lines.items():
+        train.print0(f"  {name:<12}{text}")
+
+
+def change(history: list[dict], names: Sequence[str]) -> str:
+    """Figures of the first step and of the last: loss 1.204 -> 0.611, think 1.310 -> 0.702"""
+    first, last = history[0], history[-1]
+    return ", ".join(f"{name} {first[name]:.3f} -> {last[name]:.3f}" for name in names)
+
+
+def cost(history: list[dict], lengths: list[int], batch: int, seed: int) -> str:
+    """The steps' time, what went through them, and on a GPU the most memory that was held."""
+    seconds = sum(row["seconds"] for row in history)
+    steps = [train.global_batch(len(lengths), batch, seed, row["step"]) for row in history]
+    tokens = sum(lengths[index] for indices in steps for index in indices)
+    rate = tokens / max(seconds, 1e-3)  # a step is told in thousandths of a second
+    said = f"{len(history):,} steps in {train.clock(seconds)}, {rate:,.0f} tokens/s"
+    if torch.cuda.is_available():
+        said += f", at most {torch.cuda.max_memory_allocated() / 2**30:.1f} GB on the first GPU"
+    return said
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -195,46 +286,81 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args, started = parse(argv), time.time()
-    out, image_root = Path(args.out), Path(args.images)
+    out, image_root, demos = Path(args.out), Path(args.images), " ".join(args.demos)
     device = train.init_ranks()
     rows = [row for path in args.demos for row in data.read_rows(path, "demos")]
-    if not train.begin(args, [args.model, *args.demos], data.image_files(image_root, rows)):
+    images = data.image_files(image_root, rows)
+    if not train.begin(args, [args.model, *args.demos], images):
         return
     processor = model.Processor(args.model, args.pixels, args.tiles)
-    lengths = gate_rows(" ".join(args.demos), rows, lambda row: encode_demo(row, processor, image_root), lambda row: [row["messages"][-1]["content"]], processor)
+
+    def encode(row: dict) -> model.Row:
+        return encode_demo(row, processor, image_root)
+
+    def response(row: dict) -> list[str]:
+        return [row["messages"][-1]["content"]]
+
+    lengths = gate_rows(demos, rows, encode, response, processor)
     kept = [row for row, length in zip(rows, lengths) if length <= args.max_length]
-    train.print0(f"demonstrations: kept {len(kept)} of {len(rows)} ({len(rows) - len(kept)} over {args.max_length} tokens: --max-length)")
+    lengths = [length for length in lengths if length <= args.max_length]
+    dropped = len(rows) - len(kept)
+    over = f"({dropped} over {args.max_length} tokens: --max-length)"
+    train.print0(f"demonstrations: kept {len(kept)} of {len(rows)} {over}")
     if not kept:
         said = f"every demonstration is over {args.max_length} tokens"
-        train.refuse(data.RowError(f"{' '.join(args.demos)}: {said}; raise --max-length"))
-    plan = pack_plan([length for length in lengths if length <= args.max_length], args.pack, args.seed)
+        train.refuse(data.RowError(f"{demos}: {said}; raise --max-length"))
+    plan = pack_plan(lengths, args.pack, args.seed)
 
     policy = model.meta_policy(args.model)
     policy.freeze_vision()
     if args.method == "lora":
         lora.inject(policy.model, policy.language_model, args.rank, args.alpha, args.seed)
     count = sum(p.numel() for p in train.trained(policy).values())
-    train.print0(f"training {count:,} of {sum(p.numel() for p in policy.parameters()):,} parameters ({args.method})")
+    every = sum(p.numel() for p in policy.parameters())
+    train.print0(f"training {count:,} of {every:,} parameters ({args.method})")
     train.shard(policy, device, args.checkpointing, args.replicas)
-    seen = next((encode_demo(row, processor, image_root) for row in kept if row["images"]), None)
-    gate_policy(policy, seen, args.method == "lora", device)
+    seen = next((encode(row) for row in kept if row["images"]), None)
+    shortest = encode(kept[lengths.index(min(lengths))])
+    gate_policy(policy, seen, shortest, processor, args.method == "lora", device)
 
     weights = dict(zip((data.THINK, data.ANSWER, data.TAG), args.weights))
+    packed = [sum(lengths[j] for j in part) for part in plan]
     history = train.fit(
         policy,
         lambda logp, batch: sft_loss(logp, batch, weights),
-        lambda i: pack([encode_demo(kept[j], processor, image_root) for j in plan[i]], processor.stop_id),
+        lambda i: pack([encode(kept[j]) for j in plan[i]], processor.stop_id),
         lambda rows, w: model.collate(rows, processor, w),
         len(plan),
-        out=out, device=device, learning_rate_peak=args.lr, batch=args.batch, micro=args.micro_batch, epochs=args.epochs,
-        seed=args.seed, save_every=args.save_every,
+        out=out, device=device, learning_rate_peak=args.lr, batch=args.batch,
+        micro=args.micro_batch, epochs=args.epochs, seed=args.seed, save_every=args.save_every,
+        lengths=packed,
     )  # fmt: skip
     adapter = (args.rank, args.alpha, args.model) if args.method == "lora" else None
     saved = save(out, policy, processor, adapter, args.save_dtype)
     if train.rank() == 0:
-        figures = {"rows": len(kept), "dropped": len(rows) - len(kept), "steps": len(history), "first_loss": history[0]["loss"], "last_loss": history[-1]["loss"]}
-        stage.finish(args, [out / "merged"], started, figures | saved)
+        losses = {"first_loss": history[0]["loss"], "last_loss": history[-1]["loss"]}
+        figures = {"rows": len(kept), "dropped": dropped, "steps": len(history), **losses}
+        figures |= saved | response_tokens(kept, processor)
+        stage.finish(args, [out / "merged"], started, figures)
+        close(args, figures, history, cost(history, packed, args.batch, args.seed))
     train.end(out)
+
+
+def close(args: argparse.Namespace, figures: dict, history: list[dict], spent: str) -> None:
+    """The summary of Stage I."""
+    merged, spans = Path(args.out) / "merged", figures["span_tokens"]
+    tokens = figures["response_tokens"]
+    lines = {
+        "examples": f"{figures['rows']:,} trained on, {figures['dropped']:,} too long",
+        "tokens": ", ".join(f"{name} {count:,}" for name, count in spans.items()),
+        "loss": change(history, ["loss", *spans]),
+        "responses": f"median {tokens['median']:,} tokens, 99 % up to {tokens['p99']:,}, longest "
+        f"{tokens['longest']:,}: rollouts and evaluation need such a --max-tokens",
+        "training": spent,
+        "next": f"python rollout.py --engine hf:{merged} --questions image.jsonl --images IMAGES "
+        f"--max-tokens N --out OUT",
+    }
+    summary(f"Stage I is finished: {merged}", lines)
 
 
 if __name__ == "__main__":

@@ -38,8 +38,9 @@ import math
 import os
 import random
 import shutil
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from datetime import timedelta
 from functools import partial
@@ -50,6 +51,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 
 import data
 import flags
@@ -62,6 +64,7 @@ WARMUP = 0.1  # ours: paper silent (LLaMA-Factory's examples); share of the step
 CLIP = 1.0  # ours: paper silent (transformers' max_grad_norm)
 PATIENCE = timedelta(hours=1)  # ours: the other ranks wait while the first hashes or writes a large checkpoint (torch's default is 10 minutes)
 MAX_LENGTH = 8192  # ours: paper silent; tokens of a row, responses included
+LOG_EVERY = 60.0  # ours: seconds between two states of a progress bar in a log file
 SIGHT = 10.0  # ours: seconds in which a network disk must show a file that another node wrote
 
 
@@ -101,6 +104,14 @@ def print0(*words) -> None:
     """Prints on the first rank only."""
     if rank() == 0:
         print(*words, flush=True)
+
+
+def bar(items: Sequence, what: str, unit: str) -> tqdm:
+    """A progress bar around items, on the first rank. A file keeps every state that a terminal
+    overwrites, so it gets one a minute."""
+    every = 0.1 if sys.stderr.isatty() else LOG_EVERY  # ours: tqdm's own default, in a terminal
+    pace = {"mininterval": every, "maxinterval": max(10.0, every)}
+    return tqdm(items, desc=what, unit=unit, disable=rank() > 0, **pace)
 
 
 def barrier() -> None:
@@ -407,6 +418,7 @@ def fit(
     epochs: float,
     seed: int,
     save_every: int,
+    lengths: list[int] | None = None,
     warmup: float = WARMUP,
     print_every: int = 1,
     betas: tuple[float, float] = BETAS,
@@ -414,27 +426,26 @@ def fit(
 ) -> list[dict]:
     """Trains every parameter of `policy` that requires a gradient. Returns the metrics of all steps.
 
-    encode(i)            row i, ready to collate (called when needed, so images need not all be in memory)
-    collate(rows, w)     a batch with `.to(device)`; w are the rows' weights, 0 for a row that only keeps a rank in step
+    encode(i)            row i, ready to collate (called when needed: not all images are in memory)
+    collate(rows, w)     a batch with `.to(device)`; w are the rows' weights, 0 for a row that only
+                         keeps a rank in step
     loss_of(logps, b)    (sum, count, {name: (sum, count)}): sums over the micro-batch, never means
     save_every           steps between states; the last step has one too. 0 keeps none.
+    lengths              the rows' tokens, for the rate in a step's line
     Writes out/metrics.jsonl, one row a step, and out/state, which `end` removes. Raises Diverged on
     a loss that is not finite, before it does harm.
     """
     steps = math.ceil(epochs * math.ceil(rows / batch))
     parameters = list(trained(policy).values())
     fused = device.type == "cuda" or not dist.is_initialized()
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate_peak, betas=betas, eps=EPS, weight_decay=weight_decay, fused=fused)
+    settings = {"betas": betas, "eps": EPS, "weight_decay": weight_decay, "fused": fused}
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate_peak, **settings)
     out.mkdir(parents=True, exist_ok=True)
     begin = load_state(out / "state", policy, optimizer)
-    history = data.resume_jsonl(out / "metrics.jsonl") if rank() == 0 else []
-    for row in history:
-        data.check_row(row, str(out / "metrics.jsonl"), "metrics")
-    history = [row for row in history if row["step"] < begin]
     if begin:
         print0(f"resumed at step {begin} of {steps} from {out / 'state'}")
-    if rank() == 0:
-        data.write_jsonl(out / "metrics.jsonl", history)  # replaced whole: a kill here must not lose the figures so far
+    history = earlier_metrics(out / "metrics.jsonl", begin)
+    begun = time.time()
     log = open(out / "metrics.jsonl", "a", encoding="utf-8") if rank() == 0 else nullcontext()
     with log:
         for step in range(begin, steps):
@@ -442,42 +453,88 @@ def fit(
             now = learning_rate(step, steps, learning_rate_peak, warmup)
             for group in optimizer.param_groups:
                 group["lr"] = now
-            sums: dict[str, list[float]] = {}
-            counted = 0.0
-            # gradients are sums over the micro-batches; the division by the global count comes once, at the end
-            for part in micro_batches(global_batch(rows, batch, seed, step), micro, rank(), world()):
-                b = collate([encode(index) for index, _ in part], [weight for _, weight in part]).to(device)
-                loss, count, metrics = loss_of(policy(b), b)
-                (loss * world()).backward()
-                counted += count
-                for name, (value, over) in {"loss": (loss.item(), count), **metrics}.items():
-                    entry = sums.setdefault(name, [0.0, 0.0])
-                    entry[0] += value
-                    entry[1] += over
-            names = list(sums)  # the same on every rank: a loss names its figures whether or not they occur
-            reduced = total([counted] + [x for name in names for x in sums[name]], device)
-            means = {name: reduced[1 + 2 * i] / max(reduced[2 + 2 * i], 1e-12) for i, name in enumerate(names)}
-            untouched = f"the weights of step {step - 1} are untouched"
-            if not math.isfinite(means["loss"]):
-                refuse(Diverged(f"step {step}: the loss is {means['loss']}; {untouched}"))
-            for parameter in parameters:
-                if parameter.grad is not None:
-                    parameter.grad.div_(reduced[0])
-            norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP)
-            norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-            if not math.isfinite(norm):
-                refuse(Diverged(f"step {step}: the gradient's norm is {norm}; {untouched}"))
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            row = {"step": step, **{name: round(value, 6) for name, value in means.items()}, "lr": now, "grad_norm": round(norm, 4), "seconds": round(time.time() - started, 3)}
+            indices = global_batch(rows, batch, seed, step)
+            parts = micro_batches(indices, micro, rank(), world())
+            count, means = accumulate(policy, loss_of, encode, collate, parts, device)
+            norm = update(optimizer, parameters, step, count, means["loss"])
+            ended = time.time()
+            row = {"step": step, **{name: round(value, 6) for name, value in means.items()}}
+            row |= {"lr": now, "grad_norm": round(norm, 4), "seconds": round(ended - started, 3)}
             if rank() == 0:
                 history.append(row)
                 data.append_jsonl(log, [row])
             if (step + 1) % print_every == 0 or step + 1 == steps:
-                print0(status_line(row, steps, device))
+                tokens = sum(lengths[index] for index in indices) if lengths else 0
+                left = (ended - begun) / (step + 1 - begin) * (steps - step - 1)
+                print0(status_line(row, steps, tokens / (ended - started), left, device))
             if save_every and ((step + 1) % save_every == 0 or step + 1 == steps):
                 save_state(out / "state", policy, optimizer, step + 1)
     return history
+
+
+def earlier_metrics(path: Path, begin: int) -> list[dict]:
+    """The figures of the steps before `begin`, on the first rank. The file is replaced whole: a
+    kill here must not lose them."""
+    if rank() > 0:
+        return []
+    history = data.resume_jsonl(path)
+    for row in history:
+        data.check_row(row, str(path), "metrics")
+    history = [row for row in history if row["step"] < begin]
+    data.write_jsonl(path, history)
+    return history
+
+
+def accumulate(
+    policy: nn.Module,
+    loss_of: Loss,
+    encode: Callable[[int], object],
+    collate: Callable[[list, list[float]], object],
+    parts: list[list[tuple[int, float]]],
+    device: torch.device,
+) -> tuple[float, dict[str, float]]:
+    """Adds up the gradients of this rank's micro-batches, which stay sums. Returns what is to be
+    divided by, and the figures' means, over all ranks. A collective."""
+    sums: dict[str, list[float]] = {}
+    counted = 0.0
+    for part in parts:
+        rows, weights = [encode(index) for index, _ in part], [weight for _, weight in part]
+        b = collate(rows, weights).to(device)
+        loss, count, metrics = loss_of(policy(b), b)
+        (loss * world()).backward()
+        counted += count
+        for name, (value, over) in {"loss": (loss.item(), count), **metrics}.items():
+            entry = sums.setdefault(name, [0.0, 0.0])
+            entry[0] += value
+            entry[1] += over
+    names = list(sums)  # the same on every rank: a loss names its figures whether or not they occur
+    counted, *reduced = total([counted] + [x for name in names for x in sums[name]], device)
+    means = {n: x / max(y, 1e-12) for n, x, y in zip(names, reduced[::2], reduced[1::2])}
+    return counted, means
+
+
+def update(
+    optimizer: torch.optim.Optimizer,
+    parameters: list[nn.Parameter],
+    step: int,
+    count: float,
+    loss: float,
+) -> float:
+    """The step itself: divides the gradients' sums by the global count, once; clips; moves the
+    weights. Returns the gradient's norm. Raises Diverged before it does harm. A collective."""
+    untouched = f"the weights of step {step - 1} are untouched"
+    if not math.isfinite(loss):
+        refuse(Diverged(f"step {step}: the loss is {loss}; {untouched}"))
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.div_(count)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, CLIP)
+    norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    if not math.isfinite(norm):
+        refuse(Diverged(f"step {step}: the gradient's norm is {norm}; {untouched}"))
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
 
 
 def end(out: Path) -> None:
@@ -489,13 +546,31 @@ def end(out: Path) -> None:
     leave()
 
 
-def status_line(row: dict, steps: int, device: torch.device) -> str:
-    """step 0040/0139 | loss  0.612 | ... | lr 9.1e-07 | 3.20 s | 41 GB: every figure in its own column, line under line."""
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds: 3725.4 is 1:02:05."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+def figure(value: float) -> str:
+    """Six characters, with three decimals of a small number and none of a large one."""
+    return f"{value:6.{3 if abs(value) < 10 else 1 if abs(value) < 1000 else 0}f}"
+
+
+def status_line(row: dict, steps: int, rate: float, left: float, device: torch.device) -> str:
+    """Every figure in its own column, line under line:
+
+        step 0040/0139 | loss  0.612 | ... | lr 9.1e-07 |   3.20 s |  5,120 tokens/s | left 0:05:17
+
+    rate: tokens a second, 0: unknown. left: seconds to the last step's end. On a GPU also the most
+    memory that was held."""
     shown = [f"step {row['step'] + 1:04d}/{steps:04d}"]
     for name, value in row.items():
         if name not in ("step", "lr", "seconds", "grad_norm"):
-            shown.append(f"{name} {value:6.3f}" if abs(value) < 10 else f"{name} {value:6.1f}")
-    shown += [f"norm {row['grad_norm']:5.2f}", f"lr {row['lr']:.1e}", f"{row['seconds']:.2f} s"]
+            shown.append(f"{name} {figure(value)}")
+    shown += [f"norm {row['grad_norm']:5.2f}", f"lr {row['lr']:.1e}", f"{row['seconds']:6.2f} s"]
+    shown += [f"{rate:7,.0f} tokens/s"] if rate else []
+    shown.append(f"left {clock(left)}")
     if device.type == "cuda":
         shown.append(f"{torch.cuda.max_memory_allocated() / 2**30:.0f} GB")
     return " | ".join(shown)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from ranks_worker import draw_images, gradients, pair, plain_inputs
 from safetensors.torch import load_file, save_file
+from test_sft import gate_lines
 from transformers import AutoModelForImageTextToText
 
 import data
@@ -343,11 +344,12 @@ def test_the_first_loss_may_be_off_by_half_of_beta_times_what_may_be_rounding(po
 
 def test_a_run_prints_the_gate_line_by_line(folder, films, tmp_path, capsys):
     run(folder, films, tmp_path, [pair(0), pair(1, "film0.png")], "--method", "lora", "--epochs", "1")
-    assert [line.removeprefix("  gate: ok  ") for line in capsys.readouterr().out.splitlines() if "gate:" in line] == [
+    assert gate_lines(capsys.readouterr().out) == [
         "all 2 rows are valid",
         "supervised tokens decode to the responses",
         "image tokens equal image features",
         "LoRA trains the 21 linear maps of the language model and nothing else",
+        "the shortest row, N tokens, goes forward and backward",
         "policy equals reference",
         "first loss 0.693147 is ln 2 = 0.693147",
     ]
@@ -436,6 +438,14 @@ def test_a_run_starts_at_ln_2_learns_the_preference_and_leaves_vision_alone(fold
     assert stage["figures"] == {"pairs": 4, "dropped": 0, "steps": 4, **losses, **saved}
     assert stage["outputs"] == {"merged": fingerprint(tmp_path / "out" / "merged")} and not (tmp_path / "out" / "state").exists()
     assert "kept 4 of 4" in (said := capsys.readouterr().out) and "1 tokenised from text" in said
+    lines = said.partition("\nStage II is finished: ")[2].splitlines()
+    found = {line[:14].strip(): line[14:] for line in lines[1:]}
+    assert lines[0] == str(tmp_path / "out" / "merged")
+    assert found["pairs"] == "4 trained on, 0 too long"
+    for name in ("loss", "margin", "accuracy"):
+        assert f"{name} {metrics[0][name]:.3f} -> {metrics[-1][name]:.3f}" in found["loss"]
+    assert found["training"].startswith("4 steps in 0:00:0") and "tokens/s" in found["training"]
+    assert found["next"].startswith(f"python evaluate.py run --engine hf:{lines[0]} ")
 
 
 def test_the_reference_of_a_lora_run_is_the_merged_stage_one_and_not_the_base(folders, films, tmp_path):

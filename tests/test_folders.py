@@ -13,6 +13,7 @@ import torch
 from ranks_worker import measured, plain_inputs
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_model import llama_folder
 
 import data
 import lora
@@ -61,6 +62,24 @@ def test_every_parameter_and_buffer_is_that_of_from_pretrained(folder, tmp_path,
         assert [name for name in wanted if not torch.equal(found[name], wanted[name]) or found[name].dtype != wanted[name].dtype] == []
     assert (ours.lm_head.weight is ours.model.language_model.embed_tokens.weight) == tied
     assert ours.generation_config.to_dict() == theirs.generation_config.to_dict()
+
+
+def test_a_llama_language_model_is_loaded_adapted_and_saved_under_its_own_names(folders, tmp_path):
+    llama = llama_folder(folders["internvl"], tmp_path / "llama")
+    policy, processor = model.load_policy(llama), model.Processor(llama)
+    theirs = network_of(llama)
+    for kind in ("named_parameters", "named_buffers"):
+        found, wanted = (dict(getattr(net, kind)()) for net in (policy.model, theirs))
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    lora.inject(policy.model, policy.language_model, 4, 8.0, 0)
+    tensors = lora.merge_state(policy.model.named_parameters(), 2.0)  # B is 0: nothing has moved
+    model.save_policy(tmp_path / "saved", policy, processor, tensors)
+    assert keys_of(tmp_path / "saved") == keys_of(llama)
+    again = network_of(tmp_path / "saved")
+    assert type(again.model.language_model).__name__ == "LlamaModel"
+    for name, parameter in again.named_parameters():
+        assert torch.equal(parameter, theirs.get_parameter(name)), name
 
 
 def test_a_loaded_weight_is_no_view_of_its_file(folder, tmp_path):
@@ -135,6 +154,17 @@ def test_a_cut_off_file_of_any_kind_is_refused_by_name(folder, tmp_path):
         ({"model_type": "internvl_chat"}, "'internvl_chat' is not supported; .*in its -hf form"),
         ({"model_type": "internvl", "text_config": {"hidden_size": "x"}}, "config.json: cannot be"),
         ({"model_type": "qwen2_5_vl", "num_attention_heads": 0}, "config.json: cannot be read"),
+        (
+            {"model_type": "internvl", "text_config": {"model_type": "gemma2"}},
+            r"'gemma2' is not supported; .*one of \['llama', 'qwen2'\]",
+        ),
+        (
+            {
+                "model_type": "qwen2_5_vl",
+                "text_config": {"use_sliding_window": True, "max_window_layers": 1},
+            },
+            "layers with sliding_attention are not supported; .*use_sliding_window false",
+        ),
     ],
 )
 def test_a_folder_that_is_no_model_of_a_known_family_is_refused_by_name(tmp_path, config, said):

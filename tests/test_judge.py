@@ -463,6 +463,23 @@ def test_report_of_nothing_right_has_no_pairs_and_no_averages():
 
 
 @pytest.mark.parametrize(
+    "pairs, questions, warned", [(100, 20, False), (99, 20, True), (100, 19, True), (0, 0, True)]
+)
+def test_few_pairs_or_pairs_of_few_questions_are_warned_of(pairs, questions, warned):
+    said = judge.few({"pairs": pairs, "questions_with_pairs": questions})
+    assert bool(said) == warned
+    assert not said or f"warning: {pairs} pairs of {questions} questions" in said
+
+
+@pytest.mark.parametrize("cut, warned", [(0, False), (5, False), (6, True), (100, True)])
+def test_many_answers_that_were_cut_off_are_warned_of(cut, warned):
+    rows = [candidate("q", k, "x", finish="length" if k < cut else "stop") for k in range(100)]
+    said = rollout.cut_off(rows)
+    assert bool(said) == warned
+    assert not said or f"warning: {cut}% of the answers" in said and "--max-tokens" in said
+
+
+@pytest.mark.parametrize(
     ("text", "place"),
     [("the film", 4 / 8), ("Images first", 0.0), ("an x-ray", 3 / 8), ("imagine this", None), ("the contract", None), ("CT", 0.0), ("", None)],
 )
@@ -660,7 +677,10 @@ def test_pairs_join_thorough_chains_with_lacking_ones_and_the_report_adds_up(wor
     assert len(pairs) == len(expected) and {(row["id"], row["chosen"], row["rejected"]) for row in pairs} == expected
     assert report["candidates"] == 120 and report["correct"] == len(met) == report["positive"] + report["negative"]
     assert report["pairs"] == len(pairs) == stage["figures"]["pairs"]
-    assert f"120 -> {len(met)} -> {len(met)} -> {report['positive']} / {report['negative']}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"120 -> {len(met)} -> {len(met)} -> {report['positive']} / {report['negative']}" in said
+    few = f"warning: {len(pairs)} pairs of {len({row['id'] for row in pairs})} questions"
+    assert few in said and "cut off" not in said  # ten questions are few
     files = [out / "pairs.jsonl", verdicts / "verdicts.jsonl", rollouts]
     assert data.main(["check", *map(str, files)]) == 0
 

@@ -15,9 +15,11 @@ import torch
 from bench.logprobs import peak_bytes
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_engines import tilt
 from transformers.core_model_loading import revert_weight_conversion
 
 import data
+import decode
 import model
 import plan
 
@@ -674,3 +676,93 @@ def test_show_prints_the_text_and_the_counts_of_supervised_tokens(processor, fol
 def test_a_folder_without_a_model_is_refused_by_name(tmp_path):
     with pytest.raises(data.RowError, match="is not a model's folder: it has no config.json"):
         model.Processor(tmp_path)
+
+
+# --- InternVL on a Llama, as the 9B is
+
+
+def llama_folder(internvl: Path, out: Path) -> Path:
+    """The tiny InternVL with random weights and a Llama in its language model's place."""
+    from transformers import InternVLConfig, InternVLForConditionalGeneration
+
+    shutil.copytree(internvl, out)
+    config = json.loads((internvl / "config.json").read_text())
+    shared = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    shared += ("num_attention_heads", "num_key_value_heads", "initializer_range", "pad_token_id")
+    shared += ("bos_token_id", "eos_token_id", "max_position_embeddings")
+    text = {name: config["text_config"][name] for name in shared}
+    text["rope_parameters"] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    text |= {"model_type": "llama", "tie_word_embeddings": True}
+    torch.manual_seed(2)
+    config = InternVLConfig.from_dict(config | {"text_config": text})
+    InternVLForConditionalGeneration(config).save_pretrained(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def llama(folders, tmp_path_factory):
+    return llama_folder(folders["internvl"], tmp_path_factory.mktemp("llama") / "model")
+
+
+def test_a_llamas_tree_rows_have_the_logprobs_and_gradients_of_hugging_faces_own_rows(llama):
+    processor = model.Processor(llama, tiles=1)
+    policy, network = model.load_policy(llama), fresh(llama)
+    assert type(policy.language_model).__name__ == "LlamaModel"
+    pictures = [picture(56, 56, seed) for seed in range(2)]
+    prompt = prompt_of(processor, "What is it?", pictures)
+    answers = [processor.encode_response(text, 0) for text in (GOOD, POOR, "no")]
+    rows = [[prompt, *answers], [prompt_of(processor, "Why?", []), processor.encode_response(POOR)]]
+    batch = model.collate(rows, processor)
+    ours = policy(batch)
+    (-ours.sum()).backward()
+    wanted = torch.zeros_like(ours)
+    for b, row in enumerate(rows):
+        for path, _ in chains(row):
+            ids = row[0].ids + row[path[-1]].ids
+            inputs = extras(processor, torch.tensor([ids]), pictures if row[0].images else [])
+            theirs = network(input_ids=torch.tensor([ids]), **inputs).logits[0].log_softmax(-1)
+            said = theirs[:-1].gather(1, torch.tensor(ids[1:])[:, None])[len(row[0].ids) - 1 :, 0]
+            (-said.sum()).backward()
+            wanted[b, spans(row)[path[-1]]] = said.detach()
+    torch.testing.assert_close(ours.detach(), wanted, atol=1e-5, rtol=1e-5)
+    found, expected = gradients(policy.model), gradients(network)
+    assert any("language_model.layers.0.self_attn.q_proj" in name for name in found)
+    assert found.keys() == expected.keys()
+    for name in found:
+        worst = (found[name] - expected[name]).abs().max()
+        assert worst <= 1e-5 * max(1, expected[name].abs().max()), name
+
+
+def test_a_llama_without_branches_gets_no_mask(llama, monkeypatch):
+    """transformers would make one from the positions of a padded batch: (B, 1, T, T)."""
+    processor, seen, attend = model.Processor(llama, tiles=1), [], model.tree_attention
+
+    def watched(module, query, key, value, attention_mask, **given):
+        seen.append(attention_mask)
+        return attend(module, query, key, value, attention_mask, **given)
+
+    monkeypatch.setattr(model, "tree_attention", watched)
+    policy = model.load_policy(llama)
+    prompts = [prompt_of(processor, text, []) for text in ("Why?", "A b c d?")]
+    rows = [[prompt, processor.encode_response(GOOD)] for prompt in prompts]
+    policy(model.collate(rows, processor))
+    assert len(seen) == len(policy.language_model.layers) and all(mask is None for mask in seen)
+
+
+def test_a_llamas_greedy_branches_are_what_hugging_face_generates(llama, tmp_path):
+    folder = tilt(llama, tmp_path / "talking", {})
+    processor, policy = model.Processor(folder, tiles=1), model.load_policy(folder)
+    network = fresh(folder)
+    shown = [[picture(56, 56, seed) for seed in range(count)] for count in (0, 1, 2)]
+    prompts = [prompt_of(processor, "What now? " * (1 + len(films)), films) for films in shown]
+    draws = torch.zeros(len(prompts), 2, 16, dtype=torch.float64)
+    found = decode.decode_trees(policy, processor, prompts, draws, 0.0, 1.0)
+    banned = sorted(index for index in processor.special.values() if index != processor.stop_id)
+    for prompt, films, branches in zip(prompts, shown, found):
+        ids = torch.tensor([prompt.ids])
+        out = network.generate(
+            input_ids=ids, **extras(processor, ids, films), do_sample=False, max_new_tokens=16,
+            eos_token_id=processor.stop_id, pad_token_id=processor.stop_id, suppress_tokens=banned,
+        )  # fmt: skip
+        assert branches == [out[0, len(prompt.ids) :].tolist()] * 2
+    assert len({tuple(branches[0]) for branches in found}) == len(prompts)

@@ -320,11 +320,13 @@ def test_a_kill_after_the_last_step_costs_no_step_and_a_finished_run_is_left_alo
 
 @pytest.mark.parametrize("count, done", [(1, 3), (2, 6)])
 def test_a_reference_pass_that_was_killed_computes_only_the_rest_to_the_same_values(folders, images, tmp_path, count, done):
-    """The first rank dies in its fourth round. The file's last line is torn then, as where a machine stops."""
+    """The first rank dies in its fourth round, after the gate's forward. The file's last line is
+    torn then, as where a machine stops."""
     write_rows(images, tmp_path, 10)
     straight, killed = ([*command("dpo", tmp_path, folders["qwen"], name), "--epochs", "1"] for name in ("straight", "killed"))
     path, spec = tmp_path / "killed" / "reference.jsonl", {"pids": str(tmp_path)}
-    assert start(count, spec | {"mains": [straight, killed], "die": [0, "forward 4"]}, tmp_path, "first").wait(400) != 0
+    spoilt = spec | {"mains": [straight, killed], "die": [0, "forward 5"]}
+    assert start(count, spoilt, tmp_path, "first").wait(400) != 0
     whole = (tmp_path / "straight" / "reference.jsonl").read_bytes()
     assert path.read_bytes().splitlines() == whole.splitlines()[: 2 * done]
     with open(path, "ab") as file:

@@ -9,12 +9,15 @@ import pytest
 import torch
 from ranks_worker import demo, draw_images, gradients, plain_inputs
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText
+from test_model import llama_folder
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 import data
 import lora
 import model
+import rollout
 import sft
+import train
 from stage import fingerprint
 
 PLAIN = dict.fromkeys(data.SPAN_NAMES, 1.0)
@@ -209,12 +212,19 @@ GATE = [
     "supervised tokens decode to the responses",
     "image tokens equal image features",
     "LoRA trains the 21 linear maps of the language model and nothing else",  # seven in each of three layers
+    "the shortest row, N tokens, goes forward and backward",
 ]
+
+
+def gate_lines(said: str) -> list[str]:
+    """The gate's claims that hold, N for the length of a row."""
+    lines = [line.removeprefix("  gate: ok  ") for line in said.splitlines() if "gate:" in line]
+    return [re.sub(r"row, \d+ tokens", "row, N tokens", line) for line in lines]
 
 
 def test_a_run_prints_the_gate_line_by_line(folder, films, tmp_path, capsys):
     run(folder, films, tmp_path, [demo(0), demo(1, "film0.png")], "--epochs", "1")
-    assert [line.removeprefix("  gate: ok  ") for line in capsys.readouterr().out.splitlines() if "gate:" in line] == GATE
+    assert gate_lines(capsys.readouterr().out) == GATE
 
 
 def refused(claim: str, otherwise: str, folder, films, tmp_path, capsys, rows: list[dict]) -> None:
@@ -278,6 +288,110 @@ def test_the_gate_refuses_lora_on_other_than_the_language_models_linears(folder,
     refused(GATE[3], said, folder, films, tmp_path, capsys, [demo(0), demo(1)])
 
 
+def test_the_gate_runs_a_row_forward_and_backward_and_leaves_nothing_behind(
+    policy, processor, films, capsys
+):
+    (row,) = encode(processor, films, ["film0.png"])
+    policy.freeze_vision()
+    before = {name: p.detach().clone() for name, p in policy.named_parameters()}
+    drawn, calls = torch.get_rng_state(), []
+    policy.language_model.norm.weight.register_hook(calls.append)
+    sft.gate_step(policy, row, processor, torch.device("cpu"))
+    length = len(row[0].ids) + len(row[1].ids)
+    claim = f"the shortest row, {length} tokens, goes forward and backward"
+    assert capsys.readouterr().out == f"  gate: ok  {claim}\n"
+    assert len(calls) == 1 and calls[0].any()  # it was learnt from
+    assert all(p.grad is None for p in policy.parameters())
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert all(torch.equal(p, before[name]) for name, p in policy.named_parameters())
+
+
+@pytest.mark.parametrize("way", ["forward", "backward"])
+def test_the_gate_refuses_a_row_whose_log_p_or_gradient_is_not_finite(policy, processor, films, way):
+    rows = encode(processor, films)
+    weight = policy.language_model.layers[0].mlp.up_proj.weight
+    if way == "forward":
+        weight.data[0, 0] = float("nan")
+    else:  # as where a kernel's backward overflows
+        weight.register_hook(lambda slope: slope / 0.0)
+    said = "its -log p is nan" if way == "forward" else "1 gradients are not finite"
+    with pytest.raises(RuntimeError, match=f"goes forward and backward: not so; .*{said}"):
+        sft.gate_step(policy, rows[0], processor, torch.device("cpu"))
+    assert all(p.grad is None for p in policy.parameters())
+
+
+def test_a_run_closes_with_what_it_was_trained_on_and_what_comes_next(
+    folder, films, tmp_path, capsys
+):
+    rows = [demo(index) for index in range(6)][::-1]  # the shortest is not the first
+    lengths = [len(encode_text(folder, row["messages"][-1]["content"])) + 1 for row in rows]
+    prompts = [model.Processor(folder).encode_prompt(row["messages"][:-1], []).ids for row in rows]
+    whole = [len(prompt) + length for prompt, length in zip(prompts, lengths)]
+    kept = sorted(length for length, size in zip(lengths, whole) if size < max(whole))
+    assert len(kept) == 5
+    run(folder, films, tmp_path, rows, "--epochs", "2", "--max-length", str(max(whole) - 1))
+    figures = json.loads((tmp_path / "out" / "stage.json").read_text())["figures"]
+    metrics = data.read_metrics(tmp_path / "out")
+    assert figures["response_tokens"] == {"median": kept[2], "p99": kept[-1], "longest": kept[-1]}
+    assert sum(figures["span_tokens"].values()) == sum(kept)
+    said = capsys.readouterr().out
+    assert f"gate: ok  the shortest row, {min(whole)} tokens, goes" in said
+    lines = said.partition("\nStage I is finished: ")[2].splitlines()
+    merged = str(tmp_path / "out" / "merged")
+    assert lines[0] == merged and all(len(line) < 300 for line in lines)
+    found = {line[:14].strip(): line[14:] for line in lines[1:]}
+    assert found["examples"] == "5 trained on, 1 too long"
+    spans = figures["span_tokens"]
+    told = [f"{name} {spans[name]}" for name in ("think", "answer", "tag")]
+    assert found["tokens"] == ", ".join(told)
+    for name in ("loss", *spans):
+        assert f"{name} {metrics[0][name]:.3f} -> {metrics[-1][name]:.3f}" in found["loss"]
+    told = f"median {kept[2]} tokens, 99 % up to {kept[-1]}, longest {kept[-1]}:"
+    assert found["responses"].startswith(told)
+    spent, tokens = sum(row["seconds"] for row in metrics), 2 * (sum(whole) - max(whole))
+    rate = tokens / max(spent, 1e-3)
+    assert found["training"] == f"2 steps in {train.clock(spent)}, {rate:,.0f} tokens/s"
+    assert found["next"].startswith(f"python rollout.py --engine hf:{merged} ")
+
+
+def encode_text(folder, text: str) -> list[int]:
+    return AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False)["input_ids"]
+
+
+def test_rollouts_with_less_room_than_the_demonstrations_took_are_warned_of(
+    folders, films, tmp_path, capsys
+):
+    run(folders["qwen"], films, tmp_path, [demo(index) for index in range(5)], "--epochs", "1")
+    record = json.loads((tmp_path / "out" / "stage.json").read_text())
+    longest = record["figures"]["response_tokens"]["longest"]
+    question = data.Question("Which one?", {"A": "CT", "B": "MRI"}, "B", id="q")
+    data.write_jsonl(tmp_path / "questions.jsonl", [question.to_row()])
+    words = ["--engine", f"hf:{tmp_path / 'out' / 'merged'}", "--pixels", str(56 * 56)]
+    words += ["--questions", str(tmp_path / "questions.jsonl"), "-n", "2"]
+    capsys.readouterr()
+    for room in (longest - 1, longest):
+        rollout.main([*words, "--max-tokens", str(room), "--out", str(tmp_path / str(room))])
+        said = capsys.readouterr().out
+        warned = f"--max-tokens {room} is below what" in said and f"up to {longest} tokens" in said
+        assert warned == (room < longest)
+        rows = data.read_rows(tmp_path / str(room) / "rollouts.jsonl", "rollouts")
+        cut = [row["finish_reason"] for row in rows].count("length")
+        assert (f"{cut / 2:.0%} of the answers were cut off" in said) == (cut > 0)
+
+
+def test_an_internvl_on_a_llama_goes_through_stage_one(folders, films, tmp_path, capsys):
+    llama = llama_folder(folders["internvl"], tmp_path / "llama")
+    rows = [demo(index, "film0.png" if index % 2 else None) for index in range(4)]
+    merged = run(llama, films, tmp_path, rows, "--epochs", "2", "--lr", "1e-3", "--pack", "200")
+    base = load_file(llama / "model.safetensors")
+    assert gate_lines(capsys.readouterr().out) == [GATE[0].replace("2", "4"), *GATE[1:]]
+    assert merged.keys() == base.keys()
+    moved = {name for name in base if not torch.equal(merged[name], base[name])}
+    assert len(moved) == 21 and all(name.endswith("_proj.weight") for name in moved)
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "out" / "merged")
+    assert type(again.model.language_model).__name__ == "LlamaModel"
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # The command
 
@@ -314,7 +428,9 @@ def test_the_merged_model_is_base_plus_adapter_and_loads_in_transformers(folder,
     share = changed / sum(wanted[n].numel() for n in wanted if not torch.equal(wanted[n], base[n]))
     assert stage["figures"].pop("weights_changed") == pytest.approx(share, abs=1e-3) and share > 0.5
     assert stage["figures"].pop("rounding_lost") == 0  # an fp32 base is saved in fp32
-    assert stage["figures"] == {"rows": 6, "dropped": 0, "steps": 4, "first_loss": metrics[0]["loss"], "last_loss": metrics[-1]["loss"]}
+    assert stage["figures"].pop("response_tokens") and stage["figures"].pop("span_tokens")
+    losses = {"first_loss": metrics[0]["loss"], "last_loss": metrics[-1]["loss"]}
+    assert stage["figures"] == {"rows": 6, "dropped": 0, "steps": 4, **losses}
     assert stage["settings"]["alpha"] == 12 and stage["inputs"][str(tmp_path / "demos.jsonl")] == data.file_hash(tmp_path / "demos.jsonl")
     assert stage["outputs"] == {"merged": fingerprint(out / "merged")} and not (out / "state").exists()
 

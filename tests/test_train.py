@@ -6,8 +6,10 @@ import os
 import random
 import shutil
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -195,6 +197,68 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_does_harm(tmp_path, b
     assert_bits(weights_of(toy), before)
     assert not torch.equal(before["inner.0.weight"], Toy().inner[0].weight)  # two good steps were taken
     assert [row["step"] for row in data.read_metrics(tmp_path)] == [0, 1]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What a step says
+
+
+def lines_of(capsys) -> list[str]:
+    return [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+
+
+def test_a_steps_line_tells_its_rate_and_what_is_left_of_this_run(tmp_path, capsys, monkeypatch):
+    """Six steps by a clock that gains ten seconds whenever it is read: once at the beginning, and
+    at the beginning and the end of each step."""
+    lengths = [100 + 7 * index for index in range(10)]
+
+    def timed(out: str, **changes) -> list[str]:
+        ticks = iter(range(0, 10_000, 10))
+        monkeypatch.setattr(train, "time", SimpleNamespace(time=lambda: next(ticks)))
+        toy_fit(Toy(), tmp_path / out, print_every=1, lengths=lengths, **changes)
+        return lines_of(capsys)
+
+    lines = timed("whole", save_every=1)
+    for step, line in enumerate(lines):
+        tokens = sum(lengths[index] for index in train.global_batch(10, 4, 3, step))
+        assert f" | {tokens / 10:7,.0f} tokens/s | " in line and " |  10.00 s | " in line
+        assert line.endswith(f"left 0:{20 * (5 - step) // 60:02}:{20 * (5 - step) % 60:02}")
+    assert len(lines) == 6 and len(set(map(len, lines))) == 1  # column under column
+    assert timed("whole", save_every=1) == []  # goes on after the last step
+
+    class Wait(Exception):
+        pass
+
+    def dies(index: int):
+        if (tmp_path / "killed" / "state" / "step_000004").exists():
+            raise Wait
+        return toy_rows(10)[index]
+
+    with pytest.raises(Wait):
+        timed("killed", save_every=1, encode=dies)
+    capsys.readouterr()
+    resumed = timed("killed", save_every=1)
+    assert [line[-7:] for line in resumed] == ["0:00:20", "0:00:00"]  # by its own two steps
+
+
+def test_the_metrics_are_the_same_whether_a_line_tells_a_rate_or_not(tmp_path):
+    plain = toy_fit(Toy(), tmp_path / "plain")
+    told = toy_fit(Toy(), tmp_path / "told", lengths=[5] * 10)
+    assert untimed(plain) == untimed(told) and plain[0].keys() == told[0].keys()
+
+
+def test_small_and_large_figures_stand_in_one_column():
+    shown = {0.61237: " 0.612", -9.8765: "-9.877", -104.25: "-104.2", -2345.6: " -2346"}
+    assert {value: train.figure(value) for value in shown} == shown
+    shown = {0.4: "0:00:00", 59.6: "0:01:00", 3725: "1:02:05", 360000: "100:00:00"}
+    assert {seconds: train.clock(seconds) for seconds in shown} == shown
+
+
+def test_a_bar_in_a_log_file_is_not_written_over_and_over(capsys):
+    for _ in train.bar(range(300), "waiting", "row"):
+        time.sleep(0.002)  # 0.6 s: a terminal gets about six states
+    said = capsys.readouterr().err
+    assert "waiting: 100%" in said and said.count("\r") <= 2
 
 
 # ---------------------------------------------------------------------------------------------------------------
