@@ -16,13 +16,9 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import data
-
-if TYPE_CHECKING:
-    from asking import Ask
 
 LETTERS = 3  # ours: of a token, for an upper bound; English has about four
 PATCH = 28  # pixels of the side of an image token, as Qwen2.5-VL counts; others bill about as much
@@ -40,9 +36,9 @@ class Cost:
 
 
 def cost(
-    role: str, spec: str, asks: "Iterable[Ask]", attempts: int, longest: int, pixels: int
+    role: str, spec: str, asks: Iterable, attempts: int, longest: int, pixels: int
 ) -> Cost:
-    """Of asks whose every sample may take so many attempts and end in so many tokens."""
+    """Of asks (asking.Ask) whose every sample may take so many attempts, and end in so many tokens."""
     requests = tokens = images = 0
     for ask in asks:
         times = len(ask.samples) * attempts
