@@ -14,7 +14,7 @@ import argparse
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Protocol
@@ -27,7 +27,6 @@ import flags
 import stage
 
 ATTEMPTS = 3  # ours: paper silent; how often a verdict or a label is asked for until it can be read
-ROOM = 4096  # ours: paper silent; tokens for one, with room for an engine that thinks before its JSON
 
 
 @dataclass(frozen=True)
@@ -312,6 +311,15 @@ def read_verdict(reply: dict, keys: Sequence[str]) -> tuple[dict[str, bool] | No
         return None, str(reason)
 
 
+# ours: paper silent; of a verdict or a label, with room for an engine that thinks before its JSON
+LABELLING = Sampling(temperature=0.0, top_p=1.0, max_tokens=4096)
+
+
+def label_cost(role: str, spec: str, asks: Iterable[Ask], args: argparse.Namespace) -> bill.Cost:
+    """What asking for verdicts or labels may cost at most."""
+    return bill.cost(role, spec, asks, attempts_of(spec, LABELLING), LABELLING.max_tokens, args.pixels)
+
+
 def ask_yes_no(engine: Engine, asks: list[Ask], keys: Sequence[str], role: str, args: argparse.Namespace) -> dict[str, dict]:
     """{ask id: its last reply, as a row, for read_verdict}. What cannot be read is asked again, under the next sample's
     number, up to attempts_of times in all. Asks of one id are one."""
@@ -319,7 +327,7 @@ def ask_yes_no(engine: Engine, asks: list[Ask], keys: Sequence[str], role: str, 
     def to_row(reply: Reply) -> dict:
         return {"id": reply.id, "sample": reply.sample, "raw": reply.text, "finish_reason": reply.finish_reason}
 
-    sampling = Sampling(0.0, 1.0, ROOM, args.seed)
+    sampling = replace(LABELLING, seed=args.seed)
     path = replies_file(args, role, engine.spec, sampling)
     said = ask_until(engine, asks, attempts_of(engine.spec, sampling), lambda row: read_verdict(row, keys)[0] is not None, sampling, path, to_row, f"{role}, {engine.spec}")
     return {key: rows[-1] for key, rows in said.items()}

@@ -38,7 +38,7 @@ class Cost:
 def cost(
     role: str, spec: str, asks: Iterable, attempts: int, longest: int, pixels: int
 ) -> Cost:
-    """Of asks (asking.Ask) whose every sample may take so many attempts, and end in so many tokens."""
+    """Of asks (asking.Ask), each sample of which may take so many attempts of so many tokens."""
     requests = tokens = images = 0
     for ask in asks:
         times = len(ask.samples) * attempts

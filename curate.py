@@ -35,14 +35,18 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import bill
 import data
 import flags
 import leaks
 import stage
-from asking import ROOM, SPEED, Ask, Sampling, add_flags, ask_until, attempts_of, checkpoint, identity, image_paths, question_asks, read_object, replies_file, reply_row, setup_of
+from asking import (
+    LABELLING, SPEED, Ask, Sampling, add_flags, ask_until, attempts_of, checkpoint, identity,
+    image_paths, question_asks, read_object, replies_file, reply_row, setup_of,
+)  # fmt: skip
 from descriptions import EDIT_PROMPT, edit_fault, edited, read_edit, read_reviewed, settled, write_review
 from engines import Replicas, open_engine
 
@@ -148,7 +152,7 @@ def demands(step: str, questions: list[data.Question], args: argparse.Namespace)
         return []
     text_of = data.question_text if step == "type" else lambda question: question.question
     asks = [Ask(q.id, [{"role": "user", "content": prompt % text_of(q)}], image_paths(q, root), (0,)) for q in questions if q.images]
-    sampling = Sampling(0.0, 1.0, ROOM, args.seed)
+    sampling = replace(LABELLING, seed=args.seed)
     return [Demand(step, spec, asks, attempts_of(spec, sampling), sampling)]
 
 
@@ -281,11 +285,14 @@ def run(args: argparse.Namespace) -> None:
     bank = leaks.read_bank(args.questions)
     check_early(bank, args)
     if args.dry_run:
-        return estimate(bank, args)
+        leaks_found = leak(bank, args) if "leak" in args.steps else {}
+        left = [question for question in bank if question.id not in leaks_found]
+        return bill.announce(costs(left, args), may_leave=True)
     specs = dict.fromkeys(demand.spec for step in args.steps for demand in demands(step, bank, args))
     inputs = [*args.questions, *args.against, *filter(None, [args.reviewed, *map(checkpoint, specs)])]
     if not stage.open_folder(args, inputs, SPEED, data.image_files(args.images, map(vars, bank))):
         return
+    bill.announce(costs(bank, args), args.images_may_leave)
     left, rejected, after = bank, {}, {"bank" if len(args.steps) > 1 else "given": bank}
     waiting: list[data.Question] = []
     for step in args.steps:
@@ -338,19 +345,13 @@ def check_early(bank: list[data.Question], args: argparse.Namespace) -> None:
             raise data.RowError(f"{spec}: {folder} is no model's folder: it has no config.json")
 
 
-def estimate(bank: list[data.Question], args: argparse.Namespace) -> None:
-    """What the steps may ask at most: as if no question were dropped after the leak check, and no attempt were spared."""
-    leaks = leak(bank, args) if "leak" in args.steps else {}
-    left, totals = [question for question in bank if question.id not in leaks], Counter()
-    print(f"at most, for {len(left)} questions:\n  {'step':<12} {'requests':>10} {'tokens in':>14} {'tokens out':>14}   engine")
-    for step in args.steps:
-        for demand in demands(step, left, args):
-            asked = sum(sum(len(turn["content"]) for turn in ask.messages) / 3 + len(ask.images) * args.pixels / 28**2 for ask in demand.asks)
-            row = {"requests": len(demand.asks) * demand.attempts, "in": int(asked * demand.attempts), "out": len(demand.asks) * demand.attempts * demand.sampling.max_tokens}
-            totals.update(row)
-            print(f"  {step:<12} {row['requests']:>10,} {row['in']:>14,} {row['out']:>14,}   {demand.spec}")
-    print(f"  {'all':<12} {totals['requests']:>10,} {totals['in']:>14,} {totals['out']:>14,}")
-    print("not counted: requests repeated after an error of the server, or with more room (twice, four, eight times the tokens out) where thinking left none for an answer")
+def costs(bank: list[data.Question], args: argparse.Namespace) -> list[bill.Cost]:
+    """What the steps may ask at most: as if no question were dropped, and no attempt were spared."""
+    wanted = [demand for step in args.steps for demand in demands(step, bank, args)]
+    return [
+        bill.cost(d.role, d.spec, d.asks, d.attempts, d.sampling.max_tokens, args.pixels)
+        for d in wanted
+    ]  # fmt: skip
 
 
 def count(left: list[data.Question]) -> dict:

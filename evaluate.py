@@ -19,8 +19,8 @@ Where we depart from the paper, or it is silent:
   1. T = 0.5 is the paper's for majority vote and pass@n; its main tables name no decoding. Ours: the same samples serve
      all figures, so MV@1 = pass@1 = accuracy.
   2. For n below N, MV@n is a mean over seeded subsets (the paper may have used the first n).
-  3. With --judge every chain on an image question is judged, right or wrong, so that a stage cannot look better by
-     answering less.
+  3. With --judge one chain of every image question is judged (--judge-samples), right or wrong, so
+     that a stage cannot look better by answering less; by the seed the same one at every stage.
   4. --prompt paper is Appendix A's system prompt for whatever model is asked; official is the benchmark's own prompt; bare
      is the question alone, for models that reason unasked.
   5. --open-ended takes the options away (Fig. 8) and has an engine say which answers mean the reference.
@@ -34,6 +34,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import bill
 import cases
 import data
 import figures
@@ -42,9 +43,12 @@ import official
 import score
 import stage
 import tables
-from asking import SPEED, Ask, Sampling, add_flags, ask_all, ask_yes_no, checkpoint, identity, image_paths, prompt_ask, question_asks, read_verdict, replies_file, reply_row, setup_of
+from asking import (
+    SPEED, Ask, Sampling, add_flags, ask_all, ask_yes_no, checkpoint, identity, image_paths,
+    label_cost, prompt_ask, question_asks, read_verdict, replies_file, reply_row, setup_of,
+)  # fmt: skip
 from engines import Replicas, open_engine
-from judge import CRITERIA, judge_all, print_report, read_report
+from judge import CRITERIA, judge_all, judge_ask, print_report, read_report
 
 # ours: paper silent
 GRADE_PROMPT = """A medical question was answered freely. Does the answer mean the same as the reference answer? Other words and more detail are fine; another finding, drug, disease or amount is not.
@@ -160,6 +164,32 @@ def make_results(entries: list[dict]) -> dict:
     }
 
 
+def judged_samples(by_id: dict[str, data.Question], args: argparse.Namespace) -> set[tuple[str, int]]:
+    """(id, sample) of the chains that the judge is to see, --judge-samples of each image question,
+    drawn by the seed alone, so that every run over these questions has the same."""
+    count, n = args.judge_samples or args.n[0], args.n[0]
+    chosen = set()
+    for key, question in by_id.items():
+        if question.images:
+            rng = random.Random(data.sample_seed(args.seed, key, n))
+            chosen |= {(key, sample) for sample in rng.sample(range(n), min(count, n))}
+    return chosen
+
+
+def costs(by_id: dict[str, data.Question], asks: dict[str, Ask], args: argparse.Namespace) -> list[bill.Cost]:
+    """What the engine, the grader and the judge may be asked at most."""
+    longest = "x" * (bill.LETTERS * args.max_tokens)  # a chain, as long as it may be
+    found = [bill.cost("evaluate", args.engine, asks.values(), 1, args.max_tokens, args.pixels)]
+    if args.open_ended:
+        graded = [replace(prompt_ask(ask.id, longest, []), samples=ask.samples) for ask in asks.values()]
+        found.append(label_cost("grader", args.open_ended, graded, args))
+    if args.judge:
+        chains = [{"id": key, "response": longest} for key, _ in judged_samples(by_id, args)]
+        shown = [judge_ask(by_id[row["id"]], row, Path(args.images)) for row in chains]
+        found.append(label_cost("judge", args.judge, shown, args))
+    return found
+
+
 def write_results(path: Path, results: dict) -> None:
     """results.json with its figures laid out to be read and its entries one a line."""
     figures_text = json.dumps({key: value for key, value in results.items() if key != "entries"}, indent=1, ensure_ascii=False)
@@ -181,6 +211,7 @@ def run(args: argparse.Namespace) -> None:
     if args.open_ended:
         by_id = {key: question.opened() for key, question in by_id.items()}
     asks = {key: make_ask(question, args.prompt, image_root, args.n[0 if question.images else -1]) for key, question in by_id.items()}
+    bill.announce(costs(by_id, asks, args), args.images_may_leave)
     sampling = Sampling(args.temperature, args.top_p, args.max_tokens, args.seed)
     path = replies_file(args, "evaluate", args.engine, sampling)
     # each before it is asked: its folder may be trained anew in the meantime
@@ -207,7 +238,9 @@ def run(args: argparse.Namespace) -> None:
     if args.judge:
         answers[args.judge] = identity(args.judge)
         judge = open_engine(args.judge, setup_of(args))
-        chains = [row for row in rows if by_id[row["id"]].images and row["response"].strip()]  # there is nothing to judge in no answer
+        # there is nothing to judge in no answer
+        chosen = judged_samples(by_id, args)
+        chains = [row for row in rows if (row["id"], row["sample"]) in chosen and row["response"].strip()]
         verdicts = judge_all(judge, chains, by_id, args)
         data.write_jsonl(out / "verdicts.jsonl", verdicts)
         criteria = {(row["id"], row["sample"]): row["criteria"] for row in verdicts}
@@ -420,7 +453,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     one.add_argument("--max-tokens", type=flags.TOKENS, default=8192)  # ours: paper silent
     one.add_argument("--prompt", choices=["paper", "official", "bare"], default="paper", help="whose prompt")
     one.add_argument("--open-ended", default="", metavar="GRADER", help="without options; this engine says which answers mean the reference")
-    one.add_argument("--judge", default="", help="engine spec; judges every chain on an image question")
+    one.add_argument("--judge", default="", help="engine spec; judges chains on image questions")
+    one.add_argument(
+        "--judge-samples", type=flags.whole(0), default=1,  # ours: paper silent
+        help="chains of each image question that are judged; 0: all",
+    )  # fmt: skip
     add_flags(one)
     one.add_argument("--seed", type=flags.SEED, default=0)
     one.set_defaults(act=run)

@@ -42,10 +42,14 @@ from pathlib import Path
 
 import numpy as np
 
+import bill
 import data
 import flags
 import stage
-from asking import SPEED, Ask, Engine, add_flags, ask_yes_no, checkpoint, identity, image_paths, prompt_ask, read_verdict, setup_of
+from asking import (
+    SPEED, Ask, Engine, add_flags, ask_yes_no, checkpoint, identity, image_paths, label_cost,
+    prompt_ask, read_verdict, setup_of,
+)  # fmt: skip
 from descriptions import read_sheet, write_sheet
 from engines import open_engine
 from rollout import cut_off
@@ -114,6 +118,14 @@ def judge_all(engine: Engine, rollouts: list[dict], questions: dict[str, data.Qu
     return [verdict_row(row, engine.spec, said[ask.id]) for row, ask in zip(rollouts, asks)]
 
 
+def cost(
+    rollouts: list[dict], questions: dict[str, data.Question], args: argparse.Namespace
+) -> bill.Cost:
+    """What judging these rollouts may cost at most."""
+    asks = (judge_ask(questions[row["id"]], row, Path(args.images)) for row in rollouts)
+    return label_cost("judge", args.judge, asks, args)
+
+
 def right_by_rule(rollouts: list[dict], questions: dict[str, data.Question]) -> list[dict]:
     """The rollouts that were finished and whose answer is right."""
     return [row for row in rollouts if row["finish_reason"] == "stop" and data.is_correct(row["response"], questions[row["id"]])]
@@ -138,6 +150,7 @@ def verdicts(args: argparse.Namespace) -> None:
     rollouts = read_rollouts(args.rollouts, questions)
     right = right_by_rule(rollouts, questions)
     print(f"{len(rollouts)} candidates, {len(right)} right by rule: those go to {args.judge}")
+    bill.announce([cost(right, questions, args)], args.images_may_leave)
     answers = identity(args.judge)  # before it is asked: its folder may be trained anew
     engine = open_engine(args.judge, setup_of(args))
     rows = judge_all(engine, right, questions, args)

@@ -18,11 +18,14 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import bill
 import data
 import flags
 import stage
-from asking import SPEED, Reply, Sampling, add_flags, ask_all, checkpoint, identity
-from asking import question_asks, replies_file, reply_row, setup_of
+from asking import (
+    SPEED, Ask, Reply, Sampling, add_flags, ask_all, checkpoint, identity, question_asks,
+    replies_file, reply_row, setup_of,
+)  # fmt: skip
 from engines import open_engine
 
 
@@ -73,6 +76,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def costs(asks: list[Ask], args: argparse.Namespace) -> list[bill.Cost]:
+    """What the engine may be asked at most."""
+    return [bill.cost("rollout", args.engine, asks, 1, args.max_tokens, args.pixels)]
+
+
 def main(argv: list[str] | None = None) -> None:
     args, started = parse(argv), time.time()
     path = Path(args.out) / "rollouts.jsonl"
@@ -80,6 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     inputs = [args.questions, *filter(None, [checkpoint(args.engine)])]
     if not stage.open_folder(args, inputs, SPEED, (image for ask in asks for image in ask.images)):
         return
+    bill.announce(costs(asks, args), args.images_may_leave)
     sampling = Sampling(args.temperature, args.top_p, args.max_tokens, args.seed)
     replies = replies_file(args, "rollout", args.engine, sampling)
     if said := too_short(args.engine, args.max_tokens):

@@ -809,21 +809,30 @@ def test_dry_run_tells_what_may_be_asked_at_most_and_asks_nothing(tmp_path, film
     curate.main(["all", "--questions", str(write(tmp_path / "bank.jsonl", bank)), "--out", str(tmp_path / "out"), *engines, *flags])
     assert not (tmp_path / "out").exists()
     *lines, note = capsys.readouterr().out.replace(",", "").splitlines()[2:]
-    assert note.startswith("not counted: requests repeated") and "more room" in note
+    assert note.startswith("  plus what is asked again after a failure")
     rows = [line.split() for line in lines]
     prompt = len(data.SYSTEM_PROMPT) + 100 + len(data.question_text(bank[0]).removeprefix(bank[0].question))
-    both = 2 * prompt / 3 + 100  # two images of 50 tokens
-    assert [row[:2] + row[3:] for row in rows] == [
-        ["difficulty", "2", "2000", "http://nowhere/v1#a"], ["difficulty", "2", "2000", "http://nowhere/v1#b"],
-        ["type", "3", str(3 * 4096), "gemini:g"],
-        ["describe", "3", str(3 * 4096), "http://nowhere/v1#e"],
-        ["solvable", "8", "8000", "gemini:g"], ["solvable", "4", "4000", "http://nowhere/v1#r"],
-        ["all", "22", str(16000 + 6 * 4096)],
-    ]  # fmt: skip
-    label = (len(curate.TYPE_PROMPT) - 2 + len(data.question_text(bank[1]))) / 3 + 100
-    cut = (len(curate.EDIT_PROMPT) - 2 + 100) / 3 + 100
-    assert [int(row[2]) for row in rows[:-1]] == [int(both), int(both), int(3 * label), int(3 * cut), int(4 * both), int(4 * prompt / 3)]
-    assert int(rows[-1][2]) == sum(int(row[2]) for row in rows[:-1])
+    text, image = prompt // 3, prompt // 3 + 100  # two images of 50 tokens
+    label = (len(curate.TYPE_PROMPT) - 2 + len(data.question_text(bank[1]))) // 3 + 100
+    cut = (len(curate.EDIT_PROMPT) - 2 + 100) // 3 + 100
+    google = "generativelanguage.googleapis.com"
+    assert rows == [
+        ["baseline", "http://nowhere/v1#a", "2", str(text + image), "2000", "nowhere"],
+        ["baseline", "http://nowhere/v1#b", "2", str(text + image), "2000", "nowhere"],
+        ["type", "gemini:g", "3", str(3 * label), str(3 * 4096), google],
+        ["describe", "http://nowhere/v1#e", "3", str(3 * cut), str(3 * 4096), "nowhere"],
+        ["expert", "gemini:g", "8", str(4 * (text + image)), "8000", google],
+        ["expert", "http://nowhere/v1#r", "4", str(4 * text), "4000", "-"],
+        ["all", "22", str(6 * (text + image) + 3 * label + 3 * cut + 4 * text), str(16000 + 6 * 4096)],
+    ]
+
+
+def test_images_leave_the_machine_only_with_leave_and_nothing_is_asked_before(tmp_path, films):
+    bank = write(tmp_path / "bank.jsonl", [q("x", "image", images=("1.png",)), q("y", "text")])
+    words = ["all", "--questions", str(bank), "--images", str(films), "--out", str(tmp_path / "out")]
+    with pytest.raises(data.RowError, match="images would be sent to nowhere.*--images-may-leave"):
+        curate.main([*words, "--baselines", "http://nowhere/v1#a"])
+    assert not (tmp_path / "replies").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------
