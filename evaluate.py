@@ -31,6 +31,7 @@ import json
 import random
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -226,13 +227,18 @@ def run(args: argparse.Namespace) -> None:
 
 
 def print_results(results: dict) -> None:
-    for kind, found in [*results["groups"].items(), *((name, part["figures"]) for name, part in results["benchmarks"].items())]:
+    benchmarks = {name: part["figures"] for name, part in results["benchmarks"].items()}
+    for kind, found in [*results["groups"].items(), *benchmarks.items()]:
         (mean, low, high), n = found["accuracy"], str(found["samples"])
-        more = f", MV@{n} {found['majority'][n][0]:.3f}, pass@{n} {found['pass'][n][0]:.3f}" if found["samples"] > 1 else ""
-        print(
-            f"{results['name']}: {kind} accuracy {mean:.3f} ({low:.3f} … {high:.3f}) on {found['questions']} questions x {found['samples']}{more}, "
-            f"unparsed {found['unparsed']:.3f}, of which cut off {found['cut_off']:.3f}, over long {found['over_long']:.3f}, unanswered {found['unanswered']:.3f}" + (f"; by the benchmark's own rule {found['official'][0]:.3f}" if "official" in found else "")
-        )  # fmt: skip
+        told = f"{results['name']}: {kind} accuracy {mean:.3f} ({low:.3f} … {high:.3f})"
+        told += f" on {found['questions']} questions x {found['samples']}"
+        if found["samples"] > 1:
+            told += f", MV@{n} {found['majority'][n][0]:.3f}, pass@{n} {found['pass'][n][0]:.3f}"
+        told += f"; of all answers: unparsed {found['unparsed']:.3f} (cut off {found['cut_off']:.3f}"
+        told += f", over long {found['over_long']:.3f}, unanswered {found['unanswered']:.3f})"
+        if "official" in found:
+            told += f"; by the benchmark's own rule {found['official'][0]:.3f}"
+        print(told)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -240,37 +246,76 @@ def print_results(results: dict) -> None:
 
 
 def read_results(folders: list[str]) -> list[dict]:
-    """With all figures. Raises RowError for a folder that `run` did not finish, or an older version wrote."""
-    return [score.read_results(folder, {"name": str, "groups": dict, "benchmarks": dict, "subsets": dict, "entries": list}) for folder in folders]
+    """With all figures. Raises RowError for a folder that `run` did not finish, or an older version
+    wrote."""
+    wanted = {"name": str, "groups": dict, "benchmarks": dict, "subsets": dict, "entries": list}
+    return [score.read_results(folder, wanted) for folder in folders]
+
+
+COMPARED = {  # a column of differences, each with its 95 % interval -> its key in score.compare
+    "difference in accuracy, 95 % interval": "difference",
+    "by the benchmark's own rule": "official_difference",
+    "in the share of readable answers": "readable_difference",
+    "by majority vote": "vote_difference",
+}
+COUNTED = ("only the first's vote is right", "only the second's", "McNemar's p")
+
+
+def compared(first: dict, second: dict, notes: list[str]) -> Iterator[list[str]]:
+    """A row for each benchmark and kind of question that both runs were asked; what only one was
+    asked goes to `notes`. Raises RowError for a benchmark of which they were asked other questions."""
+    names = f"{first['name']} and {second['name']}"
+    parts = [by_source_and_kind(result["entries"]) for result in (first, second)]
+    both = [key for key in parts[0] if key in parts[1]]
+    if not both:
+        asked = " and ".join(", ".join(part) for part in parts)
+        raise data.RowError(f"{names}: no benchmark in common; {asked}")
+    if alone := [key for key in {**parts[0], **parts[1]} if key not in both]:
+        notes.append(f"* not compared, since only one of {names} was asked: {', '.join(alone)}")
+    for key in both:
+        try:
+            found = score.compare(parts[0][key], parts[1][key])
+        except data.RowError as error:
+            how = "--shared compares those that both have"
+            raise data.RowError(f"{names}, {key}: {error}; {how}") from None
+        row = [f"{key} ({found['questions']})", f"{first['name']} → {second['name']}"]
+        for name in COMPARED.values():
+            told = name in found
+            row.append("{:+.3f} ({:+.3f} … {:+.3f})".format(*found[name]) if told else "–")
+        yield [*row, str(found["only_first"]), str(found["only_second"]), f"{found['p']:.2g}"]
 
 
 def compare(args: argparse.Namespace) -> None:
     """Each run against the one before it."""
     if len(args.results) < 2:
-        raise data.RowError(f"--results {' '.join(args.results)}: one run has nothing to be compared with; give two or more")
+        given = f"--results {' '.join(args.results)}"
+        raise data.RowError(f"{given}: one run has nothing to be compared with; give two or more")
     results = read_results(args.results)
-    lines = [
-        "| questions | first → second | difference in accuracy, 95 % interval | difference by majority vote | only the first's vote is right | only the second's | McNemar's p |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for first, second in zip(results, results[1:]):
-        parts = [by_source_and_kind(result["entries"]) for result in (first, second)]
-        shared = [key for key in parts[0] if key in parts[1]]
-        if not shared:
-            raise data.RowError(f"{first['name']} and {second['name']}: no benchmark in common; {', '.join(parts[0])} and {', '.join(parts[1])}")
-        if alone := [key for key in {**parts[0], **parts[1]} if key not in shared]:
-            print(f"not compared, since only one of {first['name']} and {second['name']} was asked: {', '.join(alone)}")
-        for key in shared:
-            found = score.compare(parts[0][key], parts[1][key])
-            differences = ("{:+.3f} ({:+.3f} … {:+.3f})".format(*found[name]) for name in ("difference", "vote_difference"))
-            lines.append(
-                f"| {key} ({found['questions']}) | {first['name']} → {second['name']} | {' | '.join(differences)} "
-                f"| {found['only_first']} | {found['only_second']} | {found['p']:.2g} |"
-            )  # fmt: skip
-    print("\n".join(lines))
+    rows, notes = [["questions", "first → second", *COMPARED, *COUNTED]], []
+    for runs in zip(results, results[1:]):
+        if args.shared:
+            runs = only_shared(*runs, notes)
+        rows += compared(*runs, notes)
+    text = "\n".join([tables.markdown(rows), *([""] if notes else []), *notes])
+    print(text)
     if args.out:
         read = [Path(folder) / "results.json" for folder in args.results]
-        stage.new_file(args.out, "\n".join(lines) + "\n", read)
+        stage.new_file(args.out, text + "\n", read)
+
+
+def only_shared(first: dict, second: dict, notes: list[str]) -> list[dict]:
+    """Two results with the entries of the questions that both have; `notes` say how many others
+    there were. Raises RowError where there is none."""
+    pairs = score.shared(first["entries"], second["entries"])
+    if not pairs:
+        raise data.RowError(f"{first['name']} and {second['name']}: --shared: no question in common")
+    kept = [{**run, "entries": list(part)} for run, part in zip((first, second), zip(*pairs))]
+    left = [
+        f"{len(run['entries']) - len(pairs)} of {run['name']}'s {len(run['entries'])}"
+        for run in (first, second)
+    ]
+    notes.append(f"* {len(pairs)} questions are in both runs; left out: {' and '.join(left)}.")
+    return kept
 
 
 def draw(args: argparse.Namespace) -> None:
@@ -426,9 +471,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     one.set_defaults(act=run)
     pair = commands.add_parser("compare", help="each run against the one before it, on the same questions")
     pair.add_argument("--results", nargs="+", required=True, help="folders of `run`")
+    pair.add_argument("--shared", action="store_true", help="only the questions that both runs have")
     pair.add_argument("--out", default="", help="Markdown file to write")
     pair.set_defaults(act=compare)
-    pages = (("table", tables.paper_tables, "our rows under the paper's Tables 1 and 2"), ("plot", figures.plot_paper, "the paper's Figures 4, 5 and 6, and accuracy by modality"))
+    pages = (
+        ("table", tables.paper_tables, "our rows and columns beside the paper's Tables 1 and 2"),
+        ("plot", figures.plot_paper, "the paper's Figures 4, 5 and 6, and accuracy by modality"),
+    )
     for name, what, said in pages:
         drawn = commands.add_parser(name, help=said)
         drawn.add_argument("--results", nargs="+", required=True, help="folders of `run`, named SIZE/STAGE where a figure is by size and stage")
