@@ -1,29 +1,39 @@
 """A model answers benchmarks, and its answers become numbers one can quote (paper §4).
 
-    questions -> n answers each -> the letter each gives, by our rule and by the benchmark's own -> figures with intervals
+    questions -> n answers each -> the letter each gives, by our rule and by the benchmark's own
+              -> figures with intervals
 
-An answer that cannot be read, or that was cut off, is wrong and stays in the denominator; how many is printed beside. What
-the figures are stands in score.py, tables and pictures in tables.py and figures.py, the page of single cases in cases.py.
+An answer that cannot be read, or that was cut off, is wrong and stays in the denominator; how many
+is printed beside. What the figures are stands in score.py, tables and pictures in tables.py and
+figures.py, the page of single cases in cases.py.
 
-    python evaluate.py run --engine vllm:out/dpo/merged --questions medxpertqa.jsonl mmmu.jsonl --images . -n 32 --out out/stage2
-    python evaluate.py compare --results out/stage1 out/stage2                      the same questions: who is better, and how surely
-    python evaluate.py table --results out/base out/stage1 out/stage2 --out out/tables       under the paper's Tables 1 and 2
-    python evaluate.py plot --results out/base out/stage1 out/stage2 --out out/plots         the paper's Figures 4 to 6
-    python evaluate.py cases out/stage1 out/stage2 --only stage1-wrong,stage2-right --questions medxpertqa.jsonl --out cases.html
-    python evaluate.py report --results out/base out/stage1 out/stage2 --out out/report      one page of the whole method
+    python evaluate.py run --engine vllm:out/dpo/merged --questions medxpertqa.jsonl mmmu.jsonl \\
+        --images . -n 32 --out out/stage2
+    # the same questions, or with --shared those that two runs share: who is better, how surely,
+    # and whether by the benchmark's own rule too, or only in more answers that can be read
+    python evaluate.py compare --results out/stage1 out/stage2
+    # beside the paper's Tables 1 and 2, whatever was evaluated; and the paper's Figures 4 to 6
+    python evaluate.py table --results out/base out/stage1 out/stage2 --out out/tables
+    python evaluate.py plot --results out/base out/stage1 out/stage2 --out out/plots
+    python evaluate.py cases out/stage1 out/stage2 --only stage1-wrong,stage2-right \\
+        --questions medxpertqa.jsonl --out cases.html
+    # one page of the whole method
+    python evaluate.py report --results out/base out/stage1 out/stage2 --out out/report
 
-run reads questions.jsonl; writes OUT/predictions.jsonl, OUT/verdicts.jsonl (with --judge), OUT/results.json, OUT/stage.json.
-results.json has an entry for each question, from which all the other commands work, without the model.
+run reads questions.jsonl; writes OUT/predictions.jsonl, OUT/verdicts.jsonl (with --judge),
+OUT/results.json, OUT/stage.json. results.json has an entry for each question, from which all the
+other commands work, without the model.
 
 Where we depart from the paper, or it is silent:
-  1. T = 0.5 is the paper's for majority vote and pass@n; its main tables name no decoding. Ours: the same samples serve
-     all figures, so MV@1 = pass@1 = accuracy.
+  1. T = 0.5 is the paper's for majority vote and pass@n; its main tables name no decoding. Ours:
+     the same samples serve all figures, so MV@1 = pass@1 = accuracy.
   2. For n below N, MV@n is a mean over seeded subsets (the paper may have used the first n).
-  3. With --judge every chain on an image question is judged, right or wrong, so that a stage cannot look better by
-     answering less.
-  4. --prompt paper is Appendix A's system prompt for whatever model is asked; official is the benchmark's own prompt; bare
-     is the question alone, for models that reason unasked.
-  5. --open-ended takes the options away (Fig. 8) and has an engine say which answers mean the reference.
+  3. With --judge every chain on an image question is judged, right or wrong, so that a stage cannot
+     look better by answering less.
+  4. --prompt paper is Appendix A's system prompt for whatever model is asked; official is the
+     benchmark's own prompt; bare is the question alone, for models that reason unasked.
+  5. --open-ended takes the options away (Fig. 8) and has an engine say which answers mean the
+     reference.
 """
 
 import argparse
@@ -234,8 +244,9 @@ def print_results(results: dict) -> None:
         told += f" on {found['questions']} questions x {found['samples']}"
         if found["samples"] > 1:
             told += f", MV@{n} {found['majority'][n][0]:.3f}, pass@{n} {found['pass'][n][0]:.3f}"
-        told += f"; of all answers: unparsed {found['unparsed']:.3f} (cut off {found['cut_off']:.3f}"
-        told += f", over long {found['over_long']:.3f}, unanswered {found['unanswered']:.3f})"
+        told += f"; of all answers: unparsed {found['unparsed']:.3f} ("
+        told += f"cut off {found['cut_off']:.3f}, over long {found['over_long']:.3f}, "
+        told += f"unanswered {found['unanswered']:.3f})"
         if "official" in found:
             told += f"; by the benchmark's own rule {found['official'][0]:.3f}"
         print(told)
@@ -263,7 +274,7 @@ COUNTED = ("only the first's vote is right", "only the second's", "McNemar's p")
 
 def compared(first: dict, second: dict, notes: list[str]) -> Iterator[list[str]]:
     """A row for each benchmark and kind of question that both runs were asked; what only one was
-    asked goes to `notes`. Raises RowError for a benchmark of which they were asked other questions."""
+    asked goes to `notes`. Raises RowError for a benchmark of which they have other questions."""
     names = f"{first['name']} and {second['name']}"
     parts = [by_source_and_kind(result["entries"]) for result in (first, second)]
     both = [key for key in parts[0] if key in parts[1]]
@@ -308,7 +319,8 @@ def only_shared(first: dict, second: dict, notes: list[str]) -> list[dict]:
     there were. Raises RowError where there is none."""
     pairs = score.shared(first["entries"], second["entries"])
     if not pairs:
-        raise data.RowError(f"{first['name']} and {second['name']}: --shared: no question in common")
+        names = f"{first['name']} and {second['name']}"
+        raise data.RowError(f"{names}: --shared: no question in common")
     kept = [{**run, "entries": list(part)} for run, part in zip((first, second), zip(*pairs))]
     left = [
         f"{len(run['entries']) - len(pairs)} of {run['name']}'s {len(run['entries'])}"
@@ -449,7 +461,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("run", help="ask an engine and score its answers")
     one.add_argument("--engine", required=True, help="engine spec of the model")
-    one.add_argument("--questions", nargs="+", required=True, help="questions.jsonl of one or more benchmarks")
+    one.add_argument(
+        "--questions", nargs="+", required=True, help="questions.jsonl of one or more benchmarks"
+    )
     one.add_argument("--images", default=".", help="image root")
     one.add_argument("--out", required=True, help="folder to write")
     one.add_argument("--name", default="", help="how tables call it; default: the folder's name")
@@ -463,15 +477,26 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--top-p", type=flags.number(above=0, high=1), default=1.0
     )  # ours: paper silent
     one.add_argument("--max-tokens", type=flags.TOKENS, default=8192)  # ours: paper silent
-    one.add_argument("--prompt", choices=["paper", "official", "bare"], default="paper", help="whose prompt")
-    one.add_argument("--open-ended", default="", metavar="GRADER", help="without options; this engine says which answers mean the reference")
-    one.add_argument("--judge", default="", help="engine spec; judges every chain on an image question")
+    one.add_argument(
+        "--prompt", choices=["paper", "official", "bare"], default="paper", help="whose prompt"
+    )
+    one.add_argument(
+        "--open-ended", default="", metavar="GRADER",
+        help="without options; this engine says which answers mean the reference",
+    )  # fmt: skip
+    one.add_argument(
+        "--judge", default="", help="engine spec; judges every chain on an image question"
+    )
     add_flags(one)
     one.add_argument("--seed", type=flags.SEED, default=0)
     one.set_defaults(act=run)
-    pair = commands.add_parser("compare", help="each run against the one before it, on the same questions")
+    pair = commands.add_parser(
+        "compare", help="each run against the one before it, on the same questions"
+    )
     pair.add_argument("--results", nargs="+", required=True, help="folders of `run`")
-    pair.add_argument("--shared", action="store_true", help="only the questions that both runs have")
+    pair.add_argument(
+        "--shared", action="store_true", help="only the questions that both runs have"
+    )
     pair.add_argument("--out", default="", help="Markdown file to write")
     pair.set_defaults(act=compare)
     pages = (
@@ -480,22 +505,36 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     for name, what, said in pages:
         drawn = commands.add_parser(name, help=said)
-        drawn.add_argument("--results", nargs="+", required=True, help="folders of `run`, named SIZE/STAGE where a figure is by size and stage")
+        drawn.add_argument(
+            "--results", nargs="+", required=True,
+            help="folders of `run`, named SIZE/STAGE where a figure is by size and stage",
+        )  # fmt: skip
         drawn.add_argument("--out", required=True, help="folder to write")
         drawn.set_defaults(act=draw, what=what)
     seen = commands.add_parser("cases", help="single cases as one page, chains side by side")
     seen.add_argument("results", nargs="+", help="folders of `run`")
-    seen.add_argument("--only", default="", help="conditions such as stage1-wrong,stage2-right; see cases.py")
+    seen.add_argument(
+        "--only", default="", help="conditions such as stage1-wrong,stage2-right; see cases.py"
+    )
     seen.add_argument("-n", type=flags.whole(1), default=20, help="most cases on the page")
-    seen.add_argument("--questions", nargs="+", required=True, help="the questions that the runs were evaluated on")
+    seen.add_argument(
+        "--questions", nargs="+", required=True, help="what the runs were evaluated on"
+    )
     seen.add_argument("--images", default=".", help="image root")
     seen.add_argument("--out", default="cases.html", help="page to write")
     seen.set_defaults(act=show_cases)
-    many = commands.add_parser("report", help="the stages of a run of the method: table, curves, pairs")
-    many.add_argument("--results", nargs="+", required=True, help="folders of `run`, in the order of the stages")
+    many = commands.add_parser(
+        "report", help="the stages of a run of the method: table, curves, pairs"
+    )
+    many.add_argument(
+        "--results", nargs="+", required=True, help="folders of `run`, in the order of the stages"
+    )
     many.add_argument("--sft", default="", help="Stage I folder, for its curves")
     many.add_argument("--dpo", default="", help="Stage II folder, for its curves")
-    many.add_argument("--pairs", default="", help="folder of judge.py pairs, for the sheet of films and the report")
+    many.add_argument(
+        "--pairs", default="",
+        help="folder of judge.py pairs, for the sheet of films and the report",
+    )  # fmt: skip
     many.add_argument("--images", default=".", help="image root")
     many.add_argument("--out", required=True, help="folder to write")
     many.set_defaults(act=report)

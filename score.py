@@ -109,7 +109,7 @@ def bootstrap(values: list[float], seed: int = 0) -> tuple[float, float]:
     import numpy as np
 
     rng, numbers = np.random.default_rng(seed), np.asarray(values, dtype=float)
-    size = 100, len(numbers)  # resamples at a time: one by one takes longer, all at once much memory
+    size = 100, len(numbers)  # so many at a time: one by one is slow, all at once much memory
     draws = (rng.integers(len(numbers), size=size) for _ in range(RESAMPLES // 100))
     means = np.concatenate([numbers[drawn].mean(axis=1) for drawn in draws])
     low, high = np.quantile(means, [0.025, 0.975])
@@ -120,7 +120,8 @@ def bootstrap(values: list[float], seed: int = 0) -> tuple[float, float]:
 # Entries
 
 def read_results(folder: str | Path, wanted: dict[str, type]) -> dict:
-    """What evaluate.py run wrote of one run. Raises RowError where it is not there, torn, or without a wanted key."""
+    """What evaluate.py run wrote of one run. Raises RowError where it is not there, torn, or
+    without a wanted key."""
     path = Path(folder) / "results.json"
     if not path.is_file():
         raise data.RowError(f"{path}: no such file; evaluate.py run writes it into its --out")
@@ -167,33 +168,43 @@ def flat(entries: list[dict], key: str) -> list:
 
 
 def summarise(entries: list[dict]) -> dict:
-    """All figures of one group of questions with equally many samples. Shares with an interval are [value, low, high].
-
-    Raises ValueError for an empty group, or one whose questions have different numbers of samples."""
+    """All figures of one group of questions with equally many samples. Shares with an interval are
+    [value, low, high]. Raises ValueError for an empty group, or one whose questions have different
+    numbers of samples."""
     counts = {len(found["choices"]) for found in entries}
     if len(counts) != 1:
-        raise ValueError(f"one group of questions has {sorted(counts)} samples a question; score them apart")
+        told = f"one group of questions has {sorted(counts)} samples a question"
+        raise ValueError(f"{told}; score them apart")
     samples, ended = counts.pop(), flat(entries, "ended")
     looks = [share for share in flat(entries, "looks") if share is not None]
+    lots = [shared_vote(found["choices"], found["right"]) for found in entries]
     figures = {
-        "questions": len(entries), "samples": samples, "accuracy": mean_and_interval([statistics.fmean(found["right"]) for found in entries]),
+        "questions": len(entries), "samples": samples,
+        "accuracy": mean_and_interval([statistics.fmean(found["right"]) for found in entries]),
         "unparsed": statistics.fmean(choice is None for choice in flat(entries, "choices")),
         # parts of the unparsed, as shares of all answers too: thinking that never ended, prompts
         # too long to be asked, and no answer given at all
-        "cut_off": ended.count("length") / len(ended), "over_long": ended.count("overlong") / len(ended),
+        "cut_off": ended.count("length") / len(ended),
+        "over_long": ended.count("overlong") / len(ended),
         "unanswered": sum(end in ("blocked", "refused", "empty") for end in ended) / len(ended),
         "words": statistics.fmean(flat(entries, "words")),
-        "looking": len(looks) / len(ended), "first_look": statistics.median(looks) if looks else None,
-        "majority": {}, "pass": {}, "ties_by_lot": mean_and_interval([shared_vote(found["choices"], found["right"]) for found in entries]),
+        "looking": len(looks) / len(ended),
+        "first_look": statistics.median(looks) if looks else None,
+        "majority": {}, "pass": {}, "ties_by_lot": mean_and_interval(lots),
     }  # fmt: skip
     for n in sizes(samples):
-        votes = [majority_at(n, tuple(found["choices"]), tuple(found["right"]), data.sample_seed(0, found["id"], n)) for found in entries]
-        passes = [pass_at(n, samples, sum(found["right"])) for found in entries]
-        figures["majority"][str(n)], figures["pass"][str(n)] = mean_and_interval(votes), mean_and_interval(passes)
+        votes, passes = [], []
+        for found in entries:
+            choices, right = tuple(found["choices"]), tuple(found["right"])
+            votes.append(majority_at(n, choices, right, data.sample_seed(0, found["id"], n)))
+            passes.append(pass_at(n, samples, sum(right)))
+        figures["majority"][str(n)] = mean_and_interval(votes)
+        figures["pass"][str(n)] = mean_and_interval(passes)
     ruled = [found["official"] for found in entries]
     if all(ruled):
-        figures["official"] = mean_and_interval([statistics.fmean(rule["right"]) for rule in ruled])
-        figures["official_unparsed"] = statistics.fmean(choice is None for rule in ruled for choice in rule["choices"])
+        figures["official"] = mean_and_interval([statistics.fmean(one["right"]) for one in ruled])
+        unread = statistics.fmean(choice is None for choice in flat(ruled, "choices"))
+        figures["official_unparsed"] = unread
     return figures | judged_figures(entries)
 
 

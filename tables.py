@@ -30,13 +30,14 @@ from descriptions import write_sheet
 from judge import CRITERIA
 
 STAGES = ("base", "Stage-I", "Stage-II")
-SIZES = {"7B": "QwenVL2.5-7B", "8B": "InternVL3.0-8B", "32B": "QwenVL2.5-32B", "72B": "QwenVL2.5-72B"}  # the paper's models, by the size in a name
-TITLES = {
-    "medxpertqa-mm": "MedXpertQA-MM", "medxpertqa-text": "MedXpertQA-Text", "mmmu": "MMMU-Health", "mmmu-pro": "MMMU-Pro-Health",
-    "mmmu-pro-vision": "MMMU-Pro-Health, vision", "medqa": "MedQA", "medbullets-op4": "Medbullets, 4 options", "medbullets-op5": "Medbullets, 5 options",
+SIZES = {  # the paper's models, by the size in a name
+    "7B": "QwenVL2.5-7B", "8B": "InternVL3.0-8B", "32B": "QwenVL2.5-32B", "72B": "QwenVL2.5-72B",
 }  # fmt: skip
-
-
+TITLES = {
+    "medxpertqa-mm": "MedXpertQA-MM", "medxpertqa-text": "MedXpertQA-Text", "mmmu": "MMMU-Health",
+    "mmmu-pro": "MMMU-Pro-Health", "mmmu-pro-vision": "MMMU-Pro-Health, vision", "medqa": "MedQA",
+    "medbullets-op4": "Medbullets, 4 options", "medbullets-op5": "Medbullets, 5 options",
+}  # fmt: skip
 OPEN = ", open-ended"  # after the name of a benchmark that was asked without its options
 
 

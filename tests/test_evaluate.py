@@ -491,7 +491,8 @@ def compared(capsys, *flags: str) -> tuple[list[dict[str, str]], str]:
     capsys.readouterr()
     evaluate.main(["compare", "--results", *flags])
     table, _, notes = capsys.readouterr().out.strip().partition("\n\n")
-    header, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.split("\n"))
+    lines = table.split("\n")
+    header, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
     return [dict(zip(header, row, strict=True)) for row in rows], notes
 
 
@@ -506,7 +507,7 @@ def test_a_gain_that_is_one_of_form_is_seen_in_its_row(tmp_path, capsys):
     assert row["in the share of readable answers"].startswith("+0.500 (")  # 4 of 8
     assert row["by the benchmark's own rule"] == "+0.000 (+0.000 … +0.000)"
     assert row["by majority vote"].startswith("+0.000 (")  # p, r before; p, q after
-    assert [row[key] for key in ("only the first's vote is right", "only the second's")] == ["1"] * 2
+    assert row["only the first's vote is right"] == row["only the second's"] == "1"
     assert row["McNemar's p"] == "1" and other["by the benchmark's own rule"] == "–"
 
 
