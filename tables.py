@@ -299,7 +299,7 @@ def paper_table(number: int, records: list[dict]) -> str:
         rows.setdefault(row_name(record), {})[column] = cell_text(record)
     order = [benchmark for benchmark, _, _ in others]
     parts = [*(subset for _, subset, _ in columns), "", "delta"]
-    columns += sorted(others, key=lambda c: (order.index(c[0]), c[2], parts.index(c[1])))
+    columns += sorted(others, key=lambda c: (order.index(c[0]), parts.index(c[1]), c[2]))
     cells = [["accuracy in %", *(title(*column) for column in columns)]]
     cells += [[name, *(row.get(column, "–") for column in columns)] for name, row in rows.items()]
     seen = {note for record in records for note in record["notes"]}

@@ -328,6 +328,13 @@ def test_only_the_papers_number_of_questions_stands_in_the_papers_column(tmp_pat
     assert [column for column, cell in enumerate(row) if cell != "–"] == [4, 8]
 
 
+def test_columns_of_fewer_questions_stand_in_the_papers_order(stages, tmp_path):
+    tables.paper_tables(stages, tmp_path)
+    header = cells((tmp_path / "table1.md").read_text())["accuracy in %"]
+    parts = {"Reasoning": 72, "Understanding": 24, "Overall": 96, "Δ": 96}
+    assert header[8:12] == [f"MedXpertQA-MM {part} (n = {n})" for part, n in parts.items()]
+
+
 def test_whatever_was_evaluated_has_a_column_beside_the_papers(tmp_path):
     counts = {"medbullets-op5": 8, "mmmu": 150, "exam of ours": 3}
     base, late = (made(f"7B/{stage}", 1, counts) for stage in ("base", "Stage-I"))
