@@ -16,6 +16,7 @@ import csv
 import io
 import re
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -152,13 +153,18 @@ def write_review(path: Path, questions: list[data.Question]) -> int:
 # Sheets that go through a human's spreadsheet
 
 ID = "id:"  # in front of an id: a spreadsheet would take "12e45678" for a number
+# A cell that begins so is run as a formula (OWASP, CSV injection), but for a plain number such as
+# -6.72. In a sheet it has a "'" more in front, which makes it text. A text that looks as if it had
+# been marked is marked too, so that reading gives back every text; one that a spreadsheet took
+# the mark from is read as it then stands.
+FORMULA = re.compile(r"'*(?![-+]?[0-9]+(?:\.[0-9]+)?\Z)[=+\-@\t\r\n＝＋－＠]")
 csv.field_size_limit(2**31 - 1)  # of characters in a cell; a chain of reasoning is longer than Python's 131,072
 
 
 def read_sheet(path: str | Path, columns: list[str]) -> list[tuple[int, dict[str, str]]]:
     """(number, row) of a CSV, numbered as a spreadsheet does: the first row is the header. Raises
     RowError for a file that cannot be read, and for one that lacks one of `columns`, in its header
-    or in any row: such rows are listed together."""
+    or in any row: such rows are listed together. Marks in front of formulas are taken off."""
     with data.open_file(path) as file:
         content = file.read()
     try:
@@ -178,14 +184,25 @@ def read_sheet(path: str | Path, columns: list[str]) -> list[tuple[int, dict[str
     if said:
         how = "save the sheet as CSV with commas, its first line unchanged"
         raise data.RowError(f"{path}: {said}; {how}")
-    return rows
+    return [(number, {name: unmarked(row[name]) for name in names}) for number, row in rows]
 
 
-def write_sheet(path: Path, columns: list[str], rows: list[list]) -> None:
-    """Writes a sheet where none is. Raises RowError where one with another content is: a human may have filled it in.
-    Spreadsheets tell UTF-8 by the mark in front."""
+def marked(text: str) -> str:
+    """A cell's text as a sheet holds it."""
+    return "'" + text if FORMULA.match(text) else text
+
+
+def unmarked(text: str | None) -> str | None:
+    """The text of a cell of a sheet; None of one that its row lacks."""
+    return text[1:] if text and text[0] == "'" and FORMULA.match(text) else text
+
+
+def write_sheet(path: Path, columns: Sequence[str], rows: Iterable[Iterable]) -> None:
+    """Writes a sheet where none is: no cell is a formula to a spreadsheet, which tells UTF-8 by the
+    mark in front of the file. Raises RowError where one with another content is: a human may have
+    filled it in."""
     text = io.StringIO(newline="")
-    csv.writer(text).writerows([columns, *rows])
+    csv.writer(text).writerows([columns, *([marked(str(cell)) for cell in row] for row in rows)])
     content = text.getvalue().encode("utf-8-sig")
     if path.exists() and path.read_bytes() != content:
         raise data.RowError(f"{path}: is there already, and a human may have filled it in; move it away")

@@ -1,29 +1,39 @@
 """A model answers benchmarks, and its answers become numbers one can quote (paper §4).
 
-    questions -> n answers each -> the letter each gives, by our rule and by the benchmark's own -> figures with intervals
+    questions -> n answers each -> the letter each gives, by our rule and by the benchmark's own
+              -> figures with intervals
 
-An answer that cannot be read, or that was cut off, is wrong and stays in the denominator; how many is printed beside. What
-the figures are stands in score.py, tables and pictures in tables.py and figures.py, the page of single cases in cases.py.
+An answer that cannot be read, or that was cut off, is wrong and stays in the denominator; how many
+is printed beside. What the figures are stands in score.py, tables and pictures in tables.py and
+figures.py, the page of single cases in cases.py.
 
-    python evaluate.py run --engine vllm:out/dpo/merged --questions medxpertqa.jsonl mmmu.jsonl --images . -n 32 --out out/stage2
-    python evaluate.py compare --results out/stage1 out/stage2                      the same questions: who is better, and how surely
-    python evaluate.py table --results out/base out/stage1 out/stage2 --out out/tables       under the paper's Tables 1 and 2
-    python evaluate.py plot --results out/base out/stage1 out/stage2 --out out/plots         the paper's Figures 4 to 6
-    python evaluate.py cases out/stage1 out/stage2 --only stage1-wrong,stage2-right --questions medxpertqa.jsonl --out cases.html
-    python evaluate.py report --results out/base out/stage1 out/stage2 --out out/report      one page of the whole method
+    python evaluate.py run --engine vllm:out/dpo/merged --questions medxpertqa.jsonl mmmu.jsonl \\
+        --images . -n 32 --out out/stage2
+    # the same questions, or with --shared those that two runs share: who is better, how surely,
+    # and whether by the benchmark's own rule too, or only in more answers that can be read
+    python evaluate.py compare --results out/stage1 out/stage2
+    # beside the paper's Tables 1 and 2, whatever was evaluated; and the paper's Figures 4 to 6
+    python evaluate.py table --results out/base out/stage1 out/stage2 --out out/tables
+    python evaluate.py plot --results out/base out/stage1 out/stage2 --out out/plots
+    python evaluate.py cases out/stage1 out/stage2 --only stage1-wrong,stage2-right \\
+        --questions medxpertqa.jsonl --out cases.html
+    # one page of the whole method
+    python evaluate.py report --results out/base out/stage1 out/stage2 --out out/report
 
-run reads questions.jsonl; writes OUT/predictions.jsonl, OUT/verdicts.jsonl (with --judge), OUT/results.json, OUT/stage.json.
-results.json has an entry for each question, from which all the other commands work, without the model.
+run reads questions.jsonl; writes OUT/predictions.jsonl, OUT/verdicts.jsonl (with --judge),
+OUT/results.json, OUT/stage.json. results.json has an entry for each question, from which all the
+other commands work, without the model.
 
 Where we depart from the paper, or it is silent:
-  1. T = 0.5 is the paper's for majority vote and pass@n; its main tables name no decoding. Ours: the same samples serve
-     all figures, so MV@1 = pass@1 = accuracy.
+  1. T = 0.5 is the paper's for majority vote and pass@n; its main tables name no decoding. Ours:
+     the same samples serve all figures, so MV@1 = pass@1 = accuracy.
   2. For n below N, MV@n is a mean over seeded subsets (the paper may have used the first n).
   3. With --judge one chain of every image question is judged (--judge-samples), right or wrong, so
      that a stage cannot look better by answering less; by the seed the same one at every stage.
-  4. --prompt paper is Appendix A's system prompt for whatever model is asked; official is the benchmark's own prompt; bare
-     is the question alone, for models that reason unasked.
-  5. --open-ended takes the options away (Fig. 8) and has an engine say which answers mean the reference.
+  4. --prompt paper is Appendix A's system prompt for whatever model is asked; official is the
+     benchmark's own prompt; bare is the question alone, for models that reason unasked.
+  5. --open-ended takes the options away (Fig. 8) and has an engine say which answers mean the
+     reference.
 """
 
 import argparse
@@ -31,6 +41,7 @@ import json
 import random
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -259,13 +270,19 @@ def run(args: argparse.Namespace) -> None:
 
 
 def print_results(results: dict) -> None:
-    for kind, found in [*results["groups"].items(), *((name, part["figures"]) for name, part in results["benchmarks"].items())]:
+    benchmarks = {name: part["figures"] for name, part in results["benchmarks"].items()}
+    for kind, found in [*results["groups"].items(), *benchmarks.items()]:
         (mean, low, high), n = found["accuracy"], str(found["samples"])
-        more = f", MV@{n} {found['majority'][n][0]:.3f}, pass@{n} {found['pass'][n][0]:.3f}" if found["samples"] > 1 else ""
-        print(
-            f"{results['name']}: {kind} accuracy {mean:.3f} ({low:.3f} … {high:.3f}) on {found['questions']} questions x {found['samples']}{more}, "
-            f"unparsed {found['unparsed']:.3f}, of which cut off {found['cut_off']:.3f}, over long {found['over_long']:.3f}, unanswered {found['unanswered']:.3f}" + (f"; by the benchmark's own rule {found['official'][0]:.3f}" if "official" in found else "")
-        )  # fmt: skip
+        told = f"{results['name']}: {kind} accuracy {mean:.3f} ({low:.3f} … {high:.3f})"
+        told += f" on {found['questions']} questions x {found['samples']}"
+        if found["samples"] > 1:
+            told += f", MV@{n} {found['majority'][n][0]:.3f}, pass@{n} {found['pass'][n][0]:.3f}"
+        told += f"; of all answers: unparsed {found['unparsed']:.3f} ("
+        told += f"cut off {found['cut_off']:.3f}, over long {found['over_long']:.3f}, "
+        told += f"unanswered {found['unanswered']:.3f})"
+        if "official" in found:
+            told += f"; by the benchmark's own rule {found['official'][0]:.3f}"
+        print(told)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -273,37 +290,77 @@ def print_results(results: dict) -> None:
 
 
 def read_results(folders: list[str]) -> list[dict]:
-    """With all figures. Raises RowError for a folder that `run` did not finish, or an older version wrote."""
-    return [score.read_results(folder, {"name": str, "groups": dict, "benchmarks": dict, "subsets": dict, "entries": list}) for folder in folders]
+    """With all figures. Raises RowError for a folder that `run` did not finish, or an older version
+    wrote."""
+    wanted = {"name": str, "groups": dict, "benchmarks": dict, "subsets": dict, "entries": list}
+    return [score.read_results(folder, wanted) for folder in folders]
+
+
+COMPARED = {  # a column of differences, each with its 95 % interval -> its key in score.compare
+    "difference in accuracy, 95 % interval": "difference",
+    "by the benchmark's own rule": "official_difference",
+    "in the share of readable answers": "readable_difference",
+    "by majority vote": "vote_difference",
+}
+COUNTED = ("only the first's vote is right", "only the second's", "McNemar's p")
+
+
+def compared(first: dict, second: dict, notes: list[str]) -> Iterator[list[str]]:
+    """A row for each benchmark and kind of question that both runs were asked; what only one was
+    asked goes to `notes`. Raises RowError for a benchmark of which they have other questions."""
+    names = f"{first['name']} and {second['name']}"
+    parts = [by_source_and_kind(result["entries"]) for result in (first, second)]
+    both = [key for key in parts[0] if key in parts[1]]
+    if not both:
+        asked = " and ".join(", ".join(part) for part in parts)
+        raise data.RowError(f"{names}: no benchmark in common; {asked}")
+    if alone := [key for key in {**parts[0], **parts[1]} if key not in both]:
+        notes.append(f"* not compared, since only one of {names} was asked: {', '.join(alone)}")
+    for key in both:
+        try:
+            found = score.compare(parts[0][key], parts[1][key])
+        except data.RowError as error:
+            how = "--shared compares those that both have"
+            raise data.RowError(f"{names}, {key}: {error}; {how}") from None
+        row = [f"{key} ({found['questions']})", f"{first['name']} → {second['name']}"]
+        for name in COMPARED.values():
+            told = name in found
+            row.append("{:+.3f} ({:+.3f} … {:+.3f})".format(*found[name]) if told else "–")
+        yield [*row, str(found["only_first"]), str(found["only_second"]), f"{found['p']:.2g}"]
 
 
 def compare(args: argparse.Namespace) -> None:
     """Each run against the one before it."""
     if len(args.results) < 2:
-        raise data.RowError(f"--results {' '.join(args.results)}: one run has nothing to be compared with; give two or more")
+        given = f"--results {' '.join(args.results)}"
+        raise data.RowError(f"{given}: one run has nothing to be compared with; give two or more")
     results = read_results(args.results)
-    lines = [
-        "| questions | first → second | difference in accuracy, 95 % interval | difference by majority vote | only the first's vote is right | only the second's | McNemar's p |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for first, second in zip(results, results[1:]):
-        parts = [by_source_and_kind(result["entries"]) for result in (first, second)]
-        shared = [key for key in parts[0] if key in parts[1]]
-        if not shared:
-            raise data.RowError(f"{first['name']} and {second['name']}: no benchmark in common; {', '.join(parts[0])} and {', '.join(parts[1])}")
-        if alone := [key for key in {**parts[0], **parts[1]} if key not in shared]:
-            print(f"not compared, since only one of {first['name']} and {second['name']} was asked: {', '.join(alone)}")
-        for key in shared:
-            found = score.compare(parts[0][key], parts[1][key])
-            differences = ("{:+.3f} ({:+.3f} … {:+.3f})".format(*found[name]) for name in ("difference", "vote_difference"))
-            lines.append(
-                f"| {key} ({found['questions']}) | {first['name']} → {second['name']} | {' | '.join(differences)} "
-                f"| {found['only_first']} | {found['only_second']} | {found['p']:.2g} |"
-            )  # fmt: skip
-    print("\n".join(lines))
+    rows, notes = [["questions", "first → second", *COMPARED, *COUNTED]], []
+    for runs in zip(results, results[1:]):
+        if args.shared:
+            runs = only_shared(*runs, notes)
+        rows += compared(*runs, notes)
+    text = "\n".join([tables.markdown(rows), *([""] if notes else []), *notes])
+    print(text)
     if args.out:
         read = [Path(folder) / "results.json" for folder in args.results]
-        stage.new_file(args.out, "\n".join(lines) + "\n", read)
+        stage.new_file(args.out, text + "\n", read)
+
+
+def only_shared(first: dict, second: dict, notes: list[str]) -> list[dict]:
+    """Two results with the entries of the questions that both have; `notes` say how many others
+    there were. Raises RowError where there is none."""
+    pairs = score.shared(first["entries"], second["entries"])
+    if not pairs:
+        names = f"{first['name']} and {second['name']}"
+        raise data.RowError(f"{names}: --shared: no question in common")
+    kept = [{**run, "entries": list(part)} for run, part in zip((first, second), zip(*pairs))]
+    left = [
+        f"{len(run['entries']) - len(pairs)} of {run['name']}'s {len(run['entries'])}"
+        for run in (first, second)
+    ]
+    notes.append(f"* {len(pairs)} questions are in both runs; left out: {' and '.join(left)}.")
+    return kept
 
 
 def draw(args: argparse.Namespace) -> None:
@@ -437,7 +494,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("run", help="ask an engine and score its answers")
     one.add_argument("--engine", required=True, help="engine spec of the model")
-    one.add_argument("--questions", nargs="+", required=True, help="questions.jsonl of one or more benchmarks")
+    one.add_argument(
+        "--questions", nargs="+", required=True, help="questions.jsonl of one or more benchmarks"
+    )
     one.add_argument("--images", default=".", help="image root")
     one.add_argument("--out", required=True, help="folder to write")
     one.add_argument("--name", default="", help="how tables call it; default: the folder's name")
@@ -451,8 +510,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--top-p", type=flags.number(above=0, high=1), default=1.0
     )  # ours: paper silent
     one.add_argument("--max-tokens", type=flags.TOKENS, default=8192)  # ours: paper silent
-    one.add_argument("--prompt", choices=["paper", "official", "bare"], default="paper", help="whose prompt")
-    one.add_argument("--open-ended", default="", metavar="GRADER", help="without options; this engine says which answers mean the reference")
+    one.add_argument(
+        "--prompt", choices=["paper", "official", "bare"], default="paper", help="whose prompt"
+    )
+    one.add_argument(
+        "--open-ended", default="", metavar="GRADER",
+        help="without options; this engine says which answers mean the reference",
+    )  # fmt: skip
     one.add_argument("--judge", default="", help="engine spec; judges chains on image questions")
     one.add_argument(
         "--judge-samples", type=flags.whole(0), default=1,  # ours: paper silent
@@ -461,29 +525,51 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add_flags(one)
     one.add_argument("--seed", type=flags.SEED, default=0)
     one.set_defaults(act=run)
-    pair = commands.add_parser("compare", help="each run against the one before it, on the same questions")
+    pair = commands.add_parser(
+        "compare", help="each run against the one before it, on the same questions"
+    )
     pair.add_argument("--results", nargs="+", required=True, help="folders of `run`")
+    pair.add_argument(
+        "--shared", action="store_true", help="only the questions that both runs have"
+    )
     pair.add_argument("--out", default="", help="Markdown file to write")
     pair.set_defaults(act=compare)
-    pages = (("table", tables.paper_tables, "our rows under the paper's Tables 1 and 2"), ("plot", figures.plot_paper, "the paper's Figures 4, 5 and 6, and accuracy by modality"))
+    pages = (
+        ("table", tables.paper_tables, "our rows and columns beside the paper's Tables 1 and 2"),
+        ("plot", figures.plot_paper, "the paper's Figures 4, 5 and 6, and accuracy by modality"),
+    )
     for name, what, said in pages:
         drawn = commands.add_parser(name, help=said)
-        drawn.add_argument("--results", nargs="+", required=True, help="folders of `run`, named SIZE/STAGE where a figure is by size and stage")
+        drawn.add_argument(
+            "--results", nargs="+", required=True,
+            help="folders of `run`, named SIZE/STAGE where a figure is by size and stage",
+        )  # fmt: skip
         drawn.add_argument("--out", required=True, help="folder to write")
         drawn.set_defaults(act=draw, what=what)
     seen = commands.add_parser("cases", help="single cases as one page, chains side by side")
     seen.add_argument("results", nargs="+", help="folders of `run`")
-    seen.add_argument("--only", default="", help="conditions such as stage1-wrong,stage2-right; see cases.py")
+    seen.add_argument(
+        "--only", default="", help="conditions such as stage1-wrong,stage2-right; see cases.py"
+    )
     seen.add_argument("-n", type=flags.whole(1), default=20, help="most cases on the page")
-    seen.add_argument("--questions", nargs="+", required=True, help="the questions that the runs were evaluated on")
+    seen.add_argument(
+        "--questions", nargs="+", required=True, help="what the runs were evaluated on"
+    )
     seen.add_argument("--images", default=".", help="image root")
     seen.add_argument("--out", default="cases.html", help="page to write")
     seen.set_defaults(act=show_cases)
-    many = commands.add_parser("report", help="the stages of a run of the method: table, curves, pairs")
-    many.add_argument("--results", nargs="+", required=True, help="folders of `run`, in the order of the stages")
+    many = commands.add_parser(
+        "report", help="the stages of a run of the method: table, curves, pairs"
+    )
+    many.add_argument(
+        "--results", nargs="+", required=True, help="folders of `run`, in the order of the stages"
+    )
     many.add_argument("--sft", default="", help="Stage I folder, for its curves")
     many.add_argument("--dpo", default="", help="Stage II folder, for its curves")
-    many.add_argument("--pairs", default="", help="folder of judge.py pairs, for the sheet of films and the report")
+    many.add_argument(
+        "--pairs", default="",
+        help="folder of judge.py pairs, for the sheet of films and the report",
+    )  # fmt: skip
     many.add_argument("--images", default=".", help="image root")
     many.add_argument("--out", required=True, help="folder to write")
     many.set_defaults(act=report)

@@ -22,6 +22,7 @@ import math
 import random
 import statistics
 from collections import Counter
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -108,7 +109,9 @@ def bootstrap(values: list[float], seed: int = 0) -> tuple[float, float]:
     import numpy as np
 
     rng, numbers = np.random.default_rng(seed), np.asarray(values, dtype=float)
-    means = [numbers[rng.integers(len(numbers), size=len(numbers))].mean() for _ in range(RESAMPLES)]
+    size = 100, len(numbers)  # so many at a time: one by one is slow, all at once much memory
+    draws = (rng.integers(len(numbers), size=size) for _ in range(RESAMPLES // 100))
+    means = np.concatenate([numbers[drawn].mean(axis=1) for drawn in draws])
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
 
@@ -117,7 +120,8 @@ def bootstrap(values: list[float], seed: int = 0) -> tuple[float, float]:
 # Entries
 
 def read_results(folder: str | Path, wanted: dict[str, type]) -> dict:
-    """What evaluate.py run wrote of one run. Raises RowError where it is not there, torn, or without a wanted key."""
+    """What evaluate.py run wrote of one run. Raises RowError where it is not there, torn, or
+    without a wanted key."""
     path = Path(folder) / "results.json"
     if not path.is_file():
         raise data.RowError(f"{path}: no such file; evaluate.py run writes it into its --out")
@@ -126,7 +130,9 @@ def read_results(folder: str | Path, wanted: dict[str, type]) -> dict:
     data.need(results, str(path), **wanted)
     for number, found in enumerate(results["entries"], 1):
         data.need({"entry": found}, f"{path}: entry {number}", entry=dict)
-        data.need(found, f"{path}: entry {number}", id=str, source=str, image=bool, choices=list, right=list, ended=list, criteria=list)
+        texts = {"id": str, "source": str, "answer": str, "official": object}  # official: or null
+        lists = dict.fromkeys(("choices", "right", "ended", "criteria"), list)
+        data.need(found, f"{path}: entry {number}", **texts, **lists, image=bool)
     if not results["entries"]:
         raise data.RowError(f"{path}: no question in it; run the evaluation again")
     return results
@@ -165,32 +171,43 @@ def flat(entries: list[dict], key: str) -> list:
 
 
 def summarise(entries: list[dict]) -> dict:
-    """All figures of one group of questions with equally many samples. Shares with an interval are [value, low, high].
-
-    Raises ValueError for an empty group, or one whose questions have different numbers of samples."""
+    """All figures of one group of questions with equally many samples. Shares with an interval are
+    [value, low, high]. Raises ValueError for an empty group, or one whose questions have different
+    numbers of samples."""
     counts = {len(found["choices"]) for found in entries}
     if len(counts) != 1:
-        raise ValueError(f"one group of questions has {sorted(counts)} samples a question; score them apart")
+        told = f"one group of questions has {sorted(counts)} samples a question"
+        raise ValueError(f"{told}; score them apart")
     samples, ended = counts.pop(), flat(entries, "ended")
     looks = [share for share in flat(entries, "looks") if share is not None]
+    lots = [shared_vote(found["choices"], found["right"]) for found in entries]
     figures = {
-        "questions": len(entries), "samples": samples, "accuracy": mean_and_interval([statistics.fmean(found["right"]) for found in entries]),
+        "questions": len(entries), "samples": samples,
+        "accuracy": mean_and_interval([statistics.fmean(found["right"]) for found in entries]),
         "unparsed": statistics.fmean(choice is None for choice in flat(entries, "choices")),
-        # of which: thinking that never ended, prompts too long to be asked, and no answer given at all
-        "cut_off": ended.count("length") / len(ended), "over_long": ended.count("overlong") / len(ended),
+        # parts of the unparsed, as shares of all answers too: thinking that never ended, prompts
+        # too long to be asked, and no answer given at all
+        "cut_off": ended.count("length") / len(ended),
+        "over_long": ended.count("overlong") / len(ended),
         "unanswered": sum(end in ("blocked", "refused", "empty") for end in ended) / len(ended),
         "words": statistics.fmean(flat(entries, "words")),
-        "looking": len(looks) / len(ended), "first_look": statistics.median(looks) if looks else None,
-        "majority": {}, "pass": {}, "ties_by_lot": mean_and_interval([shared_vote(found["choices"], found["right"]) for found in entries]),
+        "looking": len(looks) / len(ended),
+        "first_look": statistics.median(looks) if looks else None,
+        "majority": {}, "pass": {}, "ties_by_lot": mean_and_interval(lots),
     }  # fmt: skip
     for n in sizes(samples):
-        votes = [majority_at(n, tuple(found["choices"]), tuple(found["right"]), data.sample_seed(0, found["id"], n)) for found in entries]
-        passes = [pass_at(n, samples, sum(found["right"])) for found in entries]
-        figures["majority"][str(n)], figures["pass"][str(n)] = mean_and_interval(votes), mean_and_interval(passes)
+        votes, passes = [], []
+        for found in entries:
+            choices, right = tuple(found["choices"]), tuple(found["right"])
+            votes.append(majority_at(n, choices, right, data.sample_seed(0, found["id"], n)))
+            passes.append(pass_at(n, samples, sum(right)))
+        figures["majority"][str(n)] = mean_and_interval(votes)
+        figures["pass"][str(n)] = mean_and_interval(passes)
     ruled = [found["official"] for found in entries]
     if all(ruled):
-        figures["official"] = mean_and_interval([statistics.fmean(rule["right"]) for rule in ruled])
-        figures["official_unparsed"] = statistics.fmean(choice is None for rule in ruled for choice in rule["choices"])
+        figures["official"] = mean_and_interval([statistics.fmean(one["right"]) for one in ruled])
+        unread = statistics.fmean(choice is None for choice in flat(ruled, "choices"))
+        figures["official_unparsed"] = unread
     return figures | judged_figures(entries)
 
 
@@ -209,21 +226,47 @@ def judged_figures(entries: list[dict]) -> dict:
     }  # fmt: skip
 
 
+def shared(first: list[dict], second: list[dict]) -> list[tuple[dict, dict]]:
+    """The two entries of each question that both runs have, in the first's order. A question is
+    the same by its id, which unless its file names one is made from its text, options and images,
+    and by all else that an entry holds of it: source, kind and answer."""
+    keys = ("id", "source", "image", "answer")
+    other = {tuple(found[key] for key in keys): found for found in second}
+    pairs = ((found, other.get(tuple(found[key] for key in keys))) for found in first)
+    return [(one, two) for one, two in pairs if two]
+
+
 def compare(first: list[dict], second: list[dict]) -> dict:
-    """Two models on the same questions: the difference in accuracy (second less first) with its interval, and McNemar's
-    test, with the difference, on each question's majority vote. Raises RowError where the questions, or their answers, are not
-    the same."""
-    one, two = ({found["id"]: found for found in entries} for entries in (first, second))
-    if one.keys() != two.keys():
-        raise data.RowError(f"{len(one.keys() ^ two.keys())} questions were put to one model only; compare runs over the same files")
-    if changed := [key for key in one if one[key]["answer"] != two[key]["answer"]]:
-        raise data.RowError(f"question {changed[0]} has another answer in the second run")
-    differences = [statistics.fmean(two[key]["right"]) - statistics.fmean(one[key]["right"]) for key in one]
-    pairs = [(vote(one[key]["choices"], one[key]["right"]), vote(two[key]["choices"], two[key]["right"])) for key in one]
-    votes = Counter(pairs)
+    """Two models on the same questions, second less first. Differences are [mean, low, high]: in
+    accuracy by our rule and, where all entries have it, by the benchmark's own; in the share of
+    answers that can be read, which tells form from medicine; and in accuracy by majority vote,
+    with McNemar's test on the votes. Raises RowError where the questions, or their answers, are
+    not the same."""
+    pairs = shared(first, second)
+    if not len(first) == len(second) == len(pairs):
+        counts = f"{len(first)} and {len(second)} questions, of which {len(pairs)} are the same"
+        raise data.RowError(f"{counts} by id and answer")
+
+    def difference(value: Callable[[dict], float]) -> list[float]:
+        values = [value(two) - value(one) for one, two in pairs]
+        return [statistics.fmean(values), *bootstrap(values)]
+
+    def voted(found: dict) -> bool:
+        return vote(found["choices"], found["right"])
+
+    votes = Counter((voted(one), voted(two)) for one, two in pairs)
     only_first, only_second = votes[True, False], votes[False, True]
-    return {
-        "questions": len(one), "difference": [statistics.fmean(differences), *bootstrap(differences)],
-        "vote_difference": [(only_second - only_first) / len(one), *bootstrap([second - first for first, second in pairs])],
+    figures = {
+        "questions": len(pairs),
+        "difference": difference(lambda found: statistics.fmean(found["right"])),
+        "readable_difference": difference(
+            lambda found: statistics.fmean(choice is not None for choice in found["choices"])
+        ),
+        "vote_difference": difference(voted),
         "only_first": only_first, "only_second": only_second, "p": mcnemar(only_first, only_second),
     }  # fmt: skip
+    if all(one["official"] and two["official"] for one, two in pairs):
+        figures["official_difference"] = difference(
+            lambda found: statistics.fmean(found["official"]["right"])
+        )
+    return figures

@@ -1,33 +1,44 @@
-"""Tables of an evaluation: runs side by side, and our rows under those of the paper's Tables 1 and 2 (paper §4, App. D).
+"""Tables of an evaluation: runs side by side, and our rows under the paper's (§4, App. D).
 
-    table          one column a result, one row a figure: Markdown that is also aligned for a terminal
-    paper_tables   table1.md, table2.md and .csv: our rows, with n and interval, under the paper's
+    table          one column a result, one row a figure: Markdown, also aligned for a terminal
+    paper_tables   table1.md, table2.md and .csv: our rows, with interval, under the paper's
 
-All is made from results.json as evaluate.py writes it, whose figures are score.summarise's; nothing is asked or scored
-here. Which result is which size and stage is what its name says, SIZE/STAGE: "7B/base", "7B/Stage-I", "32B/Stage-II". A size
-of SIZES stands beside the paper's values. Another name is no error: such a result is in every table and picture that needs
-no stage. What a table has no use for is never just absent: it is among the lines that say who was left out of what, and why.
+A column of paper_tables is a benchmark, a subset of it and a number of questions. What was not
+asked as the paper's columns were (another benchmark, fewer questions, without options) stands in
+columns of its own, right of the paper's, where the paper's rows have "–".
 
-Where we depart from the paper, or it is silent: it gives no intervals, ours are 95 %. Its tables are printed as they are,
-misprints included, with a note wherever a value cannot be k of n questions. A Δ of ours compares the same questions or is not
-given: some of the paper's compare 288 with 286 (note c).
+All is made from results.json as evaluate.py writes it, whose figures are score.summarise's;
+nothing is asked or scored here. Which result is which size and stage is what its name says,
+SIZE/STAGE: "7B/base", "7B/Stage-I", "32B/Stage-II". A size of SIZES stands beside the paper's
+values. Another name is no error: such a result is in every table and picture that needs no stage.
+What a table has no use for is never just absent: it is among the lines that say who was left out
+of what, and why.
+
+Where we depart from the paper, or it is silent: it gives no intervals, ours are 95 %. Its tables
+are printed as they are, misprints included, with a note wherever a value cannot be k of n
+questions. A Δ of ours compares the same questions or is not given: some of the paper's compare 288
+with 286 (note c).
 """
 
-import csv
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import data
 import score
+from descriptions import write_sheet
 from judge import CRITERIA
 
 STAGES = ("base", "Stage-I", "Stage-II")
-SIZES = {"7B": "QwenVL2.5-7B", "8B": "InternVL3.0-8B", "32B": "QwenVL2.5-32B", "72B": "QwenVL2.5-72B"}  # the paper's models, by the size in a name
-TITLES = {
-    "medxpertqa-mm": "MedXpertQA-MM", "medxpertqa-text": "MedXpertQA-Text", "mmmu": "MMMU-Health", "mmmu-pro": "MMMU-Pro-Health",
-    "mmmu-pro-vision": "MMMU-Pro-Health, vision", "medqa": "MedQA", "medbullets-op4": "Medbullets, 4 options", "medbullets-op5": "Medbullets, 5 options",
+SIZES = {  # the paper's models, by the size in a name
+    "7B": "QwenVL2.5-7B", "8B": "InternVL3.0-8B", "32B": "QwenVL2.5-32B", "72B": "QwenVL2.5-72B",
 }  # fmt: skip
+TITLES = {
+    "medxpertqa-mm": "MedXpertQA-MM", "medxpertqa-text": "MedXpertQA-Text", "mmmu": "MMMU-Health",
+    "mmmu-pro": "MMMU-Pro-Health", "mmmu-pro-vision": "MMMU-Pro-Health, vision", "medqa": "MedQA",
+    "medbullets-op4": "Medbullets, 4 options", "medbullets-op5": "Medbullets, 5 options",
+}  # fmt: skip
+OPEN = ", open-ended"  # after the name of a benchmark that was asked without its options
 
 
 def stage_of(result: dict) -> tuple[str, str]:
@@ -66,39 +77,65 @@ def last(curve: dict[str, list[float]]) -> str:
 ROWS = (  # label, the key of the figures without which there is no cell, the cell
     ("questions × samples", "questions", lambda f: f"{f['questions']} × {f['samples']}"),
     ("accuracy", "accuracy", lambda f: spread(f["accuracy"])),
-    ("accuracy, by the benchmark's rule (official.py)", "official", lambda f: spread(f["official"])),
-    ("… which cannot read", "official_unparsed", lambda f: f"{f['official_unparsed']:.3f}"),
+    (
+        "accuracy, by the benchmark's rule (official.py)", "official",
+        lambda f: spread(f["official"]),
+    ),
+    (
+        "… which cannot read, of all answers", "official_unparsed",
+        lambda f: f"{f['official_unparsed']:.3f}",
+    ),
     ("majority vote", "majority", lambda f: last(f["majority"])),
     ("… with ties broken by lot", "ties_by_lot", lambda f: spread(f["ties_by_lot"])),
     ("any right (pass@n)", "pass", lambda f: last(f["pass"])),
-    ("chains with a readable verdict", "judged", lambda f: f"{f['judged']} of {f['questions'] * f['samples']}"),
+    (
+        "chains with a readable verdict", "judged",
+        lambda f: f"{f['judged']} of {f['questions'] * f['samples']}",
+    ),
     ("chains that meet all four criteria", "all_criteria", lambda f: spread(f["all_criteria"])),
-    *((f"… {name.replace('_', ' ')}", "criteria", lambda f, name=name: f"{f['criteria'][name]:.3f}") for name in CRITERIA),
-    ("hallucinate, of those that look", "hallucinated", lambda f: f"{f['hallucinated']:.3f} of {f['judged_looking']}"),
+    *(
+        (
+            f"… {name.replace('_', ' ')}", "criteria",
+            lambda f, name=name: f"{f['criteria'][name]:.3f}",
+        )
+        for name in CRITERIA
+    ),
+    (
+        "hallucinate, of those that look", "hallucinated",
+        lambda f: f"{f['hallucinated']:.3f} of {f['judged_looking']}",
+    ),
     ("chains that speak of the image", "looking", lambda f: f"{f['looking']:.3f}"),
-    ("… first after this share of their characters", "first_look", lambda f: f"{f['first_look']:.2f}"),
+    (
+        "… first after this share of their characters", "first_look",
+        lambda f: f"{f['first_look']:.2f}",
+    ),
     ("words a chain", "words", lambda f: f"{f['words']:.0f}"),
-    ("answers that cannot be read", "unparsed", lambda f: f"{f['unparsed']:.3f}"),
-    ("answers cut off", "cut_off", lambda f: f"{f['cut_off']:.3f}"),
-    ("prompts over long", "over_long", lambda f: f"{f['over_long']:.3f}"),
-    ("unanswered", "unanswered", lambda f: f"{f['unanswered']:.3f}"),
-)
+    ("cannot be read, of all answers", "unparsed", lambda f: f"{f['unparsed']:.3f}"),
+    ("… cut off, of all answers", "cut_off", lambda f: f"{f['cut_off']:.3f}"),
+    ("… prompt over long, of all answers", "over_long", lambda f: f"{f['over_long']:.3f}"),
+    ("… unanswered, of all answers", "unanswered", lambda f: f"{f['unanswered']:.3f}"),
+)  # fmt: skip
 RARE = {"over_long": 0, "unanswered": 0}  # such a row is shown where there are any
 
 
 def table(results: list[dict]) -> str:
-    """One column a result, as Markdown. A row that no result can fill is left out; a cell that its result cannot fill is "–".
-    Where there are several benchmarks, each has rows of its own: accuracy, and by its own rule where it has one."""
-    groups = [("image questions", ROWS, [result["groups"].get("image", {}) for result in results])]
-    groups.append(("text questions", [row for row in ROWS if row[1] != "looking"], [result["groups"].get("text", {}) for result in results]))
+    """One column a result, as Markdown. A row that no result can fill is left out; a cell that its
+    result cannot fill is "–". Where there are several benchmarks, each has rows of its own:
+    accuracy, and by its own rule where it has one."""
+    image, text = ([one["groups"].get(kind, {}) for one in results] for kind in ("image", "text"))
+    groups = [("image questions", ROWS, image)]
+    groups.append(("text questions", [row for row in ROWS if row[1] != "looking"], text))
     benchmarks = list(dict.fromkeys(source for result in results for source in result["benchmarks"]))
-    for source in benchmarks if len({source.partition(", ")[0] for source in benchmarks}) > 1 else ():
-        groups.append((source, ROWS[:4], [result["benchmarks"].get(source, {}).get("figures", {}) for result in results]))
+    if len({source.partition(", ")[0] for source in benchmarks}) > 1:
+        for source in benchmarks:
+            parts = [result["benchmarks"].get(source, {}) for result in results]
+            groups.append((source, ROWS[:4], [part.get("figures", {}) for part in parts]))
     lines = [["", *(result["name"] for result in results)]]
     for group, rows, figures in groups:
         for label, key, cell in rows:
             if any(found.get(key) not in (None, RARE.get(key)) for found in figures):
-                lines.append([f"{group}: {label}", *(cell(found) if found.get(key) is not None else "–" for found in figures)])
+                told = (cell(found) if found.get(key) is not None else "–" for found in figures)
+                lines.append([f"{group}: {label}", *told])
     return markdown(lines)
 
 
@@ -148,9 +185,11 @@ NOTES = {
     "d": "the paper's text says 33.45",
     "e": "to one decimal and mostly no k of n: 337 of 1446 and 139 of 554 would be 23.80 overall; each Δ is .01 off",
     "f": "two runs: 547 of 2000 in Table 1, 548 in Table 2",
-    "n": "not the paper's number of questions: not to be compared with its rows",
 }
-FIELDS = ("by", "method", "benchmark", "subset", "percent", "low", "high", "questions", "samples", "notes", "prompt", "temperature")  # of the CSV, one line a value
+FIELDS = (  # of the CSV, one line a value
+    "by", "method", "benchmark", "subset", "percent", "low", "high", "questions", "samples",
+    "notes", "prompt", "temperature",
+)  # fmt: skip
 
 
 def paper_records(number: int) -> Iterator[dict]:
@@ -161,14 +200,29 @@ def paper_records(number: int) -> Iterator[dict]:
         for (benchmark, subset, questions), cell in zip(columns, cells):
             if printed := re.fullmatch(r"([-+]?\d+\.\d\d)([a-z]*)/?(\d*)", cell):
                 percent, notes, other = printed.groups()
-                yield dict(zip(FIELDS, ("paper", method.strip(), benchmark, subset, percent, "", "", int(other or questions), "", notes, "", "")))
+                n = int(other or questions)
+                row = ("paper", method.strip(), benchmark, subset, percent, "", "", n, "", notes)
+                yield dict(zip(FIELDS, (*row, "", "")))
+
+
+def asked_of(result: dict, benchmark: str) -> list[dict]:
+    """The entries behind result["benchmarks"][benchmark], which may be "mmmu" or "mmmu, image"."""
+    found = []
+    for entry in result["entries"]:
+        source, kind = entry["source"] or "no source", "image" if entry["image"] else "text"
+        if benchmark in (source, f"{source}, {kind}"):
+            found.append(entry)
+    return found
 
 
 def gain(result: dict, results: list[dict], benchmark: str) -> list[float] | None:
-    """[difference, low, high] to SIZE/base, or None without that result or where it was asked other questions."""
-    bases = [other for other in results if stage_of(other) == (stage_of(result)[0], "base") and "/" in other["name"]]
+    """[difference, low, high] to SIZE/base, or None without that or where it was asked others."""
+    bases = [
+        other for other in results
+        if stage_of(other) == (stage_of(result)[0], "base") and "/" in other["name"]
+    ]  # fmt: skip
     try:
-        first, second = ([found for found in one["entries"] if found["source"] == benchmark] for one in (*bases, result))
+        first, second = (asked_of(one, benchmark) for one in (*bases, result))
         return score.compare(first, second)["difference"]
     except ValueError:  # no base to unpack, or not the same questions
         return None
@@ -181,53 +235,90 @@ def paper_overall(model: str, stage: str) -> float | None:
 
 
 def our_records(number: int, results: list[dict], left_out: list[str]) -> Iterator[dict]:
-    """Our rows of Table 1 or 2 as such records. What a result has no figures for goes to left_out."""
+    """Our values for Table 1 or 2 as such records: of the paper's columns, and in Table 1 of every
+    other benchmark. What a result has no figures for goes to left_out."""
     for result in results:
-        if result.get("open_ended"):
-            left_out.append(f"Table {number}: {result['name']} was asked without options, the paper's rows were not")
-            continue
-        asked, lacking = (result.get("prompt", ""), result.get("sampling", {}).get("temperature", "")), []
-        for benchmark, subset, expected in TABLES[number][0]:
+        wanted = [column[:2] for column in TABLES[number][0]]
+        if number == 1:
+            others = [name for name in result["benchmarks"] if (name, "") not in wanted]
+            wanted += [(name, subset) for name in others for subset in ("", "delta")]
+        asked = result.get("prompt", ""), result.get("sampling", {}).get("temperature", "")
+        lacking = []
+        for benchmark, subset in wanted:
             part = result["benchmarks"].get(benchmark, {"figures": None, "subsets": {}})
             delta = subset == "delta"
-            figures = part["figures"] if delta or not subset else part["subsets"].get(subset)
+            figures = part["subsets"].get(subset) if subset and not delta else part["figures"]
             if delta and (not figures or stage_of(result)[1] == "base"):
                 continue
-            if values := gain(result, results, benchmark) if delta else figures and figures["accuracy"]:
-                percents, n = [f"{100 * value:{'+' if delta else ''}.2f}" for value in values], figures["questions"]
-                yield dict(zip(FIELDS, ("ours", result["name"], benchmark, subset, *percents, n, figures["samples"], "n" if n != expected else "", *asked)))
+            values = figures and figures["accuracy"]
+            if values := gain(result, results, benchmark) if delta else values:
+                name = benchmark + OPEN * bool(result.get("open_ended"))
+                percents = [f"{100 * value:{'+' if delta else ''}.2f}" for value in values]
+                counts = figures["questions"], figures["samples"]
+                row = ("ours", result["name"], name, subset, *percents, *counts, "", *asked)
+                yield dict(zip(FIELDS, row))
+            elif delta:
+                lacking.append(f"Δ on {benchmark} (no SIZE/base on the same questions)")
             else:
-                lacking.append(f"Δ on {benchmark} (no SIZE/base on the same questions)" if delta else f"{benchmark} {subset}".strip())
+                lacking.append(f"{benchmark} {subset}".strip())
         if lacking:
             left_out.append(f"Table {number}: {result['name']} lacks {', '.join(lacking)}")
 
 
+def title(benchmark: str, subset: str, questions: int) -> str:
+    name = benchmark.removesuffix(OPEN)
+    told = TITLES.get(name, name) + OPEN * benchmark.endswith(OPEN)
+    part = "Δ" if subset == "delta" else subset.partition("=")[2] or "Overall"
+    return f"{told} {part} (n = {questions})"
+
+
+def row_name(record: dict) -> str:
+    if record["by"] == "paper":
+        return record["method"]
+    told = [f"{record['samples']} samples a question"] if record["samples"] > 1 else []
+    told += [f"{record['prompt']} prompt"] if record["prompt"] not in ("", "paper") else []
+    return f"{record['method']} ({', '.join(['ours', *told])})"
+
+
+def cell_text(record: dict) -> str:
+    """The value, as printed or with its interval, and its notes."""
+    text, sign = record["percent"], "+" if record["subset"] == "delta" else ""
+    if record["by"] == "ours":
+        text += f" ({float(record['low']):{sign}.1f} … {float(record['high']):{sign}.1f})"
+    return text + "".join(f" [{note}]" for note in record["notes"])
+
+
+def paper_table(number: int, records: list[dict]) -> str:
+    """Table 1 or 2 in Markdown: the paper's columns, then those that only we have."""
+    columns, rows, others = list(TABLES[number][0]), {}, []
+    printed = {column[:2]: column for column in columns}  # its own rows may be of other questions
+    for record in records:
+        column = record["benchmark"], record["subset"], record["questions"]
+        column = printed[column[:2]] if record["by"] == "paper" else column
+        others += [column] if column not in columns + others else []
+        rows.setdefault(row_name(record), {})[column] = cell_text(record)
+    order = [benchmark for benchmark, _, _ in others]
+    parts = [*(subset for _, subset, _ in columns), "", "delta"]
+    columns += sorted(others, key=lambda c: (order.index(c[0]), parts.index(c[1]), c[2]))
+    cells = [["accuracy in %", *(title(*column) for column in columns)]]
+    cells += [[name, *(row.get(column, "–") for column in columns)] for name, row in rows.items()]
+    seen = {note for record in records for note in record["notes"]}
+    notes = [f"* [{note}] {text}" for note, text in NOTES.items() if note in seen]
+    notes.append(
+        "* Ours: in brackets the 95 % interval, over questions. The paper gives none; "
+        "some of its values are rounded, others cut off."
+    )
+    return "\n".join([markdown(cells), "", *notes, ""])
+
+
 def paper_tables(results: list[dict], out: Path) -> tuple[list[Path], list[str]]:
-    """Writes table1.md, table1.csv, table2.md, table2.csv. Returns (files, lines that say what results lack).
-    Raises RowError for two results of one name."""
+    """Writes table1.md, table1.csv, table2.md, table2.csv. Returns (files, lines that say what
+    results lack). Raises RowError for two results of one name."""
     distinct(results)
     paths, left_out = [], []
-    for number, (columns, _) in TABLES.items():
+    for number in TABLES:
         records = [*paper_records(number), *our_records(number, results, left_out)]
-        rows: dict[str, dict] = {}
-        for record in records:
-            name, sign = record["method"], "+" if record["subset"] == "delta" else ""
-            if record["by"] == "ours":
-                told = [f"{record['samples']} samples a question"] if record["samples"] > 1 else []
-                told += [f"{record['prompt']} prompt"] if record["prompt"] not in ("", "paper") else []
-                name += f" ({', '.join(['ours', *told])})"
-            text = record["percent"] + (f" ({float(record['low']):{sign}.1f} … {float(record['high']):{sign}.1f})" if record["low"] else "")
-            text += "".join(f" [n = {record['questions']}]" if note == "n" else f" [{note}]" for note in record["notes"])
-            rows.setdefault(name, {})[record["benchmark"], record["subset"]] = text
-        titles = ["Δ" if subset == "delta" else f"{TITLES[benchmark]} {subset.split('=')[-1] or 'Overall'} (n = {n})" for benchmark, subset, n in columns]
-        cells = [["accuracy in %", *titles], *([name, *(row.get(column[:2], "–") for column in columns)] for name, row in rows.items())]
-        seen = {note for record in records for note in record["notes"]}
-        notes = [f"* [{'n = …' if note == 'n' else note}] {text}" for note, text in NOTES.items() if note in seen]
-        notes.append("* Ours: in brackets the 95 % interval, over questions. The paper gives none; some of its values are rounded, others cut off.")
         paths += [out / f"table{number}.md", out / f"table{number}.csv"]
-        data.write_text(paths[-2], "\n".join([markdown(cells), "", *notes, ""]))
-        with open(paths[-1], "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            writer.writeheader()
-            writer.writerows(records)
+        data.write_text(paths[-2], paper_table(number, records))
+        write_sheet(paths[-1], FIELDS, (record.values() for record in records))
     return paths, left_out

@@ -355,6 +355,17 @@ def test_both_rules_are_applied_and_shown_side_by_side(tmp_path, capsys):
     assert "by the benchmark's own rule 0.250" in capsys.readouterr().out
 
 
+def test_shares_of_all_answers_are_called_that(tmp_path, capsys):
+    question = data.Question("Which one?", OPTIONS, "A")
+    data.write_jsonl(tmp_path / "test.jsonl", [question.to_row()])
+    good = data.join_response("x", "A")
+    said = [(good, "stop"), ("<think> A", "length"), ("no letter", "stop"), ("", "blocked")]
+    with stored(tmp_path / "out", {question.id: said}) as flags:
+        evaluate.main(flags)
+    wanted = "; of all answers: unparsed 0.750 (cut off 0.250, over long 0.000, unanswered 0.250)"
+    assert capsys.readouterr().out.count(wanted) == 2  # of the text questions, and of the benchmark
+
+
 def test_free_answers_are_asked_for_without_options_and_graded_once(tmp_path):
     question = data.Question("What is done?", {"A": "renal ultrasound", "B": "CT"}, "A")
     data.write_jsonl(tmp_path / "test.jsonl", [question.to_row()])
@@ -454,8 +465,80 @@ def test_runs_are_compared_question_by_question(stages, tmp_path, capsys):
     assert f"{two - one:+.3f} (" in said
 
 
+def written(folder: Path, choices: dict[str, str], official: str = "") -> str:
+    """A run's folder, from what was read of each question ("-": nothing) of MedQA; where `official`
+    is given, the benchmark's rule read those letters, one a question. The answer is A."""
+    entries = []
+    for number, (key, said) in enumerate(choices.items()):
+        question = data.Question(f"{key}?", OPTIONS, "A", source="medqa", id=key)
+        rows = [
+            {
+                "id": key, "sample": k, "response": "<think> x </think>", "finish_reason": "stop",
+                "extracted": None if choice == "-" else choice, "correct": choice == "A",
+            }
+            for k, choice in enumerate(said)
+        ]  # fmt: skip
+        for row in rows if official else []:
+            row |= {"official": official[number], "official_correct": official[number] == "A"}
+        entries.append(score.entry(question, rows, {}))
+    results = {"name": folder.name, **evaluate.make_results(entries)}
+    evaluate.write_results(folder / "results.json", results)
+    return str(folder)
+
+
+def compared(capsys, *flags: str) -> tuple[list[dict[str, str]], str]:
+    """(rows by column, what is printed under the table) of `compare`"""
+    capsys.readouterr()
+    evaluate.main(["compare", "--results", *flags])
+    table, _, notes = capsys.readouterr().out.strip().partition("\n\n")
+    lines = table.split("\n")
+    header, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
+    return [dict(zip(header, row, strict=True)) for row in rows], notes
+
+
+def test_a_gain_that_is_one_of_form_is_seen_in_its_row(tmp_path, capsys):
+    # the second run tags what the first said without tags: the benchmark's rule read both alike
+    first = written(tmp_path / "loose", {"p": "A-", "q": "--", "r": "-A", "s": "BB"}, "AABB")
+    second = written(tmp_path / "tagged", {"p": "AA", "q": "AA", "r": "BA", "s": "BB"}, "AABB")
+    plain = written(tmp_path / "plain", {"p": "AA", "q": "AA", "r": "BA", "s": "BB"})
+    (row, other), notes = compared(capsys, first, second, plain)
+    assert (row["questions"], row["first → second"], notes) == ("medqa (4)", "loose → tagged", "")
+    assert row["difference in accuracy, 95 % interval"].startswith("+0.375 (")  # 3 of 8 answers
+    assert row["in the share of readable answers"].startswith("+0.500 (")  # 4 of 8
+    assert row["by the benchmark's own rule"] == "+0.000 (+0.000 … +0.000)"
+    assert row["by majority vote"].startswith("+0.000 (")  # p, r before; p, q after
+    assert row["only the first's vote is right"] == row["only the second's"] == "1"
+    assert row["McNemar's p"] == "1" and other["by the benchmark's own rule"] == "–"
+
+
+def test_counts_of_votes_are_whole_numbers(tmp_path, capsys):
+    runs = [dict.fromkeys(map(str, range(123)), letter) for letter in "BA"]
+    folders = [written(tmp_path / name, run) for name, run in zip(("one", "two"), runs)]
+    ((row,), _) = compared(capsys, *folders)
+    assert row["only the second's"] == "123"
+
+
+def test_runs_on_other_questions_are_named_and_compared_on_those_that_both_have(tmp_path, capsys):
+    first = written(tmp_path / "one", {"p": "A", "q": "B", "r": "B"})
+    second = written(tmp_path / "two", {"s": "A", "r": "A", "q": "A", "t": "B", "u": "B"})
+    said = "one and two, medqa: 3 and 5 questions, of which 2 are the same .*; --shared compares"
+    with pytest.raises(data.RowError, match=said):
+        evaluate.main(["compare", "--results", first, second])
+    out = ["--out", str(tmp_path / "compare.md")]
+    ((row,), notes) = compared(capsys, first, second, "--shared", *out)
+    assert row["questions"] == "medqa (2)"
+    assert row["difference in accuracy, 95 % interval"] == "+1.000 (+1.000 … +1.000)"
+    assert notes == "* 2 questions are in both runs; left out: 1 of one's 3 and 3 of two's 5."
+    assert notes in (tmp_path / "compare.md").read_text()
+    third = written(tmp_path / "three", {"v": "A"})
+    with pytest.raises(data.RowError, match="two and three: --shared: no question in common"):
+        evaluate.main(["compare", "--shared", "--results", second, third])
+
+
 def test_runs_without_a_common_benchmark_are_not_compared(stages, tmp_path):
-    evaluate.write_results(tmp_path / "results.json", {"name": "other", **evaluate.make_results([{**json.loads((stages["hasty"] / "results.json").read_text())["entries"][0], "source": "mmmu"}])})
+    entries = json.loads((stages["hasty"] / "results.json").read_text())["entries"]
+    results = evaluate.make_results([{**entries[0], "source": "mmmu"}])
+    evaluate.write_results(tmp_path / "results.json", {"name": "other", **results})
     with pytest.raises(data.RowError, match="no benchmark in common"):
         evaluate.main(["compare", "--results", str(stages["hasty"]), str(tmp_path)])
 

@@ -165,7 +165,7 @@ def test_gains_are_differences_but_for_chiron():
 
 def test_every_note_is_used_and_every_misprint_has_one():
     records = [row for number in (1, 2) for row in tables.paper_records(number)]
-    assert {note for row in records for note in row["notes"]} | {"n"} == set(tables.NOTES)
+    assert {note for row in records for note in row["notes"]} == set(tables.NOTES)
     for number in (1, 2):
         for row in tables.paper_records(number):
             if row["subset"] != "delta" and not whole(row["percent"], column_questions(number)[row["benchmark"], row["subset"]]):
@@ -213,16 +213,21 @@ def test_table_by_hand():
     assert found[""] == ["one", "two | 2"]
     assert found["image questions: questions × samples"] == ["2 × 4", "–"] and found["text questions: questions × samples"] == ["1 × 4", "1 × 2"]
     assert found["image questions: accuracy"] == [wilson((2 / 4 + 1 / 4) / 2, 2), "–"]
-    assert found["image questions: accuracy, by the benchmark's rule (official.py)"] == [wilson(3 / 4, 2), "–"] and found["image questions: … which cannot read"] == ["0.250", "–"]
+    by_rule = found["image questions: accuracy, by the benchmark's rule (official.py)"]
+    assert by_rule == [wilson(3 / 4, 2), "–"]
+    assert found["image questions: … which cannot read, of all answers"] == ["0.250", "–"]
     assert found["image questions: majority vote"] == [wilson(1 / 2, 2) + ", n = 4", "–"]  # p: A, q: B
     assert found["image questions: any right (pass@n)"][0] == wilson(1, 2) + ", n = 4"
-    assert found["image questions: answers that cannot be read"][0] == "0.250" and found["image questions: answers cut off"][0] == "0.125"
+    # of the 8 answers 2 cannot be read; the one of them that was cut off is half of those
+    assert found["image questions: cannot be read, of all answers"][0] == "0.250"
+    assert found["image questions: … cut off, of all answers"][0] == "0.125"
     assert found["image questions: chains that speak of the image"][0] == "0.375" and found["image questions: … first after this share of their characters"][0] == "0.50"
     assert found["image questions: words a chain"][0] == "18"  # (100 + 40) / 8 = 17.5
     assert found["image questions: chains that meet all four criteria"][0] == wilson(2 / 3, 1) and found["image questions: … No Hallucination"][0] == "0.667"
     assert found["image questions: hallucinate, of those that look"][0] == "0.333 of 3"
     assert found["text questions: accuracy"] == [wilson(3 / 4, 1), wilson(1 / 2, 1)]
-    assert found["text questions: prompts over long"] == ["0.000", "0.500"] and found["text questions: unanswered"] == ["0.000", "0.500"]
+    for label in ("prompt over long", "unanswered"):
+        assert found[f"text questions: … {label}, of all answers"] == ["0.000", "0.500"]
     assert found["medqa: accuracy"] == found["text questions: accuracy"] and found["mmmu: accuracy, by the benchmark's rule (official.py)"] == [wilson(3 / 4, 2), "–"]
     # what no result has, has no row: nobody judged a text, and MedQA has no rule of its own
     assert not [label for label in found if label.startswith("text questions: chains") or label.startswith("medqa: accuracy,")]
@@ -234,8 +239,26 @@ def test_table_of_one_benchmark_does_not_say_everything_twice():
 
 
 def read_csv(path: Path) -> list[dict]:
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8-sig") as file:
         return list(csv.DictReader(file))
+
+
+def paper_titles(number: int) -> list[str]:
+    """The headers of the paper's columns."""
+    parts = {"": "Overall", "delta": "Δ"}
+    return [
+        f"{tables.TITLES[name]} {parts.get(subset) or subset.split('=')[1]} (n = {n})"
+        for name, subset, n in tables.TABLES[number][0]
+    ]
+
+
+def table_of(path: Path) -> dict[str, dict[str, str]]:
+    """{row: {header: cell}} of a Markdown table, without the cells that have no value"""
+    shown = cells(path.read_text())
+    header = shown.pop("accuracy in %")
+    assert len(set(header)) == len(header)
+    rows = {name: dict(zip(header, row, strict=True)) for name, row in shown.items()}
+    return {n: {key: cell for key, cell in row.items() if cell != "–"} for n, row in rows.items()}
 
 
 @pytest.fixture(scope="module")
@@ -247,23 +270,29 @@ def printed(everything, tmp_path_factory) -> tuple[Path, list[Path], list[str]]:
 @pytest.mark.parametrize("number", [1, 2])
 def test_our_rows_stand_under_the_papers_with_interval_and_questions(printed, everything, number):
     out, paths, _ = printed
-    assert sorted(path.name for path in paths) == ["table1.csv", "table1.md", "table2.csv", "table2.md"] and all(path.exists() for path in paths)
-    shown, records = cells((out / f"table{number}.md").read_text()), read_csv(out / f"table{number}.csv")
-    columns = tables.TABLES[number][0]
-    assert len(shown["accuracy in %"]) == len(columns)
-    names = list(shown)[1:]
-    ours = [name for name in names if "(ours" in name]
-    assert names[-len(ours) :] == ours and len(ours) == 6  # all but GPT-4o, which was asked MedQA only
-    assert ours[0] == "7B/base (ours, 32 samples a question)" and ours[-1] == "32B/Stage-I (ours)"
+    names = ["table1.csv", "table1.md", "table2.csv", "table2.md"]
+    assert sorted(path.name for path in paths) == names and all(path.exists() for path in paths)
+    shown, records = table_of(out / f"table{number}.md"), read_csv(out / f"table{number}.csv")
+    ours = [name for name in shown if "(ours" in name]
+    assert list(shown)[-len(ours) :] == ours
+    assert len(ours) == 6 + (number == 1)  # GPT-4o was asked MedQA only, of which Table 2 has none
+    assert ours[0] == "7B/base (ours, 32 samples a question)" and "32B/Stage-I (ours)" in ours
     for record in records:
-        samples = f", {record['samples']} samples a question" if record["samples"] not in ("", "1") else ""
-        name = record["method"] + (f" (ours{samples})" if record["by"] == "ours" else "")
-        cell = shown[name][[column[:2] for column in columns].index((record["benchmark"], record["subset"]))]
-        assert cell.startswith(record["percent"]) and float(cell.split()[0]) == float(record["percent"])
+        samples = record["samples"] not in ("", "1")
+        told = f"ours, {record['samples']} samples a question" if samples else "ours"
+        name = record["method"] + (f" ({told})" if record["by"] == "ours" else "")
+        part = {"": "Overall", "delta": "Δ"}.get(record["subset"], record["subset"].split("=")[-1])
+        title = f"{tables.TITLES[record['benchmark']]} {part} (n = "
         if record["by"] == "ours":
-            low, high = (float(number) for number in re.search(r"\(([-+\d.]+) … ([-+\d.]+)\)", cell).groups())
-            assert (low, high) == pytest.approx((float(record["low"]), float(record["high"])), abs=0.051)
-            assert (f"[n = {record['questions']}]" in cell) == (int(record["questions"]) != dict(((b, s), n) for b, s, n in columns)[record["benchmark"], record["subset"]])
+            cell = shown[name].pop(f"{title}{record['questions']})")
+            found = re.search(r"\(([-+\d.]+) … ([-+\d.]+)\)", cell).groups()
+            wanted = [float(record["low"]), float(record["high"])]
+            assert list(map(float, found)) == pytest.approx(wanted, abs=0.051)
+        else:  # in the paper's column, of whose questions a few of its rows are not
+            (key,) = (key for key in paper_titles(number) if key.startswith(title))
+            cell = shown[name].pop(key)
+        assert cell.startswith(record["percent"])
+    assert not any(shown.values())  # every cell is a record
     result = everything[2]
     figures_of = result["benchmarks"]["medxpertqa-mm"]["subsets"]["question_type=Reasoning"]
     record = next(r for r in records if (r["method"], r["subset"]) == ("7B/Stage-II", "question_type=Reasoning"))
@@ -276,7 +305,11 @@ def test_our_rows_stand_under_the_papers_with_interval_and_questions(printed, ev
 
 def test_the_papers_cells_are_printed_as_they_are_with_their_notes(printed):
     out, _, _ = printed
-    shown, text = cells((out / "table1.md").read_text()), (out / "table1.md").read_text()
+    text = (out / "table1.md").read_text()
+    shown = {name: row[:8] for name, row in cells(text).items()}
+    assert shown.pop("accuracy in %") == paper_titles(1)
+    papers = [name for name in shown if "(ours" not in name]
+    assert len(papers) == 17 and {cell for n in papers for cell in cells(text)[n][8:]} == {"–"}
     assert shown["OpenAI-o1"] == ["52.78 [a]", "65.45 [a]", "56.28 [a]", "–", "60.00", "–", "41.96", "–"]
     assert shown["GMAI-VL-R1 RLT"] == ["–", "–", "23.80", "+3.10", "57.33", "+2.00", "34.03 [c] [d]", "+5.56"]
     assert shown["InternVL3.0-8B +Stage-II"] == ["25.93", "31.05", "27.35", "+5.50", "70.00", "+8.67", "48.95", "+12.24"]
@@ -286,11 +319,62 @@ def test_the_papers_cells_are_printed_as_they_are_with_their_notes(printed):
     assert int(next(r for r in read_csv(out / "table1.csv") if r["method"] == "OpenAI-o1")["questions"]) == 144
 
 
-def test_the_papers_number_of_questions_is_not_marked(tmp_path):
+def test_only_the_papers_number_of_questions_stands_in_the_papers_column(tmp_path):
     counts = {"mmmu": 150, "mmmu-pro": 20}
     tables.paper_tables([result_of("7B/base", entries("base", 1, counts))], tmp_path)
-    row = cells((tmp_path / "table1.md").read_text())["7B/base (ours)"]
-    assert "[n" not in row[4] and row[6].endswith("[n = 20]") and row[:4] == ["–"] * 4
+    shown = cells((tmp_path / "table1.md").read_text())
+    header, row = shown["accuracy in %"], shown["7B/base (ours)"]
+    assert header == [*paper_titles(1), "MMMU-Pro-Health Overall (n = 20)"]
+    assert [column for column, cell in enumerate(row) if cell != "–"] == [4, 8]
+
+
+def test_columns_of_fewer_questions_stand_in_the_papers_order(stages, tmp_path):
+    tables.paper_tables(stages, tmp_path)
+    header = cells((tmp_path / "table1.md").read_text())["accuracy in %"]
+    parts = {"Reasoning": 72, "Understanding": 24, "Overall": 96, "Δ": 96}
+    assert header[8:12] == [f"MedXpertQA-MM {part} (n = {n})" for part, n in parts.items()]
+
+
+def test_whatever_was_evaluated_has_a_column_beside_the_papers(tmp_path):
+    counts = {"medbullets-op5": 8, "mmmu": 150, "exam of ours": 3}
+    base, late = (made(f"7B/{stage}", 1, counts) for stage in ("base", "Stage-I"))
+    vision = result_of("+ vision", entries("base", 1, {"mmmu-pro-vision": 4}))
+    free = result_of("free", entries("both", 1, {"medbullets-op5": 8}))
+    free["open_ended"] = "hf:grader"
+    tables.paper_tables([base, late, vision, free], tmp_path)
+    header = cells((tmp_path / "table1.md").read_text())["accuracy in %"]
+    assert header == [
+        *paper_titles(1),
+        "Medbullets, 5 options Overall (n = 8)", "Medbullets, 5 options Δ (n = 8)",
+        "exam of ours Overall (n = 3)", "exam of ours Δ (n = 3)",
+        "MMMU-Pro-Health, vision Overall (n = 4)",
+        "Medbullets, 5 options, open-ended Overall (n = 8)",
+    ]  # fmt: skip
+    shown = table_of(tmp_path / "table1.md")
+    before, right = (
+        sum(one["right"][0] for one in run["entries"] if one["source"] == "medbullets-op5")
+        for run in (base, late)
+    )
+    row = shown["7B/Stage-I (ours)"]
+    assert row["Medbullets, 5 options Overall (n = 8)"].startswith(f"{100 * right / 8:.2f} (")
+    assert row["Medbullets, 5 options Δ (n = 8)"].startswith(f"{100 * (right - before) / 8:+.2f} (")
+    assert list(row)[:2] == ["MMMU-Health Overall (n = 150)", "MMMU-Health Δ (n = 150)"]
+    assert list(shown["+ vision (ours)"]) == ["MMMU-Pro-Health, vision Overall (n = 4)"]
+    assert list(shown["free (ours)"]) == ["Medbullets, 5 options, open-ended Overall (n = 8)"]
+    names = [row["method"] for row in read_csv(tmp_path / "table1.csv")]
+    assert "'+ vision" in names and "+ vision" not in names  # a spreadsheet would run it
+
+
+def test_a_gain_on_the_image_questions_of_a_benchmark_is_over_those(tmp_path):
+    text, results = by_hand("t", "mmmu", False, "B"), []
+    for name, choices in (("7B/base", "BB"), ("7B/Stage-I", "AB")):
+        image = by_hand("p", "mmmu", True, choices)
+        result = result_of(name, [image])
+        result["benchmarks"] = {"mmmu, image": result["benchmarks"]["mmmu"]}
+        results.append({**result, "entries": [image, text]})
+    tables.paper_tables(results, tmp_path)
+    row = table_of(tmp_path / "table1.md")["7B/Stage-I (ours, 2 samples a question)"]
+    assert row["mmmu, image Δ (n = 1)"] == "+50.00 (+50.0 … +50.0)"
 
 
 def test_what_a_result_lacks_for_the_tables_is_said(printed):
@@ -308,12 +392,14 @@ def test_no_gain_over_a_base_that_was_asked_other_questions(stages, tmp_path):
 
 
 def test_no_gain_over_the_base_of_another_size_or_of_no_size(tmp_path):
-    mm = {"medxpertqa-mm": 12}
+    mm, more = {"medxpertqa-mm": 12}, tmp_path / "more"
+    more.mkdir()
     results = [made("7B/base", 1, mm), made("base", 1, mm), made("32B/Stage-I", 1, mm), result_of("GPT-4o", entries("both", 1, mm))]
     tables.paper_tables(results, tmp_path)
     assert not [row for row in read_csv(tmp_path / "table1.csv") if row["by"] == "ours" and row["subset"] == "delta"]
-    tables.paper_tables([*results, made("32B/base", 1, mm)], tmp_path)
-    assert [row["method"] for row in read_csv(tmp_path / "table1.csv") if row["by"] == "ours" and row["subset"] == "delta"] == ["32B/Stage-I"]
+    tables.paper_tables([*results, made("32B/base", 1, mm)], more)
+    ours = [row for row in read_csv(more / "table1.csv") if row["by"] == "ours"]
+    assert [row["method"] for row in ours if row["subset"] == "delta"] == ["32B/Stage-I"]
 
 
 def test_two_results_of_one_name_are_refused(stages, tmp_path):

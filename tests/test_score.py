@@ -279,7 +279,49 @@ def test_comparison_by_hand():
     assert found["difference"][1] <= found["difference"][0] <= found["difference"][2]
 
 
-@pytest.mark.parametrize(("second", "message"), [([made("p", "A", "AA")], "1 questions were put to one model only"), ([made("p", "A", "AA"), made("q", "B", "AA")], "question q has another answer")])
-def test_unlike_questions_are_not_compared(second, message):
-    with pytest.raises(ValueError, match=message):
-        score.compare([made("p", "A", "AA"), made("q", "A", "AA")], second)
+def ruled(entry: dict, choices: str) -> dict:
+    """An entry with what the benchmark's own rule reads."""
+    right = [choice == entry["answer"] for choice in choices]
+    return {**entry, "official": {"choices": list(choices), "right": right}}
+
+
+def test_a_gain_in_form_shows_beside_the_difference_by_the_benchmarks_own_rule():
+    # our rule reads nothing of two answers that the benchmark's own does; the second writes tags
+    first = [ruled(made("p", "A", "A--B"), "AAAB"), ruled(made("q", "A", "----"), "BBBB")]
+    second = [ruled(made("p", "A", "AAAB"), "AAAB"), ruled(made("q", "A", "BB-B"), "BBBB")]
+    found = score.compare(first, second)
+    assert found["difference"][0] == pytest.approx((2 / 4 + 0) / 2)
+    assert found["readable_difference"][0] == pytest.approx((2 / 4 + 3 / 4) / 2)
+    assert found["official_difference"] == [0, 0, 0]
+    low, high = found["readable_difference"][1:]
+    assert (low, high) == (2 / 4, 3 / 4)  # both questions alike, in one draw of four
+
+
+@pytest.mark.parametrize("lacking", [0, 1])
+def test_no_difference_by_a_rule_that_one_run_was_not_read_by(lacking):
+    runs = [[ruled(made("p", "A", "A"), "A")], [ruled(made("p", "A", "A"), "A")]]
+    assert "official_difference" in score.compare(*runs)
+    runs[lacking] = [made("p", "A", "A")]
+    assert "official_difference" not in score.compare(*runs)
+
+
+OTHERS = {  # of the first's two questions, p and q
+    "fewer": ([made("p", "A", "AA")], "2 and 1 questions, of which 1 are the same"),
+    "another answer": ([made("p", "A", "AA"), made("q", "B", "AA")], "2 and 2 .* which 1 are"),
+    "another id": ([made("p", "A", "AA"), made("r", "A", "AA")], "2 and 2 .* which 1 are"),
+    "more": ([made(key, "A", "AA") for key in "pqr"], "2 and 3 .* which 2 are"),
+    "another source": (
+        [made("p", "A", "A"), {**made("q", "A", "A"), "source": "x"}], "2 and 2 .* which 1 are",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_unlike_questions_are_not_compared_but_those_that_both_have_can_be(name):
+    first, (second, message) = [made("p", "A", "AA"), made("q", "A", "BB")], OTHERS[name]
+    with pytest.raises(data.RowError, match=message):
+        score.compare(first, second)
+    pairs = score.shared(first, second)
+    assert [(one["id"], two["id"]) for one, two in pairs] == [("p", "p"), ("q", "q")][: len(pairs)]
+    assert len(pairs) == (2 if name == "more" else 1)
+    assert pairs[0][0] is first[0] and pairs[0][1] is second[0]
