@@ -292,7 +292,6 @@ def run(args: argparse.Namespace) -> None:
     inputs = [*args.questions, *args.against, *filter(None, [args.reviewed, *map(checkpoint, specs)])]
     if not stage.open_folder(args, inputs, SPEED, data.image_files(args.images, map(vars, bank))):
         return
-    bill.announce(costs(bank, args), args.images_may_leave)
     left, rejected, after = bank, {}, {"bank" if len(args.steps) > 1 else "given": bank}
     waiting: list[data.Question] = []
     for step in args.steps:
@@ -338,6 +337,8 @@ def check_early(bank: list[data.Question], args: argparse.Namespace) -> None:
             raise data.RowError(f"{flag}: {twice[0]} is there twice; its replies would be the same")
     specs = {demand.spec for step in args.steps for demand in demands(step, bank, args)}
     idle = args.dry_run or (Path(args.out) / "stage.json").exists()  # a finished folder asks nothing
+    if not idle:
+        bill.announce(costs(bank, args), args.images_may_leave)
     for spec in sorted(() if idle else specs):
         if not (folder := checkpoint(spec)):  # a model is loaded when it is its turn
             open_engine(spec, setup_of(args))
@@ -423,7 +424,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name, help in helps.items():
         command, one = commands.add_parser(name, help=help), name != "all"
         command.set_defaults(run=run, steps=[name] if one else STEPS, direct_attempts=DIRECT, expert_attempts=ATTEMPTS, drop_if="any")
-        command.set_defaults(against=[], baselines=[], classifier="", experts=[], editor="", reviewed="", keep_unreviewed=False, dry_run=False)
+        command.set_defaults(against=[], baselines=[], classifier="", experts=[], editor="", reviewed="", keep_unreviewed=False, dry_run=False, images_may_leave=False)
         command.add_argument("--questions", nargs="+", required=True, help="questions.jsonl files")
         command.add_argument("--images", default=".", help="image root")
         command.add_argument("--out", required=True, help="folder to write")

@@ -198,15 +198,6 @@ def choose_pairs(positives: list[dict], negatives: list[dict], rule: str, cap: i
     return pairs[:cap] if cap else pairs
 
 
-IMAGE_WORDS = re.compile(r"\b(image|figure|film|picture|scan|x-ray|radiograph|ct|mri|smear|oct|photograph|slide)s?\b", re.I)
-
-
-def first_look(response: str) -> float | None:
-    """Where in the response the image is first mentioned, 0 (at once) to 1 (at the end); None if never (paper §4.2)."""
-    match = IMAGE_WORDS.search(response)
-    return match.start() / max(1, len(response)) if match else None
-
-
 def mean(values: list[float]) -> float | None:
     return round(statistics.fmean(values), 3) if values else None
 
@@ -258,8 +249,6 @@ def make_pairs(
         "pairs": len(rows),
         "pairs_failing": {name: sum(name in row["failed"] for row in rows) for name in criteria},
         "words": {side: mean([len(row[side].split()) for row in rows]) for side in ("chosen", "rejected")},
-        "first_look": {side: mean([look for row in rows if (look := first_look(row[side])) is not None]) for side in ("chosen", "rejected")},
-        "never_looks": {side: sum(first_look(row[side]) is None for row in rows) for side in ("chosen", "rejected")},
     }
     return rows, report
 
@@ -267,7 +256,7 @@ def make_pairs(
 def read_report(path: Path) -> dict:
     report = data.read_json(path)
     data.need({"report": report}, str(path), report=dict)
-    figures = {"criteria": list, "pairs_failing": dict, "negatives_failing": dict, "words": dict, "first_look": dict, "never_looks": dict}
+    figures = {"criteria": list, "pairs_failing": dict, "negatives_failing": dict, "words": dict}
     data.need(report, str(path), **figures, candidates=int, correct=int, no_verdict=int, pairs=int)
     return report
 
@@ -279,8 +268,8 @@ def print_report(report: dict) -> None:
     judged = report["correct"] - report["no_verdict"] - report["rule_and_judge_disagree"]
     print(f"{report['candidates']} -> {report['correct']} -> {judged} -> {report['positive']} / {report['negative']} -> {report['questions_with_pairs']} of {report['questions']} -> {report['pairs']}")
     print("why negatives fail:   " + ", ".join(f"{name} {count}" for name, count in report["negatives_failing"].items()))
-    for figure, text in (("words", "length in words"), ("first_look", "first look at the image, 0 to 1"), ("never_looks", "never mentions the image")):
-        print(f"{text:<34} chosen {report[figure]['chosen']}, rejected {report[figure]['rejected']}")
+    words = report["words"]
+    print(f"length in words:      chosen {words['chosen']}, rejected {words['rejected']}")
 
 
 def few(report: dict) -> str | None:

@@ -8,8 +8,8 @@
 One entry a question holds all that any figure is made of, so that a report can be made again without the model:
 
     id, source, image (bool), answer, groups {question_type, modality, ...}, choices [letter or null, a sample each],
-    right [bool], official {choices, right} or null, ended ["stop", "length", ...], words [int], looks [share or null],
-    criteria [{four booleans} or null]
+    right [bool], official {choices, right} or null, ended ["stop", "length", ...], words [int],
+    criteria [{four booleans}, {} where the verdict cannot be read, null where none was asked for]
 
 An answer that cannot be read, that was cut off or that was never given is wrong and stays in the denominator.
 
@@ -28,7 +28,7 @@ from pathlib import Path
 
 import benchmarks
 import data
-from judge import CRITERIA, first_look
+from judge import CRITERIA
 
 SUBSETS = 100  # ours: seeded subsets behind MV@n
 RESAMPLES = 10_000  # ours: bootstrap over questions
@@ -146,6 +146,11 @@ def choice_of(response: str, question: data.Question) -> str | None:
     return question.answer if said == data.normalise(question.answer) else said or None
 
 
+def met(verdict: dict | None) -> dict[str, bool]:
+    """The four criteria of a verdict; {} where it cannot be read."""
+    return {name: verdict[name] for name in CRITERIA} if verdict else {}
+
+
 def entry(question: data.Question, rows: list[dict], verdicts: dict[tuple, dict | None]) -> dict:
     """One question's entry. rows: its samples in order, each with response, finish_reason, extracted, correct and, where the
     benchmark has a rule of its own, official and official_correct. verdicts: (id, sample) -> criteria."""
@@ -160,8 +165,7 @@ def entry(question: data.Question, rows: list[dict], verdicts: dict[tuple, dict 
         "choices": [row["extracted"] for row in rows], "right": [row["correct"] for row in rows],
         "official": {"choices": [row["official"] for row in rows], "right": [row["official_correct"] for row in rows]} if own_rule else None,
         "ended": [row["finish_reason"] for row in rows], "words": [len(text.split()) for text in thinking],
-        "looks": [first_look(text) for text in thinking] if question.images else [None] * len(rows),
-        "criteria": [{name: given[name] for name in CRITERIA} if (given := verdicts.get((row["id"], row["sample"]))) else None for row in rows],
+        "criteria": [met(verdicts[key]) if (key := (row["id"], row["sample"])) in verdicts else None for row in rows],
     }  # fmt: skip
 
 
@@ -179,7 +183,6 @@ def summarise(entries: list[dict]) -> dict:
         told = f"one group of questions has {sorted(counts)} samples a question"
         raise ValueError(f"{told}; score them apart")
     samples, ended = counts.pop(), flat(entries, "ended")
-    looks = [share for share in flat(entries, "looks") if share is not None]
     lots = [shared_vote(found["choices"], found["right"]) for found in entries]
     figures = {
         "questions": len(entries), "samples": samples,
@@ -191,8 +194,6 @@ def summarise(entries: list[dict]) -> dict:
         "over_long": ended.count("overlong") / len(ended),
         "unanswered": sum(end in ("blocked", "refused", "empty") for end in ended) / len(ended),
         "words": statistics.fmean(flat(entries, "words")),
-        "looking": len(looks) / len(ended),
-        "first_look": statistics.median(looks) if looks else None,
         "majority": {}, "pass": {}, "ties_by_lot": mean_and_interval(lots),
     }  # fmt: skip
     for n in sizes(samples):
@@ -219,7 +220,8 @@ def judged_figures(entries: list[dict]) -> dict:
     looking = [given for given in judged if given["Image_Analysis_Involvement"]]
     met = statistics.fmean(all(given.values()) for given in judged)
     return {
-        "judged": len(judged), "criteria": {name: statistics.fmean(given[name] for given in judged) for name in CRITERIA},
+        "judged": len(judged), "sent": sum(given is not None for given in flat(entries, "criteria")),
+        "criteria": {name: statistics.fmean(given[name] for given in judged) for name in CRITERIA},
         "all_criteria": [met, *wilson(met, sum(any(found["criteria"]) for found in entries))], "judged_looking": len(looking),
         # among chains that look at the image: one that never looks cannot see things that are not there
         "hallucinated": statistics.fmean(not given["No_Hallucination"] for given in looking) if looking else None,

@@ -90,7 +90,7 @@ ROWS = (  # label, the key of the figures without which there is no cell, the ce
     ("any right (pass@n)", "pass", lambda f: last(f["pass"])),
     (
         "chains with a readable verdict", "judged",
-        lambda f: f"{f['judged']} of {f['questions'] * f['samples']}",
+        lambda f: f"{f['judged']} of {f['sent']}",
     ),
     ("chains that meet all four criteria", "all_criteria", lambda f: spread(f["all_criteria"])),
     *(
@@ -103,11 +103,6 @@ ROWS = (  # label, the key of the figures without which there is no cell, the ce
     (
         "hallucinate, of those that look", "hallucinated",
         lambda f: f"{f['hallucinated']:.3f} of {f['judged_looking']}",
-    ),
-    ("chains that speak of the image", "looking", lambda f: f"{f['looking']:.3f}"),
-    (
-        "… first after this share of their characters", "first_look",
-        lambda f: f"{f['first_look']:.2f}",
     ),
     ("words a chain", "words", lambda f: f"{f['words']:.0f}"),
     ("cannot be read, of all answers", "unparsed", lambda f: f"{f['unparsed']:.3f}"),
@@ -124,7 +119,7 @@ def table(results: list[dict]) -> str:
     accuracy, and by its own rule where it has one."""
     image, text = ([one["groups"].get(kind, {}) for one in results] for kind in ("image", "text"))
     groups = [("image questions", ROWS, image)]
-    groups.append(("text questions", [row for row in ROWS if row[1] != "looking"], text))
+    groups.append(("text questions", ROWS, text))
     benchmarks = list(dict.fromkeys(source for result in results for source in result["benchmarks"]))
     if len({source.partition(", ")[0] for source in benchmarks}) > 1:
         for source in benchmarks:

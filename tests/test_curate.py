@@ -832,6 +832,8 @@ def test_images_leave_the_machine_only_with_leave_and_nothing_is_asked_before(tm
     words = ["all", "--questions", str(bank), "--images", str(films), "--out", str(tmp_path / "out")]
     with pytest.raises(data.RowError, match="images would be sent to nowhere.*--images-may-leave"):
         curate.main([*words, "--baselines", "http://nowhere/v1#a"])
+    with pytest.raises(asking.Unavailable, match="no server answers there"):
+        curate.main([*words, "--baselines", "http://nowhere/v1#a", "--images-may-leave"])
     assert not (tmp_path / "replies").exists()
 
 

@@ -40,7 +40,7 @@ def stages(world, tmp_path_factory) -> dict[str, Path]:
     """Three evaluations, as of three stages."""
     base = tmp_path_factory.mktemp("eval")
     for engine in ("bookish", "hasty", "thorough"):
-        run(world, base / engine, "-n", "8", "4", "--judge", "clinic:judge", engine=f"clinic:{engine}")
+        run(world, base / engine, "-n", "8", "4", "--judge", "clinic:judge", "--judge-samples", "0", engine=f"clinic:{engine}")
     return {engine: base / engine for engine in ("bookish", "hasty", "thorough")}
 
 
@@ -78,11 +78,25 @@ def test_criteria_show_what_each_teacher_lacks(stages):
 
 
 def test_every_chain_on_an_image_question_is_judged_right_or_wrong(world, tmp_path):
-    results = run(world, tmp_path / "out", "-n", "8", "--judge", "clinic:judge", engine="clinic:expert-a")  # wrong a quarter of the time
+    flags = ["-n", "8", "--judge", "clinic:judge", "--judge-samples", "0"]
+    results = run(world, tmp_path / "out", *flags, engine="clinic:expert-a")  # wrong a quarter of the time
     verdicts = {(row["id"], row["sample"]) for _, row in data.read_jsonl(tmp_path / "out" / "verdicts.jsonl")}
     assert verdicts == {(q.id, k) for q in data.read_questions(world / "test.jsonl") if q.images for k in range(8)}
     assert results["groups"]["image"]["accuracy"][0] < 1  # so there were wrong ones
     assert "criteria" not in results["groups"]["text"]
+
+
+def test_one_chain_of_each_image_question_is_judged_and_every_run_has_the_same(world, tmp_path):
+    images = {q.id for q in data.read_questions(world / "test.jsonl") if q.images}
+    seen = {}
+    for engine in ("expert-a", "hasty"):
+        flags = ["-n", "8", "--judge", "clinic:judge", "--seed", "3"]
+        figures = run(world, tmp_path / engine, *flags, engine=f"clinic:{engine}")["groups"]["image"]
+        rows = data.read_jsonl(tmp_path / engine / "verdicts.jsonl")
+        seen[engine] = {(row["id"], row["sample"]) for _, row in rows}
+        assert {id for id, _ in seen[engine]} == images and len(seen[engine]) == len(images)
+        assert figures["judged"] == figures["sent"] == len(images)
+    assert seen["expert-a"] == seen["hasty"] and len({sample for _, sample in seen["hasty"]}) > 1
 
 
 def test_subsets_split_the_image_questions(stages):
@@ -109,7 +123,7 @@ def test_killed_and_resumed_evaluation_gives_the_same_results_and_asks_nothing_t
     assert not kept.endswith(b"\n")  # killed in the middle of a line
     (tmp_path / "replies").mkdir()
     (tmp_path / "replies" / path.name).write_bytes(kept)
-    more = ["-n", "8", "4", "--judge", "clinic:judge", "--name", "thorough"]
+    more = ["-n", "8", "4", "--judge", "clinic:judge", "--judge-samples", "0", "--name", "thorough"]
     results = run(world, tmp_path / "out", *more)
     assert results == json.loads((stages["thorough"] / "results.json").read_text())
     assert (tmp_path / "replies" / path.name).read_bytes() == whole

@@ -36,11 +36,10 @@ def entries(stage: str, samples: int, counts: dict[str, int], seed: int = 0, siz
             groups = {"modality": MODALITIES[int(len(MODALITIES) * (i / count) ** 2)]} if image else {}
             if source == "medxpertqa-mm":
                 groups |= {"question_type": ("Reasoning", "Understanding")[i % 4 == 3], "medical_task": TASKS[i % 3]}
-            looks = [draw.random() if image and draw.random() < SKILL[stage] + 0.4 else None for _ in range(samples)]
             met = [{name: draw.random() < SKILL[stage] + 0.4 for name in CRITERIA} if image else None for _ in range(samples)]
             official = {"choices": [choice or "E" for choice in choices], "right": right} if source.startswith("mmmu") else None
             words = [draw.randint(80, 400) for _ in range(samples)]
-            found.append({"id": f"{source}-{i}", "source": source, "image": image, "answer": "A", "groups": groups, "choices": choices, "right": right, "official": official, "ended": ended, "words": words, "looks": looks, "criteria": met})  # fmt: skip
+            found.append({"id": f"{source}-{i}", "source": source, "image": image, "answer": "A", "groups": groups, "choices": choices, "right": right, "official": official, "ended": ended, "words": words, "criteria": met})  # fmt: skip
     return found
 
 
@@ -191,7 +190,7 @@ def by_hand(key: str, source: str, image: bool, choices: str, **more) -> dict:
     count = len(said)
     entry = {"id": key, "source": source, "image": image, "answer": "A", "groups": {}, "choices": said, "right": [choice == "A" for choice in said]}
     ended = ["length" if choice == "!" else "stop" for choice in choices]
-    return entry | {"official": None, "ended": ended, "words": [10] * count, "looks": [None] * count, "criteria": [None] * count} | more
+    return entry | {"official": None, "ended": ended, "words": [10] * count, "criteria": [None] * count} | more
 
 
 def wilson(share: float, n: int) -> str:
@@ -204,8 +203,8 @@ def test_table_by_hand():
     met, blind = dict.fromkeys(CRITERIA, True), {**dict.fromkeys(CRITERIA, True), "No_Hallucination": False}
     official = {"choices": ["A", "A", "A", None], "right": [True, True, True, False]}
     first = result_of("one", [
-        by_hand("p", "mmmu", True, "AAB-", official=official, looks=[0.5, 0.25, None, None], criteria=[met, blind, met, None], words=[10, 20, 30, 40]),
-        by_hand("q", "mmmu", True, "BB!A", official=official, looks=[0.75, None, None, None]),
+        by_hand("p", "mmmu", True, "AAB-", official=official, criteria=[met, blind, met, {}], words=[10, 20, 30, 40]),
+        by_hand("q", "mmmu", True, "BB!A", official=official),
         by_hand("t", "medqa", False, "AABA"),
     ])  # fmt: skip
     second = result_of("two | 2", [by_hand("t", "medqa", False, "BA", ended=["overlong", "refused"])])
@@ -221,7 +220,6 @@ def test_table_by_hand():
     # of the 8 answers 2 cannot be read; the one of them that was cut off is half of those
     assert found["image questions: cannot be read, of all answers"][0] == "0.250"
     assert found["image questions: … cut off, of all answers"][0] == "0.125"
-    assert found["image questions: chains that speak of the image"][0] == "0.375" and found["image questions: … first after this share of their characters"][0] == "0.50"
     assert found["image questions: words a chain"][0] == "18"  # (100 + 40) / 8 = 17.5
     assert found["image questions: chains that meet all four criteria"][0] == wilson(2 / 3, 1) and found["image questions: … No Hallucination"][0] == "0.667"
     assert found["image questions: hallucinate, of those that look"][0] == "0.333 of 3"

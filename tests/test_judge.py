@@ -451,9 +451,6 @@ def test_report_follows_every_candidate_to_where_it_ended():
     assert report["pairs_failing"] == {"Logical_Consistency": 4, "Image_Analysis_Involvement": 0, "No_Hallucination": 0, "Reflection_Presence": 2}
     # a response adds five words to its thinking: <think> </think> <answer> B </answer>
     assert report["words"] == {"chosen": 9.0, "rejected": (6 + 9) / 2}
-    assert report["never_looks"] == {"chosen": 2, "rejected": 2}
-    assert report["first_look"]["chosen"] == round(rows[1]["response"].index("film") / len(rows[1]["response"]), 3)
-    assert report["first_look"]["rejected"] == round(rows[3]["response"].index("film") / len(rows[3]["response"]), 3)
 
 
 def test_report_of_nothing_right_has_no_pairs_and_no_averages():
@@ -477,14 +474,6 @@ def test_many_answers_that_were_cut_off_are_warned_of(cut, warned):
     said = rollout.cut_off(rows)
     assert bool(said) == warned
     assert not said or f"warning: {cut}% of the answers" in said and "--max-tokens" in said
-
-
-@pytest.mark.parametrize(
-    ("text", "place"),
-    [("the film", 4 / 8), ("Images first", 0.0), ("an x-ray", 3 / 8), ("imagine this", None), ("the contract", None), ("CT", 0.0), ("", None)],
-)
-def test_first_look_is_where_the_image_is_first_named(text, place):
-    assert judge.first_look(text) == place
 
 
 # ---------------------------------------------------------------------------------------------------------------

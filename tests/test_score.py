@@ -233,14 +233,6 @@ def test_questions_with_unequal_numbers_of_samples_are_refused():
         score.summarise([made("p", "A", "AA"), made("q", "A", "AAAA")])
 
 
-def test_looks_are_counted_over_chains_and_text_questions_have_none():
-    entry = made("p", "A", "AAAA", text="the film is clear", image=True)  # two of its four chains speak of a film
-    figures = score.summarise([entry])
-    assert figures["looking"] == 0.5 and figures["first_look"] == pytest.approx(len(" the ") / len(" the film is clear "))
-    figures = score.summarise([made("p", "A", "AAAA", text="the film is clear")])
-    assert figures["looking"] == 0 and figures["first_look"] is None
-
-
 def verdict(*failed: str) -> dict:
     return {key: key not in failed for key in judge.KEYS}
 
