@@ -52,7 +52,8 @@ def rows_of(path: Path) -> list[dict]:
 # The three criteria
 
 ASKED = q("A man coughs. What is the best next step?", "q")
-PHRASE = "we look at the film again and again then"  # nine words, of which two runs of eight
+PHRASE = "we look at the film again and then"  # eight words
+LOOP = " ".join([PHRASE] * 5)
 FAULTS = {  # name: (response, criteria that must fail)
     "faultless": (GOOD, set()),
     "text alone": (data.join_response(REASON, "surgery"), set()),
@@ -72,9 +73,8 @@ FAULTS = {  # name: (response, criteria that must fail)
     "answer inside the thinking": (f"<think> {REASON} <answer> B. surgery </answer> </think>", {"structure", "correct"}),
     "empty answer": (data.join_response(REASON, ""), {"structure", "correct"}),
     "no form at all": (f"{REASON}, so the answer is (B).", {"structure"}),
-    "a loop": (data.join_response(" ".join([PHRASE] * 3), "B. surgery"), {"coherence"}),
-    "said twice is no loop": (data.join_response(" ".join([PHRASE] * 2), "B. surgery"), set()),
-    "seven words three times are no loop": (data.join_response(", so ".join(f"{i} we look at the film once more" for i in range(3)), "B. surgery"), set()),
+    "a loop": (data.join_response(LOOP, "B. surgery"), {"coherence"}),
+    "said four times is no loop": (data.join_response(" ".join([PHRASE] * 4), "B. surgery"), set()),
     "drift into Chinese": (data.join_response(f"{REASON} 所以手术", "B. surgery"), {"coherence"}),
     "drift into Cyrillic": (data.join_response(f"{REASON} потому что", "B. surgery"), {"coherence"}),
     "Greek letters are medicine": (data.join_response(f"{REASON}, α and β", "B. surgery"), set()),
@@ -85,6 +85,29 @@ FAULTS = {  # name: (response, criteria that must fail)
     "sums up": (data.join_response(f"{REASON}. In summary, surgery", "B. surgery"), set()),
     "all three": ("потому что", {"correct", "structure", "coherence"}),
 }
+
+
+SENTENCE = "So the film is dark, and the cough is old, and that is why he must rest."
+LONG = " ".join(f"word{i}" for i in range(373))
+LOOPS = {  # name: (text, whether it is a loop)
+    "a sentence until the tokens end": (f"{LONG} {' '.join([SENTENCE] * 200)}", True),
+    "a sentence ten times at last": (f"{LONG} {' '.join([SENTENCE] * 10)}", True),
+    "two sentences in turn": (f"{LONG} {' '.join([SENTENCE, 'But wait, is it?'] * 20)}", True),
+    "two words": (f"{LONG} {'no, wait, ' * 200}", True),
+    "only a number changes": (
+        LONG + "".join(f" Step {i}: {SENTENCE}" for i in range(20)), True,
+    ),
+    "a sentence three times in a chain": (f"{LONG} ".join([SENTENCE] * 3), False),
+    "a sentence five times in a long chain": (f"{LONG} ".join([SENTENCE] * 5), False),
+    "no word twice": (LONG, False),
+    "nothing": ("", False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_loop_is_what_is_said_over_and_over_and_not_what_is_said_three_times(name):
+    text, expected = LOOPS[name]
+    assert (distill.coherence_fault(text, "") is not None) == expected
 
 
 def faults(response: str, finish: str = "stop", question: data.Question = ASKED) -> set[str]:
@@ -467,7 +490,7 @@ EXPANSIONS = {  # name: (the expander's reply, faults)
     "no answer": (Chat.good(FULL), {"correct", "expansion", "structure"}),
     "cut off": (Chat.good(f"{FULL} {ANSWER}", finish="length"), {"correct", "expansion"}),
     "the summary again": (Chat.good(f"{SHORT} {ANSWER}"), {"expansion"}),
-    "a loop": (Chat.good(" ".join([PHRASE] * 4) + ANSWER), {"coherence"}),
+    "a loop": (Chat.good(LOOP + ANSWER), {"coherence"}),
     "speaks of the summary": (Chat.good(f"{FULL}, as the summary states. {ANSWER}"), {"coherence"}),
     "two answers": (Chat.good(f"{FULL} {ANSWER} {ANSWER}"), {"structure"}),
     "too long": (Chat.good(" ".join(f"w{i}" for i in range(51)) + ANSWER), {"structure"}),
@@ -637,7 +660,7 @@ def named(key: str, response: str) -> str:
     return distill.Chain(q("", key), 0, "", response, {}).key()
 
 
-LOOPING = data.join_response(" ".join([PHRASE] * 3), "B. surgery")
+LOOPING = data.join_response(LOOP, "B. surgery")
 REVIEWED = {"good": GOOD, "good, no": GOOD, "loop": LOOPING, "loop, yes": LOOPING, "loop, no": LOOPING, "wrong": BAD, "no form": f"{REASON}, so the answer is (B)."}
 
 
@@ -765,14 +788,14 @@ def record(stem: str, response: str, **changes) -> dict:
 HUATUO = {  # name: (record, faults)
     "agrees": (record("1?", "The best step is Surgery, at once."), set()),
     "agrees, another option later": (record("2?", "Surgery rather than rest."), set()),
-    "names another option first": (record("3?", "Rest comes first, then surgery."), {"correct"}),
-    "names no option": (record("4?", "He must be operated on."), {"correct"}),
-    "names part of a word": (record("5?", "Neurosurgery is far."), {"correct"}),
+    "names another option first": (record("3?", "Rest comes first, then surgery."), {"conclusion"}),
+    "names no option": (record("4?", "He must be operated on."), {"conclusion"}),
+    "names part of a word": (record("5?", "Neurosurgery is far."), {"conclusion"}),
     "two options begin alike": (
         record("6?", "A rest in bed.", options={"A": "rest", "B": "rest in bed"}, answer="B"),
         set(),
     ),
-    "loops": (record("7?", "Surgery.", Complex_CoT=" ".join([PHRASE] * 3)), {"coherence"}),
+    "loops": (record("7?", "Surgery.", Complex_CoT=LOOP), {"coherence"}),
     "too short": (record("8?", "Surgery.", Complex_CoT="so it is"), {"structure"}),
     "too long": (record("9?", "Surgery.", Complex_CoT=" ".join(f"w{i}" for i in range(41))), {"structure"}),
     "tags": (record("10?", "Surgery.", Complex_CoT=f"{REASON} <answer> B </answer>"), {"structure"}),
@@ -785,6 +808,191 @@ HUATUO = {  # name: (record, faults)
 }
 
 
+NAMED = {  # name: (Response, options, what it names first, whether that is set aside)
+    "an article": ("It is the long head of the biceps.", ["Long head of biceps", "rest"], "A", False),
+    "an article of the option": ("It is a rash.", ["The rash", "rest"], "A", False),
+    "plurals": ("Sub-urethral nodules are seen.", ["rest", "Sub urethral nodule"], "B", False),
+    "more plurals": ("Biopsies, then masses.", ["Biopsy", "rest"], "A", False),
+    "a possessive": ("This is Hoigne's syndrome.", ["Hoigne syndrome", "rest"], "A", False),
+    "British spelling": (
+        "Labor and edema of tumor fibers, an immunization.",
+        ["rest", "Labour and oedema of tumour fibres"], "B", False,
+    ),
+    "letters that the source has lost": ("Chronic hypertension.", ["Hypeension", "x"], "A", False),
+    "more letters lost": ("The renal arteries.", ["Renal aery", "rest"], "A", False),
+    "the longer of two at one place": ("Rest in bed.", ["rest", "rest in bed"], "B", False),
+    "the first of two": ("Rest comes first, then surgery.", ["surgery", "rest"], "B", False),
+    "a small word": ("It might be rest.", ["be", "ad"], None, False),
+    "a small word that is meant": ("So the answer is be.", ["ad", "be"], "B", False),
+    "a letter": ("A man with vitamin B.", ["B", "A"], None, False),
+    "a letter that is meant": ("Hence option B.", ["A", "B"], "B", False),
+    "capitals of two letters": ("He has TB.", ["rest", "TB"], "B", False),
+    "a word in capitals is another": ("After all, it aids him.", ["ALL", "AIDS"], None, False),
+    "capitals": ("It is ALL.", ["AML", "ALL"], "B", False),
+    "vitamin A is no article": ("Vitamin A deficiency.", ["Vitamin deficiency", "x"], None, False),
+    "hepatitis A and B": ("Hepatitis A and B.", ["Hepatitis and B", "x"], None, False),
+    "a part of a number": ("It takes 0.500 or 1,500 ml.", ["500 ml", "500"], None, False),
+    "a percentage": ("The rate is 20%, not 200.", ["20", "20%"], "B", False),
+    "a number alone": ("After 12 hours.", ["12", "4"], None, False),
+    "a sign": ("There is ↓ TSH.", ["↑ TSH", "↓ TSH"], "B", False),
+    "all of the above": ("All of the above are none.", ["All of the above", "None"], None, False),
+    "options that read alike": ("It is a lens.", ["Lens", "The lens"], None, False),
+    "a part of a word": ("Neurosurgery.", ["surgery", "rest"], None, False),
+    "words of two sentences": ("He has bed. Rest is good.", ["bed rest", "x"], "A", False),
+    "not": ("This is not rest.", ["surgery", "rest"], "B", True),
+    "not, further away": ("Not a sign of a flu like rest.", ["rest", "x"], "A", True),
+    "rather than": ("Rather than rest, surgery.", ["surgery", "rest"], "B", True),
+    "unlike": ("Unlike rest, surgery helps.", ["surgery", "rest"], "B", True),
+    "while": ("While rest has its uses, surgery.", ["surgery", "rest"], "B", True),
+    "non": ("Non-small cell cancer.", ["small cell cancer", "x"], "A", True),
+    "what is not": ("What is not needed is rest.", ["surgery", "rest"], "B", False),
+    "not, of another clause": ("It is not new, rest helps.", ["rest", "x"], "A", False),
+    "not, afterwards": ("Rest is not needed.", ["surgery", "rest"], "B", False),
+    "empty": ("", ["surgery", "rest"], None, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_the_first_option_that_a_response_names_is_found_by_its_words_and_not_by_chance(name):
+    text, options, *expected = NAMED[name]
+    assert list(distill.first_named(text, dict(zip("ABCD", options)))) == expected
+
+
+def test_a_response_that_sets_its_answer_aside_is_no_agreement(tmp_path):
+    responses = ["While surgery has its uses, rest is best.", "Surgery is best, not rest."]
+    data.write_jsonl(tmp_path / "chains.jsonl", [record("1?", text) for text in responses])
+    demos, rejected = run_import(tmp_path / "chains.jsonl", "huatuo")
+    assert [demo["meta"]["Response"] for demo in demos] == responses[1:]
+    said = {"conclusion": "its Response sets B aside where it first names it"}
+    assert [row["faults"] for row in rejected] == [said]
+
+
+def test_what_an_import_refuses_says_which_record_it_was_and_shows_what_is_blamed(tmp_path, capsys):
+    rows = [record("1?", "Surgery."), record("2?", "Rest, then surgery."), record("3?", "Hm.")]
+    data.write_jsonl(tmp_path / "chains.jsonl", [*rows, {**rows[0], "answer": "rest"}])
+    _, rejected = run_import(tmp_path / "chains.jsonl", "huatuo")
+    row = rejected[0]
+    assert row["id"] and (row["number"], row["question"], row["answer"]) == (2, "2?", "B")
+    assert (row["options"], row["Response"]) == (OPTIONS, "Rest, then surgery.")
+    assert row["response"] == GOOD and list(row["faults"]) == ["conclusion"]
+    assert [row["number"] for row in rejected] == [2, 3, 4]
+    printed = capsys.readouterr().out
+    for line in (
+        "3 responses refused: conclusion 2, record 1", "1 x its Response first names C, not B",
+        "record 2: its Response first names C, not B", "the answer is B; Rest, then surgery.",
+    ):  # fmt: skip
+        assert line in printed
+
+
+def test_the_reasons_of_an_import_are_counted_and_the_first_records_named(tmp_path, capsys):
+    rows = [record(f"{i}?", "Hm." if i % 2 else "Rest.") for i in range(9)]
+    data.write_jsonl(tmp_path / "chains.jsonl", [*rows, record("good?", "Surgery.")])
+    run_import(tmp_path / "chains.jsonl", "huatuo")
+    lines = capsys.readouterr().out.splitlines()
+    counted = [line.strip() for line in lines if " x " in line]
+    assert counted == ["5 x its Response first names C, not B", "4 x its Response names no option"]
+    assert [line.split(":")[0].strip() for line in lines if "  record " in line] == [
+        "record 1", "record 2", "record 3",
+    ]  # fmt: skip
+
+
+WRONG = {  # name: (records, --format, what the error says)
+    "the other format": (
+        [record("1?", "Surgery.")] * 3, "sharegpt",
+        "none of the 3 records of .*chains.jsonl can be read; wanted are the keys conversations or "
+        "messages, the first record has question, .*, Response.*; --format huatuo would fit",
+    ),
+    "the other way round": (
+        [exchange("1?", "<think> x </think> B")], "huatuo",
+        "wanted are the keys .*Complex_CoT, Response, the first record has messages; "
+        "--format sharegpt would fit",
+    ),
+    "no known format": ([{"prompt": "1?"}], "huatuo", "has prompt; no other format would fit"),
+    "keys that fit, and nothing to read": (
+        [record("1?", "Surgery.", answer_idx="E")], "huatuo", "The first: .*'E' is not among",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_format_ends_in_an_error_that_names_the_right_one(tmp_path, name):
+    rows, form, said = WRONG[name]
+    data.write_jsonl(tmp_path / "chains.jsonl", rows)
+    with pytest.raises(data.RowError, match=said):
+        run_import(tmp_path / "chains.jsonl", form)
+    assert not list((tmp_path / "imported").glob("*.jsonl"))
+
+
+def test_a_file_without_a_record_is_refused(tmp_path):
+    (tmp_path / "chains.json").write_text("[]")
+    with pytest.raises(data.RowError, match="chains.json: no record in it"):
+        run_import(tmp_path / "chains.json", "huatuo")
+
+
+def test_a_human_overrules_what_an_import_reads_in_both_ways(tmp_path):
+    rows = [record("kept?", "Surgery."), record("named?", "He must be operated on.")]
+    rows += [record("wrong?", "Rest."), record("tags?", "Surgery.", Complex_CoT="a </think> b")]
+    data.write_jsonl(tmp_path / "chains.jsonl", rows)
+    demos, _ = run_import(tmp_path / "chains.jsonl", "huatuo")
+    keys = {row["question"]: data.Question(row["question"], OPTIONS, "B").id for row in rows}
+    sheet = read_sheet(tmp_path / "imported" / "review.csv")
+    assert [demo["id"] for demo in demos] == [keys["kept?"]]
+    assert list(sheet) == [keys[name] for name in ("kept?", "named?", "wrong?")]
+    assert sheet[keys["named?"]]["checks"] == "conclusion: its Response names no option"
+    filled = {keys["kept?"]: "no", keys["named?"]: "yes"}
+    told = fill_in(tmp_path / "imported" / "review.csv", tmp_path / "filled.csv", filled)
+    (tmp_path / "imported").rename(tmp_path / "first")
+    demos, rejected = run_import(tmp_path / "chains.jsonl", "huatuo", "--review", str(told))
+    assert [(demo["id"], demo["review"]) for demo in demos] == [(keys["named?"], "yes")]
+    assert demos[0]["checks"] == {"correct": True, "structure": True, "coherence": True}
+    assert {row["question"]: set(row["faults"]) for row in rejected} == {
+        "kept?": {"review"}, "wrong?": {"conclusion"}, "tags?": {"structure"},
+    }  # fmt: skip
+    verdicts = [row["verdict"] for row in read_sheet(tmp_path / "imported/review.csv").values()]
+    assert verdicts == ["no", "yes", ""]
+
+
+def test_a_humans_yes_does_not_say_that_an_answer_nobody_checked_is_right(tmp_path):
+    rows = [exchange(f"{said}?", f"<think> {said} </think> B") for said in (REASON, LOOP)]
+    data.write_jsonl(tmp_path / "chains.jsonl", rows)
+    run_import(tmp_path / "chains.jsonl", "sharegpt")
+    sheet = tmp_path / "imported" / "review.csv"
+    told = fill_in(sheet, tmp_path / "filled.csv", dict.fromkeys(read_sheet(sheet), "yes"))
+    (tmp_path / "imported").rename(tmp_path / "first")
+    demos, _ = run_import(tmp_path / "chains.jsonl", "sharegpt", "--review", str(told))
+    assert [demo["checks"] for demo in demos] == [
+        {"correct": None, "structure": True, "coherence": met} for met in (True, False)
+    ]
+
+
+def test_an_imports_checker_sees_what_the_rules_let_pass_with_its_images(serve, tmp_path):
+    names = ("good", "bad", "loop")
+    no = {**YES, "Plausibility_Coherence": "No"}
+    server = served(serve, {"checker": lambda name, _: json.dumps(no if name == "bad" else YES)})
+    Image.new("RGB", (30, 20), "green").save(tmp_path / "film.png")
+    said = {name: f"<think> {LOOP if name == 'loop' else REASON} </think> B" for name in names}
+    rows = [exchange(f"<image>What is <<{name}>>?", said[name]) for name in names]
+    rows = [row | {"images": ["film.png"]} for row in rows]
+    data.write_jsonl(tmp_path / "chains.jsonl", rows)
+    flags = ["--checker", spec(server, "checker"), "--images", str(tmp_path)]
+    demos, rejected = run_import(tmp_path / "chains.jsonl", "sharegpt", *flags)
+    assert server.by_model == {("checker", "good"): 1, ("checker", "bad"): 1}
+    assert all("data:image/png" in json.dumps(body) for _, _, body in server.requests)
+    assert [demo["checker"] for demo in demos] == [spec(server, "checker")]
+    assert "<<good>>" in demos[0]["messages"][1]["content"]
+    assert [list(row["faults"]) for row in rejected] == [["coherence"], ["coherence"]]
+    figures = json.loads((tmp_path / "imported" / "stage.json").read_text())
+    assert list(figures["engines"]) == [spec(server, "checker")]
+    assert figures["figures"] == {
+        "demos": 1, "refused": 2, "teachers": {"sharegpt": 1}, "faults": {"coherence": 2},
+    }  # fmt: skip
+    (tmp_path / "film.png").unlink()
+    (tmp_path / "imported").rename(tmp_path / "first")
+    with pytest.raises(data.RowError, match="film.png is not below"):
+        run_import(tmp_path / "chains.jsonl", "sharegpt", *flags, "--seed", "1")
+    assert server.by_model.total() == 2
+
+
 def test_huatuos_chains_become_demonstrations_where_their_own_conclusion_is_the_answer(tmp_path):
     repeated = HUATUO["agrees"][0]
     (tmp_path / "demo_data.json").write_text(json.dumps([row for row, _ in HUATUO.values()] + [repeated, {**repeated, "Complex_CoT": f"{REASON}, again"}]))
@@ -794,7 +1002,9 @@ def test_huatuos_chains_become_demonstrations_where_their_own_conclusion_is_the_
     assert demos[0]["messages"] == [*data.prompt_messages(q("1?")), {"role": "assistant", "content": GOOD}]
     assert demos[0]["meta"] == {"Response": "The best step is Surgery, at once."} and demos[0]["teacher"] == "huatuo"
     assert [(demo["id"], demo["sample"]) for demo in (demos[0], demos[-1])] == [(demos[0]["id"], 0), (demos[0]["id"], 1)]
-    assert [set(row["faults"]) for row in rejected] == [wrong for _, wrong in HUATUO.values() if wrong] + [{"duplicate"}]
+    assert [set(row["faults"]) for row in rejected] == [
+        *(wrong for _, wrong in HUATUO.values() if wrong), {"duplicate"},
+    ]  # fmt: skip
     said = [next(iter(row["faults"].values())) for row in rejected]
     assert said[:2] == ["its Response first names C, not B", "its Response names no option"]
     for fault in ("record 15: missing 'Complex_CoT'", "record 13: answer: 'E' is not among"):
@@ -816,7 +1026,7 @@ SHAREGPT = {  # name: (turns, images, the answer that is read; None: refused for
     "thinking that does not end": (turns("5?", f"<think> {REASON}"), [], None, {"structure", "correct"}),
     "two thoughts": (turns("6?", f"{THOUGHT}{THOUGHT}B"), [], None, {"structure", "correct"}),
     "nothing after it": (turns("7?", THOUGHT), [], None, {"structure", "correct"}),
-    "a loop": (turns("8?", f"<think> {' '.join([PHRASE] * 3)} </think> B"), [], None, {"coherence"}),
+    "a loop": (turns("8?", f"<think> {LOOP} </think> B"), [], None, {"coherence"}),
     "several questions": (turns("9?", f"{THOUGHT}B") * 2, [], None, {"record"}),
     "an image in the text": (turns("10 <image>?", f"{THOUGHT}B"), ["film.png"], None, {"record"}),
     "an image too few": (turns("<image><image>11?", f"{THOUGHT}B"), ["film.png"], None, {"record"}),
@@ -852,7 +1062,7 @@ def test_sharegpt_and_message_records_with_thinking_become_demonstrations(tmp_pa
 
 @pytest.mark.parametrize(("content", "said"), [
     (b"[{", "record 1: not JSON"), (b"\xff\xfe", ":1: not JSON"), (None, "no such file"),
-    (b"", "is empty"), (os.mkfifo, "is not a file"), (os.mkdir, "is no regular file"),
+    (b"", "is empty"), (os.mkfifo, "is no regular file"), (os.mkdir, "is no regular file"),
     (b'[{}, {"a": 1, "a": 2}]', "record 2: .*'a' is there twice"),
     (b'{"a": 1, "a": 2}', ":1: .*'a' is there twice"), (b'[{"a": NaN}]', "record 1: .*NaN"),
     (b"[{}, " + b"[" * 99_999, "record 2: .*nested"), (b"[{}]]", "not JSON"),
@@ -888,8 +1098,8 @@ def test_each_broken_record_is_rejected_by_name_and_no_other(tmp_path, form, goo
 def test_huatuos_own_file_becomes_demonstrations_that_can_be_shown_and_teach(folders, tmp_path, capsys):
     shutil.copy(Path(REAL) / "huatuo_demo_data.json", tmp_path)
     demos, rejected = run_import(tmp_path / "huatuo_demo_data.json", "huatuo")
-    reasons = Counter(row["faults"]["correct"].split(" names ")[0] for row in rejected)
-    assert (len(demos), reasons) == (51, {"its Response": 125, "its Response first": 22})
+    faults = Counter(name for row in rejected for name in row["faults"])
+    assert (len(demos), faults) == (50, {"conclusion": 146, "record": 2})
     capsys.readouterr()
     model.main(["show", str(tmp_path / "imported" / "demos.jsonl"), "--model", str(folders["qwen"]), "-n", "2"])
     shown = capsys.readouterr().out
