@@ -315,9 +315,12 @@ def read_verdict(reply: dict, keys: Sequence[str]) -> tuple[dict[str, bool] | No
 LABELLING = Sampling(temperature=0.0, top_p=1.0, max_tokens=4096)
 
 
-def label_cost(role: str, spec: str, asks: Iterable[Ask], args: argparse.Namespace) -> bill.Cost:
-    """What asking for verdicts or labels may cost at most."""
-    return bill.cost(role, spec, asks, attempts_of(spec, LABELLING), LABELLING.max_tokens, args.pixels)
+def label_cost(
+    role: str, spec: str, sizes: Iterable[tuple[int, int]], args: argparse.Namespace
+) -> bill.Cost:
+    """What verdicts or labels may cost at most; sizes: (characters, images) of each request."""
+    attempts = attempts_of(spec, LABELLING)
+    return bill.cost(role, spec, sizes, attempts, LABELLING.max_tokens, args.pixels)
 
 
 def ask_yes_no(engine: Engine, asks: list[Ask], keys: Sequence[str], role: str, args: argparse.Namespace) -> dict[str, dict]:

@@ -13,7 +13,7 @@ Where we depart from the paper, or it is silent: it tells no cost.
 import ipaddress
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -35,17 +35,22 @@ class Cost:
     images: int
 
 
-def cost(
-    role: str, spec: str, asks: Iterable, attempts: int, longest: int, pixels: int
-) -> Cost:
-    """Of asks (asking.Ask), each sample of which may take so many attempts of so many tokens."""
-    requests = tokens = images = 0
+def sizes(asks: Iterable) -> Iterator[tuple[int, int]]:
+    """(characters, images) of every request that asks (asking.Ask) may take, one a sample."""
     for ask in asks:
-        times = len(ask.samples) * attempts
         parts = [part for turn in ask.messages for part in data.parts_of(turn, 0)]
         letters = sum(len(part.get("text", "")) for part in parts)
-        tokens += times * (letters // LETTERS + len(ask.images) * pixels // PATCH**2)
-        requests, images = requests + times, images + times * len(ask.images)
+        yield from [(letters, len(ask.images))] * len(ask.samples)
+
+
+def cost(
+    role: str, spec: str, sizes: Iterable[tuple[int, int]], attempts: int, longest: int, pixels: int
+) -> Cost:
+    """Of requests by (characters, images), each asked in so many attempts, each reply so long."""
+    requests = tokens = images = 0
+    for letters, shown in sizes:
+        requests, images = requests + attempts, images + attempts * shown
+        tokens += attempts * (letters // LETTERS + shown * pixels // PATCH**2)
     return Cost(role, spec, (requests, tokens, requests * longest), images)
 
 

@@ -350,7 +350,7 @@ def costs(bank: list[data.Question], args: argparse.Namespace) -> list[bill.Cost
     """What the steps may ask at most: as if no question were dropped, and no attempt were spared."""
     wanted = [demand for step in args.steps for demand in demands(step, bank, args)]
     return [
-        bill.cost(d.role, d.spec, d.asks, d.attempts, d.sampling.max_tokens, args.pixels)
+        bill.cost(d.role, d.spec, bill.sizes(d.asks), d.attempts, d.sampling.max_tokens, args.pixels)
         for d in wanted
     ]  # fmt: skip
 

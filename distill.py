@@ -50,11 +50,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import benchmarks
+import bill
 import data
 import flags
 import stage
 from asking import (
     SPEED, Ask, Engine, Sampling, add_flags, ask_all, ask_yes_no, checkpoint, identity, image_paths,
+    label_cost,
     prompt_ask, question_asks, read_verdict, replies_file, reply_row, setup_of,
 )  # fmt: skip
 from descriptions import read_sheet, write_sheet
@@ -367,6 +369,27 @@ def write_out(
     stage.finish(args, outputs, started, figures, engines)
 
 
+def costs(questions: list[data.Question], args: argparse.Namespace) -> list[bill.Cost]:
+    """What teachers, expanders and checker may be asked at most: as if every teacher had its turn
+    at every question, for each chain."""
+    longest = bill.LETTERS * args.max_tokens  # characters of a chain
+    once = [(len(data.question_text(q)), len(q.images)) for q in questions for _ in range(args.chains)]
+    prompt = len(data.SYSTEM_PROMPT)
+    asked = [(prompt + letters, images) for letters, images in once]
+    written = [(len(EXPAND_PROMPT) + letters + longest, 0) for letters, _ in once]
+    found = [
+        bill.cost(role, spec, sizes, 1, args.max_tokens, args.pixels)
+        for role, specs, sizes in (
+            ("teacher", args.teachers, asked), ("expander", [spec for _, spec in args.expand], written),
+        )
+        for spec in specs
+    ]  # fmt: skip
+    if args.checker:
+        read = [(len(CHECK_PROMPT) + letters + longest, images) for letters, images in once]
+        found.append(label_cost("checker", args.checker, read * len(args.teachers), args))
+    return found
+
+
 def run(args: argparse.Namespace) -> None:
     started, setup = time.time(), setup_of(args)
     told = read_review(args.review) if args.review else {}
@@ -382,6 +405,7 @@ def run(args: argparse.Namespace) -> None:
     images = data.image_files(args.images, map(vars, questions))
     if not stage.open_folder(args, inputs, SPEED, images):
         return
+    bill.announce(costs(questions, args), args.images_may_leave)
     engines = [open_engine(spec, setup) for spec in args.teachers]
     expanders = {teacher: open_engine(spec, setup) for teacher, spec in args.expand}
     checker = open_engine(args.checker, setup) if args.checker else None

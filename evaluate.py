@@ -59,7 +59,8 @@ from asking import (
     label_cost, prompt_ask, question_asks, read_verdict, replies_file, reply_row, setup_of,
 )  # fmt: skip
 from engines import Replicas, open_engine
-from judge import CRITERIA, judge_all, judge_ask, print_report, read_report
+from judge import CRITERIA, judge_all, print_report, read_report
+from judge import cost as judge_cost
 
 # ours: paper silent
 GRADE_PROMPT = """A medical question was answered freely. Does the answer mean the same as the reference answer? Other words and more detail are fine; another finding, drug, disease or amount is not.
@@ -187,17 +188,19 @@ def judged_samples(by_id: dict[str, data.Question], args: argparse.Namespace) ->
     return chosen
 
 
-def costs(by_id: dict[str, data.Question], asks: dict[str, Ask], args: argparse.Namespace) -> list[bill.Cost]:
+def costs(
+    by_id: dict[str, data.Question], asks: dict[str, Ask], args: argparse.Namespace
+) -> list[bill.Cost]:
     """What the engine, the grader and the judge may be asked at most."""
-    longest = "x" * (bill.LETTERS * args.max_tokens)  # a chain, as long as it may be
-    found = [bill.cost("evaluate", args.engine, asks.values(), 1, args.max_tokens, args.pixels)]
+    longest = bill.LETTERS * args.max_tokens  # characters of a chain
+    of_all = list(bill.sizes(asks.values()))
+    found = [bill.cost("evaluate", args.engine, of_all, 1, args.max_tokens, args.pixels)]
     if args.open_ended:
-        graded = [replace(prompt_ask(ask.id, longest, []), samples=ask.samples) for ask in asks.values()]
+        graded = [(len(GRADE_PROMPT) + letters + longest, 0) for letters, _ in of_all]
         found.append(label_cost("grader", args.open_ended, graded, args))
     if args.judge:
-        chains = [{"id": key, "response": longest} for key, _ in judged_samples(by_id, args)]
-        shown = [judge_ask(by_id[row["id"]], row, Path(args.images)) for row in chains]
-        found.append(label_cost("judge", args.judge, shown, args))
+        chains = [(by_id[key], longest) for key, _ in judged_samples(by_id, args)]
+        found.append(judge_cost(chains, args))
     return found
 
 

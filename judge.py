@@ -37,7 +37,7 @@ import shutil
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -118,12 +118,14 @@ def judge_all(engine: Engine, rollouts: list[dict], questions: dict[str, data.Qu
     return [verdict_row(row, engine.spec, said[ask.id]) for row, ask in zip(rollouts, asks)]
 
 
-def cost(
-    rollouts: list[dict], questions: dict[str, data.Question], args: argparse.Namespace
-) -> bill.Cost:
-    """What judging these rollouts may cost at most."""
-    asks = (judge_ask(questions[row["id"]], row, Path(args.images)) for row in rollouts)
-    return label_cost("judge", args.judge, asks, args)
+def cost(chains: Iterable[tuple[data.Question, int]], args: argparse.Namespace) -> bill.Cost:
+    """What judging chains may cost at most, given each one's question and characters."""
+    prompt = len(JUDGE_PROMPT)
+    sizes = (
+        (prompt + len(data.question_text(question) + ground_truth(question)) + letters, len(question.images))
+        for question, letters in chains
+    )
+    return label_cost("judge", args.judge, sizes, args)
 
 
 def right_by_rule(rollouts: list[dict], questions: dict[str, data.Question]) -> list[dict]:
@@ -150,7 +152,8 @@ def verdicts(args: argparse.Namespace) -> None:
     rollouts = read_rollouts(args.rollouts, questions)
     right = right_by_rule(rollouts, questions)
     print(f"{len(rollouts)} candidates, {len(right)} right by rule: those go to {args.judge}")
-    bill.announce([cost(right, questions, args)], args.images_may_leave)
+    chains = [(questions[row["id"]], len(row["response"])) for row in right]
+    bill.announce([cost(chains, args)], args.images_may_leave)
     answers = identity(args.judge)  # before it is asked: its folder may be trained anew
     engine = open_engine(args.judge, setup_of(args))
     rows = judge_all(engine, right, questions, args)

@@ -78,7 +78,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def costs(asks: list[Ask], args: argparse.Namespace) -> list[bill.Cost]:
     """What the engine may be asked at most."""
-    return [bill.cost("rollout", args.engine, asks, 1, args.max_tokens, args.pixels)]
+    return [bill.cost("rollout", args.engine, bill.sizes(asks), 1, args.max_tokens, args.pixels)]
 
 
 def main(argv: list[str] | None = None) -> None:
