@@ -279,10 +279,14 @@ def describe(questions: list[data.Question], args: argparse.Namespace) -> list[d
 # Commands
 
 
+def bank_of(args: argparse.Namespace) -> list[data.Question]:
+    return data.some(leaks.read_bank(args.questions), args.limit)
+
+
 def run(args: argparse.Namespace) -> None:
     """The steps of a command, one after the other, on what the one before has left."""
     started, out = time.time(), Path(args.out)
-    bank = leaks.read_bank(args.questions)
+    bank = bank_of(args)
     check_early(bank, args)
     if args.dry_run:
         leaks_found = leak(bank, args) if "leak" in args.steps else {}
@@ -427,6 +431,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         command.set_defaults(against=[], baselines=[], classifier="", experts=[], editor="", reviewed="", keep_unreviewed=False, dry_run=False, images_may_leave=False)
         command.add_argument("--questions", nargs="+", required=True, help="questions.jsonl files")
         command.add_argument("--images", default=".", help="image root")
+        command.add_argument(
+            "--limit", type=flags.whole(0), default=0,
+            help="so many text and so many image questions only; 0: all",
+        )  # fmt: skip
         command.add_argument("--out", required=True, help="folder to write")
         if name in ("leak", "all"):
             command.add_argument("--against", nargs="+", default=[], required=one, help="benchmark questions that must not leak")

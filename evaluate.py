@@ -188,12 +188,22 @@ def judged_samples(by_id: dict[str, data.Question], args: argparse.Namespace) ->
     return chosen
 
 
-def costs(
-    by_id: dict[str, data.Question], asks: dict[str, Ask], args: argparse.Namespace
-) -> list[bill.Cost]:
+def questions_of(args: argparse.Namespace) -> dict[str, data.Question]:
+    """The questions of a run by id, without options where it is to be open-ended."""
+    chosen = data.some(read_all(args.questions).values(), args.limit)
+    return {q.id: q.opened() if args.open_ended else q for q in chosen}
+
+
+def asks_of(by_id: dict[str, data.Question], args: argparse.Namespace) -> list[Ask]:
+    """Every question, so often as its kind is sampled."""
+    often = {True: args.n[0], False: args.n[-1]}
+    return [make_ask(q, args.prompt, Path(args.images), often[bool(q.images)]) for q in by_id.values()]
+
+
+def costs(by_id: dict[str, data.Question], args: argparse.Namespace) -> list[bill.Cost]:
     """What the engine, the grader and the judge may be asked at most."""
     longest = bill.LETTERS * args.max_tokens  # characters of a chain
-    of_all = list(bill.sizes(asks.values()))
+    of_all = list(bill.sizes(asks_of(by_id, args)))
     found = [bill.cost("evaluate", args.engine, of_all, 1, args.max_tokens, args.pixels)]
     if args.open_ended:
         graded = [(len(GRADE_PROMPT) + letters + longest, 0) for letters, _ in of_all]
@@ -212,20 +222,19 @@ def write_results(path: Path, results: dict) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    started, out, image_root = time.time(), Path(args.out), Path(args.images)
+    started, out = time.time(), Path(args.out)
     if len(args.n) > 2:
-        raise data.RowError(f"-n {' '.join(map(str, args.n))}: expected one number of samples, or two: of image and of text questions")
+        given = f"-n {' '.join(map(str, args.n))}"
+        raise data.RowError(f"{given}: expected one number of samples, or two: of image and of text questions")
     if args.open_ended and args.prompt == "official":
         raise data.RowError("--open-ended with --prompt official: the benchmarks' own prompts ask for a letter; take paper or bare")
     specs = [spec for spec in (args.engine, args.open_ended, args.judge) if spec]
-    by_id = read_all(args.questions)
+    by_id = questions_of(args)
     inputs = [*args.questions, *filter(None, map(checkpoint, specs))]
-    if not stage.open_folder(args, inputs, SPEED, data.image_files(image_root, map(vars, by_id.values()))):
+    if not stage.open_folder(args, inputs, SPEED, data.image_files(args.images, map(vars, by_id.values()))):
         return
-    if args.open_ended:
-        by_id = {key: question.opened() for key, question in by_id.items()}
-    asks = {key: make_ask(question, args.prompt, image_root, args.n[0 if question.images else -1]) for key, question in by_id.items()}
-    bill.announce(costs(by_id, asks, args), args.images_may_leave)
+    asks = {ask.id: ask for ask in asks_of(by_id, args)}
+    bill.announce(costs(by_id, args), args.images_may_leave)
     sampling = Sampling(args.temperature, args.top_p, args.max_tokens, args.seed)
     path = replies_file(args, "evaluate", args.engine, sampling)
     # each before it is asked: its folder may be trained anew in the meantime
@@ -524,6 +533,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     one.add_argument(
         "--judge-samples", type=flags.whole(0), default=1,  # ours: paper silent
         help="chains of each image question that are judged; 0: all",
+    )  # fmt: skip
+    one.add_argument(
+        "--limit", type=flags.whole(0), default=0,
+        help="so many text and so many image questions only; 0: all",
     )  # fmt: skip
     add_flags(one)
     one.add_argument("--seed", type=flags.SEED, default=0)

@@ -29,6 +29,7 @@ import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import bill
 import data
 import flags
 import stage
@@ -67,7 +68,7 @@ MINI = dict(  # ours, chosen on development questions: a model this small learns
     rollout={"n": 8, "temperature": 0.7, "top-p": 1.0, "max-tokens": 96},
     pairs={"rule": "all", "cap": 4},
     dpo={"method": "full", "lr": 3e-5, "beta": 0.5, "epochs": 1, "batch": 16, "micro-batch": 16, "save-every": 25},
-    evaluate={"n": [16, 2], "temperature": 0.5, "max-tokens": 96},
+    evaluate={"n": [16, 2], "temperature": 0.5, "max-tokens": 96, "judge-samples": 0},
     images={"pixels": 56 * 56},
     engine="hf",
 )
@@ -135,6 +136,7 @@ class Stage:
     script: str
     words: tuple[str, ...]
     ranks: int = 0  # above 0: launched by torchrun
+    manner: tuple[str, ...] = ()  # flags that change how fast, or whether at all, not what: unrecorded
 
     @property
     def folder(self) -> Path:
@@ -142,7 +144,7 @@ class Stage:
 
     def command(self) -> list[str]:
         launcher = ["torchrun", "--nproc_per_node", str(self.ranks)] if self.ranks else ["python"]
-        return [*launcher, self.script, *self.words]
+        return [*launcher, self.script, *self.words, *self.manner]
 
     def record(self) -> dict:
         return {"command": [self.script, *self.words], "inputs": named_files(self.words)}
@@ -214,7 +216,8 @@ class Stage:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(self.ranks)] if self.ranks else [sys.executable]
         # a busy neighbour slows spinning threads several-fold; waiting threads give way
         environment = {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **os.environ}
-        code = subprocess.run([*launcher, str(HERE / self.script), *self.words], env=environment).returncode
+        command = [*launcher, str(HERE / self.script), *self.words, *self.manner]
+        code = subprocess.run(command, env=environment).returncode
         if code:
             raise SystemExit(f"{self.name} stopped with exit code {code}; the same command goes on from there")
 
@@ -279,7 +282,52 @@ def demo_stages(run: Path, family: str, size: str, world: str, seed: int) -> lis
 # Commands
 
 
-def run_stages(stages: list[Stage], run: Path, what: str) -> None:
+ASKING = ("curate", "distill", "rollout", "verdicts", "eval-base", "eval-stage1", "eval-stage2")
+
+
+def with_manner(one: Stage, run: Path, args: argparse.Namespace) -> Stage:
+    """A stage with --concurrency and the like, if it asks engines, and what --max-requests of the
+    whole run leaves it. Raises RowError where that is nothing."""
+    if one.name not in ASKING:
+        return one
+    manner = ["--concurrency", str(args.concurrency)]
+    if args.images_may_leave:
+        manner.append("--images-may-leave")
+    if args.max_requests:
+        left = args.max_requests - bill.paid(run / "replies")["requests"]
+        if left <= 0 and one.state() != "done":
+            raise data.RowError(f"{args.max_requests} requests were made (--max-requests); give more to go on")
+        manner += ["--max-requests", str(max(left, 1))]
+    return replace(one, manner=tuple(manner))
+
+
+def costs(stages: list[Stage]) -> list[bill.Cost]:
+    """What a run may cost at most, stage by stage: as if curation dropped nothing, and every chain
+    were as long as it may be."""
+    import curate
+    import distill
+    import evaluate
+    import judge
+
+    at, found = {one.name: one for one in stages}, []
+    settings = curate.parse(list(at["curate"].words))
+    bank = curate.bank_of(settings)
+    shown = [question for question in bank if question.images]
+    found += [replace(one, role=f"curate: {one.role}") for one in curate.costs(bank, settings)]
+    settings = distill.parse(list(at["distill"].words))
+    text = [question for question in bank if not question.images]
+    found += [replace(one, role=f"distill: {one.role}") for one in distill.costs(text, settings)]
+    sampled = dict(zip(at["rollout"].words, at["rollout"].words[1:]))
+    longest = bill.LETTERS * int(sampled["--max-tokens"])
+    chains = [(question, longest) for question in shown for _ in range(int(sampled["-n"]))]
+    found.append(judge.cost(chains, judge.parse(list(at["verdicts"].words))))
+    for name in ("eval-base", "eval-stage1", "eval-stage2"):
+        settings = evaluate.parse(list(at[name].words))
+        found += [replace(one, role=f"{name}: {one.role}") for one in evaluate.costs(evaluate.questions_of(settings), settings)]
+    return found
+
+
+def run_stages(stages: list[Stage], run: Path, what: str, args: argparse.Namespace | None = None) -> None:
     """Runs what is not done, and remembers the list for `status`."""
     started = time.time()
     if run == Path():
@@ -292,8 +340,10 @@ def run_stages(stages: list[Stage], run: Path, what: str) -> None:
     data.write_json(run / "run.json", {"started_in": os.getcwd(), "stages": [[one.name, one.script, list(one.words), one.ranks] for one in stages]})
     for number, one in enumerate(stages, 1):
         print(f"\n[{number}/{len(stages)}, {time.time() - started:.0f} s]", end="", flush=True)
-        one.run()
+        (with_manner(one, run, args) if args else one).run()
     lock.close()
+    if spent := bill.paid(run / "replies"):
+        print("\npaid so far: " + ", ".join(f"{spent[name]:,} {name}" for name in bill.COUNTED))
     print(f"\n{what} took {time.time() - started:.0f} s. In {run}:")
     for name, about in (
         ("report/report.png", "accuracy, criteria, training curves, MV@n and pass@n"),
@@ -338,18 +388,26 @@ def run(args: argparse.Namespace) -> None:
         "distill": {"teachers": args.teachers} | ({"expand": args.expand} if args.expand else {}) | ({"checker": args.checker} if args.checker else {}),
         "judge": args.judge,
     }
+    if args.limit:
+        recipe = replace(recipe, curate={**recipe.curate, "limit": args.limit}, evaluate={**recipe.evaluate, "limit": args.limit})
+    recipe = replace(recipe, evaluate={**recipe.evaluate, "judge-samples": args.judge_samples})
     stages = method(recipe, args.base or recipe.base, folder, args.questions, args.images, args.test, args.test, engines, args.gpus, args.seed)
     if args.dry:
         for one in stages:
-            print(shlex.join(one.command()))
+            print(shlex.join(with_manner(one, folder, args).command()))
+        if missing := [path for path in (*args.questions, *args.test) if not Path(path).exists()]:
+            print(f"\nno table of costs: {missing[0]} is not there")
+        else:
+            bill.announce(costs(stages), may_leave=True)
         return
+    bill.announce(costs(stages), args.images_may_leave)
     adopted = {one.name: one for one in stages if one.name in args.adopt}
     if strange := set(args.adopt) - adopted.keys():
         raise data.RowError(f"--adopt {strange.pop()}: is no stage; they are {', '.join(one.name for one in stages)}")
     stage.remember(folder)
     for one in adopted.values():
         one.adopt()
-    run_stages(stages, folder, args.recipe)
+    run_stages(stages, folder, args.recipe, args)
 
 
 def plan(args: argparse.Namespace) -> None:
@@ -433,7 +491,27 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     real.add_argument("--reviewed", default="", help="review.csv of curate with its question column corrected, as curate.py takes it")
     real.add_argument("--keep-unreviewed", action="store_true", help="as in curate.py: questions that wait for a human are let in")
     real.add_argument("--adopt", nargs="+", default=[], metavar="STAGE", help="stages that were finished by hand in this run's folder")
-    real.add_argument("--dry", action="store_true", help="print the commands only")
+    real.add_argument(
+        "--judge-samples", type=flags.whole(0), default=1,  # ours: paper silent
+        help="chains of each benchmark question that are judged; 0: all",
+    )  # fmt: skip
+    real.add_argument(
+        "--limit", type=flags.whole(0), default=0,
+        help="rehearse: so many text and so many image questions of the bank, and of the benchmarks",
+    )  # fmt: skip
+    real.add_argument(
+        "--concurrency", type=flags.whole(1, 1000), default=16,  # ours: as in asking.py
+        help="requests at once to a remote engine",
+    )  # fmt: skip
+    real.add_argument(
+        "--max-requests", type=flags.whole(0), default=0,
+        help="stop after so many requests of the whole run; 0: no limit",
+    )  # fmt: skip
+    real.add_argument(
+        "--images-may-leave", action="store_true",
+        help="let images be sent to engines on other machines",
+    )  # fmt: skip
+    real.add_argument("--dry", action="store_true", help="print commands and costs only")
     real.set_defaults(act=run)
     several = commands.add_parser("claims", help="the demo over several seeds, and what it shows")
     several.add_argument("--out", default="runs/claims", help="folder of the runs")

@@ -386,7 +386,7 @@ LATE = {  # what would stop a late step: (flags, what is said)
     "no expert for image questions": (["--experts", "text=clinic:expert-a"], "none of text=clinic:expert-a is for image questions"),
     "the same expert twice": (["--experts", "clinic:expert-a", "clinic:expert-a"], "--experts: clinic:expert-a is there twice"),
     "the same baseline twice": (["--baselines", "clinic:hasty", "clinic:hasty"], "--baselines: clinic:hasty is there twice"),
-    "no key": (["--experts", "https://api.example.com/v1#m"], "no key; set EXAMPLE_API_KEY"),
+    "no key": (["--experts", "https://api.example.com/v1#m", "--images-may-leave"], "no key; set EXAMPLE_API_KEY"),
     "no model": (
         ["--experts", "hf:nowhere/model"],
         "hf:nowhere/model: nowhere/model is no model's folder: it has no config.json",
