@@ -64,9 +64,9 @@ from engines import open_engine
 
 # ours: measured. A loop is runs of 8 words that come 5 times or more and are more than a fifth of
 # the text. Of HuatuoGPT-o1's 198 published chains, 243 to 625 words long, 9 have such a run twice
-# and none three times; of GPT-4o's 1,444 direct answers on MMMU-Pro, 11 have one three times and
-# one five times, over 12 % of its words. A sentence of 13 words said ten times after a chain of 373
-# is 26 % of it, said fifty times 64 %.
+# and none three times; of GPT-4o's 1,444 direct answers on MMMU-Pro, 11 have one three times or
+# more and one five times, in 12 % of its words. A sentence of 13 words said ten times after a chain
+# of 373 is 26 % of the whole, said fifty times 64 %.
 LOOP, TIMES, LOOPED = 8, 5, 0.2
 # paper 3.2: criteria (ii) and (iii)
 CHECKS = {"Logical_Structure": "structure", "Plausibility_Coherence": "coherence"}
@@ -432,14 +432,15 @@ def run(args: argparse.Namespace) -> None:
 # python distill.py import: chains that exist already
 
 
-CLAUSE = re.compile(r"[,;:—]\s+|[.!?]\s+|\n")  # where one ends
+END = r"(?<!\b[A-Z])[.!?][\"”’)]*\s+|\n"  # of a sentence: not after the E of "E. coli"
+CLAUSE = re.compile(rf"({END})|[,;:]\s+|—")  # where one ends, and whether its sentence does
 # a number with its parts ("0.5", "1:06", "20%") is one word: "5" does not stand in "0.5"
 WORD = re.compile(
     r"\d+(?:[.,:/]\d+)*%?|[^\W\d_]\w*|[↑↓→←<>=≤≥≠±+]|(?<!\w)[-−](?=\d)",
 )
 ARTICLE = re.compile(r"(?:\b(?:a|[Aa]n|[Tt]he)|^A)\s+(?=[a-z0-9])(?!and\b|or\b)")
-FOLDS = [  # ours: measured. One spelling for what differs between an option and a Response
-    (re.compile(r"rt"), ""),  # MedMCQA's texts have lost every "rt": "hea", "aery", "hypeension"
+FOLDS = [  # ours, after reading HuatuoGPT-o1's file: one spelling for what differs there
+    (re.compile(r"rt"), ""),  # 24 of its 198 questions have lost every "rt": "hea", "hypeension"
     (re.compile(r"ae|oe"), "e"),  # oedema
     (re.compile(r"(?<=\w\w\w)our(?=s?$)"), "or"),  # labour
     (re.compile(r"(?<=[bt])re(?=s?$)"), "er"),  # fibre
@@ -452,15 +453,18 @@ DENIALS = set(
     "not no non nor never cannot without than instead unlike while although though despite".split()
 )
 VERBS = {"is", "are", "was", "were", "be"}  # "what is not needed is X" names X
-NAMELESS = {"all", "none", "both"}  # "All of the above" is nowhere named
+ROMAN = {numeral: str(i) for i, numeral in enumerate("I II III IV V VI VII VIII IX X".split(), 1)}
+NAMELESS = (["all"], ["none"], ["both"])  # options that such a word of a text does not mean
 
 
 def folded(text: str) -> list[str]:
-    """The words of a text as options are looked for: without articles, possessives and plurals. A
-    word in capitals stays as it is: ALL is not "all"."""
+    """The words of a text as options are looked for: without articles, possessives and plurals,
+    type III as type 3. A word in capitals stays as it is: ALL is not "all"."""
     words = WORD.findall(ARTICLE.sub("", re.sub(r"['’]s\b", "", text.strip())))
     for i, word in enumerate(words):
-        if len(word) < 2 or not word.isupper():
+        if word in ROMAN:
+            words[i] = ROMAN[word]
+        elif len(word) < 2 or not word.isupper():
             words[i] = word.casefold()
             for pattern, plain in FOLDS:
                 words[i] = pattern.sub(plain, words[i])
@@ -479,12 +483,13 @@ def first_named(text: str, options: dict[str, str]) -> tuple[str | None, bool]:
     """(the letter of the option that a text names first, whether it is set aside there). Of two
     options at one place it is the longer one. None where there is none, or the two read alike."""
     said, begins = [], []  # words, and where the clause of each begins
-    for clause in CLAUSE.split(unicodedata.normalize("NFKC", text)):
-        words = folded(clause)
+    parts = CLAUSE.split(unicodedata.normalize("NFKC", text))
+    for clause, end in zip(parts[::2], [*parts[1::2], None]):
+        words = folded(clause) + ["."] * bool(end)  # which no option has: none spans two sentences
         begins += [len(said)] * len(words)
         said += words
     names = {key: folded(unicodedata.normalize("NFKC", option)) for key, option in options.items()}
-    names = {key: name for key, name in names.items() if name and name[0] not in NAMELESS}
+    names = {key: name for key, name in names.items() if name and name not in NAMELESS}
     for i, begin in enumerate(begins):
         before = said[begin:i]
         here = [key for key, name in names.items() if said[i : i + len(name)] == name]

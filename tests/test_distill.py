@@ -809,7 +809,7 @@ HUATUO = {  # name: (record, faults)
 
 
 NAMED = {  # name: (Response, options, what it names first, whether that is set aside)
-    "an article": ("It is the long head of the biceps.", ["Long head of biceps", "rest"], "A", False),
+    "an article": ("The long head of the biceps.", ["Long head of biceps", "rest"], "A", False),
     "an article of the option": ("It is a rash.", ["The rash", "rest"], "A", False),
     "plurals": ("Sub-urethral nodules are seen.", ["rest", "Sub urethral nodule"], "B", False),
     "more plurals": ("Biopsies, then masses.", ["Biopsy", "rest"], "A", False),
@@ -835,10 +835,15 @@ NAMED = {  # name: (Response, options, what it names first, whether that is set 
     "a percentage": ("The rate is 20%, not 200.", ["20", "20%"], "B", False),
     "a number alone": ("After 12 hours.", ["12", "4"], None, False),
     "a sign": ("There is ↓ TSH.", ["↑ TSH", "↓ TSH"], "B", False),
-    "all of the above": ("All of the above are none.", ["All of the above", "None"], None, False),
+    "all and none": ("All is well, none is ill.", ["All", "None"], None, False),
+    "all of the above": ("These are all of the above.", ["All of the above", "x"], "A", False),
     "options that read alike": ("It is a lens.", ["Lens", "The lens"], None, False),
     "a part of a word": ("Neurosurgery.", ["surgery", "rest"], None, False),
-    "words of two sentences": ("He has bed. Rest is good.", ["bed rest", "x"], "A", False),
+    "words of two sentences": ("He has a bed. Rest is good.", ["bed rest", "x"], None, False),
+    "words of two clauses": ("PSGN, with deposits.", ["PSGN with deposits", "x"], "A", False),
+    "a point inside a name": ("It is E. coli.", ["E coli", "x"], "A", False),
+    "a Roman number": ("Type III achalasia.", ["Type 2 achalasia", "Type 3 achalasia"], "B", False),
+    "a Roman one": ("Type I, not type II.", ["Type 2", "Type 1"], "B", False),
     "not": ("This is not rest.", ["surgery", "rest"], "B", True),
     "not, further away": ("Not a sign of a flu like rest.", ["rest", "x"], "A", True),
     "rather than": ("Rather than rest, surgery.", ["surgery", "rest"], "B", True),
@@ -1099,7 +1104,7 @@ def test_huatuos_own_file_becomes_demonstrations_that_can_be_shown_and_teach(fol
     shutil.copy(Path(REAL) / "huatuo_demo_data.json", tmp_path)
     demos, rejected = run_import(tmp_path / "huatuo_demo_data.json", "huatuo")
     faults = Counter(name for row in rejected for name in row["faults"])
-    assert (len(demos), faults) == (50, {"conclusion": 146, "record": 2})
+    assert (len(demos), faults) == (51, {"conclusion": 145, "record": 2})
     capsys.readouterr()
     model.main(["show", str(tmp_path / "imported" / "demos.jsonl"), "--model", str(folders["qwen"]), "-n", "2"])
     shown = capsys.readouterr().out
