@@ -6,13 +6,14 @@
     python medee.py demo --fast                  the same chain in a smaller world
     python medee.py run qwen2.5-vl-7b ...        the same stages at the paper's size; --dry prints the commands
     python medee.py status                       which stages of a run are done
+    python medee.py adopt sft --out runs/7b      takes over a stage that was finished by hand
     python medee.py plan qwen2.5-vl-7b --gpus 8  will it fit? memory of a GPU in both stages, term by term
     python medee.py claims                       the demo over several seeds, and what it shows with intervals
 
 A stage is done when its folder has a stage.json and the command and input hashes are those asked for now. A stage that was
 killed goes on from its last row or step. One whose settings or inputs changed is set aside whole, as NAME.1, and made anew,
 and so is all that depends on it; nothing is ever deleted. Replies of engines are paid for: they lie in RUN/replies, and
-what is still valid is not asked again. A folder that this run did not begin is left alone, or taken over with --adopt. A
+what is still valid is not asked again. A folder that this run did not begin is left alone, or taken over by adopt. A
 change of the code is said, and undoes nothing. Nothing here computes: the miniature differs from the 7B in its recipe, never
 in its code path.
 
@@ -189,13 +190,13 @@ class Stage:
         if (self.folder / "medee.json").exists():
             if "adopted" in stage.read_record(self.folder / "medee.json"):
                 return
-            raise data.RowError(f"--adopt {self.name}: {self.folder} was begun by this run")
+            raise data.RowError(f"adopt {self.name}: {self.folder} was begun by this run")
         if not (self.folder / "stage.json").exists():
-            raise data.RowError(f"--adopt {self.name}: {self.folder} has no stage.json; only a finished stage can be adopted")
+            raise data.RowError(f"adopt {self.name}: {self.folder} has no stage.json; only a finished stage can be adopted")
         finished = stage.read_record(self.folder / "stage.json")
         command = [self.script] if self.words[0].startswith("-") else [self.script, self.words[0]]
         if finished["command"][: len(command)] != command:
-            raise data.RowError(f"--adopt {self.name}: {self.folder} was made by {' '.join(finished['command'][:2])}, not by {' '.join(command)}")
+            raise data.RowError(f"adopt {self.name}: {self.folder} was made by {' '.join(finished['command'][:2])}, not by {' '.join(command)}")
         if lost := stage.changed_output(self.folder, finished):
             raise data.RowError(f"--adopt {self.name}: {self.folder / lost} is not as its stage.json has it")
         data.write_json(self.folder / "medee.json", {**self.record(), "adopted": finished["command"]})
@@ -205,7 +206,7 @@ class Stage:
         state = self.state()
         print(f"\n== {self.name}: {state}\n   $ {shlex.join(self.command())}", flush=True)
         if state == "not begun by this run":
-            raise data.RowError(f"{self.folder} was not begun by this run, and is left alone; give --adopt {self.name} if it is this stage, finished by hand, or another --out")
+            raise data.RowError(f"{self.folder} was not begun by this run, and is left alone; if it is this stage, finished by hand: python medee.py adopt {self.name} --out {self.folder.parent}; else give another --out")
         if state == "done":
             if edited := self.edited():
                 print(f"   note: {', '.join(edited)} changed since this was made; if that matters here, move {self.folder} away")
@@ -384,7 +385,7 @@ def run(args: argparse.Namespace) -> None:
     folder = Path(args.out)
     recipe = RECIPES[args.recipe]
     engines = {
-        "curate": {"baselines": args.baselines, "experts": args.experts, "classifier": args.classifier, "editor": args.editor} | ({"reviewed": args.reviewed} if args.reviewed else {}) | ({"keep-unreviewed": True} if args.keep_unreviewed else {}),
+        "curate": {"baselines": args.baselines, "experts": args.experts, "classifier": args.classifier, "editor": args.editor} | ({"reviewed": args.reviewed} if args.reviewed else {}),
         "distill": {"teachers": args.teachers} | ({"expand": args.expand} if args.expand else {}) | ({"checker": args.checker} if args.checker else {}),
         "judge": args.judge,
     }
@@ -401,12 +402,6 @@ def run(args: argparse.Namespace) -> None:
             bill.announce(costs(stages), may_leave=True)
         return
     bill.announce(costs(stages), args.images_may_leave)
-    adopted = {one.name: one for one in stages if one.name in args.adopt}
-    if strange := set(args.adopt) - adopted.keys():
-        raise data.RowError(f"--adopt {strange.pop()}: is no stage; they are {', '.join(one.name for one in stages)}")
-    stage.remember(folder)
-    for one in adopted.values():
-        one.adopt()
     run_stages(stages, folder, args.recipe, args)
 
 
@@ -437,23 +432,40 @@ def claims(args: argparse.Namespace) -> None:
     subprocess.run([sys.executable, str(HERE / words[0]), *words[1:]], check=True)
 
 
-def status(args: argparse.Namespace) -> None:
-    folder = Path(args.out)
+def begun(folder: Path) -> list[Stage]:
+    """The stages of a run that was begun, with their commands' folder as the working one. Raises
+    RowError for a run that was copied or moved."""
     if not (folder / "run.json").exists():
         raise SystemExit(f"{folder} holds no run; start one with: python medee.py demo --out {folder}")
     record, there = read_run(folder), Path(os.path.realpath(folder))
     stage.remember(there)
     os.chdir(record["started_in"])  # the commands' paths are relative to it
-    for name, script, stage_words, ranks in record["stages"]:
-        one = Stage(name, script, tuple(stage_words), ranks)
-        if Path(os.path.realpath(one.folder)).parent != there:
-            raise data.RowError(f"{there / 'run.json'} is of a run in {one.folder.parent}; a run that was copied or moved has no status")
+    stages = [Stage(name, script, tuple(said), ranks) for name, script, said, ranks in record["stages"]]
+    for one in stages:
+        if (held := Path(os.path.realpath(one.folder)).parent) != there:
+            moved = "a run that was copied or moved has no status"
+            raise data.RowError(f"{there / 'run.json'} is of a run in {held}; {moved}")
+    return stages
+
+
+def status(args: argparse.Namespace) -> None:
+    for one in begun(Path(args.out)):
         state, extra = one.state(), ""
         if state == "done":
             record = stage.read_record(one.folder / "stage.json")
-            extra = f"{record['seconds']:>7.1f} s   " + ", ".join(f"{key} {value}" for key, value in record["figures"].items() if not isinstance(value, dict))
+            figures = [f"{key} {value}" for key, value in record["figures"].items() if not isinstance(value, dict)]
+            extra = f"{record['seconds']:>7.1f} s   {', '.join(figures)}"
             extra += f"   ({', '.join(edited)} changed since)" if (edited := one.edited()) else ""
-        print(f"{name:<12} {state:<12} {extra}")
+        print(f"{one.name:<12} {state:<12} {extra}")
+
+
+def adopt(args: argparse.Namespace) -> None:
+    stages = {one.name: one for one in begun(Path(args.out))}
+    if strange := [name for name in args.stages if name not in stages]:
+        raise data.RowError(f"{strange[0]}: is no stage of this run; they are {', '.join(stages)}")
+    for name in args.stages:
+        stages[name].adopt()
+        print(f"{name}: {stages[name].folder} is this run's now")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -489,8 +501,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     real.add_argument("--out", default="runs/full", help="run folder")
     real.add_argument("--seed", type=flags.SEED, default=0)
     real.add_argument("--reviewed", default="", help="review.csv of curate with its question column corrected, as curate.py takes it")
-    real.add_argument("--keep-unreviewed", action="store_true", help="as in curate.py: questions that wait for a human are let in")
-    real.add_argument("--adopt", nargs="+", default=[], metavar="STAGE", help="stages that were finished by hand in this run's folder")
     real.add_argument(
         "--judge-samples", type=flags.whole(0), default=1,  # ours: paper silent
         help="chains of each benchmark question that are judged; 0: all",
@@ -539,6 +549,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     fits.add_argument("--base", default="", help="local model folder whose config.json is read, instead of the published shapes")
     fits.set_defaults(act=plan)
+    taken = commands.add_parser("adopt", help="take over stages of a run that were finished by hand")
+    taken.add_argument("stages", nargs="+", metavar="STAGE")
+    taken.add_argument("--out", required=True, help="folder of the run, which was begun")
+    taken.set_defaults(act=adopt)
     state = commands.add_parser("status", help="which stages of a run are done")
     state.add_argument("--out", default="runs/demo", help="run folder")
     state.set_defaults(act=status)

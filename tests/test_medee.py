@@ -3,14 +3,17 @@
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import data
 import distill
@@ -154,7 +157,7 @@ def test_a_folder_that_this_run_did_not_begin_is_left_alone_and_the_way_out_is_s
     hand = tmp_path / "distill"
     hand.mkdir()
     (hand / "paid.jsonl").write_text("replies of a week")
-    with pytest.raises(data.RowError, match="not begun by this run, and is left alone; give --adopt distill"):
+    with pytest.raises(data.RowError, match="not begun by this run, and is left alone.*medee.py adopt distill --out"):
         distill_stage(tmp_path).run()
     assert files(hand) == {"paid.jsonl": b"replies of a week"}
     with pytest.raises(data.RowError, match="has no stage.json; only a finished stage"):
@@ -268,9 +271,19 @@ def test_a_run_keeps_out_of_places_that_are_not_its_own(tmp_path, monkeypatch):
     assert files(tmp_path) == {"mine/run.json": b'{"mine": 1}'}
 
 
-def test_only_stages_can_be_adopted(tmp_path):
-    with pytest.raises(data.RowError, match="--adopt nonsense: is no stage; they are curate, distill, sft"):
-        medee.main([*FULL_RUN, "--adopt", "nonsense", "--out", str(tmp_path)])
+def test_a_stage_of_a_begun_run_is_adopted_by_its_name(tmp_path, monkeypatch, capsys):
+    world, mine = world_stage(tmp_path), distill_stage(tmp_path)
+    world.run()
+    mine.run()
+    (mine.folder / "medee.json").unlink()
+    stages = [[one.name, one.script, list(one.words), one.ranks] for one in (world, mine)]
+    record = {"started_in": os.getcwd(), "stages": stages}
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    monkeypatch.chdir(os.getcwd())  # adopt changes it
+    with pytest.raises(data.RowError, match="nonsense: is no stage of this run; they are world, distill"):
+        medee.main(["adopt", "nonsense", "--out", str(tmp_path)])
+    medee.main(["adopt", "distill", "--out", str(tmp_path)])
+    assert mine.state() == "done" and "is this run's now" in capsys.readouterr().out
 
 
 def test_a_change_of_the_code_is_said_and_undoes_nothing(tmp_path, capsys):
@@ -307,9 +320,67 @@ FULL_RUN = [
 
 
 def test_a_run_hands_reviewed_texts_to_curation(capsys):
-    medee.main([*FULL_RUN, "--reviewed", "review.csv", "--keep-unreviewed", "--dry"])
+    medee.main([*FULL_RUN, "--reviewed", "review.csv", "--dry"])
     command = next(line for line in capsys.readouterr().out.splitlines() if "curate.py" in line)
-    assert "--reviewed review.csv --keep-unreviewed" in command and command.count("review") == 3
+    assert "--reviewed review.csv" in command and command.count("review") == 2
+
+
+def full_run(folder: Path, *more: str) -> list[str]:
+    """A run at the paper's size over a bank of 30 text and 20 image questions, and 10 of a benchmark."""
+    Image.new("RGB", (56, 56)).save(folder / "film.png")
+
+    def rows(name: str, text: int, image: int) -> str:
+        questions = [
+            data.Question(f"{name} {i}?", {"A": "x", "B": "y"}, "A", ["film.png"] * (i >= text), name)
+            for i in range(text + image)
+        ]
+        data.write_jsonl(folder / f"{name}.jsonl", (question.to_row() for question in questions))
+        return str(folder / f"{name}.jsonl")
+
+    engines = [word for flag in ("experts", "classifier", "editor", "teachers", "judge") for word in (f"--{flag}", "gemini:g")]
+    return [
+        "run", "qwen2.5-vl-7b", "--questions", rows("bank", 30, 20), "--test", rows("test", 0, 10),
+        "--baselines", "vllm:base", *engines, "--images", str(folder), "--out", str(folder / "run"), *more,
+    ]  # fmt: skip
+
+
+def bound(printed: str) -> dict[str, int]:
+    """{role: requests} of the table."""
+    table = printed[printed.index("at most:") :].splitlines()[1:]
+    rows = [re.split(r"\s{2,}", line.strip()) for line in table if "  " in line.strip()]
+    return {row[0]: int((row[1] if row[0] == "all" else row[2]).replace(",", "")) for row in rows}
+
+
+def test_a_run_tells_first_what_it_may_cost_and_one_chain_a_benchmark_question_is_judged(tmp_path, capsys):
+    medee.main(full_run(tmp_path, "--dry"))
+    requests = bound(capsys.readouterr().out)
+    assert requests == {
+        "curate: expert": 4 * 50, "curate: type": 3 * 20, "curate: describe": 3 * 20,
+        "distill: teacher": 30, "judge": 3 * 8 * 20,
+        **{f"eval-{name}: judge": 3 * 10 for name in ("base", "stage1", "stage2")},
+        "all": 200 + 60 + 60 + 30 + 480 + 90,
+    }  # fmt: skip
+    medee.main(full_run(tmp_path, "--dry", "--judge-samples", "0", "--limit", "4"))
+    requests = bound(capsys.readouterr().out)
+    assert requests["curate: expert"] == 4 * 8 and requests["eval-base: judge"] == 3 * 4 * 32
+
+
+def test_a_run_sends_no_image_away_without_leave_and_asks_no_more_than_it_may(tmp_path):
+    with pytest.raises(data.RowError, match="images would be sent to generativelanguage.googleapis.com"):
+        medee.main(full_run(tmp_path))
+    assert not (tmp_path / "run").exists()
+    ledger = {"engine": "gemini:g", "requests": 70, "tokens in": 5, "tokens out": 5}
+    data.write_jsonl(tmp_path / "run" / "replies" / "paid.jsonl", [ledger, ledger])
+    args = medee.parse(full_run(tmp_path, "--max-requests", "150", "--concurrency", "3"))
+    one = world_stage(tmp_path)
+    assert medee.with_manner(one, tmp_path / "run", args) == one  # it asks nobody
+    asking = replace(one, name="curate")
+    limited = medee.with_manner(asking, tmp_path / "run", args)
+    assert limited.manner == ("--concurrency", "3", "--max-requests", "10")
+    assert limited.record() == asking.record() and limited.command()[-1] == "10"
+    args.max_requests = 140
+    with pytest.raises(data.RowError, match="140 requests were made"):
+        medee.with_manner(asking, tmp_path / "run", args)
 
 
 def every_stage() -> list:
