@@ -477,10 +477,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if "limits" in args:
         ngram, jaccard, distance = args.limits
-        if ngram % 1 or jaccard > 1 or distance not in range(65):
+        if ngram % 1 or jaccard > 1 or distance not in range(leaks.BITS + 1):
             parser.error(
                 "argument --limits: NGRAM must be a whole number of words, JACCARD at most 1, "
-                "DISTANCE a whole number of bits, at most 64"
+                f"DISTANCE a whole number of bits, at most {leaks.BITS}"
             )
     return args
 

@@ -7,24 +7,31 @@ Stems are about 130 words, drawn at random from 20,000, with stock phrases of ex
 share 5-grams with thousands of benchmark questions, but runs of 13 words with none. Planted are copies in another dress, stems
 with one word in ten replaced (at random, and exactly every tenth), and benchmark images scaled and compressed. The check
 runs twice: with its own limits, and with longer runs and a lower similarity.
+
+Where MEDEE_REAL_DATA names a folder with real images, the image hash is measured first: how many
+pairs of different chest films it takes for one image, and what share of real images it knows again
+after each change, beside the usual difference hash (9 x 8 greys, 4 bits of 64).
 """
 
 import argparse
+import os
 import random
 import resource
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data  # noqa: E402
 import leaks  # noqa: E402
+from images import load_image  # noqa: E402
 
 WORDS = [f"w{i}" for i in range(20_000)]
 STOCK = [  # (phrase, share of the questions that have it)
@@ -33,6 +40,119 @@ STOCK = [  # (phrase, share of the questions that have it)
     ("physical examination shows no abnormalities", 0.2), ("the remainder of the examination", 0.2),
 ]  # fmt: skip
 PLANTED = 200  # of each kind
+
+
+# -------------------------------------------------------------------------------------------------
+# The image hash on real images
+
+
+def padded(image: Image.Image, colour: str) -> Image.Image:
+    return ImageOps.pad(image, (max(image.size),) * 2, color=colour)
+
+
+def bordered(image: Image.Image, colour: str) -> Image.Image:
+    return ImageOps.expand(image, max(2, max(image.size) // 20), colour)  # 5 % on each side
+
+
+def cropped(image: Image.Image, share: float) -> Image.Image:
+    """Without this share of the width and the height, half of it on each side."""
+    return ImageOps.crop(image, tuple(round(side * share / 2) for side in image.size * 2))
+
+
+CHANGES = {  # name: (what is made of an image, JPEG quality or 0 for PNG)
+    "half the size": (lambda image: ImageOps.scale(image, 0.5), 0),
+    "1.7 times the size": (lambda image: ImageOps.scale(image, 1.7), 0),
+    "stretched to 336 x 336": (lambda image: image.resize((336, 336)), 0),
+    "JPEG of quality 50": (lambda image: image, 50),
+    "JPEG of quality 20": (lambda image: image, 20),
+    "grey": (lambda image: image.convert("L"), 0),
+    "brightness x 0.8": (lambda image: ImageEnhance.Brightness(image).enhance(0.8), 0),
+    "brightness x 1.2": (lambda image: ImageEnhance.Brightness(image).enhance(1.2), 0),
+    "contrast x 0.8": (lambda image: ImageEnhance.Contrast(image).enhance(0.8), 0),
+    "contrast x 1.2": (lambda image: ImageEnhance.Contrast(image).enhance(1.2), 0),
+    "square, on black": (lambda image: padded(image, "black"), 0),
+    "square, on white": (lambda image: padded(image, "white"), 0),
+    "white border": (lambda image: bordered(image, "white"), 0),
+}
+HARDER = {  # measured, not promised
+    "black border": (lambda image: bordered(image, "black"), 0),
+    "white border, JPEG of 50": (lambda image: bordered(image, "white"), 50),
+    "white border, JPEG of 20": (lambda image: bordered(image, "white"), 20),
+    "white, half size, JPEG 50": (lambda image: ImageOps.scale(bordered(image, "white"), 0.5), 50),
+    "contrast x 1.4": (lambda image: ImageEnhance.Contrast(image).enhance(1.4), 0),
+    "2 % cropped off": (lambda image: cropped(image, 0.02), 0),
+    "5 % cropped off": (lambda image: cropped(image, 0.05), 0),
+    "10 % cropped off": (lambda image: cropped(image, 0.1), 0),
+}
+TAKES = {  # different files, one image: another size, more black around it, another cut of a screen
+    "pd_examples_rgb_color": "pdd_US1_UNCI",
+    "pd_examples_overlay": "pdd_MR-SIEMENS-DICOM-WithOverlays",
+    "pd_examples_palette": "pdd_OBXXXX1A",
+}
+
+
+def usual(path: Path) -> np.ndarray:
+    """(1, 2, 1) words: the usual difference hash, twice, in the form of leaks.py's."""
+    small = np.asarray(load_image(path).convert("L").resize((9, 8), Image.Resampling.BILINEAR))
+    word = np.packbits(small[:, 1:] > small[:, :-1]).view(np.uint64)
+    return np.tile(word, (1, 2, 1))
+
+
+def ours(path: Path) -> np.ndarray:
+    """(1, 2, words); no real image here is flat."""
+    return leaks.dhash(path)[None]
+
+
+def changed(paths: list[Path], change: str, folder: Path) -> list[Path]:
+    make, quality = {**CHANGES, **HARDER}[change]
+    made = []
+    for path in paths:
+        image = make(load_image(path))
+        made.append(folder / f"{path.stem}.{'jpeg' if quality else 'png'}")
+        image.save(made[-1], **({"quality": quality} if quality else {"compress_level": 1}))
+    return made
+
+
+def film_distances(data_root: Path, folder: Path, own_hash: Callable) -> np.ndarray:
+    """Bits that differ, of every pair of the 500 chest films."""
+    hashed = []
+    for film in np.load(data_root / "chest_films_64.npz")["films"]:
+        Image.fromarray(film).save(folder / "film.png")
+        hashed.append(own_hash(folder / "film.png"))
+    hashed = np.concatenate(hashed)
+    return leaks.distances(hashed, hashed)[np.triu_indices(len(hashed), 1)]
+
+
+def measure(data_root: Path) -> None:
+    """Prints false pairs and recall of both hashes on the real images below a folder."""
+    paths = sorted((data_root / "images").iterdir())
+    takes = {path.stem: TAKES.get(path.stem, path.stem) for path in paths}
+    other = np.array([[a != b for b in takes.values()] for a in takes.values()])
+    hashes = {"usual": (usual, 4), "ours": (ours, leaks.DISTANCE)}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for title, (own_hash, limit) in hashes.items():
+            films = np.sort(film_distances(data_root, folder, own_hash))
+            false = films <= limit
+            print(
+                f"{title}: {false.sum()} of {len(films):,} pairs of chest films are one image "
+                f"({false.mean():.4%}); the nearest differ in {films[:5]} bits"
+            )
+        whole = {t: np.concatenate([h(path) for path in paths]) for t, (h, _) in hashes.items()}
+        print(f"of {len(paths)} images, the share known again, and pairs of others taken for one")
+        print(f"  {'':<26}   {'usual':<24}ours")
+        for change in [*CHANGES, *HARDER]:
+            made, line = changed(paths, change, folder), f"  {change:<26}"
+            for title, (own_hash, limit) in hashes.items():
+                differ = leaks.distances(whole[title], np.concatenate([own_hash(p) for p in made]))
+                false, near = (differ[other] <= limit).sum(), differ[other].min()
+                recall = (differ.diagonal() <= limit).mean()
+                line += f"   {recall:.2f} {false:>3} (nearest {near:>3})"
+            print(line, flush=True)
+
+
+# -------------------------------------------------------------------------------------------------
+# The check at the paper's size
 
 
 def draw_stem(rng: random.Random) -> list[str]:
@@ -79,6 +199,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--benchmarks", type=int, default=5_000)
     parser.add_argument("--benchmark-images", type=int, default=3_000)
     args = parser.parse_args(argv)
+    if os.environ.get("MEDEE_REAL_DATA"):
+        measure(Path(os.environ["MEDEE_REAL_DATA"]))
     rng, noise = random.Random(0), np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
