@@ -1104,7 +1104,7 @@ def test_huatuos_own_file_becomes_demonstrations_that_can_be_shown_and_teach(fol
     shutil.copy(Path(REAL) / "huatuo_demo_data.json", tmp_path)
     demos, rejected = run_import(tmp_path / "huatuo_demo_data.json", "huatuo")
     faults = Counter(name for row in rejected for name in row["faults"])
-    assert (len(demos), faults) == (51, {"conclusion": 145, "record": 2})
+    assert (len(demos), faults) == (52, {"conclusion": 146})
     capsys.readouterr()
     model.main(["show", str(tmp_path / "imported" / "demos.jsonl"), "--model", str(folders["qwen"]), "-n", "2"])
     shown = capsys.readouterr().out
