@@ -1,11 +1,14 @@
 # make demo    the whole method in the miniature clinic, on a CPU
 # make test    the test suite; make test-ranks: the distributed tests on eight processes
 # Both make a virtual environment in .venv first; nothing but Python 3.11 or newer is needed.
+# LOCK= takes the newest versions that requirements.txt allows instead of those of requirements.lock.
 
 PYTHON ?= python3
 BIN = .venv/bin
+LOCK ?= requirements.lock
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(LOCK:%=-c %)
 
-.PHONY: demo test test-ranks
+.PHONY: demo test test-ranks lock
 
 demo: .venv/ready
 	$(BIN)/python medee.py demo $(ARGS)
@@ -16,11 +19,17 @@ test: .venv/ready-dev
 test-ranks: .venv/ready-dev
 	MEDEE_RANKS=8 $(BIN)/python -m pytest -q -ra tests/test_ranks.py $(ARGS)
 
-.venv/ready: requirements.txt
+# after a green 'make LOCK= test': what it ran with, less a build's mark such as +cpu
+lock: .venv/ready-dev
+	head -2 requirements.lock > .venv/lock
+	$(BIN)/python -m pip freeze --disable-pip-version-check | sed 's/+[a-z0-9]*$$//' >> .venv/lock
+	mv .venv/lock requirements.lock
+
+.venv/ready: requirements.txt $(LOCK)
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PIP) -r requirements.txt
 	touch $@
 
 .venv/ready-dev: .venv/ready requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(PIP) -r requirements-dev.txt
 	touch $@
