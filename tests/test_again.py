@@ -89,7 +89,7 @@ def train_anew(checkpoint: Path) -> None:
 @pytest.fixture
 def asked(monkeypatch) -> list[tuple[str, int]]:
     """(id, sample) of all that local checkpoints are asked for, and short replies of a judge."""
-    monkeypatch.setattr(asking, "ROOM", 8)
+    monkeypatch.setattr(asking, "LABELLING", asking.Sampling(0.0, 1.0, 8))
     found, answer = [], engines.HFEngine.answer
 
     def recorded(self, asks, sampling):
@@ -174,11 +174,17 @@ def test_who_answered_is_told_though_its_folder_changes_in_the_meantime(
             train_anew(checkpoint)
 
     monkeypatch.setattr(module, "open_engine", lambda *about: Slow(open_engine(*about)))
-    monkeypatch.setattr(asking, "ATTEMPTS", 1)
     command(spec, bank, tmp_path / "run" / "out")
     assert asking.identity(spec) != answered
     record = json.loads((tmp_path / "run" / "out" / "stage.json").read_text())
     assert record["engines"] == {spec: answered}
+
+
+def test_a_greedy_local_judge_that_cannot_be_read_is_asked_once(bank, checkpoint, asked, tmp_path):
+    judging(f"hf:{checkpoint}", bank, tmp_path / "run" / "out")  # it says nothing readable
+    rows = [row for _, row in data.read_jsonl(tmp_path / "run" / "out" / "verdicts.jsonl")]
+    assert [row["criteria"] for row in rows] == [None, None] and len(asked) == 2
+    assert asking.attempts_of("https://api.example.com/v1#m", asking.LABELLING) == 3
 
 
 # --------------------------------------------------------------------------------------------------

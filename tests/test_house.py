@@ -155,5 +155,13 @@ def test_the_project_stands_alone(name):
 
 
 def test_makefile_installs_only_from_the_requirement_files():
-    installs = re.findall(r"pip install .*", (ROOT / "Makefile").read_text())
-    assert installs and all("-r requirements" in line for line in installs)
+    text = (ROOT / "Makefile").read_text()
+    installs = re.findall(r"\t\$\(PIP\) (.*)", text)
+    assert installs == ["-r requirements.txt", "-r requirements-dev.txt"]
+    assert len(re.findall("pip install", text)) == 1  # PIP itself, held to the lock file
+
+
+def test_the_lock_file_names_every_requirement_with_one_version():
+    named = [re.match(r"[\w-]+", line)[0] for name in ("", "-dev") for line in (ROOT / f"requirements{name}.txt").read_text().split("\n") if line]
+    locked = re.findall(r"(?m)^([\w.-]+)==[\w.]+$", (ROOT / "requirements.lock").read_text())
+    assert {name.lower() for name in named} <= {name.lower() for name in locked}
