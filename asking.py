@@ -13,6 +13,7 @@ Where we depart from the paper, or it is silent: how models are asked is all our
 import argparse
 import json
 import re
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -184,27 +185,43 @@ def read_replies(path: Path) -> list[dict]:
     return rows
 
 
-def ask_all(engine: Engine, asks: list[Ask], sampling: Sampling, path: Path, to_row: Callable[[Reply], dict], title: str) -> dict[tuple[str, int], dict]:
-    """{(id, sample): row} of these asks, in the file's order. Asks whatever `path` does not hold yet, appending a row for each
-    reply as it comes, with a progress bar.
+def ask_all(
+    engine: Engine, asks: list[Ask], sampling: Sampling, path: Path,
+    to_row: Callable[[Reply], dict], title: str,
+) -> dict[tuple[str, int], dict]:  # fmt: skip
+    """{(id, sample): row} of these asks, in the file's order. Asks whatever `path` does not hold yet,
+    appending a row for each reply as it comes, with a progress bar. What was paid is added to the
+    ledger, whatever ends the asking.
 
-    Rows carry `id`, `sample` and `asked`, a hash of messages and images; a killed run asks nothing twice, and a reply to
-    another text or image of the same id is no reply to this.
+    Rows carry `id`, `sample` and `asked`, a hash of messages and images; a killed run asks nothing
+    twice, and a reply to another text or image of the same id is no reply to this.
     """
-    contents, wanted = {ask.id: content_of(ask.messages, ask.images) for ask in asks}, {(ask.id, k) for ask in asks for k in ask.samples}
+    contents = {ask.id: content_of(ask.messages, ask.images) for ask in asks}
+    wanted = {(ask.id, k): contents[ask.id] for ask in asks for k in ask.samples}
     with stage.appending(path) as file:
         stored = read_replies(path)
-        rows = {key: row for row in stored if (key := (row["id"], row["sample"])) in wanted and row["asked"] == contents[row["id"]]}
-        left = [replace(ask, samples=missing) for ask in asks if (missing := tuple(k for k in ask.samples if (ask.id, k) not in rows))]
-        engine.proven, bar = bool(stored), tqdm(total=len(wanted), initial=len(rows), desc=title, unit="answer")
-        for replies in engine.answer(left, sampling):
-            replies = [replace(reply, text=clean(reply.text), reasoning=clean(reply.reasoning)) for reply in replies]
-            new = [{**to_row(reply), "asked": contents[reply.id]} for reply in replies]
-            data.append_jsonl(file, map(sealed, new))
-            rows |= {(row["id"], row["sample"]): row for row in new}
-            bar.set_postfix(engine.tally, refresh=False)
-            bar.update(len(new))
-        bar.close()
+        rows = {
+            key: row for row in stored
+            if wanted.get(key := (row["id"], row["sample"])) == row["asked"]
+        }  # fmt: skip
+        left = [
+            replace(ask, samples=missing) for ask in asks
+            if (missing := tuple(k for k in ask.samples if (ask.id, k) not in rows))
+        ]  # fmt: skip
+        engine.proven, started, before = bool(stored), time.time(), Counter(engine.tally)
+        bar = tqdm(total=len(wanted), initial=len(rows), desc=title, unit="answer")
+        try:
+            for replies in engine.answer(left, sampling):
+                new = [{**to_row(cleaned(reply)), "asked": contents[reply.id]} for reply in replies]
+                data.append_jsonl(file, map(sealed, new))
+                rows |= {(row["id"], row["sample"]): row for row in new}
+                spent = Counter(engine.tally) - before
+                rate = (spent["tokens"] + spent["tokens out"]) / (time.time() - started)
+                bar.set_postfix({"tokens/s": f"{rate:.0f}", **spent}, refresh=False)
+                bar.update(len(new))
+        finally:
+            bar.close()
+            bill.record(path.parent, engine.spec, Counter(engine.tally) - before)
     return rows
 
 
@@ -235,6 +252,10 @@ def reply_row(reply: Reply, spec: str) -> dict:
         "id": reply.id, "sample": reply.sample, "engine": spec, "response": reply.text, "token_ids": reply.token_ids,
         "finish_reason": reply.finish_reason, "seed": reply.seed, "response_sha": data.response_hash(reply.text),
     }  # fmt: skip
+
+
+def cleaned(reply: Reply) -> Reply:
+    return replace(reply, text=clean(reply.text), reasoning=clean(reply.reasoning))
 
 
 def clean(text: str) -> str:
