@@ -283,6 +283,14 @@ def demo_stages(run: Path, family: str, size: str, world: str, seed: int) -> lis
 # Commands
 
 
+def announce(stages: list[Stage], may_leave: bool) -> None:
+    from curate import PAPER
+
+    bill.announce(costs(stages), may_leave)
+    kept = ", ".join(f"{after:,} of {bank:,}" for bank, after in zip(PAPER["bank"], PAPER["solvable"]))
+    print(f"  and as if curation dropped nothing; the paper's keeps {kept} text and image questions")
+
+
 ASKING = ("curate", "distill", "rollout", "verdicts", "eval-base", "eval-stage1", "eval-stage2")
 
 
@@ -321,7 +329,8 @@ def costs(stages: list[Stage]) -> list[bill.Cost]:
     sampled = dict(zip(at["rollout"].words, at["rollout"].words[1:]))
     longest = bill.LETTERS * int(sampled["--max-tokens"])
     chains = [(question, longest) for question in shown for _ in range(int(sampled["-n"]))]
-    found.append(judge.cost(chains, judge.parse(list(at["verdicts"].words))))
+    judging = judge.cost(chains, judge.parse(list(at["verdicts"].words)))
+    found.append(replace(judging, role="verdicts: judge"))
     for name in ("eval-base", "eval-stage1", "eval-stage2"):
         settings = evaluate.parse(list(at[name].words))
         found += [replace(one, role=f"{name}: {one.role}") for one in evaluate.costs(evaluate.questions_of(settings), settings)]
@@ -399,9 +408,9 @@ def run(args: argparse.Namespace) -> None:
         if missing := [path for path in (*args.questions, *args.test) if not Path(path).exists()]:
             print(f"\nno table of costs: {missing[0]} is not there")
         else:
-            bill.announce(costs(stages), may_leave=True)
+            announce(stages, may_leave=True)
         return
-    bill.announce(costs(stages), args.images_may_leave)
+    announce(stages, args.images_may_leave)
     run_stages(stages, folder, args.recipe, args)
 
 

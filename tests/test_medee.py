@@ -356,7 +356,7 @@ def test_a_run_tells_first_what_it_may_cost_and_one_chain_a_benchmark_question_i
     requests = bound(capsys.readouterr().out)
     assert requests == {
         "curate: expert": 4 * 50, "curate: type": 3 * 20, "curate: describe": 3 * 20,
-        "distill: teacher": 30, "judge": 3 * 8 * 20,
+        "distill: teacher": 30, "verdicts: judge": 3 * 8 * 20,
         **{f"eval-{name}: judge": 3 * 10 for name in ("base", "stage1", "stage2")},
         "all": 200 + 60 + 60 + 30 + 480 + 90,
     }  # fmt: skip
