@@ -36,6 +36,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import answers
 import data
 import flags
 import stage
@@ -496,7 +497,7 @@ def conversation(row: dict, where: str) -> Item:
     else:
         stem, options = text, {}
     block = response if data.answer_block(response) is not None else f"<answer>{data.answer_region(response) or ''}</answer>"
-    answer = data.extract_choice(block, options) if options else data.answer_block(block)
+    answer = answers.extract_choice(block, options) if options else data.answer_block(block)
     if not answer or (not options and answer in data.LETTERS):
         raise data.RowError(f"{where}: the answer is not among the options {options}: {response[-80:]!r}; options stand one a line, as 'A. text'")
     return Item(stem, options, answer, images, meta)

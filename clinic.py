@@ -38,6 +38,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, PngImagePlugin
 
+import answers
 import data
 import flags
 import stage
@@ -345,7 +346,7 @@ def verdict(case: Case, kind: str, options: dict[str, str], answer: str, respons
     logical &= all(task == TASK[kind] for task in tasks) and len(clues) == 1 and all(clue == clues[0] for _, clue, _ in rules) and all(clue == clues[0] for _, clue in fits)
     logical &= all(not readings or sign == readings[0][2] for sign, _, _ in rules) and data.normalise(said) == data.normalise(last or "")
     return {
-        "Answer_Correctness": data.extract_choice(response, options) == answer,
+        "Answer_Correctness": answers.extract_choice(response, options) == answer,
         "Logical_Consistency": logical,
         "Image_Analysis_Involvement": bool(readings),
         "No_Hallucination": not false,

@@ -38,6 +38,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import answers
 import bill
 import data
 import flags
@@ -186,7 +187,7 @@ def readable(read: Callable[[str], object]) -> Callable[[dict], bool]:
 def right(questions: list[data.Question]) -> Callable[[dict], bool]:
     """Whether a reply was finished and answers its question right, by rule."""
     by_id = {question.id: question for question in questions}
-    return lambda row: row["finish_reason"] == "stop" and data.is_correct(row["response"], by_id[row["id"]])
+    return lambda row: row["finish_reason"] == "stop" and answers.is_correct(row["response"], by_id[row["id"]])
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -6,17 +6,13 @@ The method's whole vocabulary is here, with nothing but the standard library:
     prompt_messages     question -> [system, user]               the paper's Appendix A, verbatim
     join_response       (thinking, answer) -> "<think> ... </think> <answer> ... </answer>"
     label_spans         characters of a response -> THINK / ANSWER / TAG, the spans that Stage I supervises
-    extract_choice      response -> letter, or None: an answer that cannot be read is wrong, never guessed
     read_jsonl ...      rows with errors that name file, line and key; append and resume; stage.json
 
     python data.py check FILE [FILE ...]      validates questions, demos, rollouts, verdicts or pairs
 
 Where we depart from the paper, or it is silent:
   1. The paper shows no assistant turn; ours has the very form its system prompt asks for, spaces included.
-  2. The paper gives no rule for reading an answer. Ours cuts everything up to the last </think>, then takes the
-     last <answer> block: a letter of this question, or one option's exact text. Anything else is None, and
-     counts as wrong. Letters in the reasoning ("Option A seems ...") are never looked at.
-  3. With options, the user turn ends in "Answer Choices:" as in the paper's Figure 7; without, it is open-ended.
+  2. With options, the user turn ends in "Answer Choices:" as in the paper's Figure 7; without, it is open-ended.
 """
 
 import argparse
@@ -244,169 +240,6 @@ def answer_block(response: str) -> str | None:
     if region is None or "<answer>" not in region:
         return None
     return unicodedata.normalize("NFKC", region.rsplit("<answer>", 1)[1].split("</answer>", 1)[0]).strip()
-
-
-def plain(text: str) -> str:
-    """A text without its dress, LaTeX and Markdown; \\boxed{B} becomes an answer that is stated."""
-    text = re.sub(r"\\boxed\b", " answer: ", unicodedata.normalize("NFKC", text))
-    text = re.sub(r"\\(?:(?:text|math)[a-z]*|left|right|[dt]?frac|quad|[^a-zA-Z])", " ", text)
-    return re.sub(r"[*$`{}_#\\]", "", text).strip()
-
-
-# A letter that stands for itself: "B", "(B", "Option B", "Answer: option B"; not "B-cell", "CT"
-LETTER = rf"(?:(?i:option|choice|answer)\b\W*)*\(?([{LETTERS}])(?!\w|[-'’]\w)"
-CORRECT = r"is (?:the )?(?:correct|right|best|true|most likely)\b"
-REASON = re.compile(rf"\W*\b(?:because|since|as|{CORRECT})\b")
-# What makes a letter no choice where it follows: another letter, or that this one is ruled out
-SECOND = re.compile(
-    rf"\W*?\(?([{LETTERS}])(?:[^\w\s'’-]|\s*$)|\W*?(?:\b(?:and|or)\b|[,/&+])\W*{LETTER}"
-)
-DENIED = re.compile(
-    r"(?i)\W*(?:(?:is|are|was|were|does|do|can|would|could|should|seems)\b\W*)?(?:be\b\W*)?"
-    r"(?:\b(?:not|never|wrong|incorrect|false|unlikely|excluded|contraindicated)\b|n['’]t\b)"
-)
-# Where an answer is stated in words: "the answer is", "Correct option:", a heading "Answer" ...
-STATED = re.compile(
-    r"(?i)\b(?:answer\s*\n|(?:answer|option|choice)(?:\s*:|\s+(?:is|(?:would|should|must) be)\b"
-    r"(?:\s+(?:most likely|likely|probably|thus|therefore|indeed)\b)?)"
-    r"|(?:is|be|match\w*|correspond\w* to|closest to)\s+(?=(?:option|choice)\b))[\s:]*"
-)
-# ... unless its sentence says otherwise
-UNLESS = re.compile(r"(?i)\b(?:not|never|cannot|if|whether|unless)\b|n['’]t\b")
-# A line that may name an option and nothing else: "B. MRI", "So, (B) MRI is the correct answer."
-LINE = re.compile(
-    rf"(?:(?i:so|thus|therefore|hence)\b)?\W*{LETTER}(?!,)(.*?)"
-    rf"(?:\b{CORRECT}(?: (?:answer|option|choice))?\W*)?",
-    re.S,
-)
-
-
-def after_words(text: str, wanted: str) -> str | None:
-    """What follows `wanted` at the beginning of a text, compared by their words and signs without
-    the spaces between; None if it is not there."""
-    left = normalise(plain(wanted)).replace(" ", "")
-    for word in WORDS.finditer(text) if left else ():
-        if not left.startswith(word[0].casefold()):
-            return None
-        left = left[len(word[0]) :]
-        if not left:
-            return text[word.end() :]
-    return None
-
-
-def opening(text: str, options: dict[str, str]) -> tuple[list[str], str]:
-    """(letters, rest): the options whose whole text a text begins with, and what follows. Only the
-    longest counts, "normal pressure" before "normal"; two may differ in their spaces alone."""
-    rests = {letter: after_words(text, option) for letter, option in options.items()}
-    rest = min((rest for rest in rests.values() if rest is not None), key=len, default=text)
-    return [letter for letter, after in rests.items() if after == rest], rest
-
-
-def choice_at(text: str, options: dict[str, str]) -> str | None:
-    """The option that a plain text begins with: its letter, or its whole text up to the end of the
-    sentence. None for a letter that what follows makes another thing (extract_choice says which)."""
-    match = re.match(rf"\W*{LETTER}", text)
-    if not match:
-        letters, rest = opening(text, options)
-        ends = rf"(?:\W*(?i:option )?{letters[0]}\b)?\)?(?:\W*$|[.!?]\s|\s*\n)" if letters else "$."
-        return letters[0] if len(letters) == 1 and re.match(ends, rest) else None
-    letter, rest = match[1], text[match.end() :]
-    letters, follows = opening(rest, options)
-    if letter not in options or (letters and letter not in letters):
-        return None
-    second = SECOND.match(follows)
-    if DENIED.match(follows) or (second and {*second.groups()} - {letter, None}):
-        return None
-    said, own = normalise(rest), normalise(plain(options[letter]))
-    if letters or own.startswith(said) or REASON.match(rest):
-        return letter
-    species = re.match(r"\.\s*[a-z]", rest) and said.split()[0] != own.split()[0]  # "E. coli"
-    return letter if not species and re.match(r"\s*[).,:;\]–—\n]|\s-\s", rest) else None
-
-
-def named_by(line: str, options: dict[str, str], alone: bool) -> str | None:
-    """The letter of a line that names an option and says nothing else: the letter and the option's
-    whole text, or where `alone` allows it the letter alone."""
-    match = LINE.fullmatch(line)
-    if not match or match[1] not in options:
-        return None
-    rest = after_words(match[2], options[match[1]])
-    return match[1] if not WORDS.search((match[2] if alone else "x") if rest is None else rest) else None
-
-
-def discussed(line: str, options: dict[str, str]) -> str | None:
-    """The letter of the option that a line begins with, letter and text, whatever it says of it."""
-    match = re.match(rf"\W*{LETTER}", line)
-    return match[1] if match and match[1] in opening(line[match.end() :], options)[0] else None
-
-
-def said_in(text: str, options: dict[str, str]) -> str | None:
-    """The choice that stands in a plain text of several sentences, or None where there is none or
-    two of these differ: the last one that is stated in words; the options that lines name; the
-    option that the text begins with, if it goes through no other. Else what its last line begins
-    with after a colon."""
-    stated, named = [], set()
-    for cue in STATED.finditer(text):
-        sentence, rest = re.split(r"[.!?]\s|\n", text[: cue.start()])[-1], text[cue.end() :]
-        found = choice_at(rest, options)
-        if not UNLESS.search(sentence) and (found or re.match(rf"\W*{LETTER}", rest)):
-            stated.append(found)
-    lines = [line.strip() for line in text.split("\n") if WORDS.search(line)]
-    for at, line in enumerate(lines):
-        alone = at in (0, len(lines) - 1) or lines[at - 1].endswith(":")
-        named.add(named_by(line, options, alone))
-    if lines and len({discussed(line, options) for line in lines} - {None}) == 1:
-        named.add(discussed(lines[0], options) and choice_at(text, options))
-    named.discard(None)
-    found = {*stated[-1:], *(named if len(named) == 1 else ())} - {None}
-    if not found and len(lines) > 1 and lines[-2].endswith(":"):
-        return choice_at(lines[-1], options)
-    return found.pop() if len(found) == 1 else None
-
-
-def extract_choice(response: str, options: dict[str, str]) -> str | None:
-    """The letter a response chose, or None where it cannot be read: wrong, counted, never guessed.
-
-    An <answer> block, or without one a response of one line, is read as a whole: "B", "MRI", "Option
-    B: MRI", "B. MRI, because ...", "B is correct". If it says more, and in a longer response, that
-    counts which is stated in words (the last "the answer is B", "Correct option: B", "\\boxed{B}"),
-    which a line names ("**B. MRI**", or "B" as the first line, the last, or after a colon), and an
-    option that opens the text, letter and text; None where two of these differ.
-
-    No choice: a second letter ("B or C", "(A) CT (B) MRI"); one that is denied ("B is not correct",
-    "I doubt if the answer is B"); a letter with another option's text ("B. CT"); words that begin
-    like a letter ("A fracture", "B-cell lymphoma", "E. coli"); a small letter; a list of options.
-    """
-    block = answer_block(response)
-    region = answer_region(response) if block is None else block
-    if region is None:
-        return None
-    text = plain(region)
-    if block is None and text.startswith("A:") and "A" not in opening(text[2:], options)[0]:
-        text = text[2:].strip()  # as in "Q: ... A: ..."
-    if letter := named_by(text, options, alone=True):
-        return letter
-    wholes = [key for key, option in options.items() if normalise(plain(option)) == normalise(text)]
-    if len(wholes) == 1:
-        return wholes[0]
-    if (block is not None or "\n" not in text) and (letter := choice_at(text, options)):
-        return letter
-    return said_in(text, options)
-
-
-def free_answer(response: str) -> str | None:
-    """What an open-ended response answers: its <answer> block; or all of it, where it has no tag at all. None if it has tags
-    but no block."""
-    return plain(response) or None if not TAGS.search(response) else answer_block(response)
-
-
-def is_correct(response: str, question: Question) -> bool:
-    """Right by rule: the chosen letter is the answer's or, open-ended, the answer has the very words of the reference, or of
-    another answer that the benchmark accepts (meta.answers)."""
-    if question.options:
-        return extract_choice(response, question.options) == question.answer
-    said = normalise(free_answer(response) or "")
-    return bool(said) and said in {normalise(accepted) for accepted in [question.answer, *question.meta.get("answers", [])]}
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -49,6 +49,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import answers
 import benchmarks
 import bill
 import data
@@ -170,8 +171,8 @@ def check(response: str, finish_reason: str, question: data.Question, shortest: 
     found = {"correct": None, "structure": structure_fault(response, shortest, longest), "coherence": coherence_fault(response, data.question_text(question))}
     if finish_reason != "stop":
         found["correct"] = f"the response is not finished: {finish_reason}"
-    elif not data.is_correct(response, question):
-        letter = data.extract_choice(response, question.options)
+    elif not answers.is_correct(response, question):
+        letter = answers.extract_choice(response, question.options)
         found["correct"] = f"the answer is {letter}, not {question.answer}" if letter else "the answer is wrong, or cannot be read"
     return {name: fault for name, fault in found.items() if fault}
 
@@ -192,7 +193,7 @@ def read_reply(text: str, reasoning: str, options: dict[str, str]) -> str:
     """A teacher's reply in the paper's form, or its text as it is where that cannot be read.
 
     The chain is `reasoning`, which the server told apart, else the <think> block that the text begins with. The answer is the
-    one <answer> block after the thinking; where there is none, what data.extract_choice reads there: the last "answer is (X)".
+    one <answer> block after the thinking; where there is none, what answers.extract_choice reads there: the last "answer is (X)".
     """
     if reasoning:
         rest = data.answer_region(text) or ""
@@ -203,7 +204,7 @@ def read_reply(text: str, reasoning: str, options: dict[str, str]) -> str:
     blocks = re.findall(r"<answer>(.*?)</answer>", rest, re.S)
     if len(blocks) == 1 and len(data.TAGS.findall(rest)) == 2:
         return in_form(reasoning, blocks[0])
-    letter = None if data.TAGS.search(rest) else data.extract_choice(rest, options)
+    letter = None if data.TAGS.search(rest) else answers.extract_choice(rest, options)
     return in_form(reasoning, f"{letter}. {options[letter]}") if letter else text
 
 

@@ -45,6 +45,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import answers
 import bill
 import cases
 import data
@@ -119,7 +120,7 @@ def read_answers(rows: list[dict], questions: dict[str, data.Question], open_end
     for row in rows:
         question, finished = questions[row["id"]], row["finish_reason"] == "stop"
         row["extracted"] = score.choice_of(row["response"], question) if finished else None
-        row["correct"] = finished and data.is_correct(row["response"], question)
+        row["correct"] = finished and answers.is_correct(row["response"], question)
         if official.has_rule(question) and not open_ended:
             row["official"] = official.choice(row["response"], question) if finished else None
             row["official_correct"] = row["official"] == question.answer
@@ -130,7 +131,7 @@ def grade(rows: list[dict], questions: dict[str, data.Question], spec: str, args
     say readably is wrong. Returns how many those are."""
     engine = open_engine(spec, setup_of(args))
     unsure = [row for row in rows if row["extracted"] and not row["correct"]]
-    asks = [prompt_ask(row["id"], GRADE_PROMPT % (questions[row["id"]].question, questions[row["id"]].answer, data.free_answer(row["response"])), []) for row in unsure]
+    asks = [prompt_ask(row["id"], GRADE_PROMPT % (questions[row["id"]].question, questions[row["id"]].answer, answers.free_answer(row["response"])), []) for row in unsure]
     said = ask_yes_no(engine, asks, ("Correct",), "grader", args)
     graded = [read_verdict(said[ask.id], ("Correct",))[0] for ask in asks]
     for row, verdict in zip(unsure, graded):

@@ -42,6 +42,7 @@ from pathlib import Path
 
 import numpy as np
 
+import answers
 import bill
 import data
 import flags
@@ -130,7 +131,7 @@ def cost(chains: Iterable[tuple[data.Question, int]], args: argparse.Namespace) 
 
 def right_by_rule(rollouts: list[dict], questions: dict[str, data.Question]) -> list[dict]:
     """The rollouts that were finished and whose answer is right."""
-    return [row for row in rollouts if row["finish_reason"] == "stop" and data.is_correct(row["response"], questions[row["id"]])]
+    return [row for row in rollouts if row["finish_reason"] == "stop" and answers.is_correct(row["response"], questions[row["id"]])]
 
 
 def read_rollouts(path: str, questions: dict[str, data.Question]) -> list[dict]:

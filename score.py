@@ -26,6 +26,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
+import answers
 import benchmarks
 import data
 from judge import CRITERIA
@@ -141,8 +142,8 @@ def read_results(folder: str | Path, wanted: dict[str, type]) -> dict:
 def choice_of(response: str, question: data.Question) -> str | None:
     """What votes are counted by: the letter or, open-ended, the normalised answer (the reference as it is written, where equal)."""
     if question.options:
-        return data.extract_choice(response, question.options)
-    said = data.normalise(data.free_answer(response) or "")
+        return answers.extract_choice(response, question.options)
+    said = data.normalise(answers.free_answer(response) or "")
     return question.answer if said == data.normalise(question.answer) else said or None
 
 

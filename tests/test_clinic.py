@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import answers
 import asking
 import clinic
 import data
@@ -437,7 +438,7 @@ def test_expert_is_sometimes_wrong_but_rarely_always(name):
         for kind in KINDS:
             question = question_of(case, kind, film=None)
             seeds = [data.sample_seed(0, question.id, k) for k in range(12)]
-            rights.append([data.is_correct(clinic.answer(name, data.prompt_messages(question), [], seed), question) for seed in seeds])
+            rights.append([answers.is_correct(clinic.answer(name, data.prompt_messages(question), [], seed), question) for seed in seeds])
     never = sum(not any(right) for right in rights)
     assert 0 <= never <= 0.2 * len(rights)  # a few questions it never gets right
     share = np.mean([np.mean(right) for right in rights if any(right)])

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import answers
 import data
 
 FOUR = {"A": "CT", "B": "MRI", "C": "Diabetes", "D": "Ultrasound"}
@@ -208,17 +209,17 @@ IN_BLOCK = [
 def test_answer_block_is_read_by_rule_and_never_guessed(block, letter):
     # the thinking names another option, which must never leak into the answer
     response = f"<think> Option D seems good. The answer is (D). </think> <answer> {block} </answer>"
-    assert data.extract_choice(response, FOUR) == letter
+    assert answers.extract_choice(response, FOUR) == letter
 
 
 @pytest.mark.parametrize("block", ["(B) or (C)", "A/B", "B, C", "(A) CT or (B) MRI", "A & D"])
 def test_two_letters_are_no_choice(block):
-    assert data.extract_choice(f"<think> x </think> <answer> {block} </answer>", FOUR) is None
+    assert answers.extract_choice(f"<think> x </think> <answer> {block} </answer>", FOUR) is None
 
 
 @pytest.mark.parametrize("block", ["B-cell lymphoma of the stomach", "C-reactive protein level", "A-line placement", "D-dimer"])
 def test_letter_that_begins_a_hyphenated_term_is_no_choice(block):
-    assert data.extract_choice(f"<think> x </think> <answer> {block} </answer>", FOUR) is None
+    assert answers.extract_choice(f"<think> x </think> <answer> {block} </answer>", FOUR) is None
 
 
 ARROWS = {"A": "↑ TSH, ↓ T4", "B": "↓ TSH, ↑ T4", "C": "↓ TSH, ↓ T4", "D": "normal"}
@@ -229,28 +230,28 @@ SIGNED = {"A": "+2 D", "B": "-2 D", "C": "<5 mm", "D": ">5 mm"}
 def test_letter_with_its_own_text_is_always_read(options):
     # the very form in which demonstrations answer
     for letter, text in options.items():
-        assert data.extract_choice(f"<think> x </think> <answer> {letter}. {text} </answer>", options) == letter
+        assert answers.extract_choice(f"<think> x </think> <answer> {letter}. {text} </answer>", options) == letter
 
 
 @pytest.mark.parametrize(("options", "letter", "other"), [(ARROWS, "A", "B"), (ARROWS, "C", "A"), (SIGNED, "A", "B"), (SIGNED, "D", "C")])
 def test_texts_that_differ_in_a_symbol_only_are_different_answers(options, letter, other):
-    assert data.extract_choice(f"<answer> {options[letter]} </answer>", options) == letter
-    assert data.extract_choice(f"<answer> {letter}. {options[other]} </answer>", options) is None
+    assert answers.extract_choice(f"<answer> {options[letter]} </answer>", options) == letter
+    assert answers.extract_choice(f"<answer> {letter}. {options[other]} </answer>", options) is None
     without = {**options, letter: "none of these"}
-    assert data.extract_choice(f"<answer> {options[letter]} </answer>", without) is None
+    assert answers.extract_choice(f"<answer> {options[letter]} </answer>", without) is None
 
 
 def test_letter_alone_means_the_option_even_where_another_options_text_is_that_letter():
     vitamins = {"A": "K", "B": "C", "C": "D", "D": "E"}
-    assert data.extract_choice("<think> x </think> <answer> C </answer>", vitamins) == "C"
+    assert answers.extract_choice("<think> x </think> <answer> C </answer>", vitamins) == "C"
 
 
 def test_pronoun_i_is_not_the_ninth_option():
-    assert data.extract_choice("<think> x </think> <answer> I think so </answer>", TEN) is None
-    assert data.extract_choice("<think> x </think> <answer> I am sure of text number 3 </answer>", TEN) is None
-    assert data.extract_choice("<think> x </think> the answer is I think", TEN) is None
-    assert data.extract_choice("<think> x </think> <answer> I </answer>", TEN) == "I"
-    assert data.extract_choice("<think> x </think> <answer> J. text number 9 </answer>", TEN) == "J"
+    assert answers.extract_choice("<think> x </think> <answer> I think so </answer>", TEN) is None
+    assert answers.extract_choice("<think> x </think> <answer> I am sure of text number 3 </answer>", TEN) is None
+    assert answers.extract_choice("<think> x </think> the answer is I think", TEN) is None
+    assert answers.extract_choice("<think> x </think> <answer> I </answer>", TEN) == "I"
+    assert answers.extract_choice("<think> x </think> <answer> J. text number 9 </answer>", TEN) == "J"
 
 
 @pytest.mark.parametrize(
@@ -290,7 +291,7 @@ def test_pronoun_i_is_not_the_ninth_option():
         ("MRI", "B"),
         ("B. CT", None),
         ("MRI, I think", None),
-        ("B. A long look at it", "B"),  # other words after the letter, but no other option's
+        ("B. A long look at it", None),  # that "A" may be a letter
         # the same in another dress
         ("The answer is **B**.", "B"),
         ("**Answer:** B", "B"),
@@ -322,7 +323,7 @@ def test_pronoun_i_is_not_the_ninth_option():
     ],
 )
 def test_answer_is_taken_from_behind_the_thinking_and_from_the_last_block(response, letter):
-    assert data.extract_choice(response, FOUR) == letter
+    assert answers.extract_choice(response, FOUR) == letter
 
 
 SAID = [  # thirty answers in other words, and the rule that each shows
@@ -366,23 +367,75 @@ SAID = [  # thirty answers in other words, and the rule that each shows
 
 @pytest.mark.parametrize(("response", "letter"), SAID)
 def test_what_is_stated_named_or_opens_an_answer_is_read_and_what_is_denied_is_not(response, letter):
-    assert data.extract_choice(response, FOUR) == letter
+    assert answers.extract_choice(response, FOUR) == letter
+
+
+TESTS = {"A": "CT", "B": "MRI", "C": "Ultrasound", "D": "Radiograph"}
+GERMS = {"A": "E. coli", "B": "C. difficile", "C": "S. aureus", "D": "H. pylori", "E": "Salmonella"}
+DOSES = {"A": "15 mg", "B": "12 hours", "C": "5", "D": "55"}
+SCANS = {"A": "CT scan with contrast", "B": "CT scan without contrast", "C": "MRI"}
+HEPATITIS = {"A": "Hepatitis A", "B": "Hepatitis C", "C": "Hepatitis B", "D": "Hepatitis E"}
+BOTH = {"A": "Yes", "B": "No"}
+TRAPS = [  # what a reader in a hurry takes for a letter, by the rule that keeps it from being one
+    # denied in its own clause
+    (TESTS, "B. MRI isn't correct.", None),
+    (TESTS, "B. MRI cannot be performed with a pacemaker.", None),
+    (TESTS, "A. This is incorrect because CT misses it. B. This is correct.", None),
+    (TESTS, "A) No. B) Yes. C) No. D) No.", None),
+    (TESTS, "<answer> B. MRI isn't right; A. CT is. </answer>", None),
+    # another option in its clause, or a text that goes through the options
+    (TESTS, "A. CT shows bone; B. MRI shows the spinal cord best, so B.", None),
+    (TESTS, "B (MRI) is tempting, but C (ultrasound) is the first-line test.", None),
+    (TESTS, "A is true, B is true, C is false, D is true, so the answer is C.", "C"),
+    (TESTS, "A. CT followed by MRI", None),
+    (TESTS, "<answer> A: 60%, B: 40% </answer>", None),
+    (TESTS, "Let's evaluate each option:\n\nA. CT: shows bone\nB. MRI: best\n\nTherefore, MRI.", None),
+    (TESTS, "Let's consider each option:\nA. CT involves radiation, which", None),
+    (TESTS, "The test is MRI.\n\nA. CT\nB. MRI\nC. Ultrasound\nD. Radiograph", None),
+    (TESTS, "A. CT is fast and cheap.\nHowever, the cord is only seen on MRI.\nSo MRI.", None),
+    # doubted in its sentence, or another's answer
+    (TESTS, "You might think the answer is B, but it is C.", None),
+    (TESTS, "The incorrect option is B.", None),
+    (TESTS, "Best answer: B\nSecond best answer: C", "B"),
+    (TESTS, "MRI is more sensitive than CT, which is option A. So MRI.", None),
+    (TESTS, "(1) The answer is A. (2) The answer is C.", None),
+    (TESTS, "I would not choose:\nA. CT\n\nMRI is right.", None),
+    # taken back, or a base model that goes on with a question of its own
+    (TESTS, "B. MRI\n\nActually, given the pacemaker, CT is the better choice.", None),
+    (TESTS, "The answer is CT. No, MRI.", None),
+    (TESTS, "Answer: B\n\nQuestion: What next?\nA. CT\nAnswer: C", "B"),
+    # a word, a number or an article that begins like an option
+    (GERMS, "E. coli", "A"),
+    (GERMS, "The answer is E. Coli.", "A"),
+    (TESTS, "I.V. ceftriaxone", None),
+    (DOSES, "1.5 mg", None),
+    (DOSES, "The answer is 5-5", None),
+    (SCANS, "A CT scan", None),
+    (HEPATITIS, "Type of hepatitis:\nB", None),
+    (BOTH, "No. Wait, yes.", None),
+    (BOTH, "❌ A. Yes\n\nIt is not.", None),
+]
+
+
+@pytest.mark.parametrize(("options", "response", "letter"), TRAPS)
+def test_no_letter_is_taken_that_the_response_does_not_choose(options, response, letter):
+    assert answers.extract_choice(response, options) == letter
 
 
 def test_a_letter_that_is_also_a_numeral_is_told_from_an_option_that_begins_with_it():
     statements = {"A": "II and III only", "B": "I and II only", "C": "I only", "D": "III only"}
     statements |= {"E": "none", "F": "IV only", "G": "V", "H": "VI", "I": "II and IV only"}
     statements["J"] = "I, II, and IV only"
-    assert data.extract_choice("I. II and IV only", statements) == "I"
-    assert data.extract_choice("I, II, and IV only", statements) == "J"
-    assert data.extract_choice("I only", statements) == "C"
+    assert answers.extract_choice("I. II and IV only", statements) == "I"
+    assert answers.extract_choice("I, II, and IV only", statements) == "J"
+    assert answers.extract_choice("I only", statements) == "C"
 
 
 def test_an_option_in_latex_is_the_same_option_in_another_spelling():
     options = {"A": "$w_{1}=52.37rad/s$", "B": "$w_{1}=92.37\\frac{rad}{s}$", "C": "$\\alpha$", "D": "$\\beta$"}
-    assert data.extract_choice("So:\n\nA. \\( w_{1}=52.37 \\, \\text{rad/s} \\)", options) == "A"
-    assert data.extract_choice("\\( \\alpha \\)", options) == "C"
-    assert data.extract_choice("D. \\(\\alpha\\)", options) is None
+    assert answers.extract_choice("So:\n\nA. \\( w_{1}=52.37 \\, \\text{rad/s} \\)", options) == "A"
+    assert answers.extract_choice("\\( \\alpha \\)", options) == "C"
+    assert answers.extract_choice("D. \\(\\alpha\\)", options) is None
 
 
 @pytest.mark.parametrize(("name", "told"), [
@@ -424,10 +477,10 @@ def real_replies() -> list[tuple[dict, dict]]:
 
 
 @real
-def test_of_1444_published_replies_without_tags_ten_are_unread():
-    # three of them name an option that a person would take; the others refuse, or name none or two
-    unread = [row["id"] for row, options in real_replies() if data.extract_choice(row["response"], options) is None]
-    assert len(unread) == 10
+def test_of_1444_published_replies_without_tags_eleven_are_unread():
+    # two of them name an option that a person would take; the others refuse, or name none or two
+    unread = [row["id"] for row, options in real_replies() if answers.extract_choice(row["response"], options) is None]
+    assert len(unread) == 11
 
 
 @real
@@ -438,7 +491,7 @@ def test_every_option_of_published_files_is_read_in_the_forms_that_models_write(
     forms = ["<answer> Option {}: {} </answer>", "<answer> {}. {} </answer>", "({}) {}", "{}: {}", "The answer is {}. {}"]
     for options in banks:
         for letter, text in options.items():
-            assert {data.extract_choice(form.format(letter, text), options) for form in forms} == {letter}
+            assert {answers.extract_choice(form.format(letter, text), options) for form in forms} == {letter}
 
 
 @pytest.mark.parametrize(
@@ -447,28 +500,28 @@ def test_every_option_of_published_files_is_read_in_the_forms_that_models_write(
 )
 def test_an_open_answer_has_the_words_of_one_of_the_accepted_answers(response, right):
     # without any tag the whole reply is the answer; with a tag it must stand in its block
-    assert data.is_correct(response, data.Question("How many?", {}, "2", meta={"answers": ["2", "two"]})) is right
+    assert answers.is_correct(response, data.Question("How many?", {}, "2", meta={"answers": ["2", "two"]})) is right
 
 
 def test_letter_outside_the_questions_options_is_not_read():
     two = {"A": "yes", "B": "no"}
-    assert [data.extract_choice(f"<answer> {letter} </answer>", two) for letter in "ABCJ"] == ["A", "B", None, None]
+    assert [answers.extract_choice(f"<answer> {letter} </answer>", two) for letter in "ABCJ"] == ["A", "B", None, None]
 
 
 @given(st.text(max_size=80))
 @settings(max_examples=60, deadline=None)
 def test_extraction_never_raises_and_gives_an_option_or_none(text):
-    assert data.extract_choice(f"<think> x </think> <answer> {text}", FOUR) in (None, *FOUR)
+    assert answers.extract_choice(f"<think> x </think> <answer> {text}", FOUR) in (None, *FOUR)
 
 
 def test_unparsable_answer_counts_as_wrong():
     for letter in FOUR:
-        assert not data.is_correct("<think> x </think> <answer> hard to say </answer>", data.Question("q", FOUR, letter))
+        assert not answers.is_correct("<think> x </think> <answer> hard to say </answer>", data.Question("q", FOUR, letter))
 
 
 @pytest.mark.parametrize("answer", FOUR)
 def test_only_the_questions_own_answer_is_right(answer):
-    right = [letter for letter in FOUR if data.is_correct(data.join_response("x", letter), data.Question("q", FOUR, answer))]
+    right = [letter for letter in FOUR if answers.is_correct(data.join_response("x", letter), data.Question("q", FOUR, answer))]
     assert right == [answer]
 
 
@@ -485,17 +538,17 @@ def test_only_the_questions_own_answer_is_right(answer):
 )
 def test_open_ended_answer_needs_the_references_very_words(block, right):
     question = data.Question("Which test?", {}, "renal ultrasound")
-    assert data.is_correct(f"<think> renal ultrasound </think> <answer> {block} </answer>", question) is right
+    assert answers.is_correct(f"<think> renal ultrasound </think> <answer> {block} </answer>", question) is right
 
 
 def test_open_ended_answer_outside_a_block_or_cut_off_is_wrong():
     question = data.Question("Which test?", {}, "CBC")
-    assert not data.is_correct("<think> x </think> CBC", question)
-    assert not data.is_correct("<think> <answer> CBC </answer>", question)
+    assert not answers.is_correct("<think> x </think> CBC", question)
+    assert not answers.is_correct("<think> <answer> CBC </answer>", question)
 
 
 def test_open_ended_answer_with_the_opposite_symbol_is_wrong():
-    assert not data.is_correct("<think> x </think> <answer> ↑ TSH </answer>", data.Question("q", {}, "↓ TSH"))
+    assert not answers.is_correct("<think> x </think> <answer> ↑ TSH </answer>", data.Question("q", {}, "↓ TSH"))
 
 
 # ---------------------------------------------------------------------------------------------------------------

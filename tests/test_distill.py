@@ -21,6 +21,7 @@ from PIL import Image
 from test_benchmarks import EXAM_FAULTS, GONE, TURN_FAULTS, exchange
 from test_remote import Chat, keys, script, serve  # noqa: F401  (keys and serve are fixtures)
 
+import answers
 import asking
 import clinic
 import data
@@ -331,7 +332,7 @@ def test_answer_of_a_demonstration_is_read_as_right(form, options):
     # whatever a model learns to write must count as right later
     question = q("Which?", "k", options=options, answer="B" if options else "renal ultrasound")
     demo = distill.make_demo(distill.Chain(question, 0, "clinic:thorough", GOOD, {}), form)
-    assert data.is_correct(demo["messages"][2]["content"], question)
+    assert answers.is_correct(demo["messages"][2]["content"], question)
 
 
 @pytest.fixture(scope="module")

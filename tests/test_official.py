@@ -2,6 +2,7 @@
 
 import pytest
 
+import answers
 import benchmarks
 import data
 import official
@@ -124,7 +125,7 @@ ADVERSARIAL = [
 
 @pytest.mark.parametrize(("response", "ours", "medxpertqa", "mmmu"), ADVERSARIAL)
 def test_each_rule_on_adversarial_responses(response, ours, medxpertqa, mmmu):
-    found = data.extract_choice(response, FIVE), official.choice(response, asked("medxpertqa-mm")), official.choice(response, asked("mmmu"))
+    found = answers.extract_choice(response, FIVE), official.choice(response, asked("medxpertqa-mm")), official.choice(response, asked("mmmu"))
     assert found == (ours, medxpertqa, mmmu)
 
 
