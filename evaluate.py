@@ -239,7 +239,7 @@ def run(args: argparse.Namespace) -> None:
     sampling = Sampling(args.temperature, args.top_p, args.max_tokens, args.seed)
     path = replies_file(args, "evaluate", args.engine, sampling)
     # each before it is asked: its folder may be trained anew in the meantime
-    answers = {args.engine: identity(args.engine)}
+    answered_by = {args.engine: identity(args.engine)}
     engine = open_engine(args.engine, setup_of(args))
     rows = []
     for kind in ("image", "text"):  # apart, so that a batch has one number of samples a question
@@ -254,13 +254,13 @@ def run(args: argparse.Namespace) -> None:
     read_answers(rows, by_id, bool(args.open_ended))
     ungraded = 0
     if args.open_ended:
-        answers[args.open_ended] = identity(args.open_ended)
+        answered_by[args.open_ended] = identity(args.open_ended)
         ungraded = grade(rows, by_id, args.open_ended, args)
     data.write_jsonl(out / "predictions.jsonl", rows)
 
     criteria, outputs = {}, [out / "predictions.jsonl", out / "results.json"]
     if args.judge:
-        answers[args.judge] = identity(args.judge)
+        answered_by[args.judge] = identity(args.judge)
         judge = open_engine(args.judge, setup_of(args))
         # there is nothing to judge in no answer
         chosen = judged_samples(by_id, args)
@@ -279,7 +279,7 @@ def run(args: argparse.Namespace) -> None:
     print_results(results)
     if ungraded:
         print(f"{ungraded} answers have no readable grade, and count as wrong")
-    stage.finish(args, outputs, started, {}, answers)
+    stage.finish(args, outputs, started, {}, answered_by)
 
 
 def print_results(results: dict) -> None:

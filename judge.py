@@ -155,14 +155,14 @@ def verdicts(args: argparse.Namespace) -> None:
     print(f"{len(rollouts)} candidates, {len(right)} right by rule: those go to {args.judge}")
     chains = [(questions[row["id"]], len(row["response"])) for row in right]
     bill.announce([cost(chains, args)], args.images_may_leave)
-    answers = identity(args.judge)  # before it is asked: its folder may be trained anew
+    answered_by = identity(args.judge)  # before it is asked: its folder may be trained anew
     engine = open_engine(args.judge, setup_of(args))
     rows = judge_all(engine, right, questions, args)
     data.write_jsonl(out / "verdicts.jsonl", rows)
     unread = sum(row["criteria"] is None for row in rows)
     print(f"{len(rows)} verdicts, {unread} unreadable and left out")
     figures = {"judged": len(rows), "unreadable": unread}
-    stage.finish(args, [out / "verdicts.jsonl"], started, figures, {args.judge: answers})
+    stage.finish(args, [out / "verdicts.jsonl"], started, figures, {args.judge: answered_by})
 
 
 # ---------------------------------------------------------------------------------------------------------------

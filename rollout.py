@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     replies = replies_file(args, "rollout", args.engine, sampling)
     if said := too_short(args.engine, args.max_tokens):
         print(said, flush=True)
-    answers = identity(args.engine)  # before it is asked: its folder may be trained anew
+    answered_by = identity(args.engine)  # before it is asked: its folder may be trained anew
     engine = open_engine(args.engine, setup_of(args))
 
     def row_of(reply: Reply) -> dict:
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     if said := cut_off(rows):
         print(said)
     figures = {"answers": len(rows), "cut_off": cut, "unanswered": sum(none.values())}
-    stage.finish(args, [path], started, figures, {args.engine: answers})
+    stage.finish(args, [path], started, figures, {args.engine: answered_by})
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import answers
+from answers import is_correct
 import cases
 import data
 import evaluate
@@ -40,7 +40,7 @@ def make_run(folder: Path, name: str, answers: dict, questions: list[data.Questi
     by_id, rows = {found.id: found for found in questions}, []
     for key, samples in answers.items():
         for k, (response, ended) in enumerate(samples):
-            read, right = (score.choice_of(response, by_id[key]), answers.is_correct(response, by_id[key])) if ended == "stop" else (None, False)
+            read, right = (score.choice_of(response, by_id[key]), is_correct(response, by_id[key])) if ended == "stop" else (None, False)
             row = {"id": key, "sample": k, "engine": engine, "response": response, "token_ids": [1], "finish_reason": ended, "seed": 70 + k}
             digest = hashlib.sha256(json.dumps(response, ensure_ascii=False).encode()).hexdigest()
             row["response_sha"] = digest[:16]
