@@ -75,7 +75,8 @@ class Engine(Protocol):
     tally: Counter  # what the progress bar shows beside its rate: tokens, requests asked again, ...
 
     def answer(self, asks: list[Ask], sampling: Sampling) -> Iterator[list[Reply]]:
-        """Lists of finished replies, in any order, until every sample of every ask is answered."""
+        """Lists of finished replies, in any order, until every sample of every ask is answered. An
+        empty list says that it is alive: what `tally` says is shown."""
 
 
 class Unavailable(SystemExit, RuntimeError):
@@ -105,7 +106,7 @@ SPEED = (
 FLAGS = {
     "pixels": "largest image in pixels, Qwen and remote engines; as in training",
     "tiles": "most tiles of an image, InternVL; as in training",
-    "batch": "samples at once of a local engine",
+    "batch": "most samples at once of a local engine; hf: takes fewer where memory is short",
     "replicas": "processes of a local engine, each with its own GPUs; 0: as many as the GPUs allow",
     "tensor_parallel": "GPUs that share one vllm: engine (72B: 4)",
     "concurrency": "requests at once to a remote engine",
@@ -202,7 +203,7 @@ def ask_all(engine: Engine, asks: list[Ask], sampling: Sampling, path: Path, to_
             new = [{**to_row(reply), "asked": contents[reply.id]} for reply in replies]
             data.append_jsonl(file, map(sealed, new))
             rows |= {(row["id"], row["sample"]): row for row in new}
-            bar.set_postfix(engine.tally, refresh=False)
+            bar.set_postfix(engine.tally, refresh=not new)
             bar.update(len(new))
         bar.close()
     return rows
