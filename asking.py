@@ -186,8 +186,8 @@ def read_replies(path: Path) -> list[dict]:
 
 
 def ask_all(engine: Engine, asks: list[Ask], sampling: Sampling, path: Path, to_row: Callable[[Reply], dict], title: str) -> dict[tuple[str, int], dict]:
-    """{(id, sample): row} of these asks, in the file's order. Asks whatever `path` does not hold yet, appending a row for each
-    reply as it comes, with a progress bar.
+    """{(id, sample): row} of these asks, in their order. Asks whatever `path` does not hold yet,
+    appending a row for each reply as it comes, with a progress bar.
 
     Rows carry `id`, `sample` and `asked`, a hash of messages and images; a killed run asks nothing twice, and a reply to
     another text or image of the same id is no reply to this.
@@ -206,7 +206,7 @@ def ask_all(engine: Engine, asks: list[Ask], sampling: Sampling, path: Path, to_
             bar.set_postfix(engine.tally, refresh=not new)
             bar.update(len(new))
         bar.close()
-    return rows
+    return {(ask.id, k): rows[ask.id, k] for ask in asks for k in ask.samples}
 
 
 def attempts_of(spec: str, sampling: Sampling) -> int:
