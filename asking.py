@@ -76,7 +76,8 @@ class Engine(Protocol):
     tally: Counter  # what the progress bar shows beside its rate: tokens, requests asked again, ...
 
     def answer(self, asks: list[Ask], sampling: Sampling) -> Iterator[list[Reply]]:
-        """Lists of finished replies, in any order, until every sample of every ask is answered."""
+        """Lists of finished replies, in any order, until every sample of every ask is answered. An
+        empty list says that it is alive: what `tally` says is shown."""
 
 
 class Unavailable(SystemExit, RuntimeError):
@@ -106,7 +107,7 @@ SPEED = (
 FLAGS = {
     "pixels": "largest image in pixels, Qwen and remote engines; as in training",
     "tiles": "most tiles of an image, InternVL; as in training",
-    "batch": "samples at once of a local engine",
+    "batch": "most samples at once of a local engine; hf: takes fewer where memory is short",
     "replicas": "processes of a local engine, each with its own GPUs; 0: as many as the GPUs allow",
     "tensor_parallel": "GPUs that share one vllm: engine (72B: 4)",
     "concurrency": "requests at once to a remote engine",
@@ -189,7 +190,7 @@ def ask_all(
     engine: Engine, asks: list[Ask], sampling: Sampling, path: Path,
     to_row: Callable[[Reply], dict], title: str,
 ) -> dict[tuple[str, int], dict]:  # fmt: skip
-    """{(id, sample): row} of these asks, in the file's order. Asks whatever `path` does not hold yet,
+    """{(id, sample): row} of these asks, in their order. Asks whatever `path` does not hold yet,
     appending a row for each reply as it comes, with a progress bar. What was paid is added to the
     ledger, whatever ends the asking.
 
@@ -217,12 +218,12 @@ def ask_all(
                 rows |= {(row["id"], row["sample"]): row for row in new}
                 spent = Counter(engine.tally) - before
                 rate = (spent["tokens"] + spent["tokens out"]) / (time.time() - started)
-                bar.set_postfix({"tokens/s": f"{rate:.0f}", **spent}, refresh=False)
+                bar.set_postfix({"tokens/s": f"{rate:.0f}", **spent}, refresh=not new)
                 bar.update(len(new))
         finally:
             bar.close()
             bill.record(path.parent, engine.spec, Counter(engine.tally) - before)
-    return rows
+    return {(ask.id, k): rows[ask.id, k] for ask in asks for k in ask.samples}
 
 
 def attempts_of(spec: str, sampling: Sampling) -> int:

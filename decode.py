@@ -1,130 +1,270 @@
-"""Sampling from a policy by hand: y_1 ... y_n ~ M(. | q, I) with a KV cache, n answers of a question as one tree row.
+"""Sampling from a policy by hand: y_1 ... y_n ~ M(. | q, I) with a KV cache, n answers of a
+question as one tree row.
 
-    u_t ~ U[0, 1) from the sample's own seed;   y_t = the token at which the cumulative distribution passes u_t
+    u_t ~ U[0, 1) from the sample's own seed
+    y_t = the token at which the cumulative distribution passes u_t
 
-The prompt and its images are computed once; then every step feeds one token of each of the n branches, and a branch sees
-the prompt and itself (the rule of model.py's tree rows). The prompt's keys and values are held once instead of n times.
-vLLM samples the same distribution much faster; this is what it does, in a page, and what runs where vLLM does not.
+The prompt and its images are computed once; then every step feeds one token of each of the n
+branches, and a branch sees the prompt and itself (the rule of model.py's tree rows). The prompt's
+keys and values are held once instead of n times. A question's answers are handed on when its last
+branch ends. vLLM samples the same distribution much faster; this is what it does, in few pages, and
+what runs where vLLM does not.
 
 Where we depart from the paper, or it is silent:
-  1. It samples with vLLM. Temperature and top-p are explained where they are flags (rollout.py, evaluate.py).
-  2. Special tokens other than the end of the turn are never sampled: a sampled image token would break training later.
+  1. It samples with vLLM. Temperature and top-p are explained where they are flags (rollout.py,
+     evaluate.py).
+  2. Special tokens other than the end of the turn are never sampled: a sampled image token would
+     break training later.
 """
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import model
 from model import Policy, Processor, Segment
 
+LIKELIEST = 256  # ours: measured; tokens that top-p looks at first, enough for most rows
+DROPPED = 0.75  # ours: share of a batch's rows at which the ended ones leave it; that costs a step
+
 
 def uniforms(seed: int, count: int) -> Tensor:
-    """The random numbers of one sample, one a token, in [0, 1): drawn from its seed alone, on the CPU."""
+    """The random numbers of one sample, one a token, in [0, 1): from its seed alone, on the CPU."""
     return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def choose(logits: Tensor, draw: Tensor, temperature: float, top_p: float) -> Tensor:
-    """One token of each row by inverting the cumulative distribution. logits (..., V), draw (...) in [0, 1) -> (...).
+    """One token of each row by inverting the cumulative distribution.
 
-    top_p keeps the likeliest tokens whose mass before them is below top_p; the draw is scaled to what is kept.
+    logits (..., V), draw (...) in [0, 1) -> (...). top_p keeps the likeliest tokens whose mass
+    before them is below top_p; the draw is scaled to what is kept.
     """
     if temperature == 0:
         return logits.argmax(-1)
-    mass = torch.softmax(logits.float() / temperature, -1).double()
-    tokens = None
-    if top_p < 1:  # otherwise any order of the tokens will do, and sorting a vocabulary costs more than the rest
-        mass, tokens = mass.sort(dim=-1, descending=True, stable=True)
-    total = mass.cumsum(-1)  # (..., V)
-    kept = ((total - mass) < top_p).sum(-1, keepdim=True) if top_p < 1 else torch.full_like(draw[..., None], logits.shape[-1], dtype=torch.long)
+    mass = torch.softmax(logits.float() / temperature, -1)
+    if top_p == 1:  # any order of the tokens will do
+        kept = torch.full_like(draw[..., None], mass.shape[-1], dtype=torch.long)
+        return place_of(mass.double().cumsum(-1), draw, kept)
+    return choose_likely(mass, draw, top_p, LIKELIEST)
+
+
+def choose_likely(mass: Tensor, draw: Tensor, top_p: float, count: int) -> Tensor:
+    """`choose` with top-p from mass (..., V). To sort the vocabulary would cost more than the rest of
+    a step, so only the `count` likeliest tokens are sorted, and more where those do not do."""
+    every = torch.arange(mass.shape[-1], device=mass.device)
+    some, tokens = mass, every.expand_as(mass)
+    if count < len(every):
+        some, tokens = mass.topk(count)
+        tokens, order = tokens.sort(-1)  # of equals the first token comes first, here and below
+        some = some.gather(-1, order)
+    some, order = some.double().sort(dim=-1, descending=True, stable=True)
+    total = some.cumsum(-1)
+    kept = ((total - some) < top_p).sum(-1, keepdim=True)
+    place = place_of(total, draw, kept)[..., None]
+    chosen = tokens.gather(-1, order.gather(-1, place))[..., 0]
+    # what is left out can be no more kept, nor equal to what is, where the last of these is not
+    short = some.gather(-1, kept - 1)[..., 0] <= some[..., -1]
+    if count < len(every) and short.any():
+        chosen[short] = choose_likely(mass[short], draw[short], top_p, 16 * count)
+    return chosen
+
+
+def place_of(total: Tensor, draw: Tensor, kept: Tensor) -> Tensor:
+    """Where the cumulative mass total (..., K) passes draw (...) of what its first kept (..., 1)
+    places hold. (...)"""
     ceiling = total.gather(-1, kept - 1)
-    place = torch.searchsorted(total, draw[..., None] * ceiling, right=True).clamp_max(kept - 1)
-    return (place if tokens is None else tokens.gather(-1, place))[..., 0]
+    place = torch.searchsorted(total, draw[..., None] * ceiling, right=True)
+    return place.clamp_max(kept - 1)[..., 0]
 
 
 class TreeCache:
-    """Keys and values of every layer in one buffer each, filled from the left; transformers' attention calls `update`."""
+    """Keys and values of every layer in one buffer each, filled from the left and doubled when it
+    is full, up to `limit` tokens a row. transformers' attention calls `update`."""
 
-    def __init__(self, room: int):
-        self.room, self.used = room, 0
-        self.layers: dict[int, list] = {}
+    def __init__(self, limit: int):
+        self.limit, self.used = limit, 0
+        self.layers: dict[int, list[Tensor]] = {}
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_unused) -> tuple[Tensor, Tensor]:
         """key, value (rows, heads, new, d) -> all so far (rows, heads, used + new, d)"""
-        if layer not in self.layers:
-            shape = (*key.shape[:2], self.room, key.shape[3])
-            self.layers[layer] = [key.new_empty(shape), value.new_empty(shape)]
+        buffers = self.layers.setdefault(layer, [key[:, :, :0], value[:, :, :0]])
         stop = self.used + key.shape[2]
-        for buffer, new in zip(self.layers[layer], (key, value)):
-            buffer[:, :, self.used : stop] = new
-        return tuple(buffer[:, :, :stop] for buffer in self.layers[layer])
+        for index, new in enumerate((key, value)):
+            if buffers[index].shape[2] < stop:  # one at a time: the old one is gone before the next
+                room = min(2 * stop, self.limit)
+                larger = new.new_empty(*new.shape[:2], room, new.shape[3])
+                larger[:, :, : self.used] = buffers[index][:, :, : self.used]
+                buffers[index] = larger
+            buffers[index][:, :, self.used : stop] = new
+        return buffers[0][:, :, :stop], buffers[1][:, :, :stop]
 
     def get_seq_length(self, layer: int = 0) -> int:
         return self.used
 
     def keep(self, rows: Tensor) -> None:
-        """Drops the other rows."""
-        self.layers = {layer: [buffer[rows] for buffer in buffers] for layer, buffers in self.layers.items()}
+        """Drops the other rows, and what room was left."""
+        for buffers in self.layers.values():
+            for index in (0, 1):
+                buffers[index] = buffers[index][:, :, : self.used][rows]
 
 
-def decode_trees(policy: Policy, processor: Processor, prompts: list[Segment], draws: Tensor, temperature: float, top_p: float) -> list[list[list[int]]]:
-    """n responses of each prompt. draws (R, n, max_tokens) -> token ids [R][n], ending with the stop token unless cut off.
+def token_bytes(policy: Policy) -> int:
+    """What one token takes in the cache: a key and a value of each layer's key-value heads."""
+    config, weight = policy.language_model.config, policy.language_model.embed_tokens.weight
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = config.num_hidden_layers * config.num_key_value_heads
+    return 2 * heads * head * weight.element_size()
 
-    Rows are padded on the left. At step t a row feeds one token of each of its n branches; the cache then holds, after the
-    prompt, the branches' tokens interleaved: step 0 of branches 0 ... n-1, step 1 of branches 0 ... n-1, and so on.
+
+GROUPED_ATTENTION = "medee_grouped_attention"
+
+
+def _grouped_attention(module, query, key, value, attention_mask, scaling=None, **_unused):
+    """Attention of n new tokens to T in the cache: query (R, heads, n, d), key and value (R, fewer
+    heads, T, d), mask (R, 1, n, T) -> (R, n, heads, d).
+
+    Where there is a mask, transformers repeats keys and values for all heads that share them. A CPU
+    shares them itself, with the same result to the bit. CUDA's fast kernels cannot where there is a
+    mask. (The keyword arguments are transformers' interface.)
     """
-    device, (rows, n, steps) = draws.device, draws.shape
-    longest = max(len(prompt.ids) for prompt in prompts)
+    if query.device.type == "cpu":
+        mixed = F.scaled_dot_product_attention(
+            query, key, value, attention_mask, scale=scaling, enable_gqa=True
+        )
+    else:
+        mixed = stacked_attention(query, key, value, attention_mask, scaling)
+    return mixed.transpose(1, 2), None
+
+
+def stacked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale) -> Tensor:
+    """The same for kernels in which every head has a key of its own: heads that share one stand
+    below one another, as more queries of one head. (R, heads, n, d)"""
+    share = query.shape[1] // key.shape[1]
+    stacked = query.unflatten(1, (-1, share)).flatten(2, 3)  # (R, fewer heads, share * n, d)
+    mask = mask.repeat(1, 1, share, 1)
+    mixed = F.scaled_dot_product_attention(stacked, key, value, mask, scale=scale)
+    return mixed.unflatten(2, (share, -1)).flatten(1, 2)
+
+
+@contextmanager
+def grouped_attention(policy: Policy) -> Iterator[None]:
+    """Within it the language model attends as above. No mask is registered, as in model.Policy."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(GROUPED_ATTENTION, _grouped_attention)
+    config = policy.language_model.config
+    before, config._attn_implementation = config._attn_implementation, GROUPED_ATTENTION
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def padded(
+    prompts: list[Segment], processor: Processor, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Prompts as rows padded on the left to length L: ids (R, L), positions (3, R, L), which tokens
+    are real (R, L), and the position of the first token sampled (R,)."""
+    rows, longest = len(prompts), max(len(prompt.ids) for prompt in prompts)
     ids = torch.zeros(rows, longest, dtype=torch.long)
     positions = torch.zeros(3, rows, longest, dtype=torch.long)
     real = torch.zeros(rows, longest, dtype=torch.bool)
-    after = torch.zeros(rows, dtype=torch.long)  # the position of the first token sampled
+    after = torch.zeros(rows, dtype=torch.long)
     for r, prompt in enumerate(prompts):
-        places, end = model.segment_positions(prompt, 0, processor.image_id, processor.family.grid_positions)
+        places, end = model.segment_positions(
+            prompt, 0, processor.image_id, processor.family.grid_positions
+        )
         start = longest - len(prompt.ids)
         ids[r, start:], real[r, start:], after[r] = torch.tensor(prompt.ids), True, end
         positions[:, r, start:] = torch.tensor(places).T
-    ids, positions, real, after = (tensor.to(device) for tensor in (ids, positions, real, after))
-    images = [image for prompt in prompts for image in prompt.images]
-    features = None
-    if images:
-        grids = torch.tensor([image.grid for image in images], device=device)
-        features = policy.image_features(torch.cat([image.pixels for image in images]).to(device), grids)
+    return ids.to(device), positions.to(device), real.to(device), after.to(device)
 
+
+def image_features(policy: Policy, prompts: list[Segment], device: torch.device) -> Tensor | None:
+    """Features of all prompts' images, in order; None where there is no image."""
+    images = [image for prompt in prompts for image in prompt.images]
+    if not images:
+        return None
+    grids = torch.tensor([image.grid for image in images], device=device)
+    return policy.image_features(torch.cat([image.pixels for image in images]).to(device), grids)
+
+
+def never_sampled(policy: Policy, processor: Processor, device: torch.device) -> Tensor:
+    """Special tokens but the end of the turn, and rows of the head beyond the vocabulary, with
+    which the published checkpoints are padded. (V,)"""
     banned = torch.zeros(policy.model.lm_head.weight.shape[0], dtype=torch.bool, device=device)
-    banned[[index for index in processor.special.values() if index != processor.stop_id]] = True
-    banned[len(processor.tokenizer) :] = True  # rows of the head beyond the vocabulary (padding of the real checkpoints)
-    cache = TreeCache(longest + n * steps)
+    special = processor.special.values()
+    banned[[index for index in special if index != processor.stop_id]] = True
+    banned[len(processor.tokenizer) :] = True
+    return banned
+
+
+def responses(tokens: Tensor) -> list[list[int]]:
+    """tokens (n, steps), -1 after an end -> n lists"""
+    return [[token for token in branch if token >= 0] for branch in tokens.tolist()]
+
+
+@torch.inference_mode()
+def decode_trees(
+    policy: Policy, processor: Processor, prompts: list[Segment], draws: Tensor,
+    temperature: float, top_p: float,
+) -> Iterator[tuple[int, dict[int, list[list[int]]]]]:  # fmt: skip
+    """n responses of each prompt. draws (R, n, max_tokens). Yields after every step how many tokens
+    it sampled, and {row: token ids of its n responses} of the rows whose last branch it ended. A
+    response ends with the stop token unless it is cut off.
+
+    Rows are padded on the left. At step t a row feeds one token of each of its n branches; the
+    cache then holds, after the prompt, the branches' tokens interleaved: step 0 of branches 0 ...
+    n-1, step 1 of branches 0 ... n-1, and so on.
+    """
+    device, (rows, n, steps) = draws.device, draws.shape
+    ids, positions, real, after = padded(prompts, processor, device)
+    longest = ids.shape[1]
+    banned = never_sampled(policy, processor, device)
+    cache = TreeCache(longest + n * (steps - 1))  # nothing follows a last token
 
     def advance(embedded: Tensor, places: Tensor, mask: Tensor) -> Tensor:
-        """New tokens (rows, new, D) through the language model; their logits' hidden states come back."""
-        state = policy.language_model(
-            inputs_embeds=embedded, position_ids=places if policy.family.grid_positions else places[0],
-            attention_mask=mask, past_key_values=cache, use_cache=True,
-        ).last_hidden_state  # fmt: skip
+        """New tokens (rows, new, D) through the language model; their logits' hidden states."""
+        with grouped_attention(policy):
+            state = policy.language_model(
+                inputs_embeds=embedded, attention_mask=mask, past_key_values=cache, use_cache=True,
+                position_ids=places if policy.family.grid_positions else places[0],
+            ).last_hidden_state  # fmt: skip
         cache.used += embedded.shape[1]
         return state
 
     # a padded query has nothing to look at, which softmax turns into nan: let it look at itself
-    mask = (real[:, None, :] & torch.ones(longest, longest, dtype=torch.bool, device=device).tril()) | torch.eye(longest, dtype=torch.bool, device=device)
-    hidden = advance(policy.embed(ids, features), positions, mask[:, None])[:, -1:].expand(-1, n, -1)  # (R, n, D)
+    itself = torch.eye(longest, dtype=torch.bool, device=device)
+    mask = (real[:, None, :] & torch.ones_like(itself).tril()) | itself
+    embedded = policy.embed(ids, image_features(policy, prompts, device))
+    hidden = advance(embedded, positions, mask[:, None])[:, -1:].expand(-1, n, -1)  # (R, n, D)
 
     tokens = torch.full((rows, n, steps), -1, dtype=torch.long, device=device)
-    alive = torch.arange(rows, device=device)  # rows still being sampled, by their first numbering
+    alive = torch.arange(rows, device=device)  # rows in the batch, by their first numbering
+    waited_for = set(range(rows))
     done = torch.zeros(rows, n, dtype=torch.bool, device=device)
     own = torch.eye(n, dtype=torch.bool, device=device)
     for step in range(steps):
-        logits = policy.model.lm_head(hidden).masked_fill(banned, float("-inf"))  # (R, n, V)
+        logits = policy.model.lm_head(hidden).masked_fill_(banned, float("-inf"))  # (R, n, V)
         chosen = choose(logits, draws[alive, :, step], temperature, top_p)  # (R, n)
         tokens[alive, :, step] = torch.where(done, -1, chosen)
+        sampled = done.numel() - int(done.sum())
         done |= chosen == processor.stop_id
-        going = (~done.all(1)).nonzero()[:, 0]
-        if len(going) == 0:
-            break
-        if len(going) <= 0.75 * len(alive):  # copying the cache costs about a step: do it when it pays
+        ended = done.all(1) if step + 1 < steps else torch.ones_like(done[:, 0])
+        new = waited_for & set(alive[ended].tolist())
+        waited_for -= new
+        yield sampled, {row: responses(tokens[row]) for row in sorted(new)}
+        if not waited_for:
+            return
+        if len(waited_for) <= DROPPED * len(alive):
+            going = (~ended).nonzero()[:, 0]
             cache.keep(going)
-            alive, done, chosen, real, after = alive[going], done[going], chosen[going], real[going], after[going]
+            alive, done, chosen = alive[going], done[going], chosen[going]
+            real, after = real[going], after[going]
         branch = own.repeat(1, step + 1).expand(len(alive), -1, -1)  # (R, n, n * (step + 1))
-        mask = torch.cat([real[:, None, :].expand(-1, n, -1), branch], -1)[:, None]  # (R, 1, n, longest + n * (step + 1))
+        mask = torch.cat([real[:, None, :].expand(-1, n, -1), branch], -1)[:, None]
         places = (after + step)[None, :, None].expand(3, -1, n)
         hidden = advance(policy.language_model.embed_tokens(chosen), places, mask)
-    return [[[token for token in branch if token >= 0] for branch in row] for row in tokens.tolist()]

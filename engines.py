@@ -19,9 +19,10 @@ Where we depart from the paper, or it is silent:
 
 import atexit
 import os
+import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import data
@@ -46,7 +47,13 @@ def open_engine(spec: str, setup: Setup) -> Engine:
     groups = gpu_groups(setup.tensor_parallel)
     replicas = setup.replicas or max(1, len(groups))
     if replicas > 1:
-        return Replicas(spec, replace(setup, replicas=1), (groups or [""] * replicas)[:replicas])
+        return Replicas(spec, setup, (groups or [""] * replicas)[:replicas])
+    return open_local(spec, setup)
+
+
+def open_local(spec: str, setup: Setup) -> "HFEngine | VLLMEngine":
+    """A local checkpoint in this process."""
+    kind, _, rest = spec.partition(":")
     return HFEngine(spec, rest, setup) if kind == "hf" else VLLMEngine(spec, rest, setup)
 
 
@@ -81,6 +88,35 @@ def overlong(ask: Ask, sampling: Sampling) -> list[Reply]:
     return [Reply(ask.id, k, "", [], "overlong", data.sample_seed(sampling.seed, ask.id, k)) for k in ask.samples]
 
 
+MEMORY = 0.6  # ours: of the free memory, for keys and values; the rest is for one step's logits
+
+
+def free_memory(device: "torch.device") -> int:
+    """Bytes that are free: of the GPU with what torch keeps for later, or of this machine."""
+    import torch
+
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    try:  # Linux; what holds files for later counts as free
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * int(dict(line.split(":") for line in lines)["MemAvailable"].split()[0])
+    except OSError:  # elsewhere: all there is
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def together(sizes: list[tuple[int, int]], max_tokens: int, most: int, room: int) -> int:
+    """How many of the first questions go into one batch: at most `most`, and `room` tokens in all.
+    sizes: (prompt tokens, samples) of each. A row is as long as the longest prompt and the longest
+    answers that all samples of a question may have."""
+    longest = samples = 0
+    for count, (length, wanted) in enumerate(sizes[:most]):
+        longest, samples = max(longest, length), max(samples, wanted)
+        if (count + 1) * (longest + samples * max_tokens) > room:
+            return count
+    return min(most, len(sizes))
+
+
 class HFEngine:
     """A local checkpoint in plain PyTorch and transformers' modules."""
 
@@ -91,46 +127,110 @@ class HFEngine:
 
         self.spec, self.batch, self.tally = spec, setup.batch, Counter()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length: at every step
+        self.share = MEMORY  # processes on one machine's CPU share its memory
+        if self.device.type == "cpu":
+            self.share /= max(1, setup.replicas)
         self.processor = model.Processor(folder, setup.pixels, setup.tiles)
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.policy = model.load_policy(folder, dtype).to(self.device)
 
     def answer(self, asks: list[Ask], sampling: Sampling) -> Iterator[list[Reply]]:
-        """Questions are encoded as they are reached, and batched with others of about the same prompt length."""
-        rows = max(1, self.batch // max(len(ask.samples) for ask in asks)) if asks else 1
-        window = 16 * rows  # few enough to hold their images, enough to find prompts of a like length
+        """A question's replies when the last of them ends, and an empty list once a second. Raises
+        Unavailable where memory does not do."""
+        import torch
+
+        begun = told = time.perf_counter()
+        count = 0
+        try:
+            for sampled, replies in self.steps(asks, sampling):
+                now, count = time.perf_counter(), count + sampled
+                self.tally["tokens"] += sampled
+                if replies or now - told >= 1:
+                    self.tally["tokens/s"], told = round(count / (now - begun)), now
+                    yield replies
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+                remedy = f"lower --batch ({self.batch}), which keeps what is answered"
+                raise Unavailable(
+                    f"{self.spec}: out of memory; {remedy}, "
+                    f"or --max-tokens ({sampling.max_tokens}) or the samples a question (-n)"
+                ) from None
+            raise
+
+    def steps(self, asks: list[Ask], sampling: Sampling) -> Iterator[tuple[int, list[Reply]]]:
+        """(tokens just sampled, replies just ended). Questions are encoded as they are reached, and
+        batched with others of about the same prompt length."""
+        from decode import token_bytes
+
+        room = int(self.share * free_memory(self.device)) // token_bytes(self.policy)
+        samples = max((len(ask.samples) for ask in asks), default=1)
+        least = [(0, samples)] * max(1, self.batch // samples)  # rows, as if prompts were nothing
+        rows = self.fit(least, sampling, len(least), room)
+        window = 16 * rows  # few enough to hold their images, enough to find like lengths
+        context = self.processor.config.get_text_config().max_position_embeddings
         for at in range(0, len(asks), window):
-            encoded = [(ask, self.encode(ask)) for ask in asks[at : at + window]]
-            room = self.processor.config.get_text_config().max_position_embeddings
-            for ask in (ask for ask, prompt in encoded if len(prompt.ids) >= room):
-                yield overlong(ask, sampling)
-            encoded = [(ask, prompt) for ask, prompt in encoded if len(prompt.ids) < room]
+            encoded = []
+            for ask in asks[at : at + window]:
+                prompt = self.encode(ask)
+                fits = len(prompt.ids) < context
+                encoded += [(ask, prompt)] if fits else []
+                yield 0, [] if fits else overlong(ask, sampling)
             encoded.sort(key=lambda item: len(item[1].ids))
-            for begin in range(0, len(encoded), rows):
-                yield self.sample(encoded[begin : begin + rows], sampling)
+            while encoded:
+                sizes = [(len(prompt.ids), len(ask.samples)) for ask, prompt in encoded]
+                count = self.fit(sizes, sampling, rows, room)
+                yield from self.sample(encoded[:count], sampling)
+                del encoded[:count]
+
+    def fit(self, sizes: list[tuple[int, int]], sampling: Sampling, most: int, room: int) -> int:
+        """`together`. Raises Unavailable where not even the first question has room."""
+        from decode import token_bytes
+
+        count = together(sizes, sampling.max_tokens, most, room)
+        if not count:
+            prompt, samples = sizes[0]
+            needed, one = prompt + samples * sampling.max_tokens, token_bytes(self.policy) / 1e9
+            raise Unavailable(
+                f"{self.spec}: out of memory before it begins: {samples} answers of up to "
+                f"{sampling.max_tokens} tokens to one question need {needed * one:.1f} GB for keys "
+                f"and values, and {room * one:.1f} GB of what is free may be taken for them; "
+                "lower --max-tokens, or the samples a question (-n)"
+            )
+        return count
 
     def encode(self, ask: Ask) -> "model.Segment":
-        return self.processor.encode_prompt(ask.messages, [self.processor.encode_file(path) for path in ask.images])
+        images = [self.processor.encode_file(path) for path in ask.images]
+        return self.processor.encode_prompt(ask.messages, images)
 
-    def sample(self, group: "list[tuple[Ask, model.Segment]]", sampling: Sampling) -> list[Reply]:
-        """All samples of a few questions, together."""
+    def sample(
+        self, group: "list[tuple[Ask, model.Segment]]", sampling: Sampling
+    ) -> Iterator[tuple[int, list[Reply]]]:
+        """All samples of a few questions together, as `steps`."""
         import torch
 
         from decode import decode_trees, uniforms
 
         most = max(len(ask.samples) for ask, _ in group)
-        # a question that wants fewer samples than its neighbours repeats its last one; the copies are dropped
-        wanted = [list(ask.samples) + [ask.samples[-1]] * (most - len(ask.samples)) for ask, _ in group]
-        seeds = [[data.sample_seed(sampling.seed, ask.id, k) for k in samples] for (ask, _), samples in zip(group, wanted)]
-        draws = torch.stack([torch.stack([uniforms(seed, sampling.max_tokens) for seed in row]) for row in seeds]).to(self.device)
-        with torch.inference_mode():
-            tokens = decode_trees(self.policy, self.processor, [segment for _, segment in group], draws, sampling.temperature, sampling.top_p)
-        replies = []
-        for (ask, _), row, row_seeds in zip(group, tokens, seeds):
-            for k, ids, seed in zip(ask.samples, row, row_seeds):
-                finish = "stop" if ids[-1] == self.processor.stop_id else "length"
-                replies.append(Reply(ask.id, k, self.processor.decode(ids), ids, finish, seed))
-        return replies
+        seeds = []
+        for ask, _ in group:
+            # one that wants fewer samples than others repeats its last; the copies are dropped
+            wanted = list(ask.samples) + [ask.samples[-1]] * (most - len(ask.samples))
+            seeds.append([data.sample_seed(sampling.seed, ask.id, k) for k in wanted])
+        draws = [[uniforms(seed, sampling.max_tokens) for seed in row] for row in seeds]
+        draws = torch.stack([torch.stack(row) for row in draws]).to(self.device)
+        prompts = [prompt for _, prompt in group]
+        for sampled, ended in decode_trees(
+            self.policy, self.processor, prompts, draws, sampling.temperature, sampling.top_p
+        ):
+            replies = []
+            for row, responses in ended.items():
+                ask = group[row][0]
+                for k, ids, seed in zip(ask.samples, responses, seeds[row]):
+                    finish = "stop" if ids[-1] == self.processor.stop_id else "length"
+                    text = self.processor.decode(ids)
+                    replies.append(Reply(ask.id, k, text, ids, finish, seed))
+            yield sampled, replies
 
 
 class VLLMEngine:
@@ -235,6 +335,7 @@ class Replicas:
         from multiprocessing import get_context
 
         self.spec, self.tally, self.pipes, self.processes = spec, Counter(), [], []
+        self.tallies = [Counter() for _ in groups]
         context = get_context("spawn")  # CUDA does not survive a fork
         for group in groups:
             mine, theirs = context.Pipe()
@@ -252,6 +353,7 @@ class Replicas:
             process.join()
 
     def answer(self, asks: list[Ask], sampling: Sampling) -> Iterator[list[Reply]]:
+        """Also the empty lists of the replicas."""
         from multiprocessing.connection import wait
 
         for number, pipe in enumerate(self.pipes):
@@ -266,22 +368,25 @@ class Replicas:
                 if message is None:
                     busy.remove(pipe)
                 elif isinstance(message, str):
-                    raise Unavailable(f"{self.spec}: replica {self.pipes.index(pipe)} of {len(self.pipes)}: {message}; the same command goes on")
+                    which = f"replica {self.pipes.index(pipe)} of {len(self.pipes)}"
+                    raise Unavailable(f"{self.spec}: {which}: {message}; the same command goes on")
                 else:
-                    self.tally["tokens"] += sum(len(reply.token_ids) for reply in message)
-                    yield message
+                    replies, self.tallies[self.pipes.index(pipe)] = message
+                    self.tally = sum(self.tallies, Counter())
+                    yield replies
 
 
 def replica(spec: str, setup: Setup, gpus: str, pipe) -> None:
-    """A worker of Replicas. In: (asks, sampling); out: lists of replies, then None, or a text that says what went wrong."""
+    """A worker of Replicas. In: (asks, sampling); out: (replies, its tally) again and again, then
+    None, or a text that says what went wrong."""
     if gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus
     try:
-        engine = open_engine(spec, setup)
+        engine = open_local(spec, setup)
         while True:
             asks, sampling = pipe.recv()
             for replies in engine.answer(asks, sampling):
-                pipe.send(replies)
+                pipe.send((replies, engine.tally))
             pipe.send(None)
     except (EOFError, BrokenPipeError):
         pass  # the other side has gone

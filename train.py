@@ -85,6 +85,7 @@ def init_ranks() -> torch.device:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every new length
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
     elif cuda and not dist.is_initialized():  # alone on one GPU: a group of one, so that bf16 compute works the same way

@@ -3,29 +3,38 @@
 import argparse
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as some
 from PIL import Image
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import data
 import decode
 import asking
 import engines
 import model
+import rollout
+import train
 from asking import Ask, Reply, Sampling
 
 ROOT = Path(__file__).resolve().parent.parent
 GREEDY = Sampling(temperature=0.0, top_p=1.0, max_tokens=10)
 WARM = Sampling(temperature=0.8, top_p=0.9, max_tokens=12, seed=5)
 STOP_BOOST = 1.4  # about one token in ten ends the turn
+RARE_BOOST = 0.6  # about one in two hundred
 
 
 @pytest.fixture(autouse=True)
@@ -299,7 +308,215 @@ def test_the_policy_agrees_with_what_was_sampled(talking, family, pictures):
     assert logp.isfinite().all() and (logp < 0).all() and logp.sum() > -len(greedy) * np.log(logits.shape[1])
 
 
+# --- while it samples
+
+
+def test_a_questions_replies_come_when_its_own_last_one_ends(stopping, family, pictures):
+    engine, asks = engine_of(stopping[family]), asks_of(pictures, samples=2)
+    seen, lists = [], []
+    for replies in engine.answer(asks, replace(WARM, temperature=1.0, max_tokens=60)):
+        seen.append(engine.tally["tokens"])
+        lists.append(replies)
+    assert len(lists) > 2  # of one batch
+    for replies in lists:
+        assert {(reply.id, reply.sample) for reply in replies} == {
+            (ask.id, k) for ask in asks if ask.id in {reply.id for reply in replies} for k in (0, 1)
+        }
+    longest = [max(len(reply.token_ids) for reply in replies) for replies in lists]
+    assert longest == sorted(longest) and longest[0] < longest[-1]
+    # what had been sampled by then: of each branch, as many tokens as that step allows
+    lengths = [len(reply.token_ids) for replies in lists for reply in replies]
+    assert seen == [sum(min(length, steps) for length in lengths) for steps in longest]
+
+
+def test_a_second_without_a_reply_gives_an_empty_list_and_a_rate(
+    talking, pictures, monkeypatch, tmp_path, capsys
+):
+    clock = iter(np.arange(0, 1e6, 0.4))  # every step takes 0.4 seconds
+    monkeypatch.setattr(engines, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    engine, (ask,) = engine_of(talking["qwen"]), asks_of(pictures)[:1]
+    sampling = replace(GREEDY, max_tokens=8)
+    lists = list(engine.answer([ask], sampling))
+    assert [len(replies) for replies in lists] == [0, 0, 1]  # after 3, 6 and all 9 steps
+    assert engine.tally == Counter({"tokens": 8, "tokens/s": round(8 / (9 * 0.4))})
+    asking.ask_all(engine, [ask], sampling, tmp_path / "x", lambda r: asking.reply_row(r, "hf"), "test")
+    states = capsys.readouterr().err.split("\r")
+    alive = [state for state in states if "| 0/1 [" in state and "tokens=" in state]
+    assert len(alive) == 2 and all("tokens/s=" in state for state in alive)
+
+
+def test_a_killed_rollout_keeps_what_had_ended_and_goes_on_to_the_same_rows(
+    folders, pictures, tmp_path
+):
+    folder = tilt(folders["qwen"], tmp_path / "model", {"<|im_end|>": RARE_BOOST})
+    questions = [
+        {"id": f"q{i}", "question": f"Why {i}?", "options": {}, "answer": "x", "images": images}
+        for i, images in enumerate([[], ["0.png"], [], ["1.png"], [], []])
+    ]
+    data.write_jsonl(tmp_path / "questions.jsonl", questions)
+
+    def flags(run: str) -> list[str]:
+        return [
+            "--engine", f"hf:{folder}", "--questions", str(tmp_path / "questions.jsonl"), "-n", "1",
+            "--images", str(pictures[0].parent), "--out", str(tmp_path / run / "rollout"),
+            "--max-tokens", "1500", "--temperature", "1", "--top-p", "1", "--pixels", "3136",
+        ]  # fmt: skip
+
+    command = [sys.executable, str(ROOT / "rollout.py"), *flags("killed")]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    replies = tmp_path / "killed" / "replies"
+    while not any(path.stat().st_size for path in replies.glob("*.jsonl")):
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        time.sleep(0.005)
+    process.kill()  # -9
+    process.wait()
+    (path,) = replies.glob("*.jsonl")
+    kept = path.read_bytes()
+    assert 1 <= kept.count(b"\n") < 6  # of one batch
+    rollout.main(flags("killed"))
+    rollout.main(flags("whole"))
+    assert path.read_bytes().startswith(kept)
+    rows = [(tmp_path / run / "rollout" / "rollouts.jsonl").read_bytes() for run in ("killed", "whole")]
+    assert rows[0] == rows[1]
+
+
+# --- memory
+
+
+def test_a_batch_is_as_many_questions_as_their_longest_answers_leave_room_for():
+    sizes = [(10, 2), (20, 2), (30, 3), (40, 1)]  # prompt tokens, samples
+    # rows of 10 + 2 * 100; of 20 + 2 * 100, twice; of 30 + 3 * 100, three times; then 40 + 3 * 100
+    for room, count in [(209, 0), (210, 1), (439, 1), (440, 2), (989, 2), (990, 3), (1360, 4)]:
+        assert engines.together(sizes, 100, 9, room) == count
+    assert engines.together(sizes, 100, 3, 10**9) == 3 and engines.together([], 100, 3, 10) == 0
+
+
+def test_a_token_of_the_cache_takes_what_the_engine_counts_for_it(talking, family, pictures, monkeypatch):
+    caches, made = [], decode.TreeCache.__init__
+
+    def recorded(self, limit):
+        made(self, limit)
+        caches.append(self)
+
+    monkeypatch.setattr(decode.TreeCache, "__init__", recorded)
+    engine, asks = engine_of(talking[family]), asks_of(pictures, samples=3)[:2]
+    ids_by_sample(engine, asks, replace(GREEDY, max_tokens=64))
+    (cache,) = caches
+    buffers = [buffer for layer in cache.layers.values() for buffer in layer]
+    assert {buffer.shape[2] for buffer in buffers} == {cache.limit}  # it grew to its end
+    assert cache.used == cache.limit  # and not beyond what was fed
+    tokens = 2 * cache.limit  # two rows
+    assert sum(buffer.nbytes for buffer in buffers) == tokens * decode.token_bytes(engine.policy)
+    room = int(engine.share * engines.free_memory(engine.device))
+    assert room > 2**20 and engines.HFEngine(
+        "hf", str(talking[family]), asking.Setup(replicas=4)
+    ).share == pytest.approx(engine.share / 4)  # four on one machine
+
+
+def test_the_cache_doubles_and_keeps_what_it_holds():
+    generator = torch.Generator().manual_seed(0)
+    cache, fed = decode.TreeCache(limit=40), torch.randn(2, 3, 2, 40, 5, generator=generator)
+    for start, stop in [(0, 7), *((at, at + 3) for at in range(7, 40, 3))]:
+        key, value = cache.update(fed[0, :, :, start:stop], fed[1, :, :, start:stop], 0)
+        cache.used = stop
+        assert torch.equal(key, fed[0, :, :, :stop]) and torch.equal(value, fed[1, :, :, :stop])
+        assert stop <= cache.layers[0][0].shape[2] <= min(40, 2 * stop)
+        if stop == 22:
+            cache.keep(torch.tensor([0, 2]))
+            fed = fed[:, [0, 2]]
+
+
+def test_a_question_for_which_there_is_no_room_is_refused_before_anything_is_sampled(
+    talking, pictures
+):
+    engine = engine_of(talking["qwen"])
+    engine.share = 1e-9
+    with pytest.raises(asking.Unavailable, match="3 answers of up to 12 tokens .*--max-tokens.*-n"):
+        next(engine.answer(asks_of(pictures, samples=3), WARM))
+    assert not engine.tally
+
+
+def test_out_of_memory_ends_with_what_to_lower(talking, pictures):
+    engine = engine_of(talking["qwen"])
+    engine.share = 1e12  # as if there were room for everything
+    endless = replace(WARM, max_tokens=10**14)  # 800 TB of random numbers
+    with pytest.raises(asking.Unavailable, match="lower --batch .64.*--max-tokens .10{14}.*-n"):
+        list(engine.answer(asks_of(pictures), endless))
+
+
+# --- attention of a step
+
+
+@pytest.mark.parametrize("heads, groups, new, held", [(4, 2, 3, 50), (9, 3, 8, 300), (2, 2, 1, 9)])
+def test_heads_that_share_keys_attend_as_if_they_were_repeated(heads, groups, new, held):
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(3, heads, new, 16, generator=generator)
+    key, value = torch.randn(2, 3, groups, 2 * held, 16, generator=generator)[:, :, :, :held]
+    mask = torch.rand(3, 1, new, held, generator=generator) < 0.5
+    mask[..., 0] = True
+    module = SimpleNamespace(num_key_value_groups=heads // groups)
+    repeated, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.3)
+    ours, _ = decode._grouped_attention(module, query, key, value, mask, scaling=0.3)
+    assert torch.equal(ours, repeated)
+    stacked = decode.stacked_attention(query, key, value, mask, 0.3).transpose(1, 2)  # on a GPU
+    torch.testing.assert_close(stacked, repeated, rtol=0, atol=2e-6)
+
+
+def test_decoding_leaves_the_policy_as_it_was(talking, family, pictures):
+    engine = engine_of(talking[family])
+    config = engine.policy.language_model.config
+    replies = engine.answer(asks_of(pictures), GREEDY)
+    next(replies)  # in the middle of a batch or after it
+    assert config._attn_implementation == model.TREE_ATTENTION
+
+
+def test_engine_and_ranks_do_without_cudnns_attention(talking, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    for start in (lambda: engine_of(talking["qwen"]), train.init_ranks):
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        start()
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 # --- choosing a token
+
+
+def sorted_whole(mass: torch.Tensor, draw: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Top-p by a stable sort of all tokens"""
+    mass, tokens = mass.double().sort(dim=-1, descending=True, stable=True)
+    total = mass.cumsum(-1)
+    kept = ((total - mass) < top_p).sum(-1, keepdim=True)
+    place = torch.searchsorted(total, draw[..., None] * total.gather(-1, kept - 1), right=True)
+    return tokens.gather(-1, place.clamp_max(kept - 1))[..., 0]
+
+
+@given(
+    seed=some.integers(0, 2**31), size=some.integers(1, 120), count=some.integers(1, 40),
+    levels=some.integers(1, 30), flat=some.floats(0.05, 3), top_p=some.floats(0.01, 0.999),
+)  # fmt: skip
+def test_top_p_of_the_likeliest_chooses_what_a_sort_of_all_chooses(
+    seed, size, count, levels, flat, top_p
+):
+    """few levels: many tokens are equally likely"""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randint(0, levels, (40, size), generator=generator) / flat
+    logits[:, torch.rand(size, generator=generator) < 0.1] = float("-inf")
+    logits[:, seed % size] = 0.0
+    mass = logits.softmax(-1)
+    draw = torch.rand(40, generator=generator, dtype=torch.float64)
+    chosen = decode.choose_likely(mass, draw, top_p, count)
+    assert torch.equal(chosen, sorted_whole(mass, draw, top_p))
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.1, 3.0])
+def test_top_p_of_a_real_vocabulary_chooses_what_a_sort_of_all_chooses(spread):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 4, 30_000, generator=generator) * spread
+    draw = torch.rand(2, 4, generator=generator, dtype=torch.float64)
+    expected = sorted_whole((logits / 0.9).softmax(-1), draw, 0.95)
+    assert torch.equal(decode.choose(logits, draw, 0.9, 0.95), expected)
 
 
 def test_choose_inverts_the_cumulative_distribution():
@@ -391,7 +608,7 @@ def test_asking_resumes_after_a_kill_and_asks_nothing_twice(tmp_path):
     assert whole.count(b"\n") == 7
     path.write_bytes(whole[:-10])  # the machine went down in the middle of a line
     rows = ask(second)
-    assert rows.keys() == {(name, k) for name in "abcd" for k in range(3)}
+    assert list(rows) == [(name, k) for name in "abcd" for k in range(3)]  # however it was answered
     assert all(row["response"] == f"{name} says {k}" for (name, k), row in rows.items())
     torn = list(first.asked)[-1]
     assert first.asked + second.asked == Counter({(name, k): 1 + ((name, k) == torn) for name in "abcd" for k in range(3)})
@@ -526,7 +743,10 @@ def test_replicas_answer_what_one_engine_answers(stopping, pictures):
     both = engines.open_engine(f"hf:{stopping['qwen']}", asking.Setup(pixels=56 * 56, batch=64, replicas=2))
     assert isinstance(both, engines.Replicas)
     assert ids_by_sample(both, asks, WARM) == alone
-    assert ids_by_sample(both, asks[:1], GREEDY) == ids_by_sample(engine_of(stopping["qwen"]), asks[:1], GREEDY)  # one has nothing to do
+    assert both.tally["tokens"] == sum(map(len, alone.values()))  # each is counted once
+    more = ids_by_sample(engine_of(stopping["qwen"]), asks[:1], GREEDY)
+    assert ids_by_sample(both, asks[:1], GREEDY) == more  # one has nothing to do
+    assert both.tally["tokens"] == sum(map(len, [*alone.values(), *more.values()]))
     both.close()
     assert not any(process.is_alive() for process in both.processes)  # their GPUs are free for the next engine
 
