@@ -665,11 +665,11 @@ def teach(args: argparse.Namespace) -> None:
         named = {name: (right[i], len(logp)) for i, name in enumerate(("sign", "number", "side"))}
         return -logp.sum(), len(logp), named
 
-    common = dict(device=device, warmup=0.05, seed=args.seed, print_every=args.print_every, betas=(0.9, 0.98), weight_decay=0.05)
+    common = dict(device=device, warmup=0.05, print_every=args.print_every, betas=(0.9, 0.98), weight_decay=0.05)
     eye = Eye().to(device)
     network.model.language_model.requires_grad_(False)
     network.lm_head.requires_grad_(False)
-    train.fit(eye, eye_loss, lambda i: films[i], collate_films, len(films), out=out / "eye", learning_rate_peak=2e-3, batch=64, micro=64, epochs=args.eye_epochs, save_every=0, **common)
+    train.fit(eye, eye_loss, lambda i: films[i], collate_films, train.shuffled(len(films), 64, args.eye_epochs, args.seed), out=out / "eye", learning_rate_peak=2e-3, micro=64, save_every=0, **common)
     unseen = [draw_case(rng, args.modalities) for _ in range(256)]
     unseen = [(case, processor.encode_image(draw_film(case, noise))) for case in unseen]
     with torch.no_grad():
@@ -685,8 +685,9 @@ def teach(args: argparse.Namespace) -> None:
 
     rows = args.steps * args.batch
     train.fit(
-        policy, word_loss, lambda i: lesson(i, args.seed, processor, films, args.modalities), lambda rows, w: model.collate(rows, processor, w), rows,
-        out=out, learning_rate_peak=args.lr, batch=args.batch, micro=args.batch, epochs=1, save_every=args.save_every, **common,
+        policy, word_loss, lambda i: lesson(i, args.seed, processor, films, args.modalities), lambda rows, w: model.collate(rows, processor, w),
+        train.shuffled(rows, args.batch, 1, args.seed),
+        out=out, learning_rate_peak=args.lr, micro=args.batch, save_every=args.save_every, **common,
     )  # fmt: skip
     if train.rank() == 0:
         model.save_policy(out, policy, processor, train.whole_tensors(policy))

@@ -12,7 +12,9 @@ The key is a hash of the weights, the prompt, its images and the response, so a 
 in several pairs is stored once, with the value from the first of them. A run that was killed
 computes the rest.
 
-A pair is one tree row: prompt -> chosen, prompt -> rejected. The prompt and its images are computed once.
+All pairs of a question in a step are one tree row: its prompt and images, and every chain that they
+compare, are computed once, and Eq. 1 is summed over the pairs (trees.py, which also makes the plan
+of all steps). A tree over --max-length is cut; only a pair that alone is longer is dropped.
 
 reads pairs.jsonl, the merged Stage-I checkpoint; writes OUT/merged, OUT/metrics.jsonl, OUT/reference.jsonl, OUT/stage.json
 
@@ -25,13 +27,16 @@ Where we depart from the paper, or it is silent:
      reference, as its trainer would, makes the reference the raw base model.
   3. Token ids from the rollout are trained on as they are. Where a pair has none, its text is tokenised, and counted.
   4. Log-probabilities are sums over the response, <|im_end|> included, never means: Eq. 1 has sums.
+  5. --order pair shuffles pairs, as the paper's trainer does; --order question keeps a question's
+     pairs in one step. It is the same objective and another training: pairs of a question are alike,
+     so that a step of 64 of them is worth about 23 (each step's line tells what its are worth).
 """
 
 import argparse
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -46,7 +51,10 @@ import lora
 import model
 import stage
 import train
+import trees
 from sft import change, check, cost, gate_policy, gate_rows, save, summary
+
+Encoded = tuple[model.Row, list[float], Sequence[trees.Edge]]  # row, reference values, edges
 
 BETA = 0.1  # ours: paper silent (LLaMA-Factory default; the DPO paper uses 0.1 to 0.5)
 CHOSEN, REJECTED = 1, 2  # Segment.answer of a pair's two responses
@@ -65,40 +73,70 @@ def dpo_loss(policy_chosen: Tensor, policy_rejected: Tensor, ref_chosen: Tensor,
     return -F.logsigmoid(reward_chosen - reward_rejected), reward_chosen, reward_rejected
 
 
-def response_sums(logp: Tensor, batch: model.Batch) -> tuple[Tensor, Tensor]:
-    """log pi(y_w|x) and log pi(y_l|x) of each row, (B,) each, from per-token log-probabilities (B, T)."""
-    return tuple((logp * (batch.answer == which)).sum(1) for which in (CHOSEN, REJECTED))
+def response_sums(logp: Tensor, batch: model.Batch) -> tuple[Tensor, ...]:
+    """log pi(y_k|x) of each row's answers k = 1, 2, ..., (B,) each and 0 where a row has fewer, from
+    per-token log-probabilities (B, T). Of a single pair: y_w and y_l."""
+    answers = max(CHOSEN, REJECTED, int(batch.answer.max()))
+    sums = logp.new_zeros(len(logp), answers + 1).scatter_add(1, batch.answer, logp)
+    return sums[:, 1:].unbind(1)
 
 
 def pair_loss(logp: Tensor, batch: model.Batch, beta: float) -> tuple[Tensor, float, dict]:
-    """(sum of losses, number of pairs, figures as (sum, count)) for train.fit."""
-    chosen, rejected = response_sums(logp, batch)
-    losses, reward_chosen, reward_rejected = dpo_loss(chosen, rejected, batch.reference[:, 0], batch.reference[:, 1], beta)
-    w = batch.weights
+    """(sum of losses over the pairs, number of pairs, figures as (sum, count)) for train.fit."""
+    row, *ends = batch.edges  # (E,) each
+    sums, reference = torch.stack(response_sums(logp, batch), 1), batch.reference  # (B, K)
+    (chosen, rejected), (ref_chosen, ref_rejected) = (
+        [values[row, end] for end in ends] for values in (sums, reference)
+    )
+    losses, reward_chosen, reward_rejected = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta)
+    w = batch.weights[row]
     count = float(w.sum())
-    lengths = [((batch.answer == which) & (batch.labels > 0)).sum(1).float() for which in (CHOSEN, REJECTED)]
+    supervised = (batch.labels > 0).to(sums.dtype)
+    tokens = torch.zeros_like(sums).scatter_add(1, (batch.answer - 1).clamp_min(0), supervised)
     figures = {
         "margin": reward_chosen - reward_rejected,
         "accuracy": (reward_chosen > reward_rejected).float(),
-        "chosen": chosen, "rejected": rejected, "chosen_tokens": lengths[0], "rejected_tokens": lengths[1],
+        "chosen": chosen, "rejected": rejected,
+        "chosen_tokens": tokens[row, ends[0]], "rejected_tokens": tokens[row, ends[1]],
     }  # fmt: skip
-    return (losses * w).sum(), count, {name: (float((value.detach() * w).sum()), count) for name, value in figures.items()}
+    told = {name: (float((value.detach() * w).sum()), count) for name, value in figures.items()}
+    return (losses * w).sum(), count, told
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Pairs to rows
+# Pairs to trees to rows
+
+
+def chain_of(row: dict, side: str, processor: model.Processor) -> trees.Chain:
+    """A side of a pair: the tokens that were sampled, or where there are none its text's."""
+    ids = row.get(f"{side}_token_ids") or processor.encode_response(row[side]).ids
+    return trees.Chain(row[side], tuple(ids))
+
+
+def question_key(row: dict, image_root: Path) -> str:
+    """Pairs with the same are of one question: a hash of prompt and images. An image that is not
+    there stands for itself; the gate refuses it."""
+    paths = [data.image_file(image_root, image) for image in row["images"]]
+    images = [data.file_hash(path) if path.is_file() else str(path) for path in paths]
+    return data.content_hash([row["prompt"], images])
+
+
+def encode_tree(
+    tree: trees.Tree, chains: Sequence[int], processor: model.Processor, image_root: Path
+) -> model.Row:
+    """prompt -> each of the chains; their answers are numbered from 1."""
+    images = [processor.encode_file(data.image_file(image_root, image)) for image in tree.images]
+    encoded = [processor.encode_prompt(tree.prompt, images)]
+    for answer, chain in enumerate(chains, 1):
+        encoded.append(processor.encode_tokens(tree.chains[chain].ids, 0, answer))
+    return encoded
 
 
 def encode_pair(row: dict, processor: model.Processor, image_root: Path) -> model.Row:
-    """prompt -> chosen, prompt -> rejected"""
-    images = [processor.encode_file(data.image_file(image_root, image)) for image in row["images"]]
-    encoded = [processor.encode_prompt(row["prompt"], images)]
-    for side, which in zip(SIDES, (CHOSEN, REJECTED)):
-        if row.get(f"{side}_token_ids"):
-            encoded.append(processor.encode_tokens(row[f"{side}_token_ids"], 0, which))
-        else:
-            encoded.append(processor.encode_response(row[side], 0, which))
-    return encoded
+    """prompt -> chosen, prompt -> rejected: the tree of a single pair"""
+    chains = tuple(chain_of(row, side, processor) for side in SIDES)
+    tree = trees.Tree(row["id"], row["prompt"], row["images"], chains, ((0, 1),))
+    return encode_tree(tree, (0, 1), processor, image_root)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -121,8 +159,8 @@ def reference_rounds(
     micro: int,
     device: torch.device,
 ) -> Iterator[list[tuple[int, list[float]]]]:
-    """(index, log pi_ref of chosen and rejected) of each pair, a round at a time: one micro-batch
-    of every rank. A collective: all ranks work through their shares, and all get all values."""
+    """(index, log pi_ref of its chains) of each row, a round at a time: one micro-batch of every
+    rank. A collective: all ranks work through their shares, and all get all values."""
     parts = train.micro_batches(indices, micro, train.rank(), train.world())
     for part in train.bar(parts, "reference", "batch"):
         batch = model.collate([encode(index) for index, _ in part], processor).to(device)
@@ -141,11 +179,11 @@ def references(
     micro: int,
     device: torch.device,
 ) -> list[list[float]]:
-    """Reference values of all pairs, (chosen, rejected) each. Pairs with a chain that is not stored
-    are computed, and their chains appended. A few of the others are computed again. Raises
+    """Reference values of all rows, one a chain. Rows with a chain that is not stored are
+    computed, and their chains appended. A few of the others are computed again. Raises
     train.Refused where a chain's new value is not the stored one: the file is of another policy."""
     keys, tokens = [], {}
-    for index in train.bar(range(rows), "hashing pairs", "pair"):
+    for index in train.bar(range(rows), "hashing rows", "row"):
         row = encode(index)
         keys.append(chain_keys(row, checkpoint))
         tokens |= {key: len(segment.ids) for key, segment in zip(keys[-1], row[1:])}
@@ -160,7 +198,7 @@ def references(
                 new = keep(path, done, keys, tokens, stored, device)
                 if train.rank() == 0:
                     data.append_jsonl(log, new)
-    counts = f"{len(missing)} pairs computed, {len(known)} from {path.name} ({len(again)} checked)"
+    counts = f"{len(missing)} rows computed, {len(known)} from {path.name} ({len(again)} checked)"
     train.print0(f"reference: {counts}")
     return [[stored[key] for key in pair] for pair in keys]
 
@@ -177,12 +215,12 @@ def keep(
     have their stored value."""
     rows = []
     for index, values in done:
-        for side, key, value in zip(SIDES, keys[index], values):
+        for number, (key, value) in enumerate(zip(keys[index], values), 1):
             if key not in stored:
                 stored[key] = value
                 rows.append({"key": key, "logp": value, "tokens": tokens[key]})
             elif not (off := abs(value - stored[key])) <= tolerance(tokens[key], device):
-                what = f"the stored reference of pair {index} is off by {off:.4f} ({side})"
+                what = f"the stored reference of row {index} is off by {off:.4f} (chain {number})"
                 train.refuse(train.Refused(f"{path}: {what}; remove the file to compute it anew"))
     return rows
 
@@ -204,14 +242,14 @@ def tolerance(tokens: int, device: torch.device) -> float:
 
 def gate_reference(
     policy: model.Policy,
-    encode: Callable[[int], tuple[model.Row, list[float]]],
+    encode: Callable[[int], Encoded],
     processor: model.Processor,
     beta: float,
     pairs: int,
     micro: int,
     device: torch.device,
 ) -> None:
-    """The gate's last part (the others are in sft.py): the first pairs, as they will be trained,
+    """The gate's last part (the others are in sft.py): the first rows, as they will be trained,
     must have the reference's log-probabilities and a loss of ln 2. A collective.
 
     Near h = 0 the loss moves by beta / 2 times h, and h by the errors of two chains.
@@ -220,13 +258,14 @@ def gate_reference(
     first_pairs = list(range(min(pairs, 4 * train.world())))
     for part in train.micro_batches(first_pairs, micro, train.rank(), train.world()):
         rows = [encode(index) for index, _ in part]
-        batch = collate_pairs(rows, [weight for _, weight in part], processor).to(device)
+        batch = collate_trees(rows, [weight for _, weight in part], processor).to(device)
         with torch.no_grad():
             logp = policy(batch)
             losses, weight, _ = pair_loss(logp, batch, beta)
         loss, count = loss + losses.item(), count + weight
-        apart = (torch.stack(response_sums(logp, batch), 1) - batch.reference).abs().flatten()
-        off += zip([len(segment.ids) for row, _ in rows for segment in row[1:]], apart.tolist())
+        apart = (torch.stack(response_sums(logp, batch), 1) - batch.reference).abs().tolist()
+        for (row, values, _), found in zip(rows, apart):
+            off += zip([len(segment.ids) for segment in row[1:]], found[: len(values)])
     off, (loss, count) = train.gather_rows(off), train.total([loss, count], device)
     wrong = [apart for tokens, apart in off if not apart <= tolerance(tokens, device)]
     said = f"log-probabilities differ by up to {max(wrong, default=0):.4f}; remove reference.jsonl"
@@ -238,10 +277,41 @@ def gate_reference(
     check(claim, abs(first - math.log(2)) <= limit, "policy and reference differ before any update")
 
 
-def collate_pairs(rows: list[tuple[model.Row, list[float]]], weights: list[float], processor: model.Processor) -> model.Batch:
-    """Rows with their reference values to one batch."""
-    batch = model.collate([row for row, _ in rows], processor, weights)
-    return replace(batch, reference=torch.tensor([values for _, values in rows]))
+def collate_trees(
+    rows: list[Encoded], weights: list[float], processor: model.Processor
+) -> model.Batch:
+    """Rows with their reference values and edges to one batch."""
+    batch = model.collate([row for row, _, _ in rows], processor, weights)
+    reference = torch.zeros(len(rows), max(len(values) for _, values, _ in rows))
+    for b, (_, values, _) in enumerate(rows):
+        reference[b, : len(values)] = torch.tensor(values)
+    edges = [(b, *edge) for b, (_, _, own) in enumerate(rows) for edge in own]
+    return replace(batch, reference=reference, edges=torch.tensor(edges).T)
+
+
+def collate_pairs(
+    rows: list[tuple[model.Row, list[float]]], weights: list[float], processor: model.Processor
+) -> model.Batch:
+    """The same of single pairs: each row has two chains and one edge."""
+    return collate_trees([(row, values, ((0, 1),)) for row, values in rows], weights, processor)
+
+
+def within(
+    grown: list[trees.Tree], places: list[tuple[int, int]], sizes: list[list[int]], limit: int
+) -> tuple[list[list[trees.Edge]], list[tuple[int, int]], list[int]]:
+    """(edges of each tree, (tree, edge) of each pair, tokens of the pairs left out): without the
+    pairs that alone are over `limit` tokens."""
+    edges: list[list[trees.Edge]] = [[] for _ in grown]
+    kept, dropped = [], []
+    for tree, number in places:
+        chosen, rejected = grown[tree].edges[number]
+        tokens = sizes[tree][0] + sizes[tree][1 + chosen] + sizes[tree][1 + rejected]
+        if tokens > limit:
+            dropped.append(tokens)
+            continue
+        kept.append((tree, len(edges[tree])))
+        edges[tree].append((chosen, rejected))
+    return edges, kept, dropped
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -255,6 +325,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--beta", type=flags.number(above=0, high=1000), default=BETA)
     parser.add_argument("--lr", type=flags.RATE, default=1e-6)  # paper App. C
     parser.add_argument("--epochs", type=flags.EPOCHS, default=1)  # ours: paper silent
+    parser.add_argument(
+        "--order", choices=trees.ORDERS, default="pair",
+        help="of training: pairs shuffled, or whole questions",
+    )  # fmt: skip
     parser.add_argument("--require-token-ids", action="store_true", help="refuse pairs without the rollout's token ids")
     train.add_flags(parser, "pairs")
     return parser.parse_args(argv)
@@ -274,21 +348,41 @@ def main(argv: list[str] | None = None) -> None:
         train.refuse(data.RowError(f"{said} that tells them, or drop --require-token-ids"))
     processor = model.Processor(args.model, args.pixels, args.tiles)
 
-    def encode_one(row: dict) -> model.Row:
-        return encode_pair(row, processor, image_root)
+    grown, places = trees.group(
+        pairs,
+        lambda row, side: chain_of(row, side, processor),
+        lambda row: question_key(row, image_root),
+    )
 
-    def responses(row: dict) -> list[str]:
-        return [row["chosen"], row["rejected"]]
+    def encode_row(row: trees.Row) -> model.Row:
+        return encode_tree(grown[row.tree], row.chains, processor, image_root)
 
-    lengths = gate_rows(args.pairs, pairs, encode_one, responses, processor)
-    kept = [row for row, length in zip(pairs, lengths) if length <= args.max_length]
-    lengths = [length for length in lengths if length <= args.max_length]
-    dropped = len(pairs) - len(kept)
-    over = f"({dropped} over {args.max_length} tokens: --max-length)"
-    train.print0(f"pairs: kept {len(kept)} of {len(pairs)} {over}, {textual} tokenised from text")
-    if not kept:
+    def encode_whole(tree: trees.Tree) -> model.Row:
+        return encode_tree(tree, range(len(tree.chains)), processor, image_root)
+
+    def responses(tree: trees.Tree) -> list[str]:
+        return [chain.text for chain in tree.chains]
+
+    ids = [tree.id for tree in grown]
+    sizes = gate_rows(args.pairs, grown, ids, encode_whole, responses, processor)
+    edges, places, dropped = within(grown, places, sizes, args.max_length)
+    over = f"({len(dropped)} over {args.max_length} tokens: --max-length)"
+    train.print0(f"pairs: kept {len(places)} of {len(pairs)} {over}, {textual} tokenised from text")
+    if dropped:
+        tokens = f"{min(dropped):,} to {max(dropped):,}"
+        train.print0(f"warning: the pairs that are dropped have {tokens} tokens; long chains go first")
+    if not places:
         said = f"every pair is over {args.max_length} tokens"
         train.refuse(data.RowError(f"{args.pairs}: {said}; raise --max-length"))
+    rows, steps = trees.plan(
+        edges, places, sizes, args.order, args.batch, args.epochs, args.seed, args.max_length
+    )
+    lengths = [row.tokens for row in rows]
+    used = train.efficiency(steps, lengths, train.world())
+    train.print0(
+        f"plan: {len(steps)} steps of {len(rows)} trees, {sum(lengths):,} tokens, of "
+        f"{sum(map(bool, edges))} questions; efficiency on {train.world()} ranks {used:.2f}"
+    )
 
     policy = model.meta_policy(args.model)
     policy.freeze_vision()
@@ -298,42 +392,49 @@ def main(argv: list[str] | None = None) -> None:
     every = sum(p.numel() for p in policy.parameters())
     train.print0(f"training {count:,} of {every:,} parameters ({args.method})")
     train.shard(policy, device, args.checkpointing, args.replicas)
-    seen = next((encode_one(row) for row in kept if row["images"]), None)
-    shortest = encode_one(kept[lengths.index(min(lengths))])
+    seen = next((encode_row(row) for row in rows if grown[row.tree].images), None)
+    shortest = encode_row(rows[lengths.index(min(lengths))])
     gate_policy(policy, seen, shortest, processor, args.method == "lora", device)
-
-    def encode_row(index: int) -> model.Row:
-        return encode_one(kept[index])
 
     # a 72B takes minutes: once, not on every rank
     own = [stage.fingerprint(args.model)] if train.rank() == 0 else []
     (checkpoint,) = train.gather_rows(own)
+    # all of a question's chains at once, whatever the plan makes of its pairs
+    wholes = [
+        row for tree, own in enumerate(edges)
+        for row in trees.rows_of(tree, sizes[tree], own, args.max_length)
+    ]  # fmt: skip
     values = references(
-        out / "reference.jsonl", policy, len(kept), encode_row, processor, checkpoint,
-        args.micro_batch, device,
+        out / "reference.jsonl", policy, len(wholes), lambda index: encode_row(wholes[index]),
+        processor, checkpoint, args.micro_batch, device,
     )  # fmt: skip
+    logp = {
+        (row.tree, chain): value
+        for row, found in zip(wholes, values) for chain, value in zip(row.chains, found)
+    }  # fmt: skip
 
-    def encode(index: int) -> tuple[model.Row, list[float]]:
-        return encode_row(index), values[index]
+    def encode(index: int) -> Encoded:
+        row = rows[index]
+        return encode_row(row), [logp[row.tree, chain] for chain in row.chains], row.edges
 
-    gate_reference(policy, encode, processor, args.beta, len(kept), args.micro_batch, device)
+    gate_reference(policy, encode, processor, args.beta, len(rows), args.micro_batch, device)
     history = train.fit(
         policy,
         lambda logp, batch: pair_loss(logp, batch, args.beta),
         encode,
-        lambda rows, w: collate_pairs(rows, w, processor),
-        len(kept),
-        out=out, device=device, learning_rate_peak=args.lr, batch=args.batch,
-        micro=args.micro_batch, epochs=args.epochs, seed=args.seed, save_every=args.save_every,
-        lengths=lengths,
+        lambda rows, w: collate_trees(rows, w, processor),
+        steps,
+        out=out, device=device, learning_rate_peak=args.lr, micro=args.micro_batch,
+        save_every=args.save_every, lengths=lengths,
+        told=[trees.told(rows, step) for step in steps],
     )  # fmt: skip
     adapter = (args.rank, args.alpha, args.model) if args.method == "lora" else None
     saved = save(out, policy, processor, adapter, args.save_dtype)
     if train.rank() == 0:
         losses = {"first_loss": history[0]["loss"], "last_loss": history[-1]["loss"]}
-        figures = {"pairs": len(kept), "dropped": dropped, "steps": len(history), **losses}
+        figures = {"pairs": len(places), "dropped": len(dropped), "steps": len(history), **losses}
         stage.finish(args, [out / "merged"], started, figures | saved)
-        close(args, figures, history, cost(history, lengths, args.batch, args.seed))
+        close(args, figures, history, cost(history, lengths, steps))
     train.end(out)
 
 

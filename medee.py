@@ -60,8 +60,10 @@ FULL = dict(
     pairs={"rule": "all"},  # ours
     evaluate={"n": 32, "temperature": 0.5, "max-tokens": 8192},  # paper 4.3
 )
-DPO_FULL = {"method": "full", "lr": 1e-6, "beta": 0.1, "epochs": 1, "batch": 64, "checkpointing": True}  # paper App. C: method, lr; the rest ours
-DPO_LORA = {"method": "lora", "lr": 5e-6, "beta": 0.1, "epochs": 1, "batch": 64, "checkpointing": True}  # paper App. C: method; the rest ours
+# a question's prompt with its images, up to 8K tokens, and two answers as long as the rollouts' may be
+LONGEST = {"max-length": 8192 + 2 * 8192}  # ours: no pair that the rollouts can make is dropped
+DPO_FULL = {**LONGEST, "method": "full", "lr": 1e-6, "beta": 0.1, "epochs": 1, "batch": 64, "checkpointing": True}  # paper App. C: method, lr; the rest ours
+DPO_LORA = {**LONGEST, "method": "lora", "lr": 5e-6, "beta": 0.1, "epochs": 1, "batch": 64, "checkpointing": True}  # paper App. C: method; the rest ours
 MINI = dict(  # ours, chosen on development questions: a model this small learns at other rates than a pretrained 7B
     curate={"limits": [0, 0, 0], "max-tokens": 24},  # made from templates, questions and films are alike by construction
     distill={"answer-form": "text", "words": [5, 120]},  # no option look-up for so small a model
@@ -417,18 +419,20 @@ def run(args: argparse.Namespace) -> None:
 def plan(args: argparse.Namespace) -> None:
     from lora import RANK
     from model import load_config
+    from train import MAX_LENGTH
     from plan import ROOM, SIZES, config_of, image_bytes, report, shapes
 
     recipe = RECIPES[args.recipe]
     config = load_config(args.base) if args.base else config_of(SIZES[args.recipe])
-    print(f"{args.recipe} on {args.gpus} GPUs of {args.memory:.0f} GB, rows of {args.len} tokens; shapes of {args.base or 'the published config, from memory (--base FOLDER reads yours)'}")
+    print(f"{args.recipe} on {args.gpus} GPUs of {args.memory:.0f} GB; shapes of {args.base or 'the published config, from memory (--base FOLDER reads yours)'}")
     for name in [args.stage] if args.stage else ["sft", "dpo"]:
         flags = getattr(recipe, name)
         method, count = ("lora", 0) if name == "sft" else (flags["method"], args.images)
         policy = shapes(config, method, flags.get("rank", RANK))
         images = count * image_bytes(policy, recipe.images.get("pixels", 0), recipe.images.get("tiles", 1))
-        title = f"\n{'Stage I, sft.py' if name == 'sft' else 'Stage II, dpo.py'} ({method}; images a row: {count})"
-        print(report(title, policy, args.gpus, args.len, name == "dpo", images, ROOM * args.memory, max(1, flags["batch"] // args.gpus)))
+        longest = args.len or flags.get("max-length", MAX_LENGTH)
+        title = f"\n{'Stage I, sft.py' if name == 'sft' else 'Stage II, dpo.py'} ({method}; rows of {longest} tokens; images a row: {count})"
+        print(report(title, policy, args.gpus, longest, name == "dpo", images, ROOM * args.memory, max(1, flags["batch"] // args.gpus)))
 
 
 def claims(args: argparse.Namespace) -> None:
@@ -546,8 +550,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     fits.add_argument("recipe", choices=[name for name in RECIPES if not name.startswith("mini")])
     fits.add_argument("--gpus", type=flags.whole(1), default=8, help="that share the weights")
     fits.add_argument(
-        "--len", type=flags.whole(1), default=8192,
-        help="tokens of the longest row: prompt, images, and in Stage II both responses",
+        "--len", type=flags.whole(0), default=0,
+        help="tokens of the longest row: prompt, images, responses; 0: as long as the recipe allows",
     )  # fmt: skip
     fits.add_argument("--stage", choices=["sft", "dpo"], default="", help="default: both")
     fits.add_argument(

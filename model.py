@@ -309,7 +309,8 @@ class Batch:
     pixels: Tensor | None  # the images of all rows, in order
     grids: Tensor | None  # (images, 3) long, merged patches
     weights: Tensor  # (B,) float, 1, or 0 for a row that only keeps this rank in step
-    reference: Tensor | None = None  # (B, 2) float, log pi_ref of chosen and rejected (DPO)
+    reference: Tensor | None = None  # (B, K) float, log pi_ref of each answer, 0 where a row has fewer
+    edges: Tensor | None = None  # (3, E) long, the pairs (DPO): row, chosen answer, rejected answer
 
     def to(self, device: torch.device) -> "Batch":
         moved = {f.name: getattr(self, f.name) for f in fields(self)}

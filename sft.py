@@ -102,26 +102,27 @@ def check(claim: str, holds: bool, otherwise: str) -> None:
 
 def gate_rows(
     path: str,
-    rows: list[dict],
-    encode: Callable[[dict], model.Row],
-    responses: Callable[[dict], list[str]],
+    rows: Sequence,
+    ids: Sequence[str],
+    encode: Callable[[object], model.Row],
+    responses: Callable[[object], list[str]],
     processor: model.Processor,
-) -> list[int]:
-    """Encodes every row once, and reads its supervised tokens back. Returns the rows' lengths in
-    tokens."""
+) -> list[list[int]]:
+    """Encodes every row once, and reads its supervised tokens back. Returns the tokens of each
+    row's segments."""
     lengths, invalid, different = [], [], []
-    for row in train.bar(rows, "checking rows", "row"):
+    for row, name in zip(train.bar(rows, "checking rows", "row"), ids):
         try:
             encoded = encode(row)
         except data.RowError as error:
-            invalid.append(f"{row['id']}: {error}")
+            invalid.append(f"{name}: {error}")
             continue
-        lengths.append(sum(len(segment.ids) for segment in encoded))
+        lengths.append([len(segment.ids) for segment in encoded])
         for segment, text in zip(encoded[1:], responses(row), strict=True):
             both = (processor.decode(segment.ids), text)
             found, wanted = (unicodedata.normalize("NFC", t) for t in both)  # as the tokenizers do
             if found != wanted:
-                different.append(f"{row['id']}: {found[:60]!r} instead of {wanted[:60]!r}")
+                different.append(f"{name}: {found[:60]!r} instead of {wanted[:60]!r}")
     said = f"{path}: {len(invalid)} are not: {'; '.join(invalid[:3])}"
     check(f"all {len(rows)} rows are valid", not invalid, said)
     said = f"{path}: {len(different)} do not: {'; '.join(different[:3])}"
@@ -213,11 +214,10 @@ def change(history: list[dict], names: Sequence[str]) -> str:
     return ", ".join(f"{name} {first[name]:.3f} -> {last[name]:.3f}" for name in names)
 
 
-def cost(history: list[dict], lengths: list[int], batch: int, seed: int) -> str:
+def cost(history: list[dict], lengths: Sequence[int], plan: Sequence[Sequence[int]]) -> str:
     """The steps' time, what went through them, and on a GPU the most memory that was held."""
     seconds = sum(row["seconds"] for row in history)
-    steps = [train.global_batch(len(lengths), batch, seed, row["step"]) for row in history]
-    tokens = sum(lengths[index] for indices in steps for index in indices)
+    tokens = sum(lengths[index] for row in history for index in plan[row["step"]])
     rate = tokens / max(seconds, 1e-3)  # a step is told in thousandths of a second
     said = f"{len(history):,} steps in {train.clock(seconds)}, {rate:,.0f} tokens/s"
     if torch.cuda.is_available():
@@ -300,7 +300,8 @@ def main(argv: list[str] | None = None) -> None:
     def response(row: dict) -> list[str]:
         return [row["messages"][-1]["content"]]
 
-    lengths = gate_rows(demos, rows, encode, response, processor)
+    ids = [row["id"] for row in rows]
+    lengths = [sum(parts) for parts in gate_rows(demos, rows, ids, encode, response, processor)]
     kept = [row for row, length in zip(rows, lengths) if length <= args.max_length]
     lengths = [length for length in lengths if length <= args.max_length]
     dropped = len(rows) - len(kept)
@@ -325,15 +326,15 @@ def main(argv: list[str] | None = None) -> None:
 
     weights = dict(zip((data.THINK, data.ANSWER, data.TAG), args.weights))
     packed = [sum(lengths[j] for j in part) for part in plan]
+    steps = train.shuffled(len(plan), args.batch, args.epochs, args.seed)
     history = train.fit(
         policy,
         lambda logp, batch: sft_loss(logp, batch, weights),
         lambda i: pack([encode(kept[j]) for j in plan[i]], processor.stop_id),
         lambda rows, w: model.collate(rows, processor, w),
-        len(plan),
-        out=out, device=device, learning_rate_peak=args.lr, batch=args.batch,
-        micro=args.micro_batch, epochs=args.epochs, seed=args.seed, save_every=args.save_every,
-        lengths=packed,
+        steps,
+        out=out, device=device, learning_rate_peak=args.lr, micro=args.micro_batch,
+        save_every=args.save_every, lengths=packed,
     )  # fmt: skip
     adapter = (args.rank, args.alpha, args.model) if args.method == "lora" else None
     saved = save(out, policy, processor, adapter, args.save_dtype)
@@ -342,7 +343,7 @@ def main(argv: list[str] | None = None) -> None:
         figures = {"rows": len(kept), "dropped": dropped, "steps": len(history), **losses}
         figures |= saved | response_tokens(kept, processor)
         stage.finish(args, [out / "merged"], started, figures)
-        close(args, figures, history, cost(history, packed, args.batch, args.seed))
+        close(args, figures, history, cost(history, packed, steps))
     train.end(out)
 
 

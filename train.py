@@ -243,13 +243,36 @@ def global_batch(rows: int, batch: int, seed: int, step: int) -> list[int]:
     return order(rows, seed, epoch)[at * batch : (at + 1) * batch]
 
 
-def micro_batches(indices: list[int], micro: int, rank: int, world: int) -> list[list[tuple[int, float]]]:
-    """This rank's micro-batches of (row index, weight). All ranks get equally many, or some would wait for ever: a rank
-    that runs short repeats a row at weight 0."""
-    mine = [(index, 1.0) for index in indices[rank::world]]
-    needed = math.ceil(math.ceil(len(indices) / world) / micro)
-    batches = [mine[at : at + micro] for at in range(0, len(mine), micro)]
-    return batches + [[(indices[0], 0.0)]] * (needed - len(batches))
+def shuffled(rows: int, batch: int, epochs: float, seed: int) -> list[list[int]]:
+    """The rows of every step of a run, epoch after epoch in another order."""
+    steps = math.ceil(epochs * math.ceil(rows / batch))
+    return [global_batch(rows, batch, seed, step) for step in range(steps)]
+
+
+def micro_batches(
+    indices: list[int], micro: int, rank: int, world: int, lengths: Sequence[int] | None = None
+) -> list[list[tuple[int, float]]]:
+    """This rank's micro-batches of (row index, weight), `micro` rows each.
+
+    Rows are dealt in rounds, the longest first, so that the ranks, which wait for one another, have
+    rows of like length in each; every other round goes backwards. All ranks get equally many: the
+    last round is filled with the shortest row at weight 0."""
+    if lengths is not None:
+        indices = sorted(indices, key=lambda index: (-lengths[index], index))
+    rounds = [[(i, 1.0) for i in indices[at : at + world]] for at in range(0, len(indices), world)]
+    rounds[-1] += [(indices[-1], 0.0)] * (world - len(rounds[-1]))
+    mine = [part[::-1][rank] if number % 2 else part[rank] for number, part in enumerate(rounds)]
+    return [mine[at : at + micro] for at in range(0, len(mine), micro)]
+
+
+def efficiency(plan: Sequence[Sequence[int]], lengths: Sequence[int], world: int) -> float:
+    """The share of the ranks' time that goes into rows of their own, if time goes by tokens: a round
+    lasts as long as its longest row."""
+    own = spent = 0
+    for step in plan:
+        longest = sorted((lengths[index] for index in step), reverse=True)
+        own, spent = own + sum(longest), spent + world * sum(longest[::world])
+    return own / spent
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
@@ -409,17 +432,15 @@ def fit(
     loss_of: Loss,
     encode: Callable[[int], object],
     collate: Callable[[list, list[float]], object],
-    rows: int,
+    plan: Sequence[Sequence[int]],
     *,
     out: Path,
     device: torch.device,
     learning_rate_peak: float,
-    batch: int,
     micro: int,
-    epochs: float,
-    seed: int,
     save_every: int,
-    lengths: list[int] | None = None,
+    lengths: Sequence[int] | None = None,
+    told: Sequence[dict[str, float]] = (),
     warmup: float = WARMUP,
     print_every: int = 1,
     betas: tuple[float, float] = BETAS,
@@ -431,12 +452,14 @@ def fit(
     collate(rows, w)     a batch with `.to(device)`; w are the rows' weights, 0 for a row that only
                          keeps a rank in step
     loss_of(logps, b)    (sum, count, {name: (sum, count)}): sums over the micro-batch, never means
+    plan                 the rows of every step; it fixes the number of steps, and so the cosine
     save_every           steps between states; the last step has one too. 0 keeps none.
-    lengths              the rows' tokens, for the rate in a step's line
+    lengths              the rows' tokens: they are dealt to the ranks by it, and it is the rate's
+    told                 more figures of each step, for its line and row
     Writes out/metrics.jsonl, one row a step, and out/state, which `end` removes. Raises Diverged on
     a loss that is not finite, before it does harm.
     """
-    steps = math.ceil(epochs * math.ceil(rows / batch))
+    steps = len(plan)
     parameters = list(trained(policy).values())
     fused = device.type == "cuda" or not dist.is_initialized()
     settings = {"betas": betas, "eps": EPS, "weight_decay": weight_decay, "fused": fused}
@@ -454,18 +477,18 @@ def fit(
             now = learning_rate(step, steps, learning_rate_peak, warmup)
             for group in optimizer.param_groups:
                 group["lr"] = now
-            indices = global_batch(rows, batch, seed, step)
-            parts = micro_batches(indices, micro, rank(), world())
+            parts = micro_batches(plan[step], micro, rank(), world(), lengths)
             count, means = accumulate(policy, loss_of, encode, collate, parts, device)
             norm = update(optimizer, parameters, step, count, means["loss"])
             ended = time.time()
             row = {"step": step, **{name: round(value, 6) for name, value in means.items()}}
+            row |= told[step] if told else {}
             row |= {"lr": now, "grad_norm": round(norm, 4), "seconds": round(ended - started, 3)}
             if rank() == 0:
                 history.append(row)
                 data.append_jsonl(log, [row])
             if (step + 1) % print_every == 0 or step + 1 == steps:
-                tokens = sum(lengths[index] for index in indices) if lengths else 0
+                tokens = sum(lengths[index] for index in plan[step]) if lengths else 0
                 left = (ended - begun) / (step + 1 - begin) * (steps - step - 1)
                 print0(status_line(row, steps, tokens / (ended - started), left, device))
             if save_every and ((step + 1) % save_every == 0 or step + 1 == steps):

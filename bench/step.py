@@ -74,8 +74,8 @@ def ours(network, processor: model.Processor, pair: list[list[int]], reference: 
             lambda logp, batch: dpo.pair_loss(logp, batch, BETA),
             lambda index: (row, reference),
             lambda part, weights: dpo.collate_pairs(part, weights, processor),
-            steps,
-            out=Path(out), device=cpu, learning_rate_peak=LEARNING_RATE, batch=1, micro=1, epochs=1, warmup=0, seed=0, save_every=0,
+            [[0]] * steps,
+            out=Path(out), device=cpu, learning_rate_peak=LEARNING_RATE, micro=1, warmup=0, save_every=0,
         )  # fmt: skip
     return [(row["seconds"], row["loss"]) for row in history]
 

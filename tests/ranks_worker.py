@@ -137,7 +137,7 @@ def prepare(case: str, models: str, images: str, device: torch.device | None = N
 
     if device:
         values = dpo.references(out / "reference.jsonl", policy, len(rows), encode_row, processor, "checkpoint", micro, device)
-        dpo.gate_reference(policy, lambda i: (encode_row(i), values[i]), processor, dpo.BETA, len(rows), micro, device)
+        dpo.gate_reference(policy, lambda i: (encode_row(i), values[i], ((0, 1),)), processor, dpo.BETA, len(rows), micro, device)
     else:
         rounds = dpo.reference_rounds(policy, encode_row, processor, list(range(len(rows))), 1, torch.device("cpu"))
         values = [values for done in rounds for _, values in done]
@@ -160,8 +160,8 @@ def run_case(case: str, models: str, images: str, out: Path, stop: int | None = 
         return collate(r, w)
 
     train.fit(
-        policy, loss_of, encode, watched, len(rows), out=out, device=device, learning_rate_peak=PEAK, batch=BATCH, micro=micro,
-        epochs=1.5, warmup=0.1, seed=0, save_every=1, print_every=100,
+        policy, loss_of, encode, watched, train.shuffled(len(rows), BATCH, 1.5, 0), out=out, device=device,
+        learning_rate_peak=PEAK, micro=micro, warmup=0.1, save_every=1, print_every=100,
     )  # fmt: skip
     return dict(train.whole_tensors(policy))
 

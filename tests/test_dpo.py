@@ -248,14 +248,14 @@ def test_reference_values_are_the_sums_of_separate_rows(folder, policy, processo
 def test_stored_reference_values_are_used_again_and_go_with_their_pair(policy, processor, films, tmp_path, capsys):
     rows = encode(processor, films, [None, "film0.png", "film1.png"])
     first = refer(tmp_path, policy, rows, processor)
-    assert "3 pairs computed, 0 from" in capsys.readouterr().out
+    assert "3 rows computed, 0 from" in capsys.readouterr().out
     before = (tmp_path / "reference.jsonl").read_bytes()
     assert refer(tmp_path, policy, rows, processor) == first
-    assert "0 pairs computed, 3 from" in capsys.readouterr().out and (tmp_path / "reference.jsonl").read_bytes() == before
+    assert "0 rows computed, 3 from" in capsys.readouterr().out and (tmp_path / "reference.jsonl").read_bytes() == before
     assert refer(tmp_path, policy, rows[::-1], processor) == first[::-1]  # by content, not by place in the file
     more = rows + [dpo.encode_pair(pair(9, None, processor), processor, films)]
     assert refer(tmp_path, policy, more, processor)[:3] == first
-    assert "1 pairs computed, 3 from" in capsys.readouterr().out.splitlines()[-1]
+    assert "1 rows computed, 3 from" in capsys.readouterr().out.splitlines()[-1]
 
 
 @pytest.mark.parametrize("change", ["checkpoint", "tokens", "pixels"])
@@ -268,7 +268,7 @@ def test_a_reference_value_is_computed_anew_where_what_it_depends_on_changes(pol
         rows[0][0].images[0].pixels[0, 0] += 0.5
     capsys.readouterr()
     refer(tmp_path, policy, rows, processor, "two" if change == "checkpoint" else "one")
-    assert ("2 pairs computed, 0 from" if change == "checkpoint" else "1 pairs computed, 1 from") in capsys.readouterr().out
+    assert ("2 rows computed, 0 from" if change == "checkpoint" else "1 rows computed, 1 from") in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("side", ["chosen", "rejected"])
@@ -278,7 +278,7 @@ def test_a_corrupted_reference_value_stops_the_run(policy, processor, films, tmp
     stored = data.resume_jsonl(tmp_path / "reference.jsonl")
     stored[2 if side == "chosen" else 3]["logp"] += 0.5
     data.write_jsonl(tmp_path / "reference.jsonl", stored)
-    with pytest.raises(RuntimeError, match="reference of pair 1 is off by 0.5"):
+    with pytest.raises(RuntimeError, match="reference of row 1 is off by 0.5"):
         refer(tmp_path, policy, rows, processor)
 
 
@@ -297,7 +297,7 @@ def test_a_chain_of_several_pairs_and_of_both_sides_is_stored_once(policy, proce
     more = [with_responses(first, c, a), other]  # chains that are all stored, and another prompt before one of them
     found = refer(tmp_path, policy, more, processor)
     assert found[0] == [values[1][1], values[0][0]] and abs(found[1][0] - values[1][1]) > 1e-2
-    assert "1 pairs computed, 1 from" in capsys.readouterr().out
+    assert "1 rows computed, 1 from" in capsys.readouterr().out
     assert len(data.resume_jsonl(tmp_path / "reference.jsonl")) == 5
 
 
@@ -306,7 +306,7 @@ def test_stored_values_hold_under_another_micro_batch(policy, processor, films, 
     rows = encode(processor, films, [None, "film0.png", "film1.png"])
     first = refer(tmp_path, policy, rows, processor)
     assert refer(tmp_path, policy, rows, processor, micro=micro) == first
-    assert "0 pairs computed, 3 from reference.jsonl (3 checked)" in capsys.readouterr().out
+    assert "0 rows computed, 3 from reference.jsonl (3 checked)" in capsys.readouterr().out
 
 
 def long_row(processor, films) -> model.Row:
@@ -326,7 +326,7 @@ def test_what_may_be_rounding_grows_with_the_root_of_the_length(policy, processo
     moved = [value + off * (side == at) for at, value in enumerate(values)]
     for action in (
         lambda: refer(tmp_path, policy, [row], processor),
-        lambda: dpo.gate_reference(policy, lambda index: (row, moved), processor, dpo.BETA, 1, 1, CPU),
+        lambda: dpo.gate_reference(policy, lambda index: (row, moved, ((0, 1),)), processor, dpo.BETA, 1, 1, CPU),
     ):
         if holds:
             action()
@@ -339,7 +339,7 @@ def test_the_first_loss_may_be_off_by_half_of_beta_times_what_may_be_rounding(po
     """At beta 5, and h off by 0.0008, the loss is off by 0.002."""
     (row,) = encode(processor, films)
     (((_, values),),) = dpo.reference_rounds(policy, lambda index: row, processor, [0], 1, CPU)
-    dpo.gate_reference(policy, lambda index: (row, [values[0] + 0.8e-3, values[1]]), processor, 5.0, 1, 1, CPU)
+    dpo.gate_reference(policy, lambda index: (row, [values[0] + 0.8e-3, values[1]], ((0, 1),)), processor, 5.0, 1, 1, CPU)
 
 
 def test_a_run_prints_the_gate_line_by_line(folder, films, tmp_path, capsys):
@@ -378,7 +378,7 @@ def test_the_gate_takes_an_answer_that_was_cut_off(processor, films):
     row = pair(0, None, processor)
     row["rejected_token_ids"] = row["rejected_token_ids"][:-4]
     row["rejected"] = processor.decode(row["rejected_token_ids"])
-    dpo.gate_rows("pairs.jsonl", [row], lambda row: dpo.encode_pair(row, processor, films), lambda row: [row["chosen"], row["rejected"]], processor)
+    dpo.gate_rows("pairs.jsonl", [row], ["p0"], lambda row: dpo.encode_pair(row, processor, films), lambda row: [row["chosen"], row["rejected"]], processor)
 
 
 def test_the_gate_refuses_image_tokens_that_are_not_the_towers_features(folder, films, tmp_path, capsys, monkeypatch):
@@ -488,7 +488,7 @@ def test_another_checkpoint_in_the_same_folder_is_refused_there_and_gets_its_own
         run(folder, films, tmp_path, rows, "--epochs", "1")
     capsys.readouterr()
     run(folder, films, tmp_path, rows, "--epochs", "1", "--out", str(tmp_path / "other"))
-    assert "2 pairs computed, 0 from" in capsys.readouterr().out
+    assert "2 rows computed, 0 from" in capsys.readouterr().out
     second = data.resume_jsonl(tmp_path / "other" / "reference.jsonl")
     assert not {row["key"] for row in first} & {row["key"] for row in second}
     assert all(abs(a["logp"] - b["logp"]) > 0.1 for a, b in zip(first, second, strict=True))

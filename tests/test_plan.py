@@ -108,8 +108,8 @@ def measured(config, stage: str, method: str, shape: str, checkpointing: bool, o
 
     with LiveTensors([*policy.parameters(), *policy.buffers()]) as live:
         train.fit(
-            policy, loss, encode, collate, 2 * micro, out=out, device=torch.device("cpu"), learning_rate_peak=1e-4,
-            batch=2 * micro, micro=micro, epochs=2, warmup=0.1, seed=0, save_every=0,
+            policy, loss, encode, collate, train.shuffled(2 * micro, 2 * micro, 2, 0), out=out, device=torch.device("cpu"),
+            learning_rate_peak=1e-4, micro=micro, warmup=0.1, save_every=0,
         )  # fmt: skip
     return live.peak, plan.Load(micro, length, length - length // 4, stage == "dpo", pixels.numel() * 4, checkpointing)
 

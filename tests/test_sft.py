@@ -256,7 +256,7 @@ def test_the_gate_takes_decomposed_letters_for_what_the_tokenizer_makes_of_them(
     row = demo(0)
     row["messages"][2]["content"] = "<think> cafe\u0301 </think> <answer> A </answer>"
     assert "\u00e9" in processor.decode(sft.encode_demo(row, processor, films)[1].ids)
-    sft.gate_rows("demos.jsonl", [row], lambda row: sft.encode_demo(row, processor, films), lambda row: [row["messages"][2]["content"]], processor)
+    sft.gate_rows("demos.jsonl", [row], ["x"], lambda row: sft.encode_demo(row, processor, films), lambda row: [row["messages"][2]["content"]], processor)
 
 
 def test_the_gate_refuses_image_tokens_that_are_not_the_towers_features(folder, films, tmp_path, capsys, monkeypatch):

@@ -64,8 +64,9 @@ def toy_loss(out: torch.Tensor, batch: Points) -> tuple:
 
 def toy_fit(toy: nn.Module, out: Path, encode=None, loss=toy_loss, save_every: int = 0, micro: int = 2, **changes) -> list[dict]:
     rows = toy_rows(10)
-    settings = dict(learning_rate_peak=0.05, batch=4, micro=micro, epochs=2, warmup=0.4, seed=3, save_every=save_every, print_every=100) | changes
-    return train.fit(toy, loss, encode or (lambda i: rows[i]), toy_collate, len(rows), out=out, device=CPU, **settings)
+    settings = dict(learning_rate_peak=0.05, micro=micro, warmup=0.4, save_every=save_every, print_every=100) | changes
+    plan = train.shuffled(len(rows), 4, 2, 3)
+    return train.fit(toy, loss, encode or (lambda i: rows[i]), toy_collate, plan, out=out, device=CPU, **settings)
 
 
 def weights_of(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -171,9 +172,9 @@ def test_accumulation_takes_the_same_step_as_one_large_batch(folders, tmp_path):
         policy.double()
         train.fit(
             policy, lambda logp, b: sft.sft_loss(logp, b, dict.fromkeys(data.SPAN_NAMES, 1.0)),
-            lambda i: encoded[i], lambda r, w: model.collate(r, processor, w), len(encoded),
-            out=tmp_path / str(micro), device=CPU, learning_rate_peak=1e-3, batch=4, micro=micro, epochs=1.5, warmup=0.1,
-            seed=0, save_every=0, print_every=100,
+            lambda i: encoded[i], lambda r, w: model.collate(r, processor, w),
+            train.shuffled(len(encoded), 4, 1.5, 0), out=tmp_path / str(micro), device=CPU,
+            learning_rate_peak=1e-3, micro=micro, warmup=0.1, save_every=0, print_every=100,
         )  # fmt: skip
         runs.append(weights_of(policy))
     for run in runs[1:]:

@@ -1,0 +1,192 @@
+"""Stage II's rows: all pairs of a question as one tree, and the plan of all steps. Pure functions.
+
+    root = prompt and images        branches = the chains that are compared        edges = pairs
+
+Pairs of one question share its prompt and its images, and a chain stands in several of them. One
+forward of the tree computes each of these once; Eq. 1 is then summed over the edges, which is the
+loss and the gradient of the same pairs one by one (InstructGPT trained all comparisons of a prompt
+as one batch element, too).
+
+The plan is made before the first step: which pairs a step has is a function of seed, batch, order
+and the trees, and does not depend on the number of ranks. It fixes the number of steps, and so the
+cosine.
+
+    order pair        pairs shuffled, as the paper's trainer has them; a step's pairs of one question
+                      are one tree
+    order question    questions shuffled, each whole in one step
+
+Where we depart from the paper, or it is silent: its trainer shuffles pairs and computes each alone.
+"""
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import data
+
+ORDERS = ("pair", "question")
+Edge = tuple[int, int]  # chosen, rejected
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A response: its text, and the tokens that were sampled or that its text has."""
+
+    text: str
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A question's prompt, images and chains, and its pairs as edges between chains. Its id is that
+    of its first pair."""
+
+    id: str
+    prompt: list[dict]
+    images: list[str]
+    chains: tuple[Chain, ...]
+    edges: tuple[Edge, ...]
+
+
+def group(
+    pairs: list[dict], chain_of: Callable[[dict, str], Chain], key_of: Callable[[dict], str]
+) -> tuple[list[Tree], list[tuple[int, int]]]:
+    """(trees, (tree, edge) of each pair). Pairs are of one question if `key_of` is the same, a hash
+    of prompt and images; two chains are one if their tokens are. chain_of(pair, side) is one's."""
+    keys: dict[str, int] = {}
+    rows: list[dict] = []
+    chains: list[dict[tuple[int, ...], tuple[int, Chain]]] = []
+    edges: list[list[Edge]] = []
+    places = []
+    for pair in pairs:
+        tree = keys.setdefault(key_of(pair), len(keys))
+        if tree == len(rows):
+            rows.append(pair)
+            chains.append({})
+            edges.append([])
+        both = [chain_of(pair, side) for side in ("chosen", "rejected")]
+        ends = [chains[tree].setdefault(one.ids, (len(chains[tree]), one))[0] for one in both]
+        places.append((tree, len(edges[tree])))
+        edges[tree].append(tuple(ends))
+    trees = [
+        Tree(row["id"], row["prompt"], row["images"], tuple(chain for _, chain in held.values()), tuple(own))
+        for row, held, own in zip(rows, chains, edges)
+    ]
+    return trees, places
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one forward computes of a tree: some of its chains and the edges between them, which
+    count within `chains`."""
+
+    tree: int
+    chains: tuple[int, ...]
+    edges: tuple[Edge, ...]
+    tokens: int
+
+
+def cut(sizes: Sequence[int], edges: Sequence[Edge], limit: int) -> list[list[Edge]]:
+    """Edges in as few rows as a simple rule makes, none over `limit` tokens. sizes: tokens of the
+    prompt, then of each chain. A row opens with the cheapest edge and takes the one that adds the
+    fewest tokens while it fits: a chain may stand in several rows, an edge never."""
+    left, parts = list(edges), []
+
+    def added(edge: Edge, held: set[int]) -> int:
+        return sum(sizes[1 + chain] for chain in {*edge} - held)
+
+    while left:
+        part, held, tokens = [], set(), sizes[0]
+        while left:
+            edge = min(left, key=lambda edge: added(edge, held))  # of equal ones the first
+            if part and tokens + added(edge, held) > limit:
+                break
+            tokens += added(edge, held)
+            held |= {*edge}
+            part.append(edge)
+            left.remove(edge)
+        parts.append(part)
+    return parts
+
+
+def rows_of(tree: int, sizes: Sequence[int], edges: Sequence[Edge], limit: int) -> list[Row]:
+    """The rows of some of a tree's edges. Every single edge must fit."""
+    rows = []
+    for part in cut(sizes, edges, limit):
+        chains = tuple(sorted({chain for edge in part for chain in edge}))
+        local = tuple((chains.index(chosen), chains.index(rejected)) for chosen, rejected in part)
+        rows.append(Row(tree, chains, local, sizes[0] + sum(sizes[1 + chain] for chain in chains)))
+    return rows
+
+
+def plan(
+    edges: Sequence[Sequence[Edge]], places: Sequence[tuple[int, int]], sizes: Sequence[Sequence[int]],
+    order: str, batch: int, epochs: float, seed: int, limit: int,
+) -> tuple[list[Row], list[list[int]]]:  # fmt: skip
+    """(rows, the rows of each step), for all epochs. edges: of each tree; places: (tree, edge) of
+    each pair; sizes: of each tree, its prompt's tokens and its chains'."""
+    rows: list[Row] = []
+    steps: list[list[int]] = []
+    epoch = 0
+    while epoch < epochs:
+        found = by_pair if order == "pair" else by_question
+        chosen = found(edges, places, batch, seed, epoch)
+        for step in chosen[: math.ceil((epochs - epoch) * len(chosen))]:
+            steps.append([])
+            for tree, own in step:
+                new = rows_of(tree, sizes[tree], own, limit)
+                steps[-1] += range(len(rows), len(rows) + len(new))
+                rows += new
+        epoch += 1
+    return rows, steps
+
+
+def shuffled(count: int, seed: int, epoch: int) -> list[int]:
+    """The order of an epoch: a pure function of the seed, as train.order."""
+    indices = list(range(count))
+    random.Random(data.sample_seed(seed, "order", epoch)).shuffle(indices)
+    return indices
+
+
+def by_pair(edges, places, batch: int, seed: int, epoch: int) -> list[list[tuple[int, list[Edge]]]]:
+    """Steps of `batch` pairs, each as (tree, its edges in this step)."""
+    order, steps = shuffled(len(places), seed, epoch), []
+    for at in range(0, len(order), batch):
+        own: dict[int, list[Edge]] = {}
+        for tree, edge in (places[pair] for pair in order[at : at + batch]):
+            own.setdefault(tree, []).append(edges[tree][edge])
+        steps.append(list(own.items()))
+    return steps
+
+
+def by_question(edges, places, batch: int, seed: int, epoch: int) -> list[list[tuple[int, list[Edge]]]]:
+    """Steps of about `batch` pairs: each question goes whole into the step in which its middle pair
+    would be. A step that none falls into, beside a question of many pairs, is no step."""
+    steps: dict[int, list[tuple[int, list[Edge]]]] = {}
+    count = 0
+    for tree in shuffled(len(edges), seed, epoch):
+        n = len(edges[tree])
+        if n:
+            steps.setdefault((count + n // 2) // batch, []).append((tree, list(edges[tree])))
+        count += n
+    return [steps[number] for number in sorted(steps)]
+
+
+def told(rows: Sequence[Row], step: Sequence[int]) -> dict[str, float]:
+    """Figures of a step: pairs; questions; worth, how many independent comparisons the pairs are:
+    2pn / (p + n) of a question with p chosen and n rejected chains, since n pairs of the same
+    chains say less than n pairs of different ones; and the largest question's share of the pairs."""
+    pairs: dict[int, int] = {}
+    ends: dict[int, tuple[set[int], set[int]]] = {}
+    for row in (rows[index] for index in step):
+        pairs[row.tree] = pairs.get(row.tree, 0) + len(row.edges)
+        chosen, rejected = ends.setdefault(row.tree, (set(), set()))
+        chosen |= {row.chains[w] for w, _ in row.edges}
+        rejected |= {row.chains[l] for _, l in row.edges}
+    worth = sum(2 * len(p) * len(n) / (len(p) + len(n)) for p, n in ends.values())
+    total = sum(pairs.values())
+    return {
+        "pairs": total, "questions": len(pairs), "worth": round(worth, 2),
+        "largest": round(max(pairs.values()) / total, 3),
+    }  # fmt: skip
