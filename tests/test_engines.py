@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as some
 from PIL import Image
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -492,6 +492,7 @@ def sorted_whole(mass: torch.Tensor, draw: torch.Tensor, top_p: float) -> torch.
     return tokens.gather(-1, place.clamp_max(kept - 1))[..., 0]
 
 
+@settings(max_examples=100, deadline=None)
 @given(
     seed=some.integers(0, 2**31), size=some.integers(1, 120), count=some.integers(1, 40),
     levels=some.integers(1, 30), flat=some.floats(0.05, 3), top_p=some.floats(0.01, 0.999),
