@@ -140,14 +140,13 @@ class HFEngine:
         Unavailable where memory does not do."""
         import torch
 
-        begun = told = time.perf_counter()
-        count = 0
+        told = time.perf_counter()
         try:
             for sampled, replies in self.steps(asks, sampling):
-                now, count = time.perf_counter(), count + sampled
+                now = time.perf_counter()
                 self.tally["tokens"] += sampled
                 if replies or now - told >= 1:
-                    self.tally["tokens/s"], told = round(count / (now - begun)), now
+                    told = now
                     yield replies
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):

@@ -321,6 +321,7 @@ def test_an_engine_that_cannot_answer_is_named_with_what_to_do(name, spec, place
     for variable in ("GEMINI_API_KEY", "EXAMPLE_API_KEY"):
         monkeypatch.delenv(variable, raising=False)
     words = words_of(name, place, tmp_path / "run" / "out", **{ASKS[name]: spec})
+    words.append("--images-may-leave")
     code, said = outcome(COMMANDS[name][0], words, capsys)
     assert code == 1 and SPECS[spec] in said, said
 

@@ -756,7 +756,8 @@ def test_a_llamas_greedy_branches_are_what_hugging_face_generates(llama, tmp_pat
     shown = [[picture(56, 56, seed) for seed in range(count)] for count in (0, 1, 2)]
     prompts = [prompt_of(processor, "What now? " * (1 + len(films)), films) for films in shown]
     draws = torch.zeros(len(prompts), 2, 16, dtype=torch.float64)
-    found = decode.decode_trees(policy, processor, prompts, draws, 0.0, 1.0)
+    ended = [rows for _, rows in decode.decode_trees(policy, processor, prompts, draws, 0.0, 1.0)]
+    found = [branches for _, branches in sorted(pair for rows in ended for pair in rows.items())]
     banned = sorted(index for index in processor.special.values() if index != processor.stop_id)
     for prompt, films, branches in zip(prompts, shown, found):
         ids = torch.tensor([prompt.ids])

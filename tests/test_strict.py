@@ -49,7 +49,7 @@ def made(world, tmp_path_factory) -> Path:
         shutil.copytree(world / "films", "films")
         questions = [q for q in data.read_questions(world / "test.jsonl") if q.images]
         data.write_jsonl("test.jsonl", [question.to_row() for question in questions])
-        judge_too = ["--judge", "clinic:judge", "-n", "6"]
+        judge_too = ["--judge", "clinic:judge", "--judge-samples", "0", "-n", "6"]
         evaluate.main(["run", *ENGINE, *judge_too, "--out", "run"])
         rows = [row for _, row in data.read_jsonl("run/verdicts.jsonl")]
         for number, row in enumerate(rows):  # the even ones meet all four
