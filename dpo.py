@@ -166,7 +166,7 @@ def reference_rounds(
         batch = model.collate([encode(index) for index, _ in part], processor).to(device)
         sums = torch.stack(response_sums(policy(batch), batch), 1).tolist()
         mine = [(index, values) for (index, weight), values in zip(part, sums) if weight]
-        yield train.gather_rows(mine)
+        yield sorted(train.gather_rows(mine))
 
 
 def references(

@@ -127,7 +127,6 @@ REFUSED = [  # (command, flag, its words, what is said)
     ("medee run", "--seed", "one", "a whole number"),
     ("medee claims", "--seeds", "21 -22", "0 to"),
     ("medee plan", "--gpus", "0", "1 or more"),
-    ("medee plan", "--len", "0", "1 or more"),
     ("medee plan", "--images", "-1", "0 or more"),
     ("medee plan", "--memory", "nan", "finite"),
     ("medee plan", "--memory", "0", "above 0"),
