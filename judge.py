@@ -32,7 +32,6 @@ Where we depart from the paper, or it is silent:
 import argparse
 import math
 import random
-import re
 import shutil
 import statistics
 import time

@@ -11,8 +11,8 @@ The plan is made before the first step: which pairs a step has is a function of 
 and the trees, and does not depend on the number of ranks. It fixes the number of steps, and so the
 cosine.
 
-    order pair        pairs shuffled, as the paper's trainer has them; a step's pairs of one question
-                      are one tree
+    order pair        pairs shuffled, as the paper's trainer has them; those of a step that are of
+                      one question are one tree
     order question    questions shuffled, each whole in one step
 
 Where we depart from the paper, or it is silent: its trainer shuffles pairs and computes each alone.
@@ -70,8 +70,8 @@ def group(
         places.append((tree, len(edges[tree])))
         edges[tree].append(tuple(ends))
     trees = [
-        Tree(row["id"], row["prompt"], row["images"], tuple(chain for _, chain in held.values()), tuple(own))
-        for row, held, own in zip(rows, chains, edges)
+        Tree(row["id"], row["prompt"], row["images"], tuple(chain for _, chain in held), tuple(own))
+        for row, held, own in zip(rows, (own.values() for own in chains), edges)
     ]
     return trees, places
 
@@ -120,9 +120,12 @@ def rows_of(tree: int, sizes: Sequence[int], edges: Sequence[Edge], limit: int) 
     return rows
 
 
+Step = list[tuple[int, list[Edge]]]  # (tree, its edges in this step)
+
+
 def plan(
-    edges: Sequence[Sequence[Edge]], places: Sequence[tuple[int, int]], sizes: Sequence[Sequence[int]],
-    order: str, batch: int, epochs: float, seed: int, limit: int,
+    edges: Sequence[Sequence[Edge]], places: Sequence[tuple[int, int]],
+    sizes: Sequence[Sequence[int]], order: str, batch: int, epochs: float, seed: int, limit: int,
 ) -> tuple[list[Row], list[list[int]]]:  # fmt: skip
     """(rows, the rows of each step), for all epochs. edges: of each tree; places: (tree, edge) of
     each pair; sizes: of each tree, its prompt's tokens and its chains'."""
@@ -149,8 +152,11 @@ def shuffled(count: int, seed: int, epoch: int) -> list[int]:
     return indices
 
 
-def by_pair(edges, places, batch: int, seed: int, epoch: int) -> list[list[tuple[int, list[Edge]]]]:
-    """Steps of `batch` pairs, each as (tree, its edges in this step)."""
+def by_pair(
+    edges: Sequence[Sequence[Edge]], places: Sequence[tuple[int, int]], batch: int, seed: int,
+    epoch: int,
+) -> list[Step]:  # fmt: skip
+    """Steps of `batch` pairs."""
     order, steps = shuffled(len(places), seed, epoch), []
     for at in range(0, len(order), batch):
         own: dict[int, list[Edge]] = {}
@@ -160,10 +166,13 @@ def by_pair(edges, places, batch: int, seed: int, epoch: int) -> list[list[tuple
     return steps
 
 
-def by_question(edges, places, batch: int, seed: int, epoch: int) -> list[list[tuple[int, list[Edge]]]]:
+def by_question(
+    edges: Sequence[Sequence[Edge]], places: Sequence[tuple[int, int]], batch: int, seed: int,
+    epoch: int,
+) -> list[Step]:  # fmt: skip
     """Steps of about `batch` pairs: each question goes whole into the step in which its middle pair
     would be. A step that none falls into, beside a question of many pairs, is no step."""
-    steps: dict[int, list[tuple[int, list[Edge]]]] = {}
+    steps: dict[int, Step] = {}
     count = 0
     for tree in shuffled(len(edges), seed, epoch):
         n = len(edges[tree])
@@ -175,8 +184,8 @@ def by_question(edges, places, batch: int, seed: int, epoch: int) -> list[list[t
 
 def told(rows: Sequence[Row], step: Sequence[int]) -> dict[str, float]:
     """Figures of a step: pairs; questions; worth, how many independent comparisons the pairs are:
-    2pn / (p + n) of a question with p chosen and n rejected chains, since n pairs of the same
-    chains say less than n pairs of different ones; and the largest question's share of the pairs."""
+    2pn / (p + n) of a question with p chosen and n rejected chains, since pairs of the same chains
+    say less than pairs of different ones; and the largest question's share of the pairs."""
     pairs: dict[int, int] = {}
     ends: dict[int, tuple[set[int], set[int]]] = {}
     for row in (rows[index] for index in step):

@@ -1,4 +1,5 @@
-"""A question's pairs as one tree: the loss and gradient of its pairs one by one, and the plan of all steps."""
+"""A question's pairs as one tree: the loss and gradient of its pairs one by one; the plan of all
+steps."""
 
 import json
 from collections import Counter
@@ -28,7 +29,10 @@ def films(tmp_path_factory):
 
 def question(number: int, ends: list[tuple[int, int]], image: str | None, processor) -> list[dict]:
     """Pairs of one question between chains of unequal lengths: (chosen, rejected) by number."""
-    texts = [f"<think> {'step ' * (2 + 3 * k)}{number} </think> <answer> {'AB'[k % 2]} </answer>" for k in range(8)]
+    texts = [
+        f"<think> {'step ' * (2 + 3 * k)}{number} </think> <answer> {'AB'[k % 2]} </answer>"
+        for k in range(8)
+    ]
     base = pair(number, image, processor)
     rows = []
     for chosen, rejected in ends:
@@ -57,18 +61,28 @@ def test_pairs_are_grouped_by_prompt_and_images_and_chains_by_their_tokens(folde
     second = question(0, [(0, 1)], "film1.png", processor)  # the same words on another film
     renamed = [{**row, "id": "other"} for row in question(0, [(2, 1)], "film0.png", processor)]
     (films / "copy.png").write_bytes((films / "film0.png").read_bytes())
-    copied = [{**row, "images": ["copy.png"]} for row in question(0, [(3, 2)], "film0.png", processor)]
+    copied = [
+        {**row, "images": ["copy.png"]} for row in question(0, [(3, 2)], "film0.png", processor)
+    ]
     found, places = grown([*first, *second, *renamed, *copied], processor, films)
     assert [tree.edges for tree in found] == [((0, 1), (0, 2), (3, 1), (2, 1), (3, 2)), ((0, 1),)]
     assert [len(tree.chains) for tree in found] == [4, 2] and found[0].id == "p0"
     assert places == [(0, 0), (0, 1), (0, 2), (1, 0), (0, 3), (0, 4)]
 
 
-EDGES = [(0, 2), (0, 3), (1, 2), (1, 4), (2, 4)]  # chain 2 is chosen over 4, and rejected for 0 and 1
+EDGES = [
+    (0, 2),
+    (0, 3),
+    (1, 2),
+    (1, 4),
+    (2, 4),
+]  # chain 2 is chosen over 4, and rejected for 0 and 1
 
 
 @pytest.mark.parametrize("image", [None, "film0.png"])
-def test_a_tree_has_the_loss_the_gradient_and_the_figures_of_its_pairs_one_by_one(folder, films, image):
+def test_a_tree_has_the_loss_the_gradient_and_the_figures_of_its_pairs_one_by_one(
+    folder, films, image
+):
     processor = model.Processor(folder, 56 * 56, 1)
     policy = model.load_policy(folder)
     policy.freeze_vision()
@@ -90,7 +104,10 @@ def test_a_tree_has_the_loss_the_gradient_and_the_figures_of_its_pairs_one_by_on
         for one in (tree, single)
     ]
     found = []
-    for batch in (dpo.collate_pairs(alone, [1.0] * 6, processor), dpo.collate_trees(rows, [1.0] * 2, processor)):
+    for batch in (
+        dpo.collate_pairs(alone, [1.0] * 6, processor),
+        dpo.collate_trees(rows, [1.0] * 2, processor),
+    ):
         policy.zero_grad()
         loss, count, figures = dpo.pair_loss(policy(batch), batch, 0.1)
         loss.backward()
@@ -109,7 +126,11 @@ def test_a_tree_of_weight_zero_adds_no_pair(folders, films):
     pairs = question(0, EDGES, None, processor) + question(1, [(0, 1)], None, processor)
     found, _ = grown(pairs, processor, films)
     rows = [
-        (dpo.encode_tree(one, range(len(one.chains)), processor, films), [-40.0] * len(one.chains), one.edges)
+        (
+            dpo.encode_tree(one, range(len(one.chains)), processor, films),
+            [-40.0] * len(one.chains),
+            one.edges,
+        )
         for one in found
     ]
     both = dpo.collate_trees(rows, [1.0, 0.0], processor)
@@ -165,7 +186,9 @@ def planned(order: str, batch: int = BATCH, epochs: float = 1, seed: int = 0, li
 
 
 def edges_of(rows: list[trees.Row], step: list[int]) -> list[tuple[int, int, int]]:
-    found = [(rows[i].tree, rows[i].chains[w], rows[i].chains[l]) for i in step for w, l in rows[i].edges]
+    found = [
+        (rows[i].tree, rows[i].chains[w], rows[i].chains[l]) for i in step for w, l in rows[i].edges
+    ]
     return sorted(found)
 
 
@@ -177,7 +200,9 @@ def test_every_epoch_has_every_pair_once_in_another_order(order, limit):
     wanted = sorted((t, *edge) for t, own in enumerate(FOREST) for edge in own)
     for part in (steps[:half], steps[half:]):
         assert sorted(edge for step in part for edge in edges_of(rows, step)) == wanted
-    assert [edges_of(rows, step) for step in steps[:half]] != [edges_of(rows, step) for step in steps[half:]]
+    assert [edges_of(rows, step) for step in steps[:half]] != [
+        edges_of(rows, step) for step in steps[half:]
+    ]
     assert planned(order, epochs=2, limit=limit) == (rows, steps)
     assert planned(order, epochs=2, limit=limit, seed=1) != (rows, steps)
     assert all(row.tokens <= limit for row in rows)
@@ -242,27 +267,57 @@ def test_ranks_have_rows_of_like_length_at_the_same_time(world):
 
 
 @pytest.mark.parametrize("order", trees.ORDERS)
-def test_a_run_tells_its_plan_and_trains_every_pair_in_either_order(folders, films, tmp_path, capsys, order):
+def test_a_run_tells_its_plan_and_trains_every_pair_in_either_order(
+    folders, films, tmp_path, capsys, order
+):
     processor = model.Processor(folders["qwen"], 56 * 56, 1)
-    pairs = [row for n in range(4) for row in question(n, EDGES[: 2 + n], ["film0.png", None][n % 2], processor)]
+    pairs = [
+        row
+        for n in range(4)
+        for row in question(n, EDGES[: 2 + n], ["film0.png", None][n % 2], processor)
+    ]
     run(folders["qwen"], films, tmp_path, pairs, "--order", order, "--batch", "5", "--epochs", "1")
     said, history = capsys.readouterr().out, data.read_metrics(tmp_path / "out")
-    assert "first loss 0.693147 is ln 2" in said and "of 4 questions; efficiency on 1 ranks 1.00" in said
+    assert (
+        "first loss 0.693147 is ln 2" in said
+        and "of 4 questions; efficiency on 1 ranks 1.00" in said
+    )
     assert sum(row["pairs"] for row in history) == 14 == len(pairs)
     if order == "question":
         assert sum(row["questions"] for row in history) == 4
     chains = sum(1 for _ in data.read_jsonl(tmp_path / "out" / "reference.jsonl"))
-    assert chains == sum(len({row[f"{side}"] for row in pairs if row["id"] == f"p{n}" for side in dpo.SIDES}) for n in range(4))
+    assert chains == sum(
+        len({row[f"{side}"] for row in pairs if row["id"] == f"p{n}" for side in dpo.SIDES})
+        for n in range(4)
+    )
 
 
-def test_only_a_pair_that_alone_is_too_long_is_dropped_and_its_length_is_told(folders, films, tmp_path, capsys):
+def test_only_a_pair_that_alone_is_too_long_is_dropped_and_its_length_is_told(
+    folders, films, tmp_path, capsys
+):
     processor = model.Processor(folders["qwen"], 56 * 56, 1)
     pairs = question(0, [(0, 1), (0, 2), (1, 3), (6, 7)], None, processor)
-    lengths = [sum(len(part.ids) for part in dpo.encode_pair(row, processor, films)) for row in pairs]
+    lengths = [
+        sum(len(part.ids) for part in dpo.encode_pair(row, processor, films)) for row in pairs
+    ]
     limit = max(lengths[:3])  # less than the tree of these three
-    run(folders["qwen"], films, tmp_path, pairs, "--max-length", str(limit), "--batch", "4", "--epochs", "1")
+    run(
+        folders["qwen"],
+        films,
+        tmp_path,
+        pairs,
+        "--max-length",
+        str(limit),
+        "--batch",
+        "4",
+        "--epochs",
+        "1",
+    )
     said, history = capsys.readouterr().out, data.read_metrics(tmp_path / "out")
-    assert f"kept 3 of 4 (1 over {limit} tokens" in said and f"have {lengths[3]:,} to {lengths[3]:,} tokens" in said
+    assert (
+        f"kept 3 of 4 (1 over {limit} tokens" in said
+        and f"have {lengths[3]:,} to {lengths[3]:,} tokens" in said
+    )
     assert [row["pairs"] for row in history] == [3]
     record = json.loads((tmp_path / "out" / "stage.json").read_text())
     assert record["figures"]["dropped"] == 1
