@@ -669,7 +669,7 @@ def teach(args: argparse.Namespace) -> None:
     eye = Eye().to(device)
     network.model.language_model.requires_grad_(False)
     network.lm_head.requires_grad_(False)
-    train.fit(eye, eye_loss, lambda i: films[i], collate_films, train.shuffled(len(films), 64, args.eye_epochs, args.seed), out=out / "eye", learning_rate_peak=2e-3, micro=64, save_every=0, **common)
+    train.fit(train.steps(eye, eye_loss, lambda i: films[i], collate_films, train.shuffled(len(films), 64, args.eye_epochs, args.seed), out=out / "eye", learning_rate_peak=2e-3, micro=64, save_every=0, **common), out / "eye")
     unseen = [draw_case(rng, args.modalities) for _ in range(256)]
     unseen = [(case, processor.encode_image(draw_film(case, noise))) for case in unseen]
     with torch.no_grad():
@@ -684,11 +684,11 @@ def teach(args: argparse.Namespace) -> None:
         return -logp.sum(), float((batch.labels > 0).sum()), {}
 
     rows = args.steps * args.batch
-    train.fit(
+    train.fit(train.steps(
         policy, word_loss, lambda i: lesson(i, args.seed, processor, films, args.modalities), lambda rows, w: model.collate(rows, processor, w),
         train.shuffled(rows, args.batch, 1, args.seed),
         out=out, learning_rate_peak=args.lr, micro=args.batch, save_every=args.save_every, **common,
-    )  # fmt: skip
+    ), out)  # fmt: skip
     if train.rank() == 0:
         model.save_policy(out, policy, processor, train.whole_tensors(policy))
         stage.finish(args, [path for path in out.glob("*.safetensors")], started, {})

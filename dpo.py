@@ -16,7 +16,11 @@ All pairs of a question in a step are one tree row: its prompt and images, and e
 compare, are computed once, and Eq. 1 is summed over the pairs (trees.py, which also makes the plan
 of all steps). A tree over --max-length is cut; only a pair that alone is longer is dropped.
 
-reads pairs.jsonl, the merged Stage-I checkpoint; writes OUT/merged, OUT/metrics.jsonl, OUT/reference.jsonl, OUT/stage.json
+The pairs of a few questions are held out: their loss, margin and accuracy stand in the log and in
+metrics.jsonl (held_...). Every chain's log-probability after training is in OUT/after.jsonl.
+
+reads pairs.jsonl, the merged Stage-I checkpoint; writes OUT/merged, OUT/metrics.jsonl,
+OUT/reference.jsonl, OUT/after.jsonl, OUT/stage.json
 
     torchrun --nproc_per_node 8 dpo.py --model out/sft/merged --pairs out/pairs/pairs.jsonl --images images --out out/dpo
 
@@ -60,6 +64,7 @@ BETA = 0.1  # ours: paper silent (LLaMA-Factory default; the DPO paper uses 0.1 
 CHOSEN, REJECTED = 1, 2  # Segment.answer of a pair's two responses
 SIDES = ("chosen", "rejected")  # in the order of a pair's row
 CHECKED = 8  # ours: about so many stored pairs are computed again when a run goes on
+HELD_TIMES = 10  # ours: how often in a run the pairs that are held out are looked at
 SHORT = 100  # ours: tokens up to which two values of a chain may differ by 1e-3 in fp32
 
 
@@ -158,11 +163,12 @@ def reference_rounds(
     indices: list[int],
     micro: int,
     device: torch.device,
+    title: str = "reference",
 ) -> Iterator[list[tuple[int, list[float]]]]:
     """(index, log pi_ref of its chains) of each row, a round at a time: one micro-batch of every
     rank. A collective: all ranks work through their shares, and all get all values."""
     parts = train.micro_batches(indices, micro, train.rank(), train.world())
-    for part in train.bar(parts, "reference", "batch"):
+    for part in train.bar(parts, title, "batch"):
         batch = model.collate([encode(index) for index, _ in part], processor).to(device)
         sums = torch.stack(response_sums(policy(batch), batch), 1).tolist()
         mine = [(index, values) for (index, weight), values in zip(part, sums) if weight]
@@ -178,8 +184,8 @@ def references(
     checkpoint: str,
     micro: int,
     device: torch.device,
-) -> list[list[float]]:
-    """Reference values of all rows, one a chain. Rows with a chain that is not stored are
+) -> tuple[list[list[float]], list[list[str]]]:
+    """(reference values, keys) of all rows, one a chain. Rows with a chain that is not stored are
     computed, and their chains appended. A few of the others are computed again. Raises
     train.Refused where a chain's new value is not the stored one: the file is of another policy."""
     keys, tokens = [], {}
@@ -200,7 +206,7 @@ def references(
                     data.append_jsonl(log, new)
     counts = f"{len(missing)} rows computed, {len(known)} from {path.name} ({len(again)} checked)"
     train.print0(f"reference: {counts}")
-    return [[stored[key] for key in pair] for pair in keys]
+    return [[stored[key] for key in row] for row in keys], keys
 
 
 def keep(
@@ -277,6 +283,30 @@ def gate_reference(
     check(claim, abs(first - math.log(2)) <= limit, "policy and reference differ before any update")
 
 
+@torch.no_grad()
+def held_figures(
+    policy: model.Policy,
+    rows: list[trees.Row],
+    encode: Callable[[trees.Row], Encoded],
+    processor: model.Processor,
+    args: argparse.Namespace,
+    device: torch.device,
+) -> dict[str, float]:
+    """Loss, margin and accuracy of the pairs that are held out. A collective."""
+    sums = [0.0] * 4
+    lengths = [row.tokens for row in rows]
+    indices = list(range(len(rows)))
+    for part in train.micro_batches(indices, args.micro_batch, train.rank(), train.world(), lengths):
+        weights = [weight for _, weight in part]
+        batch = collate_trees([encode(rows[index]) for index, _ in part], weights, processor).to(device)
+        loss, count, figures = pair_loss(policy(batch), batch, args.beta)
+        found = [count, loss.item(), figures["margin"][0], figures["accuracy"][0]]
+        sums = [total + value for total, value in zip(sums, found)]
+    count, *totals = train.total(sums, device)
+    names = ("held_loss", "held_margin", "held_accuracy")
+    return {name: round(total / count, 6) for name, total in zip(names, totals)}
+
+
 def collate_trees(
     rows: list[Encoded], weights: list[float], processor: model.Processor
 ) -> model.Batch:
@@ -329,6 +359,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--order", choices=trees.ORDERS, default="pair",
         help="of training: pairs shuffled, or whole questions",
     )  # fmt: skip
+    # ours: paper silent; a share of the questions
+    said = "share of the questions whose pairs are not trained on, and are looked at on the way"
+    parser.add_argument("--held-out", type=flags.number(0, 0.5), default=0.05, help=said)
     parser.add_argument("--require-token-ids", action="store_true", help="refuse pairs without the rollout's token ids")
     train.add_flags(parser, "pairs")
     return parser.parse_args(argv)
@@ -374,15 +407,20 @@ def main(argv: list[str] | None = None) -> None:
     if not places:
         said = f"every pair is over {args.max_length} tokens"
         train.refuse(data.RowError(f"{args.pairs}: {said}; raise --max-length"))
+    held = trees.held_out(grown, list(map(len, edges)), args.held_out)
+    trained_on = [[] if tree in held else own for tree, own in enumerate(edges)]
     rows, steps = trees.plan(
-        edges, places, sizes, args.order, args.batch, args.epochs, args.seed, args.max_length
-    )
+        trained_on, [place for place in places if place[0] not in held], sizes,
+        args.order, args.batch, args.epochs, args.seed, args.max_length,
+    )  # fmt: skip
     lengths = [row.tokens for row in rows]
     used = train.efficiency(steps, lengths, train.world())
     train.print0(
         f"plan: {len(steps)} steps of {len(rows)} trees, {sum(lengths):,} tokens, of "
-        f"{sum(map(bool, edges))} questions; efficiency on {train.world()} ranks {used:.2f}"
+        f"{sum(map(bool, trained_on))} questions; efficiency on {train.world()} ranks {used:.2f}"
     )
+    pairs_held = sum(len(edges[tree]) for tree in held)
+    train.print0(f"held out: {pairs_held} pairs of {len(held)} questions")
 
     policy = model.meta_policy(args.model)
     policy.freeze_vision()
@@ -404,21 +442,28 @@ def main(argv: list[str] | None = None) -> None:
         row for tree, own in enumerate(edges)
         for row in trees.rows_of(tree, sizes[tree], own, args.max_length)
     ]  # fmt: skip
-    values = references(
-        out / "reference.jsonl", policy, len(wholes), lambda index: encode_row(wholes[index]),
-        processor, checkpoint, args.micro_batch, device,
+    def encode_whole_row(index: int) -> model.Row:
+        return encode_row(wholes[index])
+
+    values, keys = references(
+        out / "reference.jsonl", policy, len(wholes), encode_whole_row, processor, checkpoint,
+        args.micro_batch, device,
     )  # fmt: skip
     logp = {
         (row.tree, chain): value
         for row, found in zip(wholes, values) for chain, value in zip(row.chains, found)
     }  # fmt: skip
 
-    def encode(index: int) -> Encoded:
-        row = rows[index]
+    def with_reference(row: trees.Row) -> Encoded:
         return encode_row(row), [logp[row.tree, chain] for chain in row.chains], row.edges
 
+    def encode(index: int) -> Encoded:
+        return with_reference(rows[index])
+
     gate_reference(policy, encode, processor, args.beta, len(rows), args.micro_batch, device)
-    history = train.fit(
+    unseen = [row for row in wholes if row.tree in held]
+    every = math.ceil(len(steps) / HELD_TIMES)
+    for row in train.steps(
         policy,
         lambda logp, batch: pair_loss(logp, batch, args.beta),
         encode,
@@ -427,12 +472,23 @@ def main(argv: list[str] | None = None) -> None:
         out=out, device=device, learning_rate_peak=args.lr, micro=args.micro_batch,
         save_every=args.save_every, lengths=lengths,
         told=[trees.told(rows, step) for step in steps],
-    )  # fmt: skip
+    ):  # fmt: skip
+        if unseen and ((row["step"] + 1) % every == 0 or row["step"] + 1 == len(steps)):
+            row |= held_figures(policy, unseen, with_reference, processor, args, device)
+    after = {}
+    for done in reference_rounds(
+        policy, encode_whole_row, processor, list(range(len(wholes))), args.micro_batch, device, "after"
+    ):
+        after |= dict(done)
     adapter = (args.rank, args.alpha, args.model) if args.method == "lora" else None
     saved = save(out, policy, processor, adapter, args.save_dtype)
     if train.rank() == 0:
+        history = data.read_metrics(out)
+        told = {key: value for index, found in after.items() for key, value in zip(keys[index], found)}
+        data.write_jsonl(out / "after.jsonl", ({"key": key, "logp": told[key]} for key in told))
         losses = {"first_loss": history[0]["loss"], "last_loss": history[-1]["loss"]}
-        figures = {"pairs": len(places), "dropped": len(dropped), "steps": len(history), **losses}
+        losses |= {name: value for name, value in history[-1].items() if name.startswith("held_")}
+        figures = {"pairs": len(places) - pairs_held, "held_out": pairs_held, "dropped": len(dropped), "steps": len(history), **losses}
         stage.finish(args, [out / "merged"], started, figures | saved)
         close(args, figures, history, cost(history, lengths, steps))
     train.end(out)
@@ -442,7 +498,8 @@ def close(args: argparse.Namespace, figures: dict, history: list[dict], spent: s
     """The summary of Stage II."""
     merged = Path(args.out) / "merged"
     lines = {
-        "pairs": f"{figures['pairs']:,} trained on, {figures['dropped']:,} too long",
+        "pairs": f"{figures['pairs']:,} trained on, {figures['held_out']:,} held out, "
+        f"{figures['dropped']:,} too long",
         "loss": change(history, ["loss", "margin", "accuracy"]),
         "training": spent,
         "next": f"python evaluate.py run --engine hf:{merged} --questions test.jsonl "

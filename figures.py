@@ -236,6 +236,9 @@ def plot_report(results: list[dict], sft: list[dict], dpo: list[dict], path: Pat
         axes[1, 0].plot([row["step"] + 1 for row in sft], [row[name] for row in sft], color=colour, label=name, lw=1.2)
     for key, label, colour in (("loss", "loss", "#c0504d"), ("margin", "reward margin", "#5b8db8"), ("accuracy", "pairs in the right order", "#8a8a8a")):
         axes[1, 1].plot([row["step"] + 1 for row in dpo], [row[key] for row in dpo], color=colour, label=label, lw=1.2)
+        if seen := [row for row in dpo if f"held_{key}" in row]:  # on the pairs that are held out
+            at, values = [row["step"] + 1 for row in seen], [row[f"held_{key}"] for row in seen]
+            axes[1, 1].plot(at, values, color=colour, label=f"{label}, held out", marker="o", ls="--", lw=0.8)
     axes[0, 0].axhline(0.25, color="black", lw=0.8, ls=":")
     axes[1, 1].axhline(math.log(2), color="black", lw=0.8, ls=":")
     for ax in (axes[0, 0], axes[0, 2]):

@@ -327,7 +327,7 @@ def main(argv: list[str] | None = None) -> None:
     weights = dict(zip((data.THINK, data.ANSWER, data.TAG), args.weights))
     packed = [sum(lengths[j] for j in part) for part in plan]
     steps = train.shuffled(len(plan), args.batch, args.epochs, args.seed)
-    history = train.fit(
+    history = train.fit(train.steps(
         policy,
         lambda logp, batch: sft_loss(logp, batch, weights),
         lambda i: pack([encode(kept[j]) for j in plan[i]], processor.stop_id),
@@ -335,7 +335,7 @@ def main(argv: list[str] | None = None) -> None:
         steps,
         out=out, device=device, learning_rate_peak=args.lr, micro=args.micro_batch,
         save_every=args.save_every, lengths=packed,
-    )  # fmt: skip
+    ), out)  # fmt: skip
     adapter = (args.rank, args.alpha, args.model) if args.method == "lora" else None
     saved = save(out, policy, processor, adapter, args.save_dtype)
     if train.rank() == 0:

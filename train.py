@@ -427,7 +427,7 @@ def load_state(folder: Path, policy: nn.Module, optimizer: torch.optim.Optimizer
 Loss = Callable[[Tensor, object], tuple[Tensor, float, dict[str, tuple[float, float]]]]
 
 
-def fit(
+def steps(
     policy: nn.Module,
     loss_of: Loss,
     encode: Callable[[int], object],
@@ -445,8 +445,9 @@ def fit(
     print_every: int = 1,
     betas: tuple[float, float] = BETAS,
     weight_decay: float = WEIGHT_DECAY,
-) -> list[dict]:
-    """Trains every parameter of `policy` that requires a gradient. Returns the metrics of all steps.
+) -> Iterator[dict]:
+    """Trains every parameter of `policy` that requires a gradient, and yields the figures of each
+    step before they are written: who iterates may add some. A resumed run begins where it stopped.
 
     encode(i)            row i, ready to collate (called when needed: not all images are in memory)
     collate(rows, w)     a batch with `.to(device)`; w are the rows' weights, 0 for a row that only
@@ -468,7 +469,8 @@ def fit(
     begin = load_state(out / "state", policy, optimizer)
     if begin:
         print0(f"resumed at step {begin} of {steps} from {out / 'state'}")
-    history = earlier_metrics(out / "metrics.jsonl", begin)
+    if rank() == 0:
+        keep_metrics(out / "metrics.jsonl", begin)
     begun = time.time()
     log = open(out / "metrics.jsonl", "a", encoding="utf-8") if rank() == 0 else nullcontext()
     with log:
@@ -484,8 +486,8 @@ def fit(
             row = {"step": step, **{name: round(value, 6) for name, value in means.items()}}
             row |= told[step] if told else {}
             row |= {"lr": now, "grad_norm": round(norm, 4), "seconds": round(ended - started, 3)}
+            yield row
             if rank() == 0:
-                history.append(row)
                 data.append_jsonl(log, [row])
             if (step + 1) % print_every == 0 or step + 1 == steps:
                 tokens = sum(lengths[index] for index in plan[step]) if lengths else 0
@@ -493,20 +495,22 @@ def fit(
                 print0(status_line(row, steps, tokens / (ended - started), left, device))
             if save_every and ((step + 1) % save_every == 0 or step + 1 == steps):
                 save_state(out / "state", policy, optimizer, step + 1)
-    return history
 
 
-def earlier_metrics(path: Path, begin: int) -> list[dict]:
-    """The figures of the steps before `begin`, on the first rank. The file is replaced whole: a
-    kill here must not lose them."""
-    if rank() > 0:
-        return []
+def fit(taken: Iterator[dict], out: Path) -> list[dict]:
+    """Takes all steps. Returns the figures of every one, earlier runs' too, on the first rank."""
+    for _ in taken:
+        pass
+    return data.read_metrics(out) if rank() == 0 else []
+
+
+def keep_metrics(path: Path, begin: int) -> None:
+    """Drops the figures of the steps from `begin` on, which are taken again. The file is replaced
+    whole: a kill here must not lose the others."""
     history = data.resume_jsonl(path)
     for row in history:
         data.check_row(row, str(path), "metrics")
-    history = [row for row in history if row["step"] < begin]
-    data.write_jsonl(path, history)
-    return history
+    data.write_jsonl(path, [row for row in history if row["step"] < begin])
 
 
 def accumulate(
@@ -590,11 +594,12 @@ def status_line(row: dict, steps: int, rate: float, left: float, device: torch.d
     memory that was held."""
     shown = [f"step {row['step'] + 1:04d}/{steps:04d}"]
     for name, value in row.items():
-        if name not in ("step", "lr", "seconds", "grad_norm"):
+        if name not in ("step", "lr", "seconds", "grad_norm") and not name.startswith("held_"):
             shown.append(f"{name} {figure(value)}")
     shown += [f"norm {row['grad_norm']:5.2f}", f"lr {row['lr']:.1e}", f"{row['seconds']:6.2f} s"]
     shown += [f"{rate:7,.0f} tokens/s"] if rate else []
     shown.append(f"left {clock(left)}")
     if device.type == "cuda":
         shown.append(f"{torch.cuda.max_memory_allocated() / 2**30:.0f} GB")
+    shown += [f"{name} {figure(value)}" for name, value in row.items() if name.startswith("held_")]
     return " | ".join(shown)

@@ -76,6 +76,25 @@ def group(
     return trees, places
 
 
+LEAST = 16  # ours: pairs that are held out at least, for figures that say something
+MOST = 0.2  # ours: of the pairs; where LEAST are more than that, none are held out
+
+
+def held_out(trees: Sequence[Tree], counts: Sequence[int], share: float) -> set[int]:
+    """The questions that are kept out of training, by a hash of their ids: a share of those that
+    have pairs, and as many more as it takes to LEAST pairs. counts: the pairs of each."""
+    having = [tree for tree, count in enumerate(counts) if count]
+    order = sorted(having, key=lambda tree: data.content_hash(trees[tree].id))
+    held: set[int] = set()
+    pairs = 0
+    for tree in order if share else ():
+        if len(held) >= share * len(having) and pairs >= LEAST:
+            break
+        held.add(tree)
+        pairs += counts[tree]
+    return held if pairs <= MOST * sum(counts) else set()
+
+
 @dataclass(frozen=True)
 class Row:
     """What one forward computes of a tree: some of its chains and the edges between them, which

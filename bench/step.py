@@ -69,14 +69,14 @@ def ours(network, processor: model.Processor, pair: list[list[int]], reference: 
     """(seconds, loss) of each step of train.fit."""
     row, cpu = tree_row(pair, processor), torch.device("cpu")
     with tempfile.TemporaryDirectory() as out:
-        history = train.fit(
+        history = train.fit(train.steps(
             train.shard(model.Policy(network), cpu, checkpointing),
             lambda logp, batch: dpo.pair_loss(logp, batch, BETA),
             lambda index: (row, reference),
             lambda part, weights: dpo.collate_pairs(part, weights, processor),
             [[0]] * steps,
             out=Path(out), device=cpu, learning_rate_peak=LEARNING_RATE, micro=1, warmup=0, save_every=0,
-        )  # fmt: skip
+        ), Path(out))  # fmt: skip
     return [(row["seconds"], row["loss"]) for row in history]
 
 

@@ -136,7 +136,7 @@ def prepare(case: str, models: str, images: str, device: torch.device | None = N
         return dpo.encode_pair(rows[index], processor, root)
 
     if device:
-        values = dpo.references(out / "reference.jsonl", policy, len(rows), encode_row, processor, "checkpoint", micro, device)
+        values = dpo.references(out / "reference.jsonl", policy, len(rows), encode_row, processor, "checkpoint", micro, device)[0]
         dpo.gate_reference(policy, lambda i: (encode_row(i), values[i], ((0, 1),)), processor, dpo.BETA, len(rows), micro, device)
     else:
         rounds = dpo.reference_rounds(policy, encode_row, processor, list(range(len(rows))), 1, torch.device("cpu"))
@@ -159,10 +159,10 @@ def run_case(case: str, models: str, images: str, out: Path, stop: int | None = 
             raise Stop
         return collate(r, w)
 
-    train.fit(
+    train.fit(train.steps(
         policy, loss_of, encode, watched, train.shuffled(len(rows), BATCH, 1.5, 0), out=out, device=device,
         learning_rate_peak=PEAK, micro=micro, warmup=0.1, save_every=1, print_every=100,
-    )  # fmt: skip
+    ), out)  # fmt: skip
     return dict(train.whole_tensors(policy))
 
 

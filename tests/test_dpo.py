@@ -234,7 +234,7 @@ def test_a_pair_without_ids_is_tokenised_with_its_end_of_turn(processor, films):
 
 
 def refer(tmp_path, policy, rows: list[model.Row], processor, checkpoint: str = "one", micro: int = 2) -> list[list[float]]:
-    return dpo.references(tmp_path / "reference.jsonl", policy, len(rows), lambda index: rows[index], processor, checkpoint, micro, CPU)
+    return dpo.references(tmp_path / "reference.jsonl", policy, len(rows), lambda index: rows[index], processor, checkpoint, micro, CPU)[0]
 
 
 def test_reference_values_are_the_sums_of_separate_rows(folder, policy, processor, films, tmp_path):
@@ -397,7 +397,12 @@ def test_the_gate_refuses_lora_on_other_than_the_language_models_linears(folders
 def test_the_gate_refuses_a_policy_that_is_not_its_reference(folders, films, tmp_path, capsys, monkeypatch, shift):
     """Where both log-probabilities are off by the same, the loss is ln 2 all the same."""
     references = dpo.references
-    monkeypatch.setattr(dpo, "references", lambda *given: [[value + off for value, off in zip(values, shift)] for values in references(*given)])
+
+    def shifted(*given):
+        found, keys = references(*given)
+        return [[value + off for value, off in zip(values, shift)] for values in found], keys
+
+    monkeypatch.setattr(dpo, "references", shifted)
     said = "log-probabilities differ by up to (0.1000|nan); remove reference.jsonl"
     refused("policy equals reference", said, folders["qwen"], films, tmp_path, capsys, [pair(0), pair(1)], "--micro-batch", "2")
 
@@ -435,13 +440,13 @@ def test_a_run_starts_at_ln_2_learns_the_preference_and_leaves_vision_alone(fold
     share = sum(m.sum().item() for m in moved) / sum(m.numel() for m in moved)
     saved = {"weights_changed": pytest.approx(share, abs=1e-12), "rounding_lost": 0.0}
     losses = {"first_loss": metrics[0]["loss"], "last_loss": metrics[-1]["loss"]}
-    assert stage["figures"] == {"pairs": 4, "dropped": 0, "steps": 4, **losses, **saved}
+    assert stage["figures"] == {"pairs": 4, "held_out": 0, "dropped": 0, "steps": 4, **losses, **saved}
     assert stage["outputs"] == {"merged": fingerprint(tmp_path / "out" / "merged")} and not (tmp_path / "out" / "state").exists()
     assert "kept 4 of 4" in (said := capsys.readouterr().out) and "1 tokenised from text" in said
     lines = said.partition("\nStage II is finished: ")[2].splitlines()
     found = {line[:14].strip(): line[14:] for line in lines[1:]}
     assert lines[0] == str(tmp_path / "out" / "merged")
-    assert found["pairs"] == "4 trained on, 0 too long"
+    assert found["pairs"] == "4 trained on, 0 held out, 0 too long"
     for name in ("loss", "margin", "accuracy"):
         assert f"{name} {metrics[0][name]:.3f} -> {metrics[-1][name]:.3f}" in found["loss"]
     assert found["training"].startswith("4 steps in 0:00:0") and "tokens/s" in found["training"]

@@ -107,10 +107,10 @@ def measured(config, stage: str, method: str, shape: str, checkpointing: bool, o
         return sft.sft_loss(logp, batch, dict.fromkeys(data.SPAN_NAMES, 1.0)) if stage == "sft" else dpo.pair_loss(logp, batch, 0.1)
 
     with LiveTensors([*policy.parameters(), *policy.buffers()]) as live:
-        train.fit(
+        train.fit(train.steps(
             policy, loss, encode, collate, train.shuffled(2 * micro, 2 * micro, 2, 0), out=out, device=torch.device("cpu"),
             learning_rate_peak=1e-4, micro=micro, warmup=0.1, save_every=0,
-        )  # fmt: skip
+        ), out)  # fmt: skip
     return live.peak, plan.Load(micro, length, length - length // 4, stage == "dpo", pixels.numel() * 4, checkpointing)
 
 

@@ -66,7 +66,7 @@ def toy_fit(toy: nn.Module, out: Path, encode=None, loss=toy_loss, save_every: i
     rows = toy_rows(10)
     settings = dict(learning_rate_peak=0.05, micro=micro, warmup=0.4, save_every=save_every, print_every=100) | changes
     plan = train.shuffled(len(rows), 4, 2, 3)
-    return train.fit(toy, loss, encode or (lambda i: rows[i]), toy_collate, plan, out=out, device=CPU, **settings)
+    return train.fit(train.steps(toy, loss, encode or (lambda i: rows[i]), toy_collate, plan, out=out, device=CPU, **settings), out)
 
 
 def weights_of(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -170,12 +170,12 @@ def test_accumulation_takes_the_same_step_as_one_large_batch(folders, tmp_path):
         policy = model.load_policy(folders["qwen"])
         policy.freeze_vision()
         policy.double()
-        train.fit(
+        train.fit(train.steps(
             policy, lambda logp, b: sft.sft_loss(logp, b, dict.fromkeys(data.SPAN_NAMES, 1.0)),
             lambda i: encoded[i], lambda r, w: model.collate(r, processor, w),
             train.shuffled(len(encoded), 4, 1.5, 0), out=tmp_path / str(micro), device=CPU,
             learning_rate_peak=1e-3, micro=micro, warmup=0.1, save_every=0, print_every=100,
-        )  # fmt: skip
+        ), tmp_path / str(micro))  # fmt: skip
         runs.append(weights_of(policy))
     for run in runs[1:]:
         assert max((run[name] - runs[0][name]).abs().max().item() for name in run) < 2e-6  # three steps of up to 1e-3

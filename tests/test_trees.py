@@ -2,6 +2,7 @@
 steps."""
 
 import json
+import math
 from collections import Counter
 
 import pytest
@@ -14,6 +15,7 @@ from test_dpo import assert_close, run
 import data
 import dpo
 import model
+import stage
 import train
 import trees
 
@@ -321,3 +323,56 @@ def test_only_a_pair_that_alone_is_too_long_is_dropped_and_its_length_is_told(
     assert [row["pairs"] for row in history] == [3]
     record = json.loads((tmp_path / "out" / "stage.json").read_text())
     assert record["figures"]["dropped"] == 1
+
+
+# --------------------------------------------------------------------------------------------------
+# Held out
+
+
+def forest(counts: list[int]) -> list[trees.Tree]:
+    return [trees.Tree(f"q{n}", [], [], (), tuple((0, 1) for _ in range(k))) for n, k in enumerate(counts)]
+
+
+def test_held_out_questions_are_drawn_by_their_ids_and_have_pairs_enough():
+    counts = [3] * 400
+    held = trees.held_out(forest(counts), counts, 0.05)
+    assert len(held) == 20 and held == trees.held_out(forest(counts), counts, 0.05)
+    few = [1] * 100  # five questions would have five pairs
+    assert len(trees.held_out(forest(few), few, 0.05)) == trees.LEAST
+    assert trees.held_out(forest([2] * 20), [2] * 20, 0.05) == set()  # 16 of 40 pairs are too many
+    assert trees.held_out(forest(counts), counts, 0) == set()
+    empty = [0, 4] * 100
+    assert all(empty[tree] for tree in trees.held_out(forest(empty), empty, 0.05))
+
+
+def test_held_out_pairs_are_looked_at_and_never_trained_on(folders, films, tmp_path, capsys):
+    processor = model.Processor(folders["qwen"], 56 * 56, 1)
+    pairs = [row for n in range(90) for row in question(n, EDGES[: 1 + n % 3], None, processor)]
+    flags = ["--batch", "16", "--epochs", "1", "--lr", "1e-3", "--micro-batch", "8"]
+    run(folders["qwen"], films, tmp_path, pairs, *flags)
+    said, history = capsys.readouterr().out, data.read_metrics(tmp_path / "out")
+    figures = json.loads((tmp_path / "out" / "stage.json").read_text())["figures"]
+    held = figures["held_out"]
+    assert held >= trees.LEAST and f"held out: {held} pairs of " in said
+    assert sum(row["pairs"] for row in history) == figures["pairs"] == len(pairs) - held
+    looked = [row for row in history if "held_loss" in row]
+    assert looked and looked[-1] == history[-1]  # 11 steps: one more often than every tenth
+    assert looked[-1]["held_loss"] < looked[0]["held_loss"] and figures["held_loss"] == looked[-1]["held_loss"]
+
+    # by hand, from what the chains' log-probabilities were and are
+    before, after = (
+        {row["key"]: row["logp"] for _, row in data.read_jsonl(tmp_path / "out" / f"{name}.jsonl")}
+        for name in ("reference", "after")
+    )
+    assert before.keys() == after.keys()
+    grown_, _ = grown(pairs, processor, films)
+    kept = trees.held_out(grown_, [len(tree.edges) for tree in grown_], 0.05)
+    checkpoint = stage.fingerprint(folders["qwen"])
+    losses = []
+    for tree in (grown_[number] for number in kept):
+        row = dpo.encode_tree(tree, range(len(tree.chains)), processor, films)
+        keys = dpo.chain_keys(row, checkpoint)
+        for chosen, rejected in tree.edges:
+            ends = [after[keys[end]] - before[keys[end]] for end in (chosen, rejected)]
+            losses.append(math.log1p(math.exp(-dpo.BETA * (ends[0] - ends[1]))))
+    assert history[-1]["held_loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-4)
