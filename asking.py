@@ -59,8 +59,9 @@ class Reply:
     """One answer. finish_reason is "stop"; "length" where the token limit cut it off; "overlong" where the prompt left no room
     for one; of a remote engine also "blocked" (by a safety filter), "refused" (the request was), "empty" (nothing to be
     read, however often it was asked). token_ids end with the stop token if there was one, and are None where the engine does
-    not tell them. reasoning is what a remote engine thought, where it tells that apart from its answer. token_logps are the
-    log-probabilities of token_ids at temperature 1, over the whole vocabulary; None where the engine does not tell them."""
+    not tell them. reasoning is what a remote engine thought, where it tells that apart.
+    token_logps are the log-probabilities of token_ids at temperature 1, over the whole vocabulary,
+    in nats; None where the engine does not tell them."""
 
     id: str
     sample: int

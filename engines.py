@@ -15,8 +15,8 @@ With hf: and vllm: a question's eighth answer is asked for in the same way wheth
 Where we depart from the paper, or it is silent:
   1. It samples its own checkpoints with vLLM; hf: is for reading and for machines without.
   2. One picture of an image: hf: and vllm: cut it as training does, and vllm: is held to training's token ids.
-  3. hf: and vllm: tell the log-probability of each token as training computes it: of the model itself, at temperature 1,
-     over the whole vocabulary, whatever the sampling makes of it. drift.py compares them with the trainer's.
+  3. hf: and vllm: tell each token's log-probability as training computes it, at temperature 1 over
+     the whole vocabulary, whatever the sampling made of that. drift.py compares it with training's.
 """
 
 import atexit
@@ -267,7 +267,7 @@ class VLLMEngine:
             limit_mm_per_prompt={"image": self.IMAGES, "video": 0}, mm_processor_kwargs=cut, disable_log_stats=True,
             enforce_eager=not torch.cuda.is_available(),  # on a CPU compiling takes minutes and gains nothing
             generation_config="vllm",  # a checkpoint's own file would bring a top-k and a repetition penalty along unseen
-            logprobs_mode="raw_logprobs",  # before bias, temperature and top-p: what training computes
+            logprobs_mode="raw_logprobs",  # before bias, temperature and top-p, as in training
         )  # fmt: skip
         self.engine = LLMEngine.from_engine_args(settings)
 
@@ -315,7 +315,8 @@ class VLLMEngine:
                     raise Unavailable(f"{self.spec}: vLLM made {len(output.prompt_token_ids)} prompt tokens of question {id}, training makes {len(expected)}: their image settings differ")
                 answer = output.outputs[0]
                 ids = list(answer.token_ids)
-                logps = [told[token].logprob for token, told in zip(ids, answer.logprobs, strict=True)]
+                told = zip(ids, answer.logprobs, strict=True)
+                logps = [of[token].logprob for token, of in told]
                 finish = "stop" if ids and ids[-1] == self.processor.stop_id else "length"
                 self.tally["tokens"] += len(ids)
                 text = self.processor.decode(ids)

@@ -240,13 +240,13 @@ def make_pairs(
             if good["response"] == bad["response"] or (key, good["response"], bad["response"]) in duplicates:
                 continue  # one text, judged both ways: no preference
             duplicates.add((key, good["response"], bad["response"]))
-            sides_of = (("chosen", good), ("rejected", bad))
             rows.append({
                 "id": key, "prompt": data.prompt_messages(question), "images": question.images,
                 "chosen": good["response"], "rejected": bad["response"], "chosen_sample": good["sample"], "rejected_sample": bad["sample"],
                 "chosen_token_ids": good["token_ids"], "rejected_token_ids": bad["token_ids"],
                 "chosen_verdict": good["verdict"], "rejected_verdict": bad["verdict"], "failed": bad["failed"],
-                **{f"{side}_{key}": row[key] for side, row in sides_of for key in LOGPS if key in row},
+                **{f"chosen_{key}": good[key] for key in LOGPS if key in good},
+                **{f"rejected_{key}": bad[key] for key in LOGPS if key in bad},
             })  # fmt: skip
     report |= {
         "positive": sum(len(good) for good, _ in sides.values()),

@@ -2,8 +2,9 @@
 
 Stage II does not learn from someone else's chains but from the difference between this model's good and bad ones. So
 each multimodal question is answered eight times, and token ids are kept: what was sampled is what DPO will train on.
-Their log-probabilities are kept where the engine tells them, so that Stage II can see whether it trains the model that
-sampled (drift.py): "logp", the sum over a chain, and of the first chains "token_logps", token by token.
+Their log-probabilities are kept where the engine tells them, so that Stage II can see whether it
+trains the model that sampled (drift.py): "logp", the sum over a chain, and of the first chains
+"token_logps", token by token.
 
 reads questions.jsonl; writes OUT/rollouts.jsonl, one row a sample, and OUT/stage.json
 
