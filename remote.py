@@ -491,8 +491,9 @@ class ChatEngine(RemoteEngine):
             raise Again("an empty answer")
         if ids and finish == "stop":
             text = re.sub(r"<\|im_end\|>$", "", text)  # special tokens are asked for, to be seen; this one is the end
-        told = [token.logprob for token in choice.logprobs.content or ()] if choice.logprobs else []
-        logps = told if ids and len(told) == len(ids) else None
+        logps = None
+        if ids and choice.logprobs and len(told := choice.logprobs.content or []) == len(ids):
+            logps = [token.logprob for token in told]
         return Reply(id, sample, text, ids, finish, seed, reasoning, logps)
 
     def status(self, error: Exception) -> int | None:
