@@ -225,8 +225,9 @@ def test_a_chain_of_several_pairs_counts_once_and_one_without_a_figure_not_at_al
         pair("a", [1, 2], [4], chosen_logp=-1.0, rejected_logp=None),  # an engine that tells none
         pair("b", [1, 2], [5], chosen_logp=-3.0),
         pair("b", None, None),  # an older file, of a text alone
+        pair("c", None, [], chosen_logp=-1.0, rejected_logp=-1.0),  # tokens are made of the text
     ]
-    values = [[-1.5, -2.5], [-1.5, -9.0], [-3.5, -9.0], [-9.0, -9.0]]
+    values = [[-1.5, -2.5], [-1.5, -9.0], [-3.5, -9.0], [-9.0, -9.0], [-9.0, -9.0]]
     assert drift.chains_of(pairs, values, {0: [[-0.5, -1.0], [-2.5]]}) == [
         drift.Chain(-1.0, -1.5, 2, [-0.4, -0.6], [-0.5, -1.0]),
         drift.Chain(-2, -2.5, 1, None, [-2.5]), drift.Chain(-3.0, -3.5, 2),
