@@ -59,7 +59,9 @@ class Reply:
     """One answer. finish_reason is "stop"; "length" where the token limit cut it off; "overlong" where the prompt left no room
     for one; of a remote engine also "blocked" (by a safety filter), "refused" (the request was), "empty" (nothing to be
     read, however often it was asked). token_ids end with the stop token if there was one, and are None where the engine does
-    not tell them. reasoning is what a remote engine thought, where it tells that apart from its answer."""
+    not tell them. reasoning is what a remote engine thought, where it tells that apart.
+    token_logps are the log-probabilities of token_ids at temperature 1, over the whole vocabulary,
+    in nats; None where the engine does not tell them."""
 
     id: str
     sample: int
@@ -68,6 +70,12 @@ class Reply:
     finish_reason: str
     seed: int
     reasoning: str = ""
+    token_logps: list[float] | None = None
+
+    @property
+    def logp(self) -> float | None:
+        """log p(y | q, I): the sum over the tokens, in nats."""
+        return None if self.token_logps is None else sum(self.token_logps)
 
 
 class Engine(Protocol):
@@ -252,6 +260,7 @@ def reply_row(reply: Reply, spec: str) -> dict:
     return {
         "id": reply.id, "sample": reply.sample, "engine": spec, "response": reply.text, "token_ids": reply.token_ids,
         "finish_reason": reply.finish_reason, "seed": reply.seed, "response_sha": data.response_hash(reply.text),
+        "logp": reply.logp,
     }  # fmt: skip
 
 

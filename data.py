@@ -413,6 +413,11 @@ OPTIONS: Rule = (
 TURNS: Rule = ("a list of turns, each with a role and a content that is a text, the last one the user's", lambda value: isinstance(value, list) and value != [] and all(map(is_turn, value)) and value[-1]["role"] == "user")
 DEMO: Rule = ("three turns of system, user, assistant", lambda value: isinstance(value, list) and all(map(is_turn, value)) and [turn["role"] for turn in value] == ["system", "user", "assistant"])
 TOKENS: Rule = ("a list of token ids, or null", lambda value: value is None or (isinstance(value, list) and all(WHOLE[1](token) and token < 2**31 for token in value)))
+NUMBER: Rule = ("a number, or null", lambda value: value is None or type(value) in (int, float))
+NUMBERS: Rule = (
+    "a list of numbers",
+    lambda value: isinstance(value, list) and all(type(one) in (int, float) for one in value),
+)
 META: Rule = ("an object, with a list of texts under 'answers' if there is one", lambda value: isinstance(value, dict) and NAMES[1](value.get("answers", [])))
 VERDICT: Rule = (
     f"null, or true or false for each of {', '.join(JUDGED)}",
@@ -444,7 +449,11 @@ KINDS = {
     ),
     "rollouts": Kind(
         {"id": FILLED, "sample": WHOLE, "response": TEXT, "token_ids": TOKENS, "finish_reason": FINISH, "response_sha": TEXT},
-        {"engine": TEXT, "seed": WHOLE, "asked": TEXT, "reasoning": TEXT, "extracted": CHOICE, "correct": TRUTH, "official": CHOICE, "official_correct": TRUTH},
+        {
+            "engine": TEXT, "seed": WHOLE, "asked": TEXT, "reasoning": TEXT,
+            "extracted": CHOICE, "correct": TRUTH, "official": CHOICE, "official_correct": TRUTH,
+            "logp": NUMBER, "token_logps": NUMBERS,
+        },
         lambda row: (row["id"], row["sample"]),
     ),
     "verdicts": Kind(
@@ -453,7 +462,13 @@ KINDS = {
     ),
     "pairs": Kind(
         {"id": FILLED, "prompt": TURNS, "images": IMAGES, "chosen": FILLED, "rejected": FILLED, "failed": NAMES},
-        {f"{side}_{key}": rule for side in ("chosen", "rejected") for key, rule in (("sample", WHOLE), ("token_ids", TOKENS), ("verdict", TEXT))},
+        {
+            f"{side}_{key}": rule for side in ("chosen", "rejected")
+            for key, rule in (
+                ("sample", WHOLE), ("token_ids", TOKENS), ("verdict", TEXT),
+                ("logp", NUMBER), ("token_logps", NUMBERS),
+            )
+        },
         lambda row: (row["id"], row["chosen"], row["rejected"]),
     ),
     "key": Kind({"case": FILLED, "id": FILLED, "response_sha": TEXT}, {}, lambda row: row["case"]),

@@ -10,6 +10,10 @@ keys and values are held once instead of n times. A question's answers are hande
 branch ends. vLLM samples the same distribution much faster; this is what it does, in few pages, and
 what runs where vLLM does not.
 
+Beside each token comes its log-probability, log softmax(logits)[y_t] in fp32 at temperature 1, over
+the whole vocabulary, before a ban, temperature or top-p: what the trainer computes of the same
+tokens (drift.py compares the two).
+
 Where we depart from the paper, or it is silent:
   1. It samples with vLLM. Temperature and top-p are explained where they are flags (rollout.py,
      evaluate.py).
@@ -202,19 +206,21 @@ def never_sampled(policy: Policy, processor: Processor, device: torch.device) ->
     return banned
 
 
-def responses(tokens: Tensor) -> list[list[int]]:
-    """tokens (n, steps), -1 after an end -> n lists"""
-    return [[token for token in branch if token >= 0] for branch in tokens.tolist()]
+def responses(tokens: Tensor, logps: Tensor) -> list[tuple[list[int], list[float]]]:
+    """tokens (n, steps), -1 after an end, and their log-probabilities (n, steps) -> n pairs"""
+    lengths = (tokens >= 0).sum(1).tolist()
+    branches = zip(tokens.tolist(), logps.tolist(), lengths)
+    return [(ids[:length], told[:length]) for ids, told, length in branches]
 
 
 @torch.inference_mode()
 def decode_trees(
     policy: Policy, processor: Processor, prompts: list[Segment], draws: Tensor,
     temperature: float, top_p: float,
-) -> Iterator[tuple[int, dict[int, list[list[int]]]]]:  # fmt: skip
+) -> Iterator[tuple[int, dict[int, list[tuple[list[int], list[float]]]]]]:  # fmt: skip
     """n responses of each prompt. draws (R, n, max_tokens). Yields after every step how many tokens
-    it sampled, and {row: token ids of its n responses} of the rows whose last branch it ended. A
-    response ends with the stop token unless it is cut off.
+    it sampled, and {row: its n responses} of the rows whose last branch it ended: token ids and
+    their log-probabilities. A response ends with the stop token unless it is cut off.
 
     Rows are padded on the left. At step t a row feeds one token of each of its n branches; the
     cache then holds, after the prompt, the branches' tokens interleaved: step 0 of branches 0 ...
@@ -243,20 +249,25 @@ def decode_trees(
     hidden = advance(embedded, positions, mask[:, None])[:, -1:].expand(-1, n, -1)  # (R, n, D)
 
     tokens = torch.full((rows, n, steps), -1, dtype=torch.long, device=device)
+    logps = torch.zeros(rows, n, steps, device=device)
     alive = torch.arange(rows, device=device)  # rows in the batch, by their first numbering
     waited_for = set(range(rows))
     done = torch.zeros(rows, n, dtype=torch.bool, device=device)
     own = torch.eye(n, dtype=torch.bool, device=device)
     for step in range(steps):
-        logits = policy.model.lm_head(hidden).masked_fill_(banned, float("-inf"))  # (R, n, V)
-        chosen = choose(logits, draws[alive, :, step], temperature, top_p)  # (R, n)
+        logits = policy.model.lm_head(hidden)  # (R, n, V)
+        total = logits.float().logsumexp(-1)  # before the ban, as in training
+        chosen = choose(
+            logits.masked_fill_(banned, float("-inf")), draws[alive, :, step], temperature, top_p
+        )  # (R, n)
         tokens[alive, :, step] = torch.where(done, -1, chosen)
+        logps[alive, :, step] = logits.gather(-1, chosen[..., None])[..., 0].float() - total
         sampled = done.numel() - int(done.sum())
         done |= chosen == processor.stop_id
         ended = done.all(1) if step + 1 < steps else torch.ones_like(done[:, 0])
         new = waited_for & set(alive[ended].tolist())
         waited_for -= new
-        yield sampled, {row: responses(tokens[row]) for row in sorted(new)}
+        yield sampled, {row: responses(tokens[row], logps[row]) for row in sorted(new)}
         if not waited_for:
             return
         if len(waited_for) <= DROPPED * len(alive):

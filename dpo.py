@@ -50,6 +50,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import data
+import drift
 import flags
 import lora
 import model
@@ -283,6 +284,24 @@ def gate_reference(
     check(claim, abs(first - math.log(2)) <= limit, "policy and reference differ before any update")
 
 
+def gate_drift(
+    args: argparse.Namespace, pairs: list[dict], values: list[list[float]], device: torch.device
+) -> None:
+    """The reference's log-probabilities must be those that the sampler told: the same weights, the
+    same images, the same positions. A collective: all ranks have all values."""
+    chains = drift.chains_of(pairs, values, {})
+    if not chains:
+        train.print0("drift: not measured, since no pair tells its sampler's log-probabilities")
+        return
+    limit = args.max_drift or (drift.LIMIT_BF16 if device.type == "cuda" else drift.LIMIT_FP32)
+    found = drift.compare(chains)
+    train.print0(f"drift: {drift.told(found)}; the limit is {limit:g} (--max-drift)")
+    try:
+        drift.check(found, limit, args.pairs)
+    except data.RowError as error:
+        train.refuse(error)
+
+
 @torch.no_grad()
 def held_figures(
     policy: model.Policy,
@@ -328,20 +347,21 @@ def collate_pairs(
 
 def within(
     grown: list[trees.Tree], places: list[tuple[int, int]], sizes: list[list[int]], limit: int
-) -> tuple[list[list[trees.Edge]], list[tuple[int, int]], list[int]]:
-    """(edges of each tree, (tree, edge) of each pair, tokens of the pairs left out): without the
-    pairs that alone are over `limit` tokens."""
+) -> tuple[list[list[trees.Edge]], list[tuple[int, int]], list[int], list[int]]:
+    """(edges of each tree, (tree, edge) of each pair that fits, tokens of the pairs left out, which
+    pairs fit): without the pairs that alone are over `limit` tokens."""
     edges: list[list[trees.Edge]] = [[] for _ in grown]
-    kept, dropped = [], []
-    for tree, number in places:
+    kept, dropped, fitting = [], [], []
+    for pair, (tree, number) in enumerate(places):
         chosen, rejected = grown[tree].edges[number]
         tokens = sizes[tree][0] + sizes[tree][1 + chosen] + sizes[tree][1 + rejected]
         if tokens > limit:
             dropped.append(tokens)
             continue
+        fitting.append(pair)
         kept.append((tree, len(edges[tree])))
         edges[tree].append((chosen, rejected))
-    return edges, kept, dropped
+    return edges, kept, dropped, fitting
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -362,6 +382,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     # ours: paper silent; a share of the questions
     said = "share of the questions whose pairs are not trained on, and are looked at on the way"
     parser.add_argument("--held-out", type=flags.number(0, 0.5), default=0.05, help=said)
+    said = "most nats a token between trainer and sampler; 0: 0.005 in bf16, 0.0001 in fp32"
+    parser.add_argument("--max-drift", type=flags.number(0), default=0.0, help=said)
     parser.add_argument("--require-token-ids", action="store_true", help="refuse pairs without the rollout's token ids")
     train.add_flags(parser, "pairs")
     return parser.parse_args(argv)
@@ -398,7 +420,7 @@ def main(argv: list[str] | None = None) -> None:
 
     ids = [tree.id for tree in grown]
     sizes = gate_rows(args.pairs, grown, ids, encode_whole, responses, processor)
-    edges, places, dropped = within(grown, places, sizes, args.max_length)
+    edges, places, dropped, fitting = within(grown, places, sizes, args.max_length)
     over = f"({len(dropped)} over {args.max_length} tokens: --max-length)"
     train.print0(f"pairs: kept {len(places)} of {len(pairs)} {over}, {textual} tokenised from text")
     if dropped:
@@ -453,6 +475,10 @@ def main(argv: list[str] | None = None) -> None:
         (row.tree, chain): value
         for row, found in zip(wholes, values) for chain, value in zip(row.chains, found)
     }  # fmt: skip
+
+    ends = [edges[tree][edge] for tree, edge in places]
+    both = [[logp[tree, end] for end in pair] for (tree, _), pair in zip(places, ends)]
+    gate_drift(args, [pairs[index] for index in fitting], both, device)
 
     def with_reference(row: trees.Row) -> Encoded:
         return encode_row(row), [logp[row.tree, chain] for chain in row.chains], row.edges

@@ -15,6 +15,8 @@ With hf: and vllm: a question's eighth answer is asked for in the same way wheth
 Where we depart from the paper, or it is silent:
   1. It samples its own checkpoints with vLLM; hf: is for reading and for machines without.
   2. One picture of an image: hf: and vllm: cut it as training does, and vllm: is held to training's token ids.
+  3. hf: and vllm: tell each token's log-probability as training computes it, at temperature 1 over
+     the whole vocabulary, whatever the sampling made of that. drift.py compares it with training's.
 """
 
 import atexit
@@ -225,10 +227,11 @@ class HFEngine:
             replies = []
             for row, responses in ended.items():
                 ask = group[row][0]
-                for k, ids, seed in zip(ask.samples, responses, seeds[row]):
+                for k, (ids, logps), seed in zip(ask.samples, responses, seeds[row]):
                     finish = "stop" if ids[-1] == self.processor.stop_id else "length"
                     text = self.processor.decode(ids)
-                    replies.append(Reply(ask.id, k, text, ids, finish, seed))
+                    told = Reply(ask.id, k, text, ids, finish, seed, token_logps=logps)
+                    replies.append(told)
             yield sampled, replies
 
 
@@ -263,6 +266,7 @@ class VLLMEngine:
             limit_mm_per_prompt={"image": self.IMAGES, "video": 0}, mm_processor_kwargs=cut, disable_log_stats=True,
             enforce_eager=not torch.cuda.is_available(),  # on a CPU compiling takes minutes and gains nothing
             generation_config="vllm",  # a checkpoint's own file would bring a top-k and a repetition penalty along unseen
+            logprobs_mode="raw_logprobs",  # before bias, temperature and top-p, as in training
         )  # fmt: skip
         self.engine = LLMEngine.from_engine_args(settings)
 
@@ -295,6 +299,7 @@ class VLLMEngine:
                     params = SamplingParams(
                         temperature=sampling.temperature, top_p=sampling.top_p, max_tokens=sampling.max_tokens, seed=seed % 2**63,
                         stop_token_ids=[self.processor.stop_id], logit_bias=self.never, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
+                        logprobs=0,  # of the sampled token and of no other
                     )  # fmt: skip
                     self.engine.add_request(f"{ask.id}/{k}", prompt, params)
                     running[f"{ask.id}/{k}"] = (ask.id, k, seed, expected)
@@ -307,10 +312,14 @@ class VLLMEngine:
                 id, k, seed, expected = running.pop(output.request_id)
                 if list(output.prompt_token_ids) != expected:
                     raise Unavailable(f"{self.spec}: vLLM made {len(output.prompt_token_ids)} prompt tokens of question {id}, training makes {len(expected)}: their image settings differ")
-                ids = list(output.outputs[0].token_ids)
+                answer = output.outputs[0]
+                ids = list(answer.token_ids)
+                told = zip(ids, answer.logprobs, strict=True)
+                logps = [of[token].logprob for token, of in told]
                 finish = "stop" if ids and ids[-1] == self.processor.stop_id else "length"
                 self.tally["tokens"] += len(ids)
-                replies.append(Reply(id, k, self.processor.decode(ids), ids, finish, seed))
+                text = self.processor.decode(ids)
+                replies.append(Reply(id, k, text, ids, finish, seed, token_logps=logps))
             if replies:
                 yield replies
 

@@ -170,6 +170,8 @@ def verdicts(args: argparse.Namespace) -> None:
 RULES = ("all", "per-positive", "one", "length-matched")
 # ours: a warning says so below these; the paper has 4,432 and 5,224 pairs (3.3)
 FEW_PAIRS, FEW_QUESTIONS = 100, 20
+# what the sampler told of a chain, where it did (rollout.py): dpo.py compares its own (drift.py)
+LOGPS = ("logp", "token_logps")
 
 
 def choose_pairs(positives: list[dict], negatives: list[dict], rule: str, cap: int, rng: random.Random) -> list[tuple[dict, dict]]:
@@ -242,6 +244,8 @@ def make_pairs(
                 "chosen": good["response"], "rejected": bad["response"], "chosen_sample": good["sample"], "rejected_sample": bad["sample"],
                 "chosen_token_ids": good["token_ids"], "rejected_token_ids": bad["token_ids"],
                 "chosen_verdict": good["verdict"], "rejected_verdict": bad["verdict"], "failed": bad["failed"],
+                **{f"chosen_{key}": good[key] for key in LOGPS if key in good},
+                **{f"rejected_{key}": bad[key] for key in LOGPS if key in bad},
             })  # fmt: skip
     report |= {
         "positive": sum(len(good) for good, _ in sides.values()),

@@ -22,7 +22,8 @@ the internet in the clear.
 Where we depart from the paper, or it is silent:
   1. Which servers, how often to try again, how many requests at once: ours.
   2. A remote model gets an image upright and no larger than --pixels. `vllm serve` gets it whole
-     and must be started with the settings of training.
+     and must be started with the settings of training. It tells log-probabilities as they are
+     before temperature and top-p, unless it is started with another --logprobs-mode.
   3. Gemini tells summaries of its thoughts only, which `distill.py --expand` writes out.
 """
 
@@ -420,6 +421,7 @@ class ChatEngine(RemoteEngine):
         if self.vllm:  # and nothing that a checkpoint's generation_config would bring along
             settings["extra_body"] = {"top_k": 0, "repetition_penalty": 1.0}
             settings["extra_body"] |= {"return_token_ids": True, "skip_special_tokens": False}
+            settings["logprobs"] = True
         if not wish:
             settings |= {"stream": True, "stream_options": {"include_usage": True}}
         messages = self.messages(ask)
@@ -448,6 +450,9 @@ class ChatEngine(RemoteEngine):
                         message[key] = message.get(key, "") + more
                 if more := getattr(piece, "token_ids", None):
                     choice["token_ids"] = choice.get("token_ids", []) + more
+                if more := piece.logprobs and piece.logprobs.content:
+                    told = choice.setdefault("logprobs", {"content": []})
+                    told["content"] += [{"logprob": token.logprob} for token in more]
                 choice["finish_reason"] = piece.finish_reason or choice.get("finish_reason")
         ended = [choice for _, choice in sorted(choices.items()) if choice["finish_reason"]]
         if choices and not ended:
@@ -486,7 +491,10 @@ class ChatEngine(RemoteEngine):
             raise Again("an empty answer")
         if ids and finish == "stop":
             text = re.sub(r"<\|im_end\|>$", "", text)  # special tokens are asked for, to be seen; this one is the end
-        return Reply(id, sample, text, ids, finish, seed, reasoning)
+        logps = None
+        if ids and choice.logprobs and len(told := choice.logprobs.content or []) == len(ids):
+            logps = [token.logprob for token in told]
+        return Reply(id, sample, text, ids, finish, seed, reasoning, logps)
 
     def status(self, error: Exception) -> int | None:
         if isinstance(error, self.openai.APIStatusError):

@@ -2,6 +2,9 @@
 
 Stage II does not learn from someone else's chains but from the difference between this model's good and bad ones. So
 each multimodal question is answered eight times, and token ids are kept: what was sampled is what DPO will train on.
+Their log-probabilities are kept where the engine tells them, so that Stage II can see whether it
+trains the model that sampled (drift.py): "logp", the sum over a chain, and of the first chains
+"token_logps", token by token.
 
 reads questions.jsonl; writes OUT/rollouts.jsonl, one row a sample, and OUT/stage.json
 
@@ -29,6 +32,7 @@ from asking import (
 from engines import open_engine
 
 
+TOLD = 64  # ours: chains, in the order of the questions, that keep every token's log-probability
 CUT_OFF = 0.05  # ours: share of answers cut off by the token limit from which a warning says so
 
 
@@ -96,8 +100,13 @@ def main(argv: list[str] | None = None) -> None:
     answered_by = identity(args.engine)  # before it is asked: its folder may be trained anew
     engine = open_engine(args.engine, setup_of(args))
 
+    first = set([(ask.id, k) for ask in asks for k in ask.samples][:TOLD])
+
     def row_of(reply: Reply) -> dict:
-        return reply_row(reply, args.engine)
+        row = reply_row(reply, args.engine)
+        if reply.token_logps is not None and (reply.id, reply.sample) in first:
+            row["token_logps"] = reply.token_logps
+        return row
 
     rows = list(ask_all(engine, asks, sampling, replies, row_of, "rollouts").values())
     data.write_jsonl(path, rows)

@@ -749,6 +749,16 @@ def test_check_passes_a_good_file_and_names_its_kind(tmp_path, capsys, kind):
     assert f"{path}: 1 {kind}\n0 mistakes" in capsys.readouterr().out
 
 
+def test_log_probabilities_of_the_sampler_may_be_there_or_null_or_missing(tmp_path):
+    told = {"logp": -1.5, "token_logps": [-1, -0.5]}
+    for more in ({}, {"logp": None}, {"logp": -2}, told):
+        write(tmp_path / "rollouts.jsonl", {**ROLLOUT, **more})
+        assert data.read_rows(tmp_path / "rollouts.jsonl", "rollouts") == [{**ROLLOUT, **more}]
+        sided = {f"rejected_{key}": value for key, value in more.items()}
+        write(tmp_path / "pairs.jsonl", {**PAIR, **sided})
+        assert data.read_rows(tmp_path / "pairs.jsonl", "pairs") == [{**PAIR, **sided}]
+
+
 def test_every_kind_is_told_by_its_own_key_and_has_a_good_row_here():
     assert GOOD.keys() == data.KINDS.keys()
     assert {kind: data.kind_of(row) for kind, row in GOOD.items()} == {kind: kind for kind in GOOD}
@@ -811,6 +821,11 @@ BAD = {  # what is wrong: (kind, the row or its line, what the message must name
     "a rollout numbered by true": ("rollouts", {**ROLLOUT, "sample": True}, "sample"),
     "a rollout without token ids": ("rollouts", without(ROLLOUT, "token_ids"), "token_ids"),
     "a hash of another response": ("rollouts", {**ROLLOUT, "response": "y"}, "response_sha"),
+    "a log-probability in words": ("rollouts", {**ROLLOUT, "logp": "-1"}, "logp"),
+    "a token's log-probability that is null": (
+        "rollouts", {**ROLLOUT, "token_logps": [None]}, "token_logps"
+    ),
+    "a log-probability that is true": ("pairs", {**PAIR, "chosen_logp": True}, "chosen_logp"),
     "a rollout that is correct by a word": ("rollouts", {**ROLLOUT, "correct": "No"}, "correct"),
     "a verdict on nothing": ("verdicts", without(VERDICT, "response_sha"), "response_sha"),
     "a verdict in words": ("verdicts", {**VERDICT, "criteria": "No"}, "criteria"),

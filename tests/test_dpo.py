@@ -449,7 +449,7 @@ def test_a_run_starts_at_ln_2_learns_the_preference_and_leaves_vision_alone(fold
     assert found["pairs"] == "4 trained on, 0 held out, 0 too long"
     for name in ("loss", "margin", "accuracy"):
         assert f"{name} {metrics[0][name]:.3f} -> {metrics[-1][name]:.3f}" in found["loss"]
-    assert found["training"].startswith("4 steps in 0:00:0") and "tokens/s" in found["training"]
+    assert re.fullmatch(r"4 steps in 0:0\d:\d\d, [\d,]+ tokens/s", found["training"])
     assert found["next"].startswith(f"python evaluate.py run --engine hf:{lines[0]} ")
 
 
@@ -541,3 +541,19 @@ def test_a_file_without_pairs_is_refused(tmp_path):
     (tmp_path / "pairs.jsonl").write_text("")
     with pytest.raises(data.RowError, match="no row in it.*pairs"):
         data.read_rows(tmp_path / "pairs.jsonl", "pairs")
+
+
+def test_a_run_is_refused_where_the_sampler_told_other_log_probabilities(folder, policy, processor, films, tmp_path, capsys):
+    rows = [pair(index, "film0.png" if index else None, processor) for index in range(2)]
+    encoded = [dpo.encode_pair(row, processor, films) for row in rows]
+    for done in dpo.reference_rounds(policy, lambda index: encoded[index], processor, [0, 1], 2, CPU):
+        for index, values in done:
+            rows[index] |= {f"{side}_logp": value for side, value in zip(dpo.SIDES, values)}
+    flags = ["--epochs", "1", "--batch", "2"]
+    run(folder, films, tmp_path / "honest", rows, *flags)
+    assert "drift: " in (said := capsys.readouterr().out) and "over 4 chains; the limit is 0.0001" in said
+    for row in rows:  # a thousandth of a nat a token
+        row["chosen_logp"] += 2e-3 * len(row["chosen_token_ids"])
+    with pytest.raises(SystemExit, match="trainer and sampler do not agree"):
+        run(folder, films, tmp_path / "other", rows, *flags)
+    run(folder, films, tmp_path / "allowed", rows, *flags, "--max-drift", "0.01")

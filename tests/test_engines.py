@@ -315,8 +315,9 @@ def test_a_questions_replies_come_when_its_own_last_one_ends(stopping, family, p
     engine, asks = engine_of(stopping[family]), asks_of(pictures, samples=2)
     seen, lists = [], []
     for replies in engine.answer(asks, replace(WARM, temperature=1.0, max_tokens=60)):
-        seen.append(engine.tally["tokens"])
-        lists.append(replies)
+        if replies:  # an empty list is a sign of life, on a slow machine
+            seen.append(engine.tally["tokens"])
+            lists.append(replies)
     assert len(lists) > 2  # of one batch
     for replies in lists:
         assert {(reply.id, reply.sample) for reply in replies} == {
@@ -342,7 +343,7 @@ def test_a_second_without_a_reply_gives_an_empty_list_and_a_rate(
     asking.ask_all(engine, [ask], sampling, tmp_path / "x", lambda r: asking.reply_row(r, "hf"), "test")
     states = capsys.readouterr().err.split("\r")
     alive = [state for state in states if "| 0/1 [" in state and "tokens=" in state]
-    assert len(alive) == 2 and all("tokens/s=" in state for state in alive)
+    assert len(alive) >= 2 and all("tokens/s=" in state for state in alive)
 
 
 def test_a_killed_rollout_keeps_what_had_ended_and_goes_on_to_the_same_rows(
@@ -378,8 +379,11 @@ def test_a_killed_rollout_keeps_what_had_ended_and_goes_on_to_the_same_rows(
     rollout.main(flags("killed"))
     rollout.main(flags("whole"))
     assert path.read_bytes().startswith(kept)
-    rows = [(tmp_path / run / "rollout" / "rollouts.jsonl").read_bytes() for run in ("killed", "whole")]
-    assert rows[0] == rows[1]
+    runs = [tmp_path / run / "rollout" / "rollouts.jsonl" for run in ("killed", "whole")]
+    (said, told), (again, anew) = (said_and_told(data.read_rows(run, "rollouts")) for run in runs)
+    assert said == again
+    for one, other in zip(told, anew, strict=True):
+        assert one == pytest.approx(other, abs=1e-4 * len(one) ** 0.5)
 
 
 # --- memory
@@ -700,6 +704,13 @@ def test_half_a_character_in_a_reply_is_replaced_and_the_reply_is_kept(tmp_path)
     assert [row] == asking.read_replies(tmp_path / "rows.jsonl")
 
 
+def said_and_told(rows) -> tuple[list[dict], list[list[float]]]:
+    """Rows without their log-probabilities, and these, which round by the batch they are in"""
+    names = ("logp", "token_logps")
+    said = [{name: value for name, value in row.items() if name not in names} for row in rows]
+    return said, [[row["logp"], *row.get("token_logps", [])] for row in rows]
+
+
 def test_a_resumed_hf_run_writes_what_an_unbroken_one_writes(stopping, pictures, tmp_path):
     engine, asks = engine_of(stopping["qwen"]), asks_of(pictures, samples=3)
 
@@ -709,7 +720,12 @@ def test_a_resumed_hf_run_writes_what_an_unbroken_one_writes(stopping, pictures,
     rows = run("whole.jsonl")
     lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "resumed.jsonl").write_text("".join(lines[::2]) + lines[1][:20])
-    assert run("resumed.jsonl") == rows
+    resumed = run("resumed.jsonl")
+    assert list(resumed) == list(rows)
+    (said, told), (again, anew) = said_and_told(rows.values()), said_and_told(resumed.values())
+    assert said == again
+    for one, other in zip(told, anew, strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
 
 
 @pytest.mark.parametrize(

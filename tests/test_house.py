@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # each file may import only files before it
 TABLE = [
     "flags", "data", "answers", "stage", "images", "lora", "model", "train", "clinic", "decode", "bill", "asking", "remote", "engines", "benchmarks", "official", "leaks",
-    "descriptions", "curate", "distill", "sft", "rollout", "judge", "trees", "dpo", "score", "tables", "figures", "cases", "evaluate", "plan", "medee",
+    "descriptions", "curate", "distill", "sft", "rollout", "judge", "drift", "trees", "dpo", "score",
+    "tables", "figures", "cases", "evaluate", "plan", "medee",
 ]  # fmt: skip
 STAGES = ["data", "model", "clinic", "benchmarks", "leaks", "curate", "distill", "sft", "rollout", "judge", "dpo", "evaluate", "medee"]
 

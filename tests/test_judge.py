@@ -388,6 +388,21 @@ def test_one_text_that_was_judged_both_ways_is_never_paired_with_itself():
     assert pairs and all(pair["chosen"] != pair["rejected"] for pair in pairs)
 
 
+def test_a_pair_carries_what_the_sampler_told_of_each_chain_and_nothing_where_it_did_not():
+    good, bad, old = (candidate("q", k, text) for k, text in enumerate(("good", "bad", "old")))
+    good |= {"logp": -3.5, "token_logps": [-3.0, -0.5]}
+    bad |= {"logp": None}  # an engine that tells none; `old` is of a time before there were any
+    verdicts = [judged(good), *(judged(row, No_Hallucination=False) for row in (bad, old))]
+    pairs, _ = judge.make_pairs([good, bad, old], verdicts, {"q": question()}, "all", 0, 0)
+    told = {
+        pair["rejected_sample"]: {key: pair[key] for key in pair if "logp" in key} for pair in pairs
+    }
+    chosen = {"chosen_logp": -3.5, "chosen_token_logps": [-3.0, -0.5]}
+    assert told == {1: {**chosen, "rejected_logp": None}, 2: chosen}
+    for pair in pairs:
+        data.check_row(pair, "here", "pairs")
+
+
 def test_pair_row_holds_what_training_needs():
     asked = data.Question("Which one?", OPTIONS, "B", ["films/a.png"], id="q")
     good, bad = candidate("q", 4, "good"), candidate("q", 6, "bad")

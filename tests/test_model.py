@@ -758,6 +758,7 @@ def test_a_llamas_greedy_branches_are_what_hugging_face_generates(llama, tmp_pat
     draws = torch.zeros(len(prompts), 2, 16, dtype=torch.float64)
     ended = [rows for _, rows in decode.decode_trees(policy, processor, prompts, draws, 0.0, 1.0)]
     found = [branches for _, branches in sorted(pair for rows in ended for pair in rows.items())]
+    found = [[ids for ids, _ in branches] for branches in found]
     banned = sorted(index for index in processor.special.values() if index != processor.stop_id)
     for prompt, films, branches in zip(prompts, shown, found):
         ids = torch.tensor([prompt.ids])

@@ -18,6 +18,7 @@ from PIL import Image
 
 import data
 import asking
+import drift
 import engines
 import model
 from asking import Ask, Sampling
@@ -83,26 +84,23 @@ def test_vllm_answers_every_sample_from_prompts_of_our_own_ids(opened, pictures)
     assert again[0].token_ids == next(r.token_ids for r in replies if (r.id, r.sample) == (asks[1].id, 2))  # a seed of its own
 
 
-def test_vllms_log_probabilities_are_our_policys(opened, pictures):
-    from vllm import SamplingParams
-
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 0.9)])
+def test_vllms_log_probabilities_are_our_policys_whatever_the_sampling(
+    opened, pictures, temperature, top_p
+):
     folder, engine = opened
-    differences = []
-    for ask in asks_of(pictures, 1):
-        prompt, expected = engine.prompt(ask)
-        engine.engine.add_request(f"logprobs/{ask.id}", prompt, SamplingParams(temperature=1.0, max_tokens=16, seed=1, logprobs=0, logit_bias=engine.never))
-        done = []
-        while not done:
-            done = [output for output in engine.engine.step() if output.finished]
-        assert list(done[0].prompt_token_ids) == expected
-        answer = done[0].outputs[0]
-        theirs = [told[token].logprob for token, told in zip(answer.token_ids, answer.logprobs)]
-        ours = policy_logprobs(folder, engine.processor, ask, list(answer.token_ids))
-        differences += [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
-    mean, worst = sum(differences) / len(differences), max(differences)
-    print(f"\nlog-probabilities of {len(differences)} tokens, vLLM against Policy: mean difference {mean:.2e}, largest {worst:.2e}")
-    bf16 = torch.cuda.is_available()
-    assert mean <= (5e-2 if bf16 else 1e-3)
+    assert engine.engine.model_config.logprobs_mode == "raw_logprobs"
+    asks = asks_of(pictures, 3)
+    chains, sampling = [], Sampling(temperature, top_p, max_tokens=24, seed=3)
+    for reply in [reply for part in engine.answer(asks, sampling) for reply in part]:
+        ask = next(ask for ask in asks if ask.id == reply.id)
+        ours = policy_logprobs(folder, engine.processor, ask, reply.token_ids)
+        theirs = reply.token_logps
+        chains.append(drift.Chain(reply.logp, sum(ours), len(ours), theirs, ours))
+    found, bf16 = drift.compare(chains), torch.cuda.is_available()
+    print(f"\nvLLM against Policy: {drift.told(found)}")
+    assert found.absolute <= (5e-2 if bf16 else 1e-3)
+    drift.check(found, drift.LIMIT_BF16 if bf16 else drift.LIMIT_FP32, "vLLM")
 
 
 def test_vllm_serve_answers_over_http_with_token_ids_of_our_own_prompt(folders, pictures, tmp_path):
@@ -131,6 +129,7 @@ def test_vllm_serve_answers_over_http_with_token_ids_of_our_own_prompt(folders, 
         assert {(reply.id, reply.sample) for reply in replies} == {(ask.id, k) for ask in asks for k in range(3)}
         for reply in replies:
             assert reply.token_ids and len(reply.token_ids) <= WARM.max_tokens
+            assert len(reply.token_logps) == len(reply.token_ids) and reply.logp < 0
             assert reply.text == processor.decode(reply.token_ids).rstrip("\ufffd")  # the server holds a last half character back
         for ask in asks:  # and what it made of the prompt is what training makes
             completion = engine.client.chat.completions.create(model="mini", messages=engine.messages(ask), max_tokens=1, extra_body={"return_token_ids": True})
