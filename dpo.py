@@ -345,6 +345,11 @@ def collate_pairs(
     return collate_trees([(row, values, ((0, 1),)) for row, values in rows], weights, processor)
 
 
+def pair_tokens(sizes: Sequence[int], edge: trees.Edge) -> int:
+    """Of a single pair: its prompt and its two chains."""
+    return sizes[0] + sum(sizes[1 + chain] for chain in edge)
+
+
 def within(
     grown: list[trees.Tree], places: list[tuple[int, int]], sizes: list[list[int]], limit: int
 ) -> tuple[list[list[trees.Edge]], list[tuple[int, int]], list[int], list[int]]:
@@ -353,14 +358,13 @@ def within(
     edges: list[list[trees.Edge]] = [[] for _ in grown]
     kept, dropped, fitting = [], [], []
     for pair, (tree, number) in enumerate(places):
-        chosen, rejected = grown[tree].edges[number]
-        tokens = sizes[tree][0] + sizes[tree][1 + chosen] + sizes[tree][1 + rejected]
+        tokens = pair_tokens(sizes[tree], grown[tree].edges[number])
         if tokens > limit:
             dropped.append(tokens)
             continue
         fitting.append(pair)
         kept.append((tree, len(edges[tree])))
-        edges[tree].append((chosen, rejected))
+        edges[tree].append(grown[tree].edges[number])
     return edges, kept, dropped, fitting
 
 
@@ -423,12 +427,13 @@ def main(argv: list[str] | None = None) -> None:
     edges, places, dropped, fitting = within(grown, places, sizes, args.max_length)
     over = f"({len(dropped)} over {args.max_length} tokens: --max-length)"
     train.print0(f"pairs: kept {len(places)} of {len(pairs)} {over}, {textual} tokenised from text")
-    if dropped:
-        tokens = f"{min(dropped):,} to {max(dropped):,}"
-        train.print0(f"warning: the pairs that are dropped have {tokens} tokens; long chains go first")
     if not places:
         said = f"every pair is over {args.max_length} tokens"
         train.refuse(data.RowError(f"{args.pairs}: {said}; raise --max-length"))
+    if dropped:
+        kept = max(pair_tokens(sizes[tree], edges[tree][edge]) for tree, edge in places)
+        tokens = f"{min(dropped):,} to {max(dropped):,} tokens, those kept up to {kept:,}"
+        train.print0(f"warning: the pairs that are dropped have {tokens}: long chains go first")
     held = trees.held_out(grown, list(map(len, edges)), args.held_out)
     trained_on = [[] if tree in held else own for tree, own in enumerate(edges)]
     rows, steps = trees.plan(
@@ -464,6 +469,7 @@ def main(argv: list[str] | None = None) -> None:
         row for tree, own in enumerate(edges)
         for row in trees.rows_of(tree, sizes[tree], own, args.max_length)
     ]  # fmt: skip
+
     def encode_whole_row(index: int) -> model.Row:
         return encode_row(wholes[index])
 
@@ -514,7 +520,8 @@ def main(argv: list[str] | None = None) -> None:
         data.write_jsonl(out / "after.jsonl", ({"key": key, "logp": told[key]} for key in told))
         losses = {"first_loss": history[0]["loss"], "last_loss": history[-1]["loss"]}
         losses |= {name: value for name, value in history[-1].items() if name.startswith("held_")}
-        figures = {"pairs": len(places) - pairs_held, "held_out": pairs_held, "dropped": len(dropped), "steps": len(history), **losses}
+        counts = {"pairs": len(places) - pairs_held, "held_out": pairs_held, "dropped": len(dropped)}
+        figures = {**counts, "steps": len(history), **losses}
         stage.finish(args, [out / "merged"], started, figures | saved)
         close(args, figures, history, cost(history, lengths, steps))
     train.end(out)

@@ -318,7 +318,7 @@ def test_only_a_pair_that_alone_is_too_long_is_dropped_and_its_length_is_told(
     said, history = capsys.readouterr().out, data.read_metrics(tmp_path / "out")
     assert (
         f"kept 3 of 4 (1 over {limit} tokens" in said
-        and f"have {lengths[3]:,} to {lengths[3]:,} tokens" in said
+        and f"have {lengths[3]:,} to {lengths[3]:,} tokens, those kept up to {limit:,}:" in said
     )
     assert [row["pairs"] for row in history] == [3]
     record = json.loads((tmp_path / "out" / "stage.json").read_text())
