@@ -188,6 +188,12 @@ def discussed(sentence: str, options: dict[str, str]) -> str | None:
     return match[1] if match[1] in opening(rest, options)[0] or re.match(r"[).:]", rest) else None
 
 
+def discussed_in(text: str, options: dict[str, str]) -> set[str]:
+    """The letters of the options that a text goes through, sentence by sentence."""
+    sentences = re.split(r"\n+|(?<=[.;!?])\s+", text)
+    return {discussed(sentence, options) for sentence in sentences} - {None}
+
+
 # --------------------------------------------------------------------------------------------------
 # The three things that make an answer
 
@@ -229,8 +235,7 @@ def said_in(text: str, options: dict[str, str]) -> str | None:
     if len({letter for _, letter in stated} - {None}) > 1:  # the last counts if it replaces others
         if not AGAIN.search(text[stated[-2][0] : stated[-1][0]]):
             return None
-    through = {discussed(sentence, options) for sentence in re.split(r"\n+|(?<=[.;!?])\s+", text)}
-    if len(through - {None}) == 1 and discussed(text, options):
+    if len(discussed_in(text, options)) == 1 and discussed(text, options):
         opened = choice_at(text, options, opened=True)
         named += [(0, opened)] if opened else []
     if len({letter for _, letter in named}) > 1:
@@ -259,9 +264,8 @@ def extract_choice(response: str, options: dict[str, str]) -> str | None:
     if region is None:
         return None
     text = plain(region)
-    if (
-        block is None
-    ):  # "A:" as in "Q: ... A: ..."; a base model may go on with questions of its own
+    # "A:" as in "Q: ... A: ..."; a base model may go on with questions of its own
+    if block is None:
         text = re.split(r"\n\s*(?:Question|Q)\s*\d*\s*[:.]", text)[0]
         if text.startswith("A:") and "A" not in opening(text[2:], options)[0]:
             text = text[2:].strip()
@@ -270,8 +274,7 @@ def extract_choice(response: str, options: dict[str, str]) -> str | None:
     wholes = [key for key, option in options.items() if normalise(plain(option)) == normalise(text)]
     if len(wholes) == 1:
         return wholes[0]
-    through = {discussed(sentence, options) for sentence in re.split(r"\n+|(?<=[.;!?])\s+", text)}
-    if (block is not None or "\n" not in text) and len(through - {None}) < 2:
+    if (block is not None or "\n" not in text) and len(discussed_in(text, options)) < 2:
         if letter := choice_at(text, options, opened=block is None):
             return letter
     return said_in(text, options)

@@ -548,7 +548,8 @@ def some(questions: Iterable[Question], limit: int) -> list[Question]:
     if not limit:
         return questions
     drawn = sorted(questions, key=lambda question: content_hash(question.id))
-    kept = {q.id for kind in (True, False) for q in [q for q in drawn if bool(q.images) == kind][:limit]}
+    shown, told = ([q for q in drawn if bool(q.images) == kind] for kind in (True, False))
+    kept = {question.id for question in shown[:limit] + told[:limit]}
     return [question for question in questions if question.id in kept]
 
 

@@ -57,8 +57,7 @@ import flags
 import stage
 from asking import (
     SPEED, Ask, Engine, Sampling, add_flags, ask_all, ask_yes_no, checkpoint, identity, image_paths,
-    label_cost,
-    prompt_ask, question_asks, read_verdict, replies_file, reply_row, setup_of,
+    label_cost, prompt_ask, question_asks, read_verdict, replies_file, reply_row, setup_of,
 )  # fmt: skip
 from descriptions import read_sheet, write_sheet
 from engines import open_engine

@@ -41,7 +41,7 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -201,10 +201,12 @@ def asks_of(by_id: dict[str, data.Question], args: argparse.Namespace) -> list[A
     return [make_ask(q, args.prompt, Path(args.images), often[bool(q.images)]) for q in by_id.values()]
 
 
-def costs(by_id: dict[str, data.Question], args: argparse.Namespace) -> list[bill.Cost]:
+def costs(
+    by_id: dict[str, data.Question], asks: Iterable[Ask], args: argparse.Namespace
+) -> list[bill.Cost]:
     """What the engine, the grader and the judge may be asked at most."""
     longest = bill.LETTERS * args.max_tokens  # characters of a chain
-    of_all = list(bill.sizes(asks_of(by_id, args)))
+    of_all = list(bill.sizes(asks))
     found = [bill.cost("evaluate", args.engine, of_all, 1, args.max_tokens, args.pixels)]
     if args.open_ended:
         graded = [(len(GRADE_PROMPT) + letters + longest, 0) for letters, _ in of_all]
@@ -235,7 +237,7 @@ def run(args: argparse.Namespace) -> None:
     if not stage.open_folder(args, inputs, SPEED, data.image_files(args.images, map(vars, by_id.values()))):
         return
     asks = {ask.id: ask for ask in asks_of(by_id, args)}
-    bill.announce(costs(by_id, args), args.images_may_leave)
+    bill.announce(costs(by_id, asks.values(), args), args.images_may_leave)
     sampling = Sampling(args.temperature, args.top_p, args.max_tokens, args.seed)
     path = replies_file(args, "evaluate", args.engine, sampling)
     # each before it is asked: its folder may be trained anew in the meantime

@@ -335,7 +335,9 @@ def costs(stages: list[Stage]) -> list[bill.Cost]:
     found.append(replace(judging, role="verdicts: judge"))
     for name in ("eval-base", "eval-stage1", "eval-stage2"):
         settings = evaluate.parse(list(at[name].words))
-        found += [replace(one, role=f"{name}: {one.role}") for one in evaluate.costs(evaluate.questions_of(settings), settings)]
+        by_id = evaluate.questions_of(settings)
+        asked = evaluate.costs(by_id, evaluate.asks_of(by_id, settings), settings)
+        found += [replace(one, role=f"{name}: {one.role}") for one in asked]
     return found
 
 

@@ -19,11 +19,11 @@ Where we depart from the paper, or it is silent: its trainer shuffles pairs and 
 """
 
 import math
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import data
+import train
 
 ORDERS = ("pair", "question")
 Edge = tuple[int, int]  # chosen, rejected
@@ -164,19 +164,12 @@ def plan(
     return rows, steps
 
 
-def shuffled(count: int, seed: int, epoch: int) -> list[int]:
-    """The order of an epoch: a pure function of the seed, as train.order."""
-    indices = list(range(count))
-    random.Random(data.sample_seed(seed, "order", epoch)).shuffle(indices)
-    return indices
-
-
 def by_pair(
     edges: Sequence[Sequence[Edge]], places: Sequence[tuple[int, int]], batch: int, seed: int,
     epoch: int,
 ) -> list[Step]:  # fmt: skip
     """Steps of `batch` pairs."""
-    order, steps = shuffled(len(places), seed, epoch), []
+    order, steps = train.order(len(places), seed, epoch), []
     for at in range(0, len(order), batch):
         own: dict[int, list[Edge]] = {}
         for tree, edge in (places[pair] for pair in order[at : at + batch]):
@@ -193,7 +186,7 @@ def by_question(
     would be. A step that none falls into, beside a question of many pairs, is no step."""
     steps: dict[int, Step] = {}
     count = 0
-    for tree in shuffled(len(edges), seed, epoch):
+    for tree in train.order(len(edges), seed, epoch):
         n = len(edges[tree])
         if n:
             steps.setdefault((count + n // 2) // batch, []).append((tree, list(edges[tree])))
