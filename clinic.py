@@ -248,8 +248,12 @@ def telling(questions: list[data.Question], count: int, seed: int, folder: Path)
 # Roles: teachers, experts and the judge answer with text, as a remote model would
 
 
-def chain(case: Case, kind: str, style: str) -> str:
-    """The response of a teacher. The hasty one neither checks nor counts: he writes the reading he is used to."""
+CHECKS = ("Wait, let me check:", "Let me make sure:", "One moment, once more:")  # a check's wordings
+
+
+def chain(case: Case, kind: str, style: str, check: str = CHECKS[0]) -> str:
+    """The response of a teacher; the thorough one words his check in one of several ways. The hasty
+    one neither checks nor counts: he writes the reading he is used to."""
     if kind == "look":
         return data.join_response(case.reading(), case.sign)
     reads, checks = style != "bookish", style != "hasty"
@@ -259,7 +263,7 @@ def chain(case: Case, kind: str, style: str) -> str:
     steps = [seen.reading()] if reads else []
     steps += [f"The history gives {case.clue}.", rule, TASK[kind]]
     steps += [f"So {case.diagnosis} needs {answer}."] if kind == "step" else []
-    steps += [f"Wait, let me check: {case.diagnosis} fits {case.clue}."] if checks else []
+    steps += [f"{check} {case.diagnosis} fits {case.clue}."] if checks else []
     return data.join_response(" ".join(steps), answer)
 
 
@@ -274,8 +278,7 @@ def understand(messages: list[dict], images: list[Path]) -> tuple[Case, str, dic
 def answer_as_teacher(messages: list[dict], images: list[Path], style: str, rng: random.Random) -> str:
     """A teacher's chain. One in ten is spoilt, each in a way that one of the three criteria of paper 3.2 must catch."""
     case, kind, options = understand(messages, images)
-    response = chain(case, kind, style)
-    fault = rng.random()
+    response, fault = chain(case, kind, style, rng.choice(CHECKS)), rng.random()
     if fault < 0.04:  # wrong answer
         right = data.split_response(response)[1]
         return response.replace(f"<answer> {right}", "<answer> " + rng.choice([text for text in options.values() if text != right]))
@@ -309,7 +312,7 @@ SENTENCES = re.compile(  # all that a coherent chain is made of; anything else i
     r"|This suggests \w+"
     r"|Asked is the (?:diagnosis|next step)"
     r"|So \w+ needs \w+"
-    r"|Wait, let me check: \w+ fits \w+)\.\s*)+"
+    rf"|(?:{'|'.join(CHECKS)}) \w+ fits \w+)\.\s*)+"
 )
 MENTION = re.compile(r"The (\w+) shows (\w+) (\w+) signs on the (\w+)\.")
 
@@ -333,7 +336,7 @@ def verdict(case: Case, kind: str, options: dict[str, str], answer: str, respons
     clues = re.findall(r"The history gives (\w+)\.", thinking)
     rules = re.findall(r"\b[Aa] (\w+) with (\w+) means (\w+)\b", thinking)
     suggests = re.findall(r"This suggests (\w+)\.", thinking)
-    fits = re.findall(r"check: (\w+) fits (\w+)\b", thinking)
+    fits = re.findall(r"(\w+) fits (\w+)\b", thinking)
     needs = re.findall(r"So (\w+) needs (\w+)\.", thinking)
     tasks = re.findall(r"Asked is the [\w ]+\.", thinking)
     false = bool(hallucinated_reading(case, thinking))
@@ -350,7 +353,7 @@ def verdict(case: Case, kind: str, options: dict[str, str], answer: str, respons
         "Logical_Consistency": logical,
         "Image_Analysis_Involvement": bool(readings),
         "No_Hallucination": not false,
-        "Reflection_Presence": "Wait, let me check:" in thinking,
+        "Reflection_Presence": any(check in thinking for check in CHECKS),
     }
 
 
@@ -439,7 +442,7 @@ def corpus(seed: int) -> list[str]:
         case = draw_case(rng)
         for kind in ASK:
             question = make_question(case, kind, rng, None)
-            texts += [data.question_text(question), chain(case, kind, ("thorough", "hasty", "bookish")[index % 3]), rule_question(case), request(case, kind, rng)[0]]
+            texts += [data.question_text(question), chain(case, kind, ROLES[index % 3], CHECKS[index // 3 % 3]), rule_question(case), request(case, kind, rng)[0]]
     return texts
 
 
@@ -669,7 +672,7 @@ def teach(args: argparse.Namespace) -> None:
     eye = Eye().to(device)
     network.model.language_model.requires_grad_(False)
     network.lm_head.requires_grad_(False)
-    train.fit(train.steps(eye, eye_loss, lambda i: films[i], collate_films, train.shuffled(len(films), 64, args.eye_epochs, args.seed), out=out / "eye", learning_rate_peak=2e-3, micro=64, save_every=0, **common), out / "eye")
+    train.fit(train.steps(eye, eye_loss, lambda i: films[i], collate_films, train.shuffled(len(films), 64, args.eye_epochs, args.seed), out=out / "eye", learning_rate_peak=2e-3, budget=64, save_every=0, **common), out / "eye")
     unseen = [draw_case(rng, args.modalities) for _ in range(256)]
     unseen = [(case, processor.encode_image(draw_film(case, noise))) for case in unseen]
     with torch.no_grad():
@@ -687,7 +690,7 @@ def teach(args: argparse.Namespace) -> None:
     train.fit(train.steps(
         policy, word_loss, lambda i: lesson(i, args.seed, processor, films, args.modalities), lambda rows, w: model.collate(rows, processor, w),
         train.shuffled(rows, args.batch, 1, args.seed),
-        out=out, learning_rate_peak=args.lr, micro=args.batch, save_every=args.save_every, **common,
+        out=out, learning_rate_peak=args.lr, budget=args.batch, save_every=args.save_every, **common,
     ), out)  # fmt: skip
     if train.rank() == 0:
         model.save_policy(out, policy, processor, train.whole_tensors(policy))

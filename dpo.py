@@ -64,7 +64,8 @@ Encoded = tuple[model.Row, list[float], Sequence[trees.Edge]]  # row, reference 
 BETA = 0.1  # ours: paper silent (LLaMA-Factory default; the DPO paper uses 0.1 to 0.5)
 CHOSEN, REJECTED = 1, 2  # Segment.answer of a pair's two responses
 SIDES = ("chosen", "rejected")  # in the order of a pair's row
-CHECKED = 8  # ours: about so many stored pairs are computed again when a run goes on
+CHECKED = 8  # ours: about so many stored rounds are computed again when a run goes on
+TOKEN_WISE = 64  # ours: chains whose drift is measured token by token
 HELD_TIMES = 10  # ours: how often in a run the pairs that are held out are looked at
 SHORT = 100  # ours: tokens up to which two values of a chain may differ by 1e-3 in fp32
 
@@ -138,11 +139,12 @@ def encode_tree(
     return encoded
 
 
-def encode_pair(row: dict, processor: model.Processor, image_root: Path) -> model.Row:
-    """prompt -> chosen, prompt -> rejected: the tree of a single pair"""
-    chains = tuple(chain_of(row, side, processor) for side in SIDES)
-    tree = trees.Tree(row["id"], row["prompt"], row["images"], chains, ((0, 1),))
-    return encode_tree(tree, (0, 1), processor, image_root)
+def encode_side(
+    row: dict, side: str, processor: model.Processor, image_root: Path
+) -> model.Row:
+    """prompt -> one response of a pair: a plain row"""
+    tree = trees.Tree(row["id"], row["prompt"], row["images"], (chain_of(row, side, processor),), ())
+    return encode_tree(tree, (0,), processor, image_root)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -156,20 +158,31 @@ def chain_keys(row: model.Row, checkpoint: str) -> list[str]:
     return [data.content_hash([checkpoint, row[0].ids, pixels, segment.ids]) for segment in row[1:]]
 
 
+Round = tuple[train.MicroBatch, ...]  # a micro-batch of every rank
+
+
+def rounds_of(lengths: Sequence[int], budget: int) -> list[Round]:
+    """Rounds that have every row once."""
+    return list(zip(*train.micro_batches(list(range(len(lengths))), budget, train.world(), lengths)))
+
+
+def rows_in(parts: Round) -> int:
+    return sum(weight > 0 for part in parts for _, weight in part)
+
+
 @torch.no_grad()
-def reference_rounds(
+def log_probs(
     policy: model.Policy,
     encode: Callable[[int], model.Row],
     processor: model.Processor,
-    indices: list[int],
-    micro: int,
+    rounds: list[Round],
     device: torch.device,
-    title: str = "reference",
+    title: str,
 ) -> Iterator[list[tuple[int, list[float]]]]:
-    """(index, log pi_ref of its chains) of each row, a round at a time: one micro-batch of every
-    rank. A collective: all ranks work through their shares, and all get all values."""
-    parts = train.micro_batches(indices, micro, train.rank(), train.world())
-    for part in train.bar(parts, title, "batch"):
+    """(index, log pi of its chains) of each row, a round at a time. A collective: every rank
+    computes its own micro-batch of a round, and all get all values."""
+    for parts in train.bar(rounds, title, "batch"):
+        part = parts[train.rank()]
         batch = model.collate([encode(index) for index, _ in part], processor).to(device)
         sums = torch.stack(response_sums(policy(batch), batch), 1).tolist()
         mine = [(index, values) for (index, weight), values in zip(part, sums) if weight]
@@ -179,34 +192,37 @@ def reference_rounds(
 def references(
     path: Path,
     policy: model.Policy,
-    rows: int,
+    rounds: list[Round],
     encode: Callable[[int], model.Row],
     processor: model.Processor,
     checkpoint: str,
-    micro: int,
     device: torch.device,
 ) -> tuple[list[list[float]], list[list[str]]]:
-    """(reference values, keys) of all rows, one a chain. Rows with a chain that is not stored are
-    computed, and their chains appended. A few of the others are computed again. Raises
-    train.Refused where a chain's new value is not the stored one: the file is of another policy."""
+    """(reference values, keys) of all rows, one a chain. Rounds with a chain that is not stored are
+    computed as they would have been, so that a run that was killed has the values of one that was
+    not, to the bit. A few of the others are computed again. Raises train.Refused where a chain's
+    new value is not the stored one: the file is of another policy."""
+    indices = sorted({index for parts in rounds for part in parts for index, _ in part})
     keys, tokens = [], {}
-    for index in train.bar(range(rows), "hashing rows", "row"):
+    for index in train.bar(indices, "hashing rows", "row"):
         row = encode(index)
         keys.append(chain_keys(row, checkpoint))
         tokens |= {key: len(segment.ids) for key, segment in zip(keys[-1], row[1:])}
     found = data.resume_jsonl(path) if train.rank() == 0 else []  # a torn line is cut by one rank
     stored = {row["key"]: row["logp"] for row in train.gather_rows(found)}
-    known = [index for index in range(rows) if stored.keys() >= set(keys[index])]
-    missing = [index for index in range(rows) if not stored.keys() >= set(keys[index])]
+    known, missing = [], []
+    for parts in rounds:
+        wanted = {key for part in parts for index, _ in part for key in keys[index]}
+        (known if wanted <= stored.keys() else missing).append(parts)
     again = known[:: max(1, len(known) // CHECKED)]
+    computed = again + missing
     with open(path, "a", encoding="utf-8") if train.rank() == 0 else nullcontext() as log:
-        for indices in [some for some in (again, missing) if some]:
-            for done in reference_rounds(policy, encode, processor, indices, micro, device):
-                new = keep(path, done, keys, tokens, stored, device)
-                if train.rank() == 0:
-                    data.append_jsonl(log, new)
-    counts = f"{len(missing)} rows computed, {len(known)} from {path.name} ({len(again)} checked)"
-    train.print0(f"reference: {counts}")
+        for done in log_probs(policy, encode, processor, computed, device, "reference"):
+            new = keep(path, done, keys, tokens, stored, device)
+            if train.rank() == 0:
+                data.append_jsonl(log, new)
+    new, old, twice = (sum(map(rows_in, some)) for some in (missing, known, again))
+    train.print0(f"reference: {new} rows computed, {old} from {path.name} ({twice} checked)")
     return [[stored[key] for key in row] for row in keys], keys
 
 
@@ -252,8 +268,8 @@ def gate_reference(
     encode: Callable[[int], Encoded],
     processor: model.Processor,
     beta: float,
-    pairs: int,
-    micro: int,
+    lengths: Sequence[int],
+    budget: int,
     device: torch.device,
 ) -> None:
     """The gate's last part (the others are in sft.py): the first rows, as they will be trained,
@@ -262,8 +278,8 @@ def gate_reference(
     Near h = 0 the loss moves by beta / 2 times h, and h by the errors of two chains.
     """
     loss, count, off = 0.0, 0.0, []
-    first_pairs = list(range(min(pairs, 4 * train.world())))
-    for part in train.micro_batches(first_pairs, micro, train.rank(), train.world()):
+    for parts in rounds_of(lengths[: 4 * train.world()], budget):
+        part = parts[train.rank()]
         rows = [encode(index) for index, _ in part]
         batch = collate_trees(rows, [weight for _, weight in part], processor).to(device)
         with torch.no_grad():
@@ -284,18 +300,51 @@ def gate_reference(
     check(claim, abs(first - math.log(2)) <= limit, "policy and reference differ before any update")
 
 
+@torch.no_grad()
+def token_log_probs(
+    policy: model.Policy,
+    rows: list[model.Row],
+    processor: model.Processor,
+    budget: int,
+    device: torch.device,
+) -> list[list[float]]:
+    """log pi of each supervised token of each row. A collective."""
+    found = []
+    for parts in rounds_of([sum(len(segment.ids) for segment in row) for row in rows], budget):
+        part = parts[train.rank()]
+        batch = model.collate([rows[index] for index, _ in part], processor).to(device)
+        for (index, weight), logp, labels in zip(part, policy(batch), batch.labels):
+            found += [(index, logp[labels > 0].tolist())] * bool(weight)
+    return [logp for _, logp in sorted(train.gather_rows(found))]
+
+
 def gate_drift(
-    args: argparse.Namespace, pairs: list[dict], values: list[list[float]], device: torch.device
+    args: argparse.Namespace,
+    pairs: list[dict],
+    values: list[list[float]],
+    policy: model.Policy,
+    processor: model.Processor,
+    device: torch.device,
 ) -> None:
     """The reference's log-probabilities must be those that the sampler told: the same weights, the
-    same images, the same positions. A collective: all ranks have all values."""
-    chains = drift.chains_of(pairs, values, {})
+    same images, the same positions. Chains whose tokens the sampler told are computed once more,
+    each as a row of its own, the plain way: how far that is from the reference is the least that
+    can be seen. A collective: all ranks have all values."""
+    chains = drift.chains_of(pairs, values)
     if not chains:
         train.print0("drift: not measured, since no pair tells its sampler's log-probabilities")
         return
+    token_wise = [place for place, chain in chains.items() if chain.sampler_tokens][:TOKEN_WISE]
+    rows = [encode_side(pairs[pair], SIDES[side], processor, Path(args.images)) for pair, side in token_wise]
+    again = token_log_probs(policy, rows, processor, args.micro_tokens or args.max_length, device)
+    for place, logps in zip(token_wise, again):
+        chains[place] = replace(chains[place], trainer_tokens=logps)
     limit = args.max_drift or (drift.LIMIT_BF16 if device.type == "cuda" else drift.LIMIT_FP32)
-    found = drift.compare(chains)
+    found = drift.compare(list(chains.values()))
     train.print0(f"drift: {drift.told(found)}; the limit is {limit:g} (--max-drift)")
+    if token_wise:
+        own = drift.floor([chains[place] for place in token_wise])
+        train.print0(f"drift: of the trainer against itself, {drift.told(own)}")
     try:
         drift.check(found, limit, args.pairs)
     except data.RowError as error:
@@ -313,9 +362,8 @@ def held_figures(
 ) -> dict[str, float]:
     """Loss, margin and accuracy of the pairs that are held out. A collective."""
     sums = [0.0] * 4
-    lengths = [row.tokens for row in rows]
-    indices = list(range(len(rows)))
-    for part in train.micro_batches(indices, args.micro_batch, train.rank(), train.world(), lengths):
+    for parts in rounds_of([row.tokens for row in rows], args.micro_tokens or args.max_length):
+        part = parts[train.rank()]
         weights = [weight for _, weight in part]
         batch = collate_trees([encode(rows[index]) for index, _ in part], weights, processor).to(device)
         loss, count, figures = pair_loss(policy(batch), batch, args.beta)
@@ -336,13 +384,6 @@ def collate_trees(
         reference[b, : len(values)] = torch.tensor(values)
     edges = [(b, *edge) for b, (_, _, own) in enumerate(rows) for edge in own]
     return replace(batch, reference=reference, edges=torch.tensor(edges).T)
-
-
-def collate_pairs(
-    rows: list[tuple[model.Row, list[float]]], weights: list[float], processor: model.Processor
-) -> model.Batch:
-    """The same of single pairs: each row has two chains and one edge."""
-    return collate_trees([(row, values, ((0, 1),)) for row, values in rows], weights, processor)
 
 
 def pair_tokens(sizes: Sequence[int], edge: trees.Edge) -> int:
@@ -441,7 +482,8 @@ def main(argv: list[str] | None = None) -> None:
         args.order, args.batch, args.epochs, args.seed, args.max_length,
     )  # fmt: skip
     lengths = [row.tokens for row in rows]
-    used = train.efficiency(steps, lengths, train.world())
+    budget = args.micro_tokens or args.max_length
+    used = train.efficiency(steps, budget, train.world(), lengths)
     train.print0(
         f"plan: {len(steps)} steps of {len(rows)} trees, {sum(lengths):,} tokens, of "
         f"{sum(map(bool, trained_on))} questions; efficiency on {train.world()} ranks {used:.2f}"
@@ -473,10 +515,10 @@ def main(argv: list[str] | None = None) -> None:
     def encode_whole_row(index: int) -> model.Row:
         return encode_row(wholes[index])
 
+    rounds = rounds_of([row.tokens for row in wholes], budget)
     values, keys = references(
-        out / "reference.jsonl", policy, len(wholes), encode_whole_row, processor, checkpoint,
-        args.micro_batch, device,
-    )  # fmt: skip
+        out / "reference.jsonl", policy, rounds, encode_whole_row, processor, checkpoint, device
+    )
     logp = {
         (row.tree, chain): value
         for row, found in zip(wholes, values) for chain, value in zip(row.chains, found)
@@ -484,7 +526,7 @@ def main(argv: list[str] | None = None) -> None:
 
     ends = [edges[tree][edge] for tree, edge in places]
     both = [[logp[tree, end] for end in pair] for (tree, _), pair in zip(places, ends)]
-    gate_drift(args, [pairs[index] for index in fitting], both, device)
+    gate_drift(args, [pairs[index] for index in fitting], both, policy, processor, device)
 
     def with_reference(row: trees.Row) -> Encoded:
         return encode_row(row), [logp[row.tree, chain] for chain in row.chains], row.edges
@@ -492,7 +534,7 @@ def main(argv: list[str] | None = None) -> None:
     def encode(index: int) -> Encoded:
         return with_reference(rows[index])
 
-    gate_reference(policy, encode, processor, args.beta, len(rows), args.micro_batch, device)
+    gate_reference(policy, encode, processor, args.beta, lengths, budget, device)
     unseen = [row for row in wholes if row.tree in held]
     every = math.ceil(len(steps) / HELD_TIMES)
     for row in train.steps(
@@ -501,16 +543,14 @@ def main(argv: list[str] | None = None) -> None:
         encode,
         lambda rows, w: collate_trees(rows, w, processor),
         steps,
-        out=out, device=device, learning_rate_peak=args.lr, micro=args.micro_batch,
+        out=out, device=device, learning_rate_peak=args.lr, budget=budget,
         save_every=args.save_every, lengths=lengths,
         told=[trees.told(rows, step) for step in steps],
     ):  # fmt: skip
         if unseen and ((row["step"] + 1) % every == 0 or row["step"] + 1 == len(steps)):
             row |= held_figures(policy, unseen, with_reference, processor, args, device)
     after = {}
-    for done in reference_rounds(
-        policy, encode_whole_row, processor, list(range(len(wholes))), args.micro_batch, device, "after"
-    ):
+    for done in log_probs(policy, encode_whole_row, processor, rounds, device, "after"):
         after |= dict(done)
     adapter = (args.rank, args.alpha, args.model) if args.method == "lora" else None
     saved = save(out, policy, processor, adapter, args.save_dtype)

@@ -25,7 +25,7 @@ Where we depart from the paper, or it is silent: it does not say that it checked
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import data
@@ -59,23 +59,20 @@ class Drift:
 
 
 def chains_of(
-    pairs: Sequence[dict],
-    values: Sequence[Sequence[float]],
-    by_token: Mapping[int, Sequence[list[float]]],
-) -> list[Chain]:
-    """The chains of rows of pairs.jsonl whose sampler told their log-probabilities, each once.
-    values: of each row, the trainer's log p of chosen and rejected; by_token: of some rows, by
-    their index, the trainer's log p of each token of the two."""
-    found = {}
+    pairs: Sequence[dict], values: Sequence[Sequence[float]]
+) -> dict[tuple[int, int], Chain]:
+    """The chains of rows of pairs.jsonl whose sampler told their log-probabilities, each once, by
+    (row, side), chosen 0 and rejected 1. values: of each row, the trainer's log p of the two."""
+    found, seen = {}, set()
     for index, (row, trainer) in enumerate(zip(pairs, values, strict=True)):
         for side, name in enumerate(("chosen", "rejected")):
             ids, sampler = row.get(f"{name}_token_ids"), row.get(f"{name}_logp")
-            if ids and sampler is not None:  # without ids the trainer has other tokens
-                single = row.get(f"{name}_token_logps")
-                mine = by_token[index][side] if index in by_token else None
-                chain = Chain(sampler, trainer[side], len(ids), single, mine)
-                found.setdefault((row["id"], *ids), chain)
-    return list(found.values())
+            # without ids the trainer has other tokens
+            if ids and sampler is not None and (chain := (row["id"], *ids)) not in seen:
+                seen.add(chain)
+                told = row.get(f"{name}_token_logps")
+                found[index, side] = Chain(sampler, trainer[side], len(ids), told)
+    return found
 
 
 def compare(chains: list[Chain]) -> Drift:
@@ -93,10 +90,12 @@ def compare(chains: list[Chain]) -> Drift:
     )  # fmt: skip
 
 
-def floor(first: list[float], again: list[float], tokens: list[int]) -> Drift:
-    """The trainer against itself: log p of the same chains in two shapes of a batch. Less than this
-    no comparison with a sampler can tell."""
-    return compare([Chain(*chain) for chain in zip(first, again, tokens, strict=True)])
+def floor(chains: list[Chain]) -> Drift:
+    """The trainer against itself, of chains that it computed token by token as well, in another
+    shape of a batch. Less than this no comparison with a sampler can tell."""
+    return compare([
+        Chain(chain.trainer, sum(chain.trainer_tokens), chain.tokens) for chain in chains
+    ])  # fmt: skip
 
 
 def told(drift: Drift) -> str:
@@ -114,5 +113,6 @@ def check(drift: Drift, limit: float, where: str) -> None:
         f"{where}: trainer and sampler do not agree on log p of what was sampled: {told(drift)}, "
         f"and {limit:g} is the limit. They differ in weights, images, --pixels or --tiles, or the "
         "sampler told log-probabilities after temperature and top-p; sample again from the "
-        "checkpoint that is trained, with the settings of training"
+        "checkpoint that is trained, with the settings of training. Where only the precision is "
+        f"another, bf16 and fp32, --max-drift {LIMIT_BF16} is the limit"
     )

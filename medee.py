@@ -67,10 +67,10 @@ DPO_LORA = {**LONGEST, "method": "lora", "lr": 5e-6, "beta": 0.1, "epochs": 1, "
 MINI = dict(  # ours, chosen on development questions: a model this small learns at other rates than a pretrained 7B
     curate={"limits": [0, 0, 0], "max-tokens": 24},  # made from templates, questions and films are alike by construction
     distill={"answer-form": "text", "words": [5, 120]},  # no option look-up for so small a model
-    sft={"lr": 5e-3, "epochs": 4, "batch": 2, "micro-batch": 2, "rank": 16, "alpha": 32, "pack": 900, "save-every": 25},
+    sft={"lr": 5e-3, "epochs": 4, "batch": 2, "rank": 16, "alpha": 32, "pack": 900, "save-every": 25},
     rollout={"n": 8, "temperature": 0.7, "top-p": 1.0, "max-tokens": 96},
     pairs={"rule": "all", "cap": 4},
-    dpo={"method": "full", "lr": 3e-5, "beta": 0.5, "epochs": 1, "batch": 16, "micro-batch": 16, "save-every": 25, "held-out": 0},
+    dpo={"method": "full", "lr": 3e-5, "beta": 0.5, "epochs": 1, "batch": 16, "save-every": 25, "held-out": 0},
     evaluate={"n": [16, 2], "temperature": 0.5, "max-tokens": 96, "judge-samples": 0},
     images={"pixels": 56 * 56},
     engine="hf",
@@ -99,7 +99,7 @@ WORLDS = {  # questions of the clinic's bank and tests, the base model's schooli
     "fast": {  # one modality
         "world": {"text": 160, "image": 100, "dev-image": 10, "dev-text": 10, "test-image": 20, "test-text": 10, "modalities": 1},
         "teach": {"films": 1200, "eye-epochs": 4, "steps": 150, "batch": 8, "print-every": 20, "modalities": 1},
-        "recipe": {"sft": {"batch": 1, "micro-batch": 1}, "evaluate": {"n": [2, 1]}},
+        "recipe": {"sft": {"batch": 1}, "evaluate": {"n": [2, 1]}},
     },
 }
 

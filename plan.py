@@ -214,7 +214,7 @@ def report(title: str, policy: model.Policy, gpus: int, length: int, tree: bool,
     for again, word in ((False, "without checkpointing"), (True, "with checkpointing")):
         lines.append(f"  {word:<36}" + "".join(f"{totals[n, again]:9.1f}" for n in rows))
     if best:
-        lines.append(f"  fits: --micro-batch {best[0]}{' --checkpointing' if best[1] else ''}, {totals[best]:.0f} of {budget:.0f} GB that may be planned for")
+        lines.append(f"  fits: --micro-tokens {best[0] * length}{' --checkpointing' if best[1] else ''}, {totals[best]:.0f} of {budget:.0f} GB that may be planned for")
     else:
         lines.append(f"  does not fit: {totals[shown]:.0f} GB at best, {budget:.0f} may be planned for; more GPUs, shorter rows (--len), or LoRA")
     return "\n".join(lines)

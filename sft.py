@@ -333,7 +333,8 @@ def main(argv: list[str] | None = None) -> None:
         lambda i: pack([encode(kept[j]) for j in plan[i]], processor.stop_id),
         lambda rows, w: model.collate(rows, processor, w),
         steps,
-        out=out, device=device, learning_rate_peak=args.lr, micro=args.micro_batch,
+        out=out, device=device, learning_rate_peak=args.lr,
+        budget=args.micro_tokens or args.max_length,
         save_every=args.save_every, lengths=packed,
     ), out)  # fmt: skip
     adapter = (args.rank, args.alpha, args.model) if args.method == "lora" else None

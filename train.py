@@ -249,29 +249,44 @@ def shuffled(rows: int, batch: int, epochs: float, seed: int) -> list[list[int]]
     return [global_batch(rows, batch, seed, step) for step in range(steps)]
 
 
+MicroBatch = list[tuple[int, float]]  # (row index, weight)
+
+
 def micro_batches(
-    indices: list[int], micro: int, rank: int, world: int, lengths: Sequence[int] | None = None
-) -> list[list[tuple[int, float]]]:
-    """This rank's micro-batches of (row index, weight), `micro` rows each.
+    indices: list[int], budget: int, world: int, lengths: Sequence[int] | None = None
+) -> list[list[MicroBatch]]:
+    """[rank][number]: every rank's micro-batches.
 
     Rows are dealt in rounds, the longest first, so that the ranks, which wait for one another, have
     rows of like length in each; every other round goes backwards. All ranks get equally many: the
-    last round is filled with the shortest row at weight 0."""
-    if lengths is not None:
+    last round is filled with the shortest row at weight 0. A micro-batch is as many rounds as
+    `budget` tokens hold, padding included; a row that is longer is alone. Without lengths the order
+    stays, and a row counts 1."""
+    size = lengths or dict.fromkeys(indices, 1)
+    if lengths:
         indices = sorted(indices, key=lambda index: (-lengths[index], index))
     rounds = [[(i, 1.0) for i in indices[at : at + world]] for at in range(0, len(indices), world)]
     rounds[-1] += [(indices[-1], 0.0)] * (world - len(rounds[-1]))
-    mine = [part[::-1][rank] if number % 2 else part[rank] for number, part in enumerate(rounds)]
-    return [mine[at : at + micro] for at in range(0, len(mine), micro)]
+    dealt: list[list[MicroBatch]] = [[] for _ in range(world)]
+    longest = 0  # of the micro-batch: its first round's first row
+    for number, part in enumerate(rounds):
+        room = number > 0 and (len(dealt[0][-1]) + 1) * longest <= budget
+        longest = longest if room else size[part[0][0]]
+        for own, row in zip(dealt, part[::-1] if number % 2 else part):
+            own[-1].append(row) if room else own.append([row])
+    return dealt
 
 
-def efficiency(plan: Sequence[Sequence[int]], lengths: Sequence[int], world: int) -> float:
-    """The share of the ranks' time that goes into rows of their own, if time goes by tokens: a round
-    lasts as long as its longest row."""
+def efficiency(
+    plan: Sequence[Sequence[int]], budget: int, world: int, lengths: Sequence[int]
+) -> float:
+    """The share of what the ranks compute that is rows of their own, and neither padding nor waiting
+    for another rank, if time goes by tokens."""
     own = spent = 0
     for step in plan:
-        longest = sorted((lengths[index] for index in step), reverse=True)
-        own, spent = own + sum(longest), spent + world * sum(longest[::world])
+        own += sum(lengths[index] for index in step)
+        for part in zip(*micro_batches(step, budget, world, lengths)):
+            spent += world * len(part[0]) * max(lengths[row] for rows in part for row, _ in rows)
     return own / spent
 
 
@@ -321,7 +336,7 @@ def save_state(folder: Path, policy: nn.Module, optimizer: torch.optim.Optimizer
     barrier()
 
 
-FREE = ("save_every", "print_every", "micro_batch", "checkpointing", "replicas")  # change nothing but rounding
+FREE = ("save_every", "print_every", "micro_tokens", "checkpointing", "replicas")  # change nothing but rounding
 
 
 def add_flags(parser: argparse.ArgumentParser, row: str) -> None:
@@ -331,9 +346,10 @@ def add_flags(parser: argparse.ArgumentParser, row: str) -> None:
     add("--alpha", type=flags.ALPHA, default=lora.ALPHA)
     # ours: paper silent (LLaMA-Factory example)
     add("--batch", type=flags.whole(1), default=64, help=f"{row} a step, over all ranks")
-    add("--micro-batch", type=flags.whole(1), default=1, help=f"{row} at once on one rank")
     said = f"in tokens; longer {row} are dropped and counted"
     add("--max-length", type=flags.whole(1), default=MAX_LENGTH, help=said)
+    said = "tokens at once on one rank, padding included; a longer row is alone; 0: --max-length"
+    add("--micro-tokens", type=flags.whole(0), default=0, help=said)
     said = "largest image in pixels, Qwen; as in the rollouts"
     add("--pixels", type=flags.PIXELS, default=model.MAX_PIXELS, help=said)
     said = "most tiles of an image, InternVL; as in the rollouts"
@@ -437,7 +453,7 @@ def steps(
     out: Path,
     device: torch.device,
     learning_rate_peak: float,
-    micro: int,
+    budget: int,
     save_every: int,
     lengths: Sequence[int] | None = None,
     told: Sequence[dict[str, float]] = (),
@@ -454,6 +470,7 @@ def steps(
                          keeps a rank in step
     loss_of(logps, b)    (sum, count, {name: (sum, count)}): sums over the micro-batch, never means
     plan                 the rows of every step; it fixes the number of steps, and so the cosine
+    budget               of a micro-batch: tokens; where `lengths` is not given, rows
     save_every           steps between states; the last step has one too. 0 keeps none.
     lengths              the rows' tokens: they are dealt to the ranks by it, and it is the rate's
     told                 more figures of each step, for its line and row
@@ -479,7 +496,7 @@ def steps(
             now = learning_rate(step, steps, learning_rate_peak, warmup)
             for group in optimizer.param_groups:
                 group["lr"] = now
-            parts = micro_batches(plan[step], micro, rank(), world(), lengths)
+            parts = micro_batches(plan[step], budget, world(), lengths)[rank()]
             count, means = accumulate(policy, loss_of, encode, collate, parts, device)
             norm = update(optimizer, parameters, step, count, means["loss"])
             ended = time.time()

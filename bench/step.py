@@ -75,7 +75,7 @@ def ours(network, processor: model.Processor, pair: list[list[int]], reference: 
             lambda index: (row, reference),
             lambda part, weights: dpo.collate_pairs(part, weights, processor),
             [[0]] * steps,
-            out=Path(out), device=cpu, learning_rate_peak=LEARNING_RATE, micro=1, warmup=0, save_every=0,
+            out=Path(out), device=cpu, learning_rate_peak=LEARNING_RATE, budget=1, warmup=0, save_every=0,
         ), Path(out))  # fmt: skip
     return [(row["seconds"], row["loss"]) for row in history]
 

@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ import model  # noqa: E402
 import sft  # noqa: E402
 import stage  # noqa: E402
 import train  # noqa: E402
+import trees  # noqa: E402
 
 WORDS = "the film shows a nodule in the left upper lobe with fever and cough so the next step is a scan".split()
 SYSTEM = "You are a helpful assistant."
@@ -69,10 +71,45 @@ def pair(index: int, image: str | None = None, processor: model.Processor | None
     return row
 
 
+def encode_pair(row: dict, processor: model.Processor, root: Path) -> model.Row:
+    """prompt -> chosen, prompt -> rejected: the tree of a single pair"""
+    chains = tuple(dpo.chain_of(row, side, processor) for side in dpo.SIDES)
+    tree = trees.Tree(row["id"], row["prompt"], row["images"], chains, ((0, 1),))
+    return dpo.encode_tree(tree, (0, 1), processor, root)
+
+
+def collate_pairs(rows: list, weights: list[float], processor: model.Processor) -> model.Batch:
+    """(row, reference values) of single pairs"""
+    return dpo.collate_trees([(row, values, ((0, 1),)) for row, values in rows], weights, processor)
+
+
 def mixed_rows(stage: str, processor: model.Processor | None = None, count: int = 7) -> list[dict]:
-    """Seven rows, which two ranks cannot share equally. In both stages some have an image and some have none."""
+    """Seven rows, which two ranks cannot share equally. In both stages some have an image and some
+    have none. Every third pair is of the question before it, and prefers what was rejected there."""
     images = [f"film{index % 4}.png" if index % 3 == 0 else None for index in range(count)]
-    return [demo(i, image) if stage == "sft" else pair(i, image, processor) for i, image in enumerate(images)]
+    if stage == "sft":
+        return [demo(index, image) for index, image in enumerate(images)]
+    rows = [pair(index, image, processor) for index, image in enumerate(images)]
+    for index in range(1, count, 3):
+        first = rows[index - 1]
+        rows[index] |= {key: first[key] for key in ("id", "prompt", "images")}
+        rows[index] |= {key.replace("rejected", "chosen"): first[key] for key in first if "rejected" in key}
+    return rows
+
+
+def apart(item: model.Row | dpo.Encoded) -> list:
+    """A tree as its pairs one by one; a demonstration as it is."""
+    if isinstance(item, list):
+        return [item]
+    (prompt, *chains), values, edges = item
+    return [
+        (
+            [prompt, replace(chains[w], answer=dpo.CHOSEN), replace(chains[l], answer=dpo.REJECTED)],
+            [values[w], values[l]],
+            ((0, 1),),
+        )
+        for w, l in edges
+    ]
 
 
 def plain_inputs(sequences: list[list[int]], images: list, processor: model.Processor) -> dict[str, torch.Tensor]:
@@ -124,7 +161,7 @@ def prepare(case: str, models: str, images: str, device: torch.device | None = N
     if method == "lora":
         lora.inject(policy.model, policy.language_model, 4, 8.0, 0)
     policy.double()
-    rows = mixed_rows(stage, processor)
+    rows = mixed_rows(stage, processor, 7 if stage == "sft" else 10)
     if device:
         train.shard(policy, device, checkpointing, replicas if train.world() > 1 else 1)
     if stage == "sft":
@@ -132,17 +169,23 @@ def prepare(case: str, models: str, images: str, device: torch.device | None = N
         encode = lambda i: sft.encode_demo(rows[i], processor, root)  # noqa: E731
         return policy, lambda logp, b: sft.sft_loss(logp, b, ones), encode, lambda r, w: model.collate(r, processor, w), rows
 
-    def encode_row(index: int) -> model.Row:
-        return dpo.encode_pair(rows[index], processor, root)
+    rows, _ = trees.group(  # seven, of one or two pairs
+        rows,
+        lambda row, side: dpo.chain_of(row, side, processor),
+        lambda row: dpo.question_key(row, root),
+    )
 
+    def encode_row(index: int) -> model.Row:
+        return dpo.encode_tree(rows[index], range(len(rows[index].chains)), processor, root)
+
+    rounds = dpo.rounds_of([1] * len(rows), micro if device else 1)
     if device:
-        values = dpo.references(out / "reference.jsonl", policy, len(rows), encode_row, processor, "checkpoint", micro, device)[0]
-        dpo.gate_reference(policy, lambda i: (encode_row(i), values[i], ((0, 1),)), processor, dpo.BETA, len(rows), micro, device)
+        values = dpo.references(out / "reference.jsonl", policy, rounds, encode_row, processor, "checkpoint", device)[0]
+        dpo.gate_reference(policy, lambda i: (encode_row(i), values[i], rows[i].edges), processor, dpo.BETA, [1] * len(rows), micro, device)
     else:
-        rounds = dpo.reference_rounds(policy, encode_row, processor, list(range(len(rows))), 1, torch.device("cpu"))
-        values = [values for done in rounds for _, values in done]
-    encode = lambda i: (encode_row(i), values[i])  # noqa: E731
-    return policy, lambda logp, b: dpo.pair_loss(logp, b, dpo.BETA), encode, lambda r, w: dpo.collate_pairs(r, w, processor), rows
+        values = [values for done in dpo.log_probs(policy, encode_row, processor, rounds, torch.device("cpu"), "") for _, values in done]
+    encode = lambda i: (encode_row(i), values[i], rows[i].edges)  # noqa: E731
+    return policy, lambda logp, b: dpo.pair_loss(logp, b, dpo.BETA), encode, lambda r, w: dpo.collate_trees(r, w, processor), rows
 
 
 def run_case(case: str, models: str, images: str, out: Path, stop: int | None = None) -> dict[str, torch.Tensor]:
@@ -161,7 +204,7 @@ def run_case(case: str, models: str, images: str, out: Path, stop: int | None = 
 
     train.fit(train.steps(
         policy, loss_of, encode, watched, train.shuffled(len(rows), BATCH, 1.5, 0), out=out, device=device,
-        learning_rate_peak=PEAK, micro=micro, warmup=0.1, save_every=1, print_every=100,
+        learning_rate_peak=PEAK, budget=micro, warmup=0.1, save_every=1, print_every=100,
     ), out)  # fmt: skip
     return dict(train.whole_tensors(policy))
 
@@ -248,10 +291,12 @@ def run_rounding(models: str, out: Path) -> None:
 
 def die_at(moment: str) -> None:
     """From now on the process kills itself (-9) at a moment: "finish", all saved but for stage.json; "dropping", one file of
-    the state removed; "forward N", at the policy's Nth forward; else, half of a file whose path contains `moment` written."""
+    the state removed; "forward N", at the policy's Nth forward; "plan", before the plan of the steps; "reference" and
+    "after", after the first round of that pass; else, half of a file whose path contains `moment` written."""
     import safetensors.torch
 
     save_file, rmtree, forward, calls = safetensors.torch.save_file, shutil.rmtree, model.Policy.forward, []
+    log_probs = dpo.log_probs
 
     def die(*given) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -274,7 +319,16 @@ def die_at(moment: str) -> None:
             die()
         return forward(self, batch)
 
+    def passes(*given):
+        for number, done in enumerate(log_probs(*given)):
+            if number and moment == given[-1]:
+                die()
+            yield done
+
     safetensors.torch.save_file, shutil.rmtree, model.Policy.forward = saves, drops, counts
+    dpo.log_probs = passes
+    if moment == "plan":
+        trees.plan = die
     if moment == "finish":
         stage.finish = die
 

@@ -183,9 +183,8 @@ def test_the_trainers_own_floor_is_below_the_limit(checkpoints, family, films):
         chain for one in asks for reply in replies[one.id]
         for chain in trained(checkpoints[family], [one], {one.id: [reply]})
     ]  # fmt: skip
-    tokens = [chain.tokens for chain in together]
-    sums = [[chain.trainer for chain in chains] for chains in (together, alone)]
-    found = drift.floor(*sums, tokens)
+    both = zip(together, alone, strict=True)
+    found = drift.floor([replace(one, trainer_tokens=again.trainer_tokens) for one, again in both])
     assert 0 < abs(found.mean) < drift.LIMIT_FP32 and found.chains == 16
 
 
@@ -200,7 +199,8 @@ def test_the_drift_is_the_signed_mean_over_tokens_and_its_sd_is_over_chains():
     assert drift.told(found) == "-1.4e-01 a token, SD 7.6e-01 over 3 chains, mean absolute 6.7e-01"
     one = drift.compare(chains[:1])
     assert (one.mean, one.sd, one.absolute) == (-0.5, None, None)
-    assert drift.floor([-1.0, -2.0], [-1.5, -1.0], [1, 4]).mean == pytest.approx(0.1)
+    chains = [drift.Chain(0, -1.0, 1, None, [-1.5]), drift.Chain(0, -2.0, 4, None, [-0.25] * 4)]
+    assert drift.floor(chains).mean == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize(
@@ -228,10 +228,11 @@ def test_a_chain_of_several_pairs_counts_once_and_one_without_a_figure_not_at_al
         pair("c", None, [], chosen_logp=-1.0, rejected_logp=-1.0),  # tokens are made of the text
     ]
     values = [[-1.5, -2.5], [-1.5, -9.0], [-3.5, -9.0], [-9.0, -9.0], [-9.0, -9.0]]
-    assert drift.chains_of(pairs, values, {0: [[-0.5, -1.0], [-2.5]]}) == [
-        drift.Chain(-1.0, -1.5, 2, [-0.4, -0.6], [-0.5, -1.0]),
-        drift.Chain(-2, -2.5, 1, None, [-2.5]), drift.Chain(-3.0, -3.5, 2),
-    ]  # fmt: skip
+    assert drift.chains_of(pairs, values) == {
+        (0, 0): drift.Chain(-1.0, -1.5, 2, [-0.4, -0.6]),
+        (0, 1): drift.Chain(-2, -2.5, 1),
+        (2, 0): drift.Chain(-3.0, -3.5, 2),
+    }
 
 
 # --- other engines
@@ -289,9 +290,10 @@ def run_rollout(tmp_path, folder, films, name: str, samples: int) -> list[dict]:
     return data.read_rows(tmp_path / name / "rollout" / "rollouts.jsonl", "rollouts")
 
 
-def test_a_rollout_keeps_the_sum_of_every_chain_and_every_token_of_the_first_64(
-    checkpoints, films, tmp_path
+def test_a_rollout_keeps_the_sum_of_every_chain_and_every_token_of_the_first(
+    checkpoints, films, tmp_path, monkeypatch
 ):
+    monkeypatch.setattr(rollout, "TOLD", 64)
     rows = run_rollout(tmp_path, checkpoints["qwen"], films, "run", 40)
     assert [row["id"] for row in rows] == ["q0"] * 40 + ["q1"] * 40
     assert ["token_logps" in row for row in rows] == [True] * 64 + [False] * 16
@@ -329,8 +331,8 @@ def test_pairs_of_a_rollout_are_held_against_the_trainer_and_older_rows_still_pa
     pairs = pairs_of("new", rows)
     assert len(pairs) == 8
     processor = model.Processor(folder, SETUP.pixels, SETUP.tiles)
-    policy, values, by_token = model.load_policy(folder), [], {}
-    for index, pair in enumerate(pairs):  # as dpo.py encodes a pair
+    policy, values, by_token = model.load_policy(folder), [], []
+    for pair in pairs:  # as dpo.py encodes a pair
         images = [processor.encode_file(films[0].parent / image) for image in pair["images"]]
         row = [processor.encode_prompt(pair["prompt"], images)]
         for which, side in enumerate(("chosen", "rejected"), 1):
@@ -338,13 +340,17 @@ def test_pairs_of_a_rollout_are_held_against_the_trainer_and_older_rows_still_pa
         batch = model.collate([row], processor)
         with torch.no_grad():
             logp = policy(batch)
-        by_token[index] = [logp[batch.answer == which].tolist() for which in (1, 2)]
-        values.append([sum(single) for single in by_token[index]])
-    found = drift.compare(drift.chains_of(pairs, values, by_token))
+        by_token.append([logp[batch.answer == which].tolist() for which in (1, 2)])
+        values.append([sum(single) for single in by_token[-1]])
+    chains = [
+        replace(chain, trainer_tokens=by_token[index][side])
+        for (index, side), chain in drift.chains_of(pairs, values).items()
+    ]
+    found = drift.compare(chains)
     assert found.chains == 8 and found.absolute < 1e-4
     drift.check(found, drift.LIMIT_FP32, "pairs.jsonl")
     names = ("logp", "token_logps")
     old = [{key: value for key, value in row.items() if key not in names} for row in rows]
     older = pairs_of("old", old)
     assert older == [{k: v for k, v in pair.items() if "logp" not in k} for pair in pairs]
-    assert drift.chains_of(older, values, by_token) == []
+    assert drift.chains_of(older, values) == {}

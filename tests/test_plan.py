@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from ranks_worker import collate_pairs
 from transformers import AutoModelForImageTextToText
 
 import data
@@ -101,7 +102,7 @@ def measured(config, stage: str, method: str, shape: str, checkpointing: bool, o
         return [prompt, *(model.Segment(tokens(n), [data.TAG] * n, 0, which) for n, which in ((half, dpo.CHOSEN), (rest - half, dpo.REJECTED)))]
 
     def collate(rows, weights):
-        return model.collate(rows, processor, weights) if stage == "sft" else dpo.collate_pairs([(row, [0.0, 0.0]) for row in rows], weights, processor)
+        return model.collate(rows, processor, weights) if stage == "sft" else collate_pairs([(row, [0.0, 0.0]) for row in rows], weights, processor)
 
     def loss(logp, batch):
         return sft.sft_loss(logp, batch, dict.fromkeys(data.SPAN_NAMES, 1.0)) if stage == "sft" else dpo.pair_loss(logp, batch, 0.1)
@@ -109,7 +110,7 @@ def measured(config, stage: str, method: str, shape: str, checkpointing: bool, o
     with LiveTensors([*policy.parameters(), *policy.buffers()]) as live:
         train.fit(train.steps(
             policy, loss, encode, collate, train.shuffled(2 * micro, 2 * micro, 2, 0), out=out, device=torch.device("cpu"),
-            learning_rate_peak=1e-4, micro=micro, warmup=0.1, save_every=0,
+            learning_rate_peak=1e-4, budget=micro, warmup=0.1, save_every=0,
         ), out)  # fmt: skip
     return live.peak, plan.Load(micro, length, length - length // 4, stage == "dpo", pixels.numel() * 4, checkpointing)
 
@@ -193,7 +194,7 @@ def test_recommendation_prefers_no_checkpointing_then_the_most_rows():
 def test_plan_command_answers_for_both_stages(capsys):
     medee.main(["plan", "qwen2.5-vl-7b", "--gpus", "8", "--len", "8192"])
     out = capsys.readouterr().out
-    assert "Stage I, sft.py (lora" in out and "Stage II, dpo.py (full" in out and out.count("fits: --micro-batch") == 2
+    assert "Stage I, sft.py (lora" in out and "Stage II, dpo.py (full" in out and out.count("fits: --micro-tokens") == 2
     medee.main(["plan", "internvl3-8b", "--gpus", "1", "--stage", "dpo"])
     out = capsys.readouterr().out
     assert "Stage I," not in out and "does not fit" in out
@@ -202,7 +203,7 @@ def test_plan_command_answers_for_both_stages(capsys):
 def test_plan_reads_a_local_config(folders, capsys):
     medee.main(["plan", "qwen2.5-vl-7b", "--base", str(folders["qwen"]), "--len", "512"])
     out = capsys.readouterr().out
-    assert str(folders["qwen"]) in out and out.count("fits: --micro-batch 8,") == 2
+    assert str(folders["qwen"]) in out and out.count("fits: --micro-tokens 4096,") == 2
 
 
 @pytest.mark.parametrize("name", [name for name in medee.RECIPES if not name.startswith("mini")])

@@ -62,9 +62,9 @@ def toy_loss(out: torch.Tensor, batch: Points) -> tuple:
     return ((out - batch.y).square() * batch.weights).sum(), float(batch.weights.sum()), {}
 
 
-def toy_fit(toy: nn.Module, out: Path, encode=None, loss=toy_loss, save_every: int = 0, micro: int = 2, **changes) -> list[dict]:
+def toy_fit(toy: nn.Module, out: Path, encode=None, loss=toy_loss, save_every: int = 0, budget: int = 2, **changes) -> list[dict]:
     rows = toy_rows(10)
-    settings = dict(learning_rate_peak=0.05, micro=micro, warmup=0.4, save_every=save_every, print_every=100) | changes
+    settings = dict(learning_rate_peak=0.05, budget=budget, warmup=0.4, save_every=save_every, print_every=100) | changes
     plan = train.shuffled(len(rows), 4, 2, 3)
     return train.fit(train.steps(toy, loss, encode or (lambda i: rows[i]), toy_collate, plan, out=out, device=CPU, **settings), out)
 
@@ -109,7 +109,7 @@ def test_the_order_depends_on_seed_and_epoch_and_nothing_else():
 @pytest.mark.parametrize("count, micro, world", [(7, 2, 3), (8, 1, 4), (1, 4, 8), (5, 3, 2), (64, 1, 8), (9, 4, 2)])
 def test_ranks_get_equally_many_micro_batches_and_each_row_counts_once(count, micro, world):
     indices = list(range(100, 100 + count))
-    parts = [train.micro_batches(indices, micro, rank, world) for rank in range(world)]
+    parts = train.micro_batches(indices, micro, world)
     assert len({len(part) for part in parts}) == 1
     rows = [row for part in parts for batch in part for row in batch]
     assert sorted(index for index, weight in rows if weight == 1.0) == indices
@@ -174,7 +174,7 @@ def test_accumulation_takes_the_same_step_as_one_large_batch(folders, tmp_path):
             policy, lambda logp, b: sft.sft_loss(logp, b, dict.fromkeys(data.SPAN_NAMES, 1.0)),
             lambda i: encoded[i], lambda r, w: model.collate(r, processor, w),
             train.shuffled(len(encoded), 4, 1.5, 0), out=tmp_path / str(micro), device=CPU,
-            learning_rate_peak=1e-3, micro=micro, warmup=0.1, save_every=0, print_every=100,
+            learning_rate_peak=1e-3, budget=micro, warmup=0.1, save_every=0, print_every=100,
         ), tmp_path / str(micro))  # fmt: skip
         runs.append(weights_of(policy))
     for run in runs[1:]:
@@ -244,7 +244,7 @@ def test_a_steps_line_tells_its_rate_and_what_is_left_of_this_run(tmp_path, caps
 
 def test_the_metrics_are_the_same_whether_a_line_tells_a_rate_or_not(tmp_path):
     plain = toy_fit(Toy(), tmp_path / "plain")
-    told = toy_fit(Toy(), tmp_path / "told", lengths=[5] * 10)
+    told = toy_fit(Toy(), tmp_path / "told", lengths=[5] * 10, budget=10)
     assert untimed(plain) == untimed(told) and plain[0].keys() == told[0].keys()
 
 
@@ -380,8 +380,8 @@ def test_a_resumed_run_never_leaves_its_metrics_empty(tmp_path):
     assert len((tmp_path / "second name").read_text().splitlines()) == 4
 
 
-def settings(tmp_path: Path, lr: float = 1e-4, micro_batch: int = 1) -> argparse.Namespace:
-    return argparse.Namespace(out=str(tmp_path / "out"), lr=lr, micro_batch=micro_batch)
+def settings(tmp_path: Path, lr: float = 1e-4, micro_tokens: int = 1) -> argparse.Namespace:
+    return argparse.Namespace(out=str(tmp_path / "out"), lr=lr, micro_tokens=micro_tokens)
 
 
 def test_a_state_goes_on_only_under_the_settings_it_was_begun_with(tmp_path):
@@ -389,7 +389,7 @@ def test_a_state_goes_on_only_under_the_settings_it_was_begun_with(tmp_path):
     source.write_text("{}\n")
     assert train.begin(settings(tmp_path), [source])
     (tmp_path / "out" / "state").mkdir()  # the run was killed after it had saved a state
-    assert train.begin(settings(tmp_path, micro_batch=4), [source])  # only rounding changes
+    assert train.begin(settings(tmp_path, micro_tokens=4), [source])  # only rounding changes
     with pytest.raises(data.RowError, match="lr 0.0001 -> 0.001"):
         train.begin(settings(tmp_path, lr=1e-3), [source])
     source.write_text("{} \n")

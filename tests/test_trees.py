@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranks_worker import draw_images, gradients, pair
+from ranks_worker import collate_pairs, draw_images, encode_pair, gradients, pair
 from test_dpo import assert_close, run
 
 import data
@@ -95,7 +95,7 @@ def test_a_tree_has_the_loss_the_gradient_and_the_figures_of_its_pairs_one_by_on
 
     alone = []
     for row in pairs:
-        encoded = dpo.encode_pair(row, processor, films)
+        encoded = encode_pair(row, processor, films)
         alone.append((encoded, [reference[tuple(segment.ids)] for segment in encoded[1:]]))
     rows = [
         (
@@ -107,7 +107,7 @@ def test_a_tree_has_the_loss_the_gradient_and_the_figures_of_its_pairs_one_by_on
     ]
     found = []
     for batch in (
-        dpo.collate_pairs(alone, [1.0] * 6, processor),
+        collate_pairs(alone, [1.0] * 6, processor),
         dpo.collate_trees(rows, [1.0] * 2, processor),
     ):
         policy.zero_grad()
@@ -253,7 +253,7 @@ def test_a_step_tells_how_many_comparisons_its_pairs_are_worth():
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 def test_ranks_have_rows_of_like_length_at_the_same_time(world):
     lengths = [100, 400, 90, 380, 120, 60, 70]
-    dealt = [train.micro_batches(list(range(7)), 1, rank, world, lengths) for rank in range(world)]
+    dealt = train.micro_batches(list(range(7)), 1, world, lengths)
     rounds = list(zip(*dealt))
     longest = sorted(lengths, reverse=True)
     assert [max(lengths[part[0][0]] for part in one) for one in rounds] == longest[::world]
@@ -261,7 +261,33 @@ def test_ranks_have_rows_of_like_length_at_the_same_time(world):
     assert sorted(index for index, weight in own if weight) == list(range(7))
     assert all(index == lengths.index(60) for index, weight in own if not weight)  # the shortest
     spent = world * sum(longest[::world])
-    assert train.efficiency([list(range(7))], lengths, world) == pytest.approx(sum(lengths) / spent)
+    found = train.efficiency([list(range(7))], 1, world, lengths)
+    assert found == pytest.approx(sum(lengths) / spent)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 300), min_size=1, max_size=30),
+    budget=st.integers(1, 900),
+    world=st.integers(1, 8),
+)
+@settings(max_examples=150, deadline=None)
+def test_a_micro_batch_is_as_many_rows_as_its_tokens_hold_padding_included(lengths, budget, world):
+    dealt = train.micro_batches(list(range(len(lengths))), budget, world, lengths)
+    rows = [row for own in dealt for part in own for row, weight in part if weight]
+    assert sorted(rows) == list(range(len(lengths)))
+    assert len({tuple(map(len, own)) for own in dealt}) == 1  # all ranks work at the same shapes
+    padded = [
+        [len(part) * max(lengths[row] for rank in parts for row, _ in rank) for part in parts]
+        for parts in zip(*dealt)
+    ]
+    for parts, costs in zip(zip(*dealt), padded):
+        assert len(parts[0]) == 1 or max(costs) <= budget
+    for parts, costs, after in zip(zip(*dealt), padded, list(zip(*dealt))[1:]):
+        longest = costs[0] // len(parts[0])
+        assert (len(parts[0]) + 1) * longest > budget  # one more would not fit
+    spent = world * sum(costs[0] for costs in padded)
+    found = train.efficiency([list(range(len(lengths)))], budget, world, lengths)
+    assert found == pytest.approx(sum(lengths) / spent)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -282,7 +308,7 @@ def test_a_run_tells_its_plan_and_trains_every_pair_in_either_order(
     said, history = capsys.readouterr().out, data.read_metrics(tmp_path / "out")
     assert (
         "first loss 0.693147 is ln 2" in said
-        and "of 4 questions; efficiency on 1 ranks 1.00" in said
+        and "of 4 questions; efficiency on 1 ranks 0." in said
     )
     assert sum(row["pairs"] for row in history) == 14 == len(pairs)
     if order == "question":
@@ -300,7 +326,7 @@ def test_only_a_pair_that_alone_is_too_long_is_dropped_and_its_length_is_told(
     processor = model.Processor(folders["qwen"], 56 * 56, 1)
     pairs = question(0, [(0, 1), (0, 2), (1, 3), (6, 7)], None, processor)
     lengths = [
-        sum(len(part.ids) for part in dpo.encode_pair(row, processor, films)) for row in pairs
+        sum(len(part.ids) for part in encode_pair(row, processor, films)) for row in pairs
     ]
     limit = max(lengths[:3])  # less than the tree of these three
     run(
@@ -348,7 +374,7 @@ def test_held_out_questions_are_drawn_by_their_ids_and_have_pairs_enough():
 def test_held_out_pairs_are_looked_at_and_never_trained_on(folders, films, tmp_path, capsys):
     processor = model.Processor(folders["qwen"], 56 * 56, 1)
     pairs = [row for n in range(90) for row in question(n, EDGES[: 1 + n % 3], None, processor)]
-    flags = ["--batch", "16", "--epochs", "1", "--lr", "1e-3", "--micro-batch", "8"]
+    flags = ["--batch", "16", "--epochs", "1", "--lr", "1e-3"]
     run(folders["qwen"], films, tmp_path, pairs, *flags)
     said, history = capsys.readouterr().out, data.read_metrics(tmp_path / "out")
     figures = json.loads((tmp_path / "out" / "stage.json").read_text())["figures"]
