@@ -14,8 +14,9 @@ Nothing else of the method is imitated: curate, distil, SFT, rollout, judge, DPO
 
     base model   a tiny Qwen2.5-VL or InternVL, taught from scratch to see, to know the rules and to answer directly,
                  never to reason. Stage I has to elicit that, from text alone.
-    teachers     thorough (full chain), hasty (no check, and writes one sign on the left as he always does), bookish (never
-                 looks at the film, argues from the history). The mixture gives Stage II something to prefer.
+    teachers     thorough (full chain, his check in one of three wordings), hasty (no check, and
+                 writes one sign on the left as he always does), bookish (never looks at the film,
+                 argues from the history). The mixture gives Stage II something to prefer.
     classifier   tells the questions that looking alone answers; editor: takes readings of the film out of their text
     judge        answers the paper's Appendix A prompt with the JSON that the truth dictates. A film carries its truth
                  in a PNG text chunk, which the roles read and no model sees.

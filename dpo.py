@@ -34,6 +34,11 @@ Where we depart from the paper, or it is silent:
   5. --order pair shuffles pairs, as the paper's trainer does; --order question keeps a question's
      pairs in one step. It is the same objective and another training: pairs of a question are alike,
      so that a step of 64 of them is worth about 23 (each step's line tells what its are worth).
+     Measured in the miniature at the same lr, two base models, five seeds each, on development
+     questions: questions train in half the time, and reach .427 and .529 of chains that meet all
+     criteria where pairs reach .448 and .544 (accuracy .691, .666 and .697, .659; held-out loss
+     .212, .232 and .207, .191). Pairs are the default, since questions lose more than .02 on one
+     base: the margin that was set before.
 """
 
 import argparse

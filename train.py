@@ -250,6 +250,7 @@ def shuffled(rows: int, batch: int, epochs: float, seed: int) -> list[list[int]]
 
 
 MicroBatch = list[tuple[int, float]]  # (row index, weight)
+FILLED = 0.9  # ours: least share of a micro-batch's tokens that is not padding
 
 
 def micro_batches(
@@ -260,18 +261,20 @@ def micro_batches(
     Rows are dealt in rounds, the longest first, so that the ranks, which wait for one another, have
     rows of like length in each; every other round goes backwards. All ranks get equally many: the
     last round is filled with the shortest row at weight 0. A micro-batch is as many rounds as
-    `budget` tokens hold, padding included; a row that is longer is alone. Without lengths the order
-    stays, and a row counts 1."""
+    `budget` tokens hold, padding included, if they are of like length; a row that is longer is
+    alone. Without lengths the order stays, and a row counts 1."""
     size = lengths or dict.fromkeys(indices, 1)
     if lengths:
         indices = sorted(indices, key=lambda index: (-lengths[index], index))
     rounds = [[(i, 1.0) for i in indices[at : at + world]] for at in range(0, len(indices), world)]
     rounds[-1] += [(indices[-1], 0.0)] * (world - len(rounds[-1]))
     dealt: list[list[MicroBatch]] = [[] for _ in range(world)]
-    longest = 0  # of the micro-batch: its first round's first row
+    held: list[int] = []  # the longest row of each round of the micro-batch
     for number, part in enumerate(rounds):
-        room = number > 0 and (len(dealt[0][-1]) + 1) * longest <= budget
-        longest = longest if room else size[part[0][0]]
+        longest = size[part[0][0]]
+        padded = (len(held) + 1) * max([*held, longest])
+        room = bool(held) and padded <= budget and sum(held) + longest >= FILLED * padded
+        held = [*held, longest] if room else [longest]
         for own, row in zip(dealt, part[::-1] if number % 2 else part):
             own[-1].append(row) if room else own.append([row])
     return dealt

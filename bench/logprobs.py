@@ -27,6 +27,11 @@ def peak_bytes(work: Callable[[], object]) -> int:
     """The most bytes of CPU memory that were allocated at one time during `work`, over those allocated before it."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         work()
+    return peak_of(record)
+
+
+def peak_of(record: profile) -> int:
+    """The same of a profile that was made with profile_memory."""
     sizes, events = [], list(record.profiler.kineto_results.experimental_event_tree())
     while events:
         event = events.pop()

@@ -1,0 +1,305 @@
+"""A whole DPO step of this project against the same step of TRL: time, and memory above weights.
+
+    pip install -r requirements-dev.txt
+    python bench/stage2.py                                      8 GB of memory, half an hour
+    torchrun --nproc_per_node 2 bench/stage2.py --steps 3       two ranks on this machine
+
+Both train the same Qwen2.5-VL (105 M parameters, vocabulary of 151,936, a tiny vision tower, fp32
+on the CPU) by their own loops, train.steps and trl.DPOTrainer.train, on the same token ids: one row
+a step and rank, AdamW, gradients clipped, no activation checkpointing.
+
+    pair          one pair; both have reference log-probabilities that were computed before
+    question      3 chosen and 3 rejected chains, so 9 pairs: one tree here, and for TRL, which has
+                  no trees, nine times its pair of the same lengths
+    image         one pair about an image. TRL computes no reference before training where there are
+                  images: it keeps a second model and asks it at every step. Its processor needs
+                  torchvision; without it the row is left out, and said
+
+Times are the medians of the steps after the first, which makes the optimizer's state. Peaks come
+from the allocator's record of two more steps, less AdamW's two moments. "of its speed" is the share
+of this machine's own matrix-product speed, measured in this run, that goes into products that the
+row needs: 6 for every weight and token, as many for the head, and attention. Run it with nothing
+beside it. All steps are on one row, so the second loss shows that both took the same first step.
+"""
+
+import argparse
+import contextlib
+import io
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from logprobs import peak_of
+from PIL import Image
+from torch.profiler import ProfilerActivity, profile
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, TrainerCallback
+from trl import DPOConfig, DPOTrainer
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import clinic  # noqa: E402
+import dpo  # noqa: E402
+import model  # noqa: E402
+import train  # noqa: E402
+
+CPU = torch.device("cpu")
+VOCABULARY, WIDTH, LAYERS, BETA, LEARNING_RATE = 151_936, 512, 8, 0.1, 1e-6
+# tokens of the prompt and of each chain
+PAIRS = {"pair": (512, 384, 384), "long pair": (1536, 512, 512)}
+QUESTION = (512, *[384] * 6)
+EDGES = [(chosen, rejected) for chosen in range(3) for rejected in range(3, 6)]
+SIDE = 448  # pixels of the image: 256 of the prompt's tokens
+KINDS = {  # of operators: where the time goes
+    "matrix products": ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm"),
+    "attention": ("scaled_dot_product", "flash_attention"),
+    "AdamW and clipping": ("adamw", "_foreach", "linalg_vector_norm"),
+    "copies": ("copy_", "cat", "index", "gather", "scatter", "fill_", "zero_", "clone"),
+    "exchange": ("gloo", "c10d", "record_param_comms"),
+}
+
+
+def build(tokenizer) -> Qwen2_5_VLForConditionalGeneration:
+    """105 M parameters, of which 78 M are the embedding that is also the head"""
+    token = tokenizer.convert_tokens_to_ids
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 8, 8]}
+    text = dict(
+        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=1792, num_hidden_layers=LAYERS,
+        num_attention_heads=8, num_key_value_heads=2, tie_word_embeddings=True,
+        rope_parameters=rope, bos_token_id=None, eos_token_id=token(clinic.EOS),
+        pad_token_id=token(clinic.PAD),
+    )  # fmt: skip
+    vision = dict(depth=1, hidden_size=32, num_heads=2, intermediate_size=32, out_hidden_size=WIDTH)
+    torch.manual_seed(0)
+    config = Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, tie_word_embeddings=True,
+        image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
+    )  # fmt: skip
+    return Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation="sdpa")
+
+
+def draw(lengths: tuple[int, ...]) -> list[list[int]]:
+    """Token ids of a prompt and of chains; below 200, where there are letters and no token is special"""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(200, (length,), generator=generator).tolist() for length in lengths]
+
+
+def tree_of(prompt: model.Segment, chains: list[list[int]], processor: model.Processor) -> model.Row:
+    return [prompt, *(processor.encode_tokens(ids, 0, k) for k, ids in enumerate(chains, 1))]
+
+
+def needed(row: model.Row) -> float:
+    """Floating-point operations of one step, forward and backward, that the row cannot do without."""
+    prompt, *chains = (len(segment.ids) for segment in row)
+    layer = 2 * WIDTH * WIDTH + 2 * WIDTH * WIDTH // 4 + 3 * WIDTH * 1792
+    tokens = prompt + sum(chains)
+    seen = prompt**2 / 2 + sum(chain * prompt + chain**2 / 2 for chain in chains)
+    attention = 3 * 4 * WIDTH * LAYERS * seen
+    return 6 * LAYERS * layer * tokens + 6 * WIDTH * VOCABULARY * sum(chains) + attention
+
+
+def product_speed() -> float:
+    """Floating-point operations a second of a large matrix product on this machine, at its best."""
+    a, b, best = torch.randn(2048, 2048), torch.randn(2048, 2048), 0.0
+    for _ in range(8):
+        begun = time.perf_counter()
+        torch.mm(a, b)
+        best = max(best, 2 * 2048**3 / (time.perf_counter() - begun))
+    return best
+
+
+# --------------------------------------------------------------------------------------------------
+# The two loops: (seconds, loss) of each step
+
+
+def ours(
+    network, processor: model.Processor, row: dpo.Encoded, steps: int
+) -> list[tuple[float, float]]:
+    policy = model.Policy(network)
+    policy.freeze_vision()
+    with tempfile.TemporaryDirectory() as out:
+        history = train.fit(train.steps(
+            train.shard(policy, CPU),
+            lambda logp, batch: dpo.pair_loss(logp, batch, BETA),
+            lambda index: row,
+            lambda rows, weights: dpo.collate_trees(rows, weights, processor),
+            [list(range(train.world()))] * steps,
+            out=Path(out), device=CPU, learning_rate_peak=LEARNING_RATE, budget=1, warmup=0,
+            save_every=0,
+        ), Path(out))  # fmt: skip
+    return [(row["seconds"], row["loss"]) for row in history]
+
+
+class ReadyPairs(DPOTrainer):
+    """TRL's trainer on rows that are token ids and have their reference's log-probabilities."""
+
+    def _prepare_dataset(self, dataset, *_):
+        return dataset
+
+    def _precompute_ref_logps(self, dataset, *_):
+        return dataset
+
+
+class Clock(TrainerCallback):
+    def __init__(self):
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, *_, **__):
+        self.begun = time.time()
+
+    def on_step_end(self, *_, **__):
+        self.seconds.append(time.time() - self.begun)
+
+
+def trl(
+    network, processing, row: dict, steps: int, trainer: type[DPOTrainer], ready: bool
+) -> list[tuple[float, float]]:
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as out:
+        settings = DPOConfig(
+            output_dir=out, use_cpu=True, bf16=False, precompute_ref_log_probs=ready,
+            gradient_checkpointing=False, beta=BETA, learning_rate=LEARNING_RATE,
+            per_device_train_batch_size=1, num_train_epochs=1, max_length=None,
+            save_strategy="no", report_to="none", disable_tqdm=True, logging_steps=1,
+        )  # fmt: skip
+        loop = trainer(
+            model=network, args=settings, processing_class=processing, callbacks=[clock],
+            train_dataset=Dataset.from_list([row] * steps * train.world()),
+        )  # fmt: skip
+        loop.train()
+    losses = [entry["loss"] for entry in loop.state.log_history if "loss" in entry]
+    return list(zip(clock.seconds, losses, strict=True))
+
+
+# --------------------------------------------------------------------------------------------------
+# Measuring
+
+
+def measure(loop, tokenizer, steps: int) -> tuple[float, int, dict[str, float], float]:
+    """(median seconds, peak bytes less the moments, share of the time by kind, second loss)."""
+    quiet = contextlib.redirect_stdout(io.StringIO())
+    with quiet:
+        taken = loop(build(tokenizer), steps + 1)
+    seconds = statistics.median(took for took, _ in taken[1:])
+    network = build(tokenizer)
+    moments = 2 * sum(p.nbytes for p in network.parameters() if p.requires_grad)
+    with quiet, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        loop(network, 2)
+    spent: Counter = Counter()
+    for event in record.key_averages():
+        kind = next((k for k, names in KINDS.items() if any(n in event.key for n in names)), "rest")
+        spent[kind] += event.self_cpu_time_total
+    whole = sum(spent.values())
+    shares = {kind: spent[kind] / whole for kind in [*KINDS, "rest"] if spent[kind]}
+    return seconds, peak_of(record) - moments, shares, taken[1][1]
+
+
+def report(name: str, own: tuple, theirs: tuple | None, times: int, speed: float, row) -> None:
+    """One line of the table, and where our own time goes."""
+    seconds, peak, shares, loss = own
+    line = f"{name:<34} {seconds:7.2f} s {peak / 1e6:7,.0f} MB"
+    line += f"   {needed(row) / seconds / speed:4.0%} of its speed"
+    if theirs:
+        line += f" | TRL {times * theirs[0]:7.2f} s {theirs[1] / 1e6:7,.0f} MB"
+        line += f" | {times * theirs[0] / seconds:5.2f} x faster, peak {peak / theirs[1]:.2f}"
+        line += f" | second loss {loss:.5f}, TRL {theirs[3]:.5f}" if times == 1 else ""
+    train.print0(line)
+    train.print0("    " + ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items()))
+
+
+def with_reference(row: model.Row, edges: list, tokenizer, processor) -> dpo.Encoded:
+    policy = model.Policy(build(tokenizer))
+    with torch.no_grad():
+        batch = model.collate([row], processor)
+        values = [float(value) for value in dpo.response_sums(policy(batch), batch)]
+    return row, values, edges
+
+
+def image_pair(processor: model.Processor) -> tuple[model.Row, dict]:
+    """(the row, the same for TRL): a picture of noise, and words that are one token each."""
+    pixels = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    asked, chosen, rejected = " fever" * 230, " left" * 383, " right" * 383
+    encoded = processor.encode_image(image)
+    prompt = processor.encode_prompt([{"role": "user", "content": asked}], [encoded])
+    chains = [processor.encode_response(text).ids for text in (chosen, rejected)]
+    turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": asked}]}]
+    row = {"images": [image], "prompt": turns}
+    for side, text in zip(dpo.SIDES, (chosen, rejected)):
+        row[side] = [{"role": "assistant", "content": [{"type": "text", "text": text}]}]
+    return tree_of(prompt, chains, processor), row
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="A DPO step of this project against TRL's.")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of every loop")
+    parser.add_argument("--only", nargs="+", help="of: pair, long pair, question, image")
+    args = parser.parse_args(argv)
+    wanted = args.only or ["pair", "long pair", "question", "image"]
+    warnings.filterwarnings("ignore")
+    train.init_ranks()
+    tokenizer = clinic.make_tokenizer("qwen", 0)
+    with tempfile.TemporaryDirectory() as folder:
+        build(tokenizer).config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        clinic.build("qwen", "tiny", tokenizer, 0)[1].save_pretrained(folder)
+        processor = model.Processor(folder, SIDE * SIDE)
+        vision = None
+        if find_spec("torchvision"):
+            from transformers import AutoProcessor
+
+            vision = AutoProcessor.from_pretrained(folder)
+            vision.image_processor.size = {"shortest_edge": 28 * 28, "longest_edge": SIDE * SIDE}
+    count, speed = sum(p.numel() for p in build(tokenizer).parameters()), product_speed()
+    threads = f"{torch.get_num_threads()} threads, {train.world()} ranks"
+    train.print0(f"{count:,} parameters, V {VOCABULARY:,}, fp32, {threads}")
+    train.print0(f"this machine's matrix products reach {speed / 1e9:.0f} GFLOP/s on one rank")
+
+    def own(encoded: dpo.Encoded) -> tuple:
+        loop = lambda network, steps: ours(network, processor, encoded, steps)  # noqa: E731
+        return measure(loop, tokenizer, args.steps)
+
+    def theirs(row: dict, processing, trainer: type[DPOTrainer], ready: bool) -> tuple:
+        loop = lambda network, steps: trl(network, processing, row, steps, trainer, ready)  # noqa: E731
+        return measure(loop, tokenizer, args.steps)
+
+    names = ("prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps")
+    pair_of_trl = None
+    for name, lengths in PAIRS.items():
+        if name not in wanted and not (name == "pair" and "question" in wanted):
+            continue
+        prompt, *chains = draw(lengths)
+        root = model.Segment(prompt, [0] * len(prompt))
+        row = tree_of(root, chains, processor)
+        encoded = with_reference(row, [(0, 1)], tokenizer, processor)
+        ready = dict(zip(names, [prompt, *chains, *encoded[1]]))
+        found = theirs(ready, tokenizer, ReadyPairs, True)
+        pair_of_trl = pair_of_trl or found
+        report(f"{name}, {' + '.join(map(str, lengths))}", own(encoded), found, 1, speed, row)
+    if "question" in wanted:
+        prompt, *chains = draw(QUESTION)
+        row = tree_of(model.Segment(prompt, [0] * len(prompt)), chains, processor)
+        encoded = with_reference(row, EDGES, tokenizer, processor)
+        report("question, 512 + 6 x 384, 9 pairs", own(encoded), pair_of_trl, 9, speed, row)
+    if "image" in wanted:
+        row, ready = image_pair(processor)
+        encoded = with_reference(row, [(0, 1)], tokenizer, processor)
+        found = theirs(ready, vision, DPOTrainer, False) if vision else None
+        lengths = " + ".join(str(len(segment.ids)) for segment in row)
+        report(f"image, {lengths}", own(encoded), found, 1, speed, row)
+        if not vision:
+            train.print0("    TRL on images: not measured, its processor needs torchvision")
+    train.leave()
+
+
+if __name__ == "__main__":
+    main()
