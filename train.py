@@ -616,7 +616,8 @@ def status_line(row: dict, steps: int, rate: float, left: float, device: torch.d
     for name, value in row.items():
         if name not in ("step", "lr", "seconds", "grad_norm") and not name.startswith("held_"):
             shown.append(f"{name} {figure(value)}")
-    shown += [f"norm {row['grad_norm']:5.2f}", f"lr {row['lr']:.1e}", f"{row['seconds']:6.2f} s"]
+    clipped = "clipped" if row["grad_norm"] > CLIP else " " * 7
+    shown += [f"norm {row['grad_norm']:5.2f} {clipped}", f"lr {row['lr']:.1e}", f"{row['seconds']:6.2f} s"]
     shown += [f"{rate:7,.0f} tokens/s"] if rate else []
     shown.append(f"left {clock(left)}")
     if device.type == "cuda":

@@ -24,6 +24,7 @@ beside it. All steps are on one row, so the second loss shows that both took the
 
 import argparse
 import contextlib
+import copy
 import io
 import statistics
 import sys
@@ -84,21 +85,25 @@ def build(tokenizer) -> Qwen2_5_VLForConditionalGeneration:
         vision_start_token_id=token("<|vision_start|>"),
         vision_end_token_id=token("<|vision_end|>"),
     )  # fmt: skip
-    return Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation="sdpa")
+    network = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation="sdpa")
+    network.model.visual.requires_grad_(False)  # in neither loop, as in the paper's stages
+    return network
 
 
 def draw(lengths: tuple[int, ...]) -> list[list[int]]:
-    """Token ids of a prompt and of chains; below 200, where there are letters and no token is special"""
+    """Token ids of a prompt and of chains; below 200 there are letters, and no special token"""
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(200, (length,), generator=generator).tolist() for length in lengths]
 
 
-def tree_of(prompt: model.Segment, chains: list[list[int]], processor: model.Processor) -> model.Row:
+def tree_of(
+    prompt: model.Segment, chains: list[list[int]], processor: model.Processor
+) -> model.Row:
     return [prompt, *(processor.encode_tokens(ids, 0, k) for k, ids in enumerate(chains, 1))]
 
 
 def needed(row: model.Row) -> float:
-    """Floating-point operations of one step, forward and backward, that the row cannot do without."""
+    """Floating-point operations that a step cannot do without, forward and backward."""
     prompt, *chains = (len(segment.ids) for segment in row)
     layer = 2 * WIDTH * WIDTH + 2 * WIDTH * WIDTH // 4 + 3 * WIDTH * 1792
     tokens = prompt + sum(chains)
@@ -125,7 +130,6 @@ def ours(
     network, processor: model.Processor, row: dpo.Encoded, steps: int
 ) -> list[tuple[float, float]]:
     policy = model.Policy(network)
-    policy.freeze_vision()
     with tempfile.TemporaryDirectory() as out:
         history = train.fit(train.steps(
             train.shard(policy, CPU),
@@ -172,7 +176,8 @@ def trl(
             save_strategy="no", report_to="none", disable_tqdm=True, logging_steps=1,
         )  # fmt: skip
         loop = trainer(
-            model=network, args=settings, processing_class=processing, callbacks=[clock],
+            model=network, ref_model=None if ready else copy.deepcopy(network), args=settings,
+            processing_class=processing, callbacks=[clock],
             train_dataset=Dataset.from_list([row] * steps * train.world()),
         )  # fmt: skip
         loop.train()
@@ -265,11 +270,15 @@ def main(argv: list[str] | None = None) -> None:
     train.print0(f"this machine's matrix products reach {speed / 1e9:.0f} GFLOP/s on one rank")
 
     def own(encoded: dpo.Encoded) -> tuple:
-        loop = lambda network, steps: ours(network, processor, encoded, steps)  # noqa: E731
+        def loop(network, steps: int) -> list[tuple[float, float]]:
+            return ours(network, processor, encoded, steps)
+
         return measure(loop, tokenizer, args.steps)
 
     def theirs(row: dict, processing, trainer: type[DPOTrainer], ready: bool) -> tuple:
-        loop = lambda network, steps: trl(network, processing, row, steps, trainer, ready)  # noqa: E731
+        def loop(network, steps: int) -> list[tuple[float, float]]:
+            return trl(network, processing, row, steps, trainer, ready)
+
         return measure(loop, tokenizer, args.steps)
 
     names = ("prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps")
