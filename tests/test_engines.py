@@ -224,6 +224,7 @@ def test_samples_that_share_a_prompt_equal_samples_decoded_one_at_a_time(stoppin
     asks = asks_of(pictures, samples=4)[:2]
     for folder in (stopping[family], talking[family]):
         engine = engine_of(folder)
+        engine.policy.double()  # or rounding, other in another batch, decides a draw
         together, alone = ids_by_sample(engine, asks, WARM), {}
         for ask in asks:
             for k in ask.samples:
@@ -411,7 +412,7 @@ def test_a_token_of_the_cache_takes_what_the_engine_counts_for_it(talking, famil
     buffers = [buffer for layer in cache.layers.values() for buffer in layer]
     assert {buffer.shape[2] for buffer in buffers} == {cache.limit}  # it grew to its end
     assert cache.used == cache.limit  # and not beyond what was fed
-    tokens = 2 * cache.limit  # two rows
+    tokens = len(buffers[0]) * cache.limit  # of the rows that did not end before
     assert sum(buffer.nbytes for buffer in buffers) == tokens * decode.token_bytes(engine.policy)
     room = int(engine.share * engines.free_memory(engine.device))
     assert room > 2**20 and engines.HFEngine(
