@@ -207,9 +207,8 @@ def references(
     computed as they would have been, so that a run that was killed has the values of one that was
     not, to the bit. A few of the others are computed again. Raises train.Refused where a chain's
     new value is not the stored one: the file is of another policy."""
-    indices = sorted({index for parts in rounds for part in parts for index, _ in part})
     keys, tokens = [], {}
-    for index in train.bar(indices, "hashing rows", "row"):
+    for index in train.bar(range(sum(map(rows_in, rounds))), "hashing rows", "row"):
         row = encode(index)
         keys.append(chain_keys(row, checkpoint))
         tokens |= {key: len(segment.ids) for key, segment in zip(keys[-1], row[1:])}
@@ -220,9 +219,8 @@ def references(
         wanted = {key for part in parts for index, _ in part for key in keys[index]}
         (known if wanted <= stored.keys() else missing).append(parts)
     again = known[:: max(1, len(known) // CHECKED)]
-    computed = again + missing
     with open(path, "a", encoding="utf-8") if train.rank() == 0 else nullcontext() as log:
-        for done in log_probs(policy, encode, processor, computed, device, "reference"):
+        for done in log_probs(policy, encode, processor, again + missing, device, "reference"):
             new = keep(path, done, keys, tokens, stored, device)
             if train.rank() == 0:
                 data.append_jsonl(log, new)
@@ -329,6 +327,7 @@ def gate_drift(
     values: list[list[float]],
     policy: model.Policy,
     processor: model.Processor,
+    budget: int,
     device: torch.device,
 ) -> None:
     """The reference's log-probabilities must be those that the sampler told: the same weights, the
@@ -340,8 +339,11 @@ def gate_drift(
         train.print0("drift: not measured, since no pair tells its sampler's log-probabilities")
         return
     token_wise = [place for place, chain in chains.items() if chain.sampler_tokens][:TOKEN_WISE]
-    rows = [encode_side(pairs[pair], SIDES[side], processor, Path(args.images)) for pair, side in token_wise]
-    again = token_log_probs(policy, rows, processor, args.micro_tokens or args.max_length, device)
+    rows = [
+        encode_side(pairs[pair], SIDES[side], processor, Path(args.images))
+        for pair, side in token_wise
+    ]
+    again = token_log_probs(policy, rows, processor, budget, device)
     for place, logps in zip(token_wise, again):
         chains[place] = replace(chains[place], trainer_tokens=logps)
     limit = args.max_drift or (drift.LIMIT_BF16 if device.type == "cuda" else drift.LIMIT_FP32)
@@ -362,16 +364,17 @@ def held_figures(
     rows: list[trees.Row],
     encode: Callable[[trees.Row], Encoded],
     processor: model.Processor,
-    args: argparse.Namespace,
+    beta: float,
+    budget: int,
     device: torch.device,
 ) -> dict[str, float]:
     """Loss, margin and accuracy of the pairs that are held out. A collective."""
     sums = [0.0] * 4
-    for parts in rounds_of([row.tokens for row in rows], args.micro_tokens or args.max_length):
+    for parts in rounds_of([row.tokens for row in rows], budget):
         part = parts[train.rank()]
         weights = [weight for _, weight in part]
         batch = collate_trees([encode(rows[index]) for index, _ in part], weights, processor).to(device)
-        loss, count, figures = pair_loss(policy(batch), batch, args.beta)
+        loss, count, figures = pair_loss(policy(batch), batch, beta)
         found = [count, loss.item(), figures["margin"][0], figures["accuracy"][0]]
         sums = [total + value for total, value in zip(sums, found)]
     count, *totals = train.total(sums, device)
@@ -531,7 +534,7 @@ def main(argv: list[str] | None = None) -> None:
 
     ends = [edges[tree][edge] for tree, edge in places]
     both = [[logp[tree, end] for end in pair] for (tree, _), pair in zip(places, ends)]
-    gate_drift(args, [pairs[index] for index in fitting], both, policy, processor, device)
+    gate_drift(args, [pairs[index] for index in fitting], both, policy, processor, budget, device)
 
     def with_reference(row: trees.Row) -> Encoded:
         return encode_row(row), [logp[row.tree, chain] for chain in row.chains], row.edges
@@ -553,7 +556,9 @@ def main(argv: list[str] | None = None) -> None:
         told=[trees.told(rows, step) for step in steps],
     ):  # fmt: skip
         if unseen and ((row["step"] + 1) % every == 0 or row["step"] + 1 == len(steps)):
-            row |= held_figures(policy, unseen, with_reference, processor, args, device)
+            row |= held_figures(
+                policy, unseen, with_reference, processor, args.beta, budget, device
+            )
     after = {}
     for done in log_probs(policy, encode_whole_row, processor, rounds, device, "after"):
         after |= dict(done)

@@ -266,13 +266,14 @@ def micro_batches(
     size = lengths or dict.fromkeys(indices, 1)
     if lengths:
         indices = sorted(indices, key=lambda index: (-lengths[index], index))
-    rounds = [[(i, 1.0) for i in indices[at : at + world]] for at in range(0, len(indices), world)]
-    rounds[-1] += [(indices[-1], 0.0)] * (world - len(rounds[-1]))
+    rows = [(index, 1.0) for index in indices]
+    rows += [(index, 0.0) for index in indices[-1:]] * (-len(indices) % world)
+    rounds = [rows[at : at + world] for at in range(0, len(rows), world)]
     dealt: list[list[MicroBatch]] = [[] for _ in range(world)]
-    held: list[int] = []  # the longest row of each round of the micro-batch
+    held: list[int] = []  # the longest row of each round of the micro-batch, the longest first
     for number, part in enumerate(rounds):
         longest = size[part[0][0]]
-        padded = (len(held) + 1) * max([*held, longest])
+        padded = (len(held) + 1) * (held or [longest])[0]
         room = bool(held) and padded <= budget and sum(held) + longest >= FILLED * padded
         held = [*held, longest] if room else [longest]
         for own, row in zip(dealt, part[::-1] if number % 2 else part):

@@ -1,7 +1,7 @@
 """A whole DPO step of this project against the same step of TRL: time, and memory above weights.
 
     pip install -r requirements-dev.txt
-    python bench/stage2.py                                      8 GB of memory, half an hour
+    python bench/stage2.py                                      8 GB of memory, twenty minutes
     torchrun --nproc_per_node 2 bench/stage2.py --steps 3       two ranks on this machine
 
 Both train the same Qwen2.5-VL (105 M parameters, vocabulary of 151,936, a tiny vision tower, fp32

@@ -401,6 +401,7 @@ TEACHER_ASKS = 1500
 
 
 def wordings(case: clinic.Case, kind: str, style: str) -> list[str]:
+    """What a teacher says of a case unless he slips: the thorough one, any of three chains."""
     return [clinic.chain(case, kind, style, check) for check in clinic.CHECKS]
 
 

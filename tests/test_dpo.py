@@ -545,19 +545,29 @@ def test_a_file_without_pairs_is_refused(tmp_path):
         data.read_rows(tmp_path / "pairs.jsonl", "pairs")
 
 
-def test_a_run_is_refused_where_the_sampler_told_other_log_probabilities(folder, policy, processor, films, tmp_path, capsys):
-    rows = [pair(index, "film0.png" if index else None, processor) for index in range(2)]
-    encoded = [encode_pair(row, processor, films) for row in rows]
-    for row, both in zip(rows, encoded):
-        batch = model.collate([both], processor)
+def drift_lines(text: str) -> list[str]:
+    return [line for line in text.splitlines() if "drift: " in line]
+
+
+def test_a_run_is_refused_where_the_sampler_told_other_log_probabilities(
+    folder, policy, processor, films, tmp_path, capsys
+):
+    rows, by_token = [pair(k, "film0.png" if k else None, processor) for k in range(2)], []
+    for row in rows:
+        batch = model.collate([encode_pair(row, processor, films)], processor)
         with torch.no_grad():
             logp = policy(batch)
         for answer, side in enumerate(dpo.SIDES, 1):
             row[f"{side}_logp"] = logp[batch.answer == answer].sum().item()
-        row["rejected_token_logps"] = logp[batch.answer == dpo.REJECTED].tolist()
+        by_token.append(logp[batch.answer == dpo.REJECTED].tolist())
     flags = ["--epochs", "1", "--batch", "2"]
+    run(folder, films, tmp_path / "sums", rows, *flags)  # no chain of a pair tells its tokens
+    (compared,) = drift_lines(capsys.readouterr().out)
+    assert "over 4 chains; the limit is 0.0001" in compared
+    for row, tokens in zip(rows, by_token):
+        row["rejected_token_logps"] = tokens
     run(folder, films, tmp_path / "honest", rows, *flags)
-    compared, own = [line for line in capsys.readouterr().out.splitlines() if "drift: " in line]
+    compared, own = drift_lines(capsys.readouterr().out)
     assert "over 4 chains, mean absolute" in compared and "the limit is 0.0001" in compared
     assert float(compared.split("mean absolute ")[1].split(";")[0]) < 1e-4
     assert "of the trainer against itself" in own and "over 2 chains" in own

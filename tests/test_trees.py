@@ -308,11 +308,12 @@ def test_a_run_tells_its_plan_and_trains_every_pair_in_either_order(
         for n in range(4)
         for row in question(n, EDGES[: 2 + n], ["film0.png", None][n % 2], processor)
     ]
-    run(folders["qwen"], films, tmp_path, pairs, "--order", order, "--batch", "5", "--epochs", "1")
+    flags = ["--order", order, "--batch", "5", "--epochs", "1", "--micro-tokens", "1"]
+    run(folders["qwen"], films, tmp_path, pairs, *flags)
     said, history = capsys.readouterr().out, data.read_metrics(tmp_path / "out")
     assert (
         "first loss 0.693147 is ln 2" in said
-        and "of 4 questions; efficiency on 1 ranks " in said
+        and "of 4 questions; efficiency on 1 ranks 1.00" in said
     )
     assert sum(row["pairs"] for row in history) == 14 == len(pairs)
     if order == "question":
