@@ -1,6 +1,7 @@
 # make demo    the whole method in the miniature clinic, on a CPU
 # make test    the test suite; make test-ranks: the distributed tests on eight processes
-# Both make a virtual environment in .venv first; nothing but Python 3.11 or newer is needed.
+# make lint    ruff: format and rules, 100 columns
+# All make a virtual environment in .venv first; nothing but Python 3.11 or newer is needed.
 # LOCK= takes the newest versions that requirements.txt allows instead of those of requirements.lock.
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ BIN = .venv/bin
 LOCK ?= requirements.lock
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(LOCK:%=-c %)
 
-.PHONY: demo test test-ranks lock
+.PHONY: demo test test-ranks lint lock
 
 demo: .venv/ready
 	$(BIN)/python medee.py demo $(ARGS)
@@ -18,6 +19,10 @@ test: .venv/ready-dev
 
 test-ranks: .venv/ready-dev
 	MEDEE_RANKS=8 $(BIN)/python -m pytest -q -ra tests/test_ranks.py $(ARGS)
+
+lint: .venv/ready-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
 
 # after a green 'make LOCK= test': what it ran with, less a build's mark such as +cpu
 lock: .venv/ready-dev

@@ -18,14 +18,21 @@ cosine.
 Where we depart from the paper, or it is silent: its trainer shuffles pairs and computes each alone.
 """
 
+import argparse
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
 
 import data
+import gate
+import model
 import train
 
 ORDERS = ("pair", "question")
+SIDES = ("chosen", "rejected")  # in the order of a pair's row
 Edge = tuple[int, int]  # chosen, rejected
 
 
@@ -65,7 +72,7 @@ def group(
             rows.append(pair)
             chains.append({})
             edges.append([])
-        both = [chain_of(pair, side) for side in ("chosen", "rejected")]
+        both = [chain_of(pair, side) for side in SIDES]
         ends = [chains[tree].setdefault(one.ids, (len(chains[tree]), one))[0] for one in both]
         places.append((tree, len(edges[tree])))
         edges[tree].append(tuple(ends))
@@ -143,9 +150,15 @@ Step = list[tuple[int, list[Edge]]]  # (tree, its edges in this step)
 
 
 def plan(
-    edges: Sequence[Sequence[Edge]], places: Sequence[tuple[int, int]],
-    sizes: Sequence[Sequence[int]], order: str, batch: int, epochs: float, seed: int, limit: int,
-) -> tuple[list[Row], list[list[int]]]:  # fmt: skip
+    edges: Sequence[Sequence[Edge]],
+    places: Sequence[tuple[int, int]],
+    sizes: Sequence[Sequence[int]],
+    order: str,
+    batch: int,
+    epochs: float,
+    seed: int,
+    limit: int,
+) -> tuple[list[Row], list[list[int]]]:
     """(rows, the rows of each step), for all epochs. edges: of each tree; places: (tree, edge) of
     each pair; sizes: of each tree, its prompt's tokens and its chains'."""
     rows: list[Row] = []
@@ -165,9 +178,12 @@ def plan(
 
 
 def by_pair(
-    edges: Sequence[Sequence[Edge]], places: Sequence[tuple[int, int]], batch: int, seed: int,
+    edges: Sequence[Sequence[Edge]],
+    places: Sequence[tuple[int, int]],
+    batch: int,
+    seed: int,
     epoch: int,
-) -> list[Step]:  # fmt: skip
+) -> list[Step]:
     """Steps of `batch` pairs."""
     order, steps = train.order(len(places), seed, epoch), []
     for at in range(0, len(order), batch):
@@ -179,9 +195,12 @@ def by_pair(
 
 
 def by_question(
-    edges: Sequence[Sequence[Edge]], places: Sequence[tuple[int, int]], batch: int, seed: int,
+    edges: Sequence[Sequence[Edge]],
+    places: Sequence[tuple[int, int]],
+    batch: int,
+    seed: int,
     epoch: int,
-) -> list[Step]:  # fmt: skip
+) -> list[Step]:
     """Steps of about `batch` pairs: each question goes whole into the step in which its middle pair
     would be. A step that none falls into, beside a question of many pairs, is no step."""
     steps: dict[int, Step] = {}
@@ -208,6 +227,159 @@ def told(rows: Sequence[Row], step: Sequence[int]) -> dict[str, float]:
     worth = sum(2 * len(p) * len(n) / (len(p) + len(n)) for p, n in ends.values())
     total = sum(pairs.values())
     return {
-        "pairs": total, "questions": len(pairs), "worth": round(worth, 2),
+        "pairs": total,
+        "questions": len(pairs),
+        "worth": round(worth, 2),
         "largest": round(max(pairs.values()) / total, 3),
-    }  # fmt: skip
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# Pairs to trees to rows
+
+
+def chain_of(row: dict, side: str, processor: model.Processor) -> Chain:
+    """A side of a pair: the tokens that were sampled, or where there are none its text's."""
+    ids = row.get(f"{side}_token_ids") or processor.encode_response(row[side]).ids
+    return Chain(row[side], tuple(ids))
+
+
+def question_key(row: dict, image_root: Path) -> str:
+    """Pairs with the same are of one question: a hash of prompt and images. An image that is not
+    there stands for itself; the gate refuses it."""
+    paths = [data.image_file(image_root, image) for image in row["images"]]
+    images = [data.file_hash(path) if path.is_file() else str(path) for path in paths]
+    return data.content_hash([row["prompt"], images])
+
+
+def encode_tree(
+    tree: Tree, chains: Sequence[int], processor: model.Processor, image_root: Path
+) -> model.Row:
+    """prompt -> each of the chains; their answers are numbered from 1."""
+    images = [processor.encode_file(data.image_file(image_root, image)) for image in tree.images]
+    encoded = [processor.encode_prompt(tree.prompt, images)]
+    for answer, chain in enumerate(chains, 1):
+        encoded.append(processor.encode_tokens(tree.chains[chain].ids, 0, answer))
+    return encoded
+
+
+def encode_side(row: dict, side: str, processor: model.Processor, image_root: Path) -> model.Row:
+    """prompt -> one response of a pair: a plain row"""
+    tree = Tree(row["id"], row["prompt"], row["images"], (chain_of(row, side, processor),), ())
+    return encode_tree(tree, (0,), processor, image_root)
+
+
+def pair_tokens(sizes: Sequence[int], edge: Edge) -> int:
+    """Of a single pair: its prompt and its two chains."""
+    return sizes[0] + sum(sizes[1 + chain] for chain in edge)
+
+
+@dataclass(frozen=True)
+class Forest:
+    """All pairs of a file as trees, without those that alone are too long."""
+
+    trees: list[Tree]
+    sizes: list[list[int]]  # of each tree: tokens of its prompt, then of each chain
+    edges: list[list[Edge]]  # of each tree: its pairs
+    places: list[tuple[int, int]]  # of each pair: (tree, edge)
+    pairs: list[int]  # which rows of the file they are
+    dropped: list[int]  # tokens of the pairs that are left out
+
+    def rows(self, limit: int) -> list[Row]:
+        """All of each tree's chains at once, or in as few rows as `limit` allows."""
+        return [
+            row
+            for tree, own in enumerate(self.edges)
+            for row in rows_of(tree, self.sizes[tree], own, limit)
+        ]
+
+
+def within(
+    grown: list[Tree], places: list[tuple[int, int]], sizes: list[list[int]], limit: int
+) -> Forest:
+    """The trees without the pairs that alone are over `limit` tokens."""
+    forest = Forest(grown, sizes, [[] for _ in grown], [], [], [])
+    for pair, (tree, number) in enumerate(places):
+        edge = grown[tree].edges[number]
+        if (tokens := pair_tokens(sizes[tree], edge)) > limit:
+            forest.dropped.append(tokens)
+            continue
+        forest.pairs.append(pair)
+        forest.places.append((tree, len(forest.edges[tree])))
+        forest.edges[tree].append(edge)
+    return forest
+
+
+def read_forest(args: argparse.Namespace, pairs: list[dict], processor: model.Processor) -> Forest:
+    """The pairs as trees, checked, less those that are too long. Says what is dropped."""
+    root = Path(args.images)
+    ids = ("chosen_token_ids", "rejected_token_ids")
+    textual = sum(not all(row.get(name) for name in ids) for row in pairs)
+    if textual and args.require_token_ids:
+        said = f"{args.pairs}: {textual} pairs have no token ids; sample with an engine"
+        train.refuse(data.RowError(f"{said} that tells them, or drop --require-token-ids"))
+    grown, places = group(
+        pairs, lambda row, side: chain_of(row, side, processor), lambda row: question_key(row, root)
+    )
+    sizes = gate.gate_rows(
+        args.pairs,
+        grown,
+        [tree.id for tree in grown],
+        lambda tree: encode_tree(tree, range(len(tree.chains)), processor, root),
+        lambda tree: [chain.text for chain in tree.chains],
+        processor,
+    )
+    forest = within(grown, places, sizes, args.max_length)
+    over = f"({len(forest.dropped)} over {args.max_length} tokens: --max-length)"
+    kept = f"pairs: kept {len(forest.places)} of {len(pairs)}"
+    train.print0(f"{kept} {over}, {textual} tokenised from text")
+    if not forest.places:
+        said = f"every pair is over {args.max_length} tokens"
+        train.refuse(data.RowError(f"{args.pairs}: {said}; raise --max-length"))
+    if dropped := forest.dropped:
+        longest = max(pair_tokens(sizes[t], forest.edges[t][e]) for t, e in forest.places)
+        tokens = f"{min(dropped):,} to {max(dropped):,} tokens, those kept up to {longest:,}"
+        train.print0(f"warning: the pairs that are dropped have {tokens}: long chains go first")
+    return forest
+
+
+def make_plan(
+    args: argparse.Namespace, forest: Forest, held: set[int]
+) -> tuple[list[Row], list[list[int]]]:
+    """(rows, the rows of each step) of the trees that are not held out. Says what they are."""
+    trained_on = [[] if tree in held else own for tree, own in enumerate(forest.edges)]
+    places = [place for place in forest.places if place[0] not in held]
+    rows, steps = plan(
+        trained_on,
+        places,
+        forest.sizes,
+        args.order,
+        args.batch,
+        args.epochs,
+        args.seed,
+        args.max_length,
+    )
+    lengths, ranks = [row.tokens for row in rows], train.world_size()
+    used = train.efficiency(steps, args.micro_tokens or args.max_length, ranks, lengths)
+    train.print0(
+        f"plan: {len(steps)} steps of {len(rows)} trees, {sum(lengths):,} tokens, of "
+        f"{sum(map(bool, trained_on))} questions; efficiency on {ranks} ranks {used:.2f}"
+    )
+    pairs_held = len(forest.places) - len(places)
+    train.print0(f"held out: {pairs_held} pairs of {len(held)} questions")
+    return rows, steps
+
+
+Encoded = tuple[model.Row, list[float], Sequence[Edge]]  # row, reference values, edges
+
+
+def collate_trees(
+    rows: list[Encoded], weights: list[float], processor: model.Processor
+) -> model.Batch:
+    """Rows with their reference values and edges to one batch."""
+    batch = model.collate([row for row, _, _ in rows], processor, weights)
+    values_of = torch.zeros(len(rows), max(len(values) for _, values, _ in rows))
+    for b, (_, values, _) in enumerate(rows):
+        values_of[b, : len(values)] = torch.tensor(values)
+    edges = [(b, *edge) for b, (_, _, own) in enumerate(rows) for edge in own]
+    return replace(batch, reference=values_of, edges=torch.tensor(edges).T)

@@ -1,16 +1,18 @@
-"""The leak check at the paper's size: seconds, peak memory, and whether it finds what was planted and nothing else.
+"""The leak check at the paper's size: seconds, peak memory, planted leaks found, false alarms.
 
-    python bench/leaks.py            54,000 bank questions against 5,000 benchmark questions with 3,000 images; 60 MB of small
-                                     images in a temporary folder, a few minutes
+    python bench/leaks.py            54,000 bank questions against 5,000 benchmark questions with
+                                     3,000 images; 60 MB of small images in a temporary folder, a
+                                     few minutes
 
-Stems are about 130 words, drawn at random from 20,000, with stock phrases of exam questions in between, so that most questions
-share 5-grams with thousands of benchmark questions, but runs of 13 words with none. Planted are copies in another dress, stems
-with one word in ten replaced (at random, and exactly every tenth), and benchmark images scaled and compressed. The check
-runs twice: with its own limits, and with longer runs and a lower similarity.
+Stems are about 130 words, drawn at random from 20,000, with stock phrases of exam questions in
+between. So most questions share 5-grams with thousands of benchmark questions, but a run of 13
+words with none. Planted are copies with other case, commas and option order; stems with one word in
+ten replaced (at random, and exactly every tenth); and benchmark images scaled and compressed. The
+check runs twice: with its own limits, and with longer runs and a lower similarity.
 
 Where MEDEE_REAL_DATA names a folder with real images, the image hash is measured first: how many
-pairs of different chest films it takes for one image, and what share of real images it knows again
-after each change, beside the usual difference hash (9 x 8 greys, 4 bits of 64).
+pairs of different chest films it takes for one image, and what share of real images it recognises
+after each change. The usual difference hash (9 x 8 greys, 4 bits of 64) is measured beside it.
 """
 
 import argparse
@@ -30,12 +32,13 @@ from PIL import Image, ImageEnhance, ImageOps
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data  # noqa: E402
-import leaks  # noqa: E402
-from images import load_image  # noqa: E402
+from benchmarks import decontaminate  # noqa: E402
+from command.images import load_image  # noqa: E402
 
 WORDS = [f"w{i}" for i in range(20_000)]
 STOCK = [  # (phrase, share of the questions that have it)
-    ("which of the following is the most likely diagnosis", 0.4), ("which of the following is the most appropriate", 0.3),
+    ("which of the following is the most likely diagnosis", 0.4),
+    ("which of the following is the most appropriate", 0.3),
     ("presents to the emergency department because of", 0.3), ("min and blood pressure is", 0.5),
     ("physical examination shows no abnormalities", 0.2), ("the remainder of the examination", 0.2),
 ]  # fmt: skip
@@ -84,7 +87,7 @@ HARDER = {  # measured, not promised
     "5 % cropped off": (lambda image: cropped(image, 0.05), 0),
     "10 % cropped off": (lambda image: cropped(image, 0.1), 0),
 }
-TAKES = {  # different files, one image: another size, more black around it, another cut of a screen
+TAKES = {  # different files of one image: another size, more black around it, another screen crop
     "pd_examples_rgb_color": "pdd_US1_UNCI",
     "pd_examples_overlay": "pdd_MR-SIEMENS-DICOM-WithOverlays",
     "pd_examples_palette": "pdd_OBXXXX1A",
@@ -92,7 +95,7 @@ TAKES = {  # different files, one image: another size, more black around it, ano
 
 
 def usual(path: Path) -> np.ndarray:
-    """(1, 2, 1) words: the usual difference hash, twice, in the form of leaks.py's."""
+    """(1, 2, 1) words: the usual difference hash, twice, in the form of decontaminate's."""
     small = np.asarray(load_image(path).convert("L").resize((9, 8), Image.Resampling.BILINEAR))
     word = np.packbits(small[:, 1:] > small[:, :-1]).view(np.uint64)
     return np.tile(word, (1, 2, 1))
@@ -100,7 +103,7 @@ def usual(path: Path) -> np.ndarray:
 
 def ours(path: Path) -> np.ndarray:
     """(1, 2, words); no real image here is flat."""
-    return leaks.dhash(path)[None]
+    return decontaminate.dhash(path)[None]
 
 
 def changed(paths: list[Path], change: str, folder: Path) -> list[Path]:
@@ -114,13 +117,13 @@ def changed(paths: list[Path], change: str, folder: Path) -> list[Path]:
 
 
 def film_distances(data_root: Path, folder: Path, own_hash: Callable) -> np.ndarray:
-    """Bits that differ, of every pair of the 500 chest films."""
+    """Bits that differ, for every pair of the 500 chest films."""
     hashed = []
     for film in np.load(data_root / "chest_films_64.npz")["films"]:
         Image.fromarray(film).save(folder / "film.png")
         hashed.append(own_hash(folder / "film.png"))
     hashed = np.concatenate(hashed)
-    return leaks.distances(hashed, hashed)[np.triu_indices(len(hashed), 1)]
+    return decontaminate.distances(hashed, hashed)[np.triu_indices(len(hashed), 1)]
 
 
 def measure(data_root: Path) -> None:
@@ -128,7 +131,7 @@ def measure(data_root: Path) -> None:
     paths = sorted((data_root / "images").iterdir())
     takes = {path.stem: TAKES.get(path.stem, path.stem) for path in paths}
     other = np.array([[a != b for b in takes.values()] for a in takes.values()])
-    hashes = {"usual": (usual, 4), "ours": (ours, leaks.DISTANCE)}
+    hashes = {"usual": (usual, 4), "ours": (ours, decontaminate.DISTANCE)}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for title, (own_hash, limit) in hashes.items():
@@ -144,7 +147,9 @@ def measure(data_root: Path) -> None:
         for change in [*CHANGES, *HARDER]:
             made, line = changed(paths, change, folder), f"  {change:<26}"
             for title, (own_hash, limit) in hashes.items():
-                differ = leaks.distances(whole[title], np.concatenate([own_hash(p) for p in made]))
+                differ = decontaminate.distances(
+                    whole[title], np.concatenate([own_hash(p) for p in made])
+                )
                 false, near = (differ[other] <= limit).sum(), differ[other].min()
                 recall = (differ.diagonal() <= limit).mean()
                 line += f"   {recall:.2f} {false:>3} (nearest {near:>3})"
@@ -156,10 +161,12 @@ def measure(data_root: Path) -> None:
 
 
 def draw_stem(rng: random.Random) -> list[str]:
-    """The phrases stand apart: two in a row would be a run of 13 words."""
+    """Two stock phrases are never adjacent: they would be a run of 13 words."""
     words: list[str] = []
     for phrase, share in rng.sample(STOCK, len(STOCK)):
-        words += rng.choices(WORDS, k=rng.randint(8, 25)) + (phrase.split() if rng.random() < share else [])
+        words += rng.choices(WORDS, k=rng.randint(8, 25)) + (
+            phrase.split() if rng.random() < share else []
+        )
     return words + rng.choices(WORDS, k=rng.randint(8, 25))
 
 
@@ -169,25 +176,48 @@ def draw_question(rng: random.Random, key: str, images: list[str]) -> data.Quest
 
 
 def draw_image(path: Path, noise: np.random.Generator) -> str:
-    """72 x 64 greys that vary smoothly between 9 x 8 drawn ones."""
-    Image.fromarray(noise.integers(0, 256, (8, 9), np.uint8)).resize((72, 64), Image.Resampling.BICUBIC).save(path, compress_level=1)
+    """72 x 64 greys, a smooth enlargement of 9 x 8 random ones."""
+    Image.fromarray(noise.integers(0, 256, (8, 9), np.uint8)).resize(
+        (72, 64), Image.Resampling.BICUBIC
+    ).save(path, compress_level=1)
     return path.name
 
 
 def planted(benchmarks: list[data.Question], rng: random.Random, root: Path) -> list[data.Question]:
-    """PLANTED questions of each kind, their ids beginning with its name."""
+    """PLANTED questions of each kind; an id begins with the name of its kind."""
     made = []
     films = [question for question in benchmarks if question.images]
     for i in range(PLANTED):
-        copy, film = rng.choice([question for question in benchmarks if not question.images]), rng.choice(films)
+        copy, film = (
+            rng.choice([question for question in benchmarks if not question.images]),
+            rng.choice(films),
+        )
         turned = dict(zip("ABCDE", reversed(copy.options.values())))
-        made.append(data.Question(copy.question.upper().replace(" ", ",  ") + " ?", turned, "E", [], "", {}, f"copied-{i}"))
-        for kind, edited in (("one in ten", lambda place: rng.random() < 0.1), ("every tenth", lambda place: place % 10 == 9)):
-            words = [rng.choice(WORDS) if edited(place) else word for place, word in enumerate(rng.choice(benchmarks).question.split())]
+        made.append(
+            data.Question(
+                copy.question.upper().replace(" ", ",  ") + " ?",
+                turned,
+                "E",
+                [],
+                "",
+                {},
+                f"copied-{i}",
+            )
+        )
+        for kind, edited in (
+            ("one in ten", lambda place: rng.random() < 0.1),
+            ("every tenth", lambda place: place % 10 == 9),
+        ):
+            words = [
+                rng.choice(WORDS) if edited(place) else word
+                for place, word in enumerate(rng.choice(benchmarks).question.split())
+            ]
             made.append(data.Question(" ".join(words), {}, "something", [], "", {}, f"{kind}-{i}"))
         with Image.open(root / film.images[0]) as image:
             scale = rng.uniform(0.7, 3)
-            image.resize((int(72 * scale), int(64 * scale)), Image.Resampling.LANCZOS).save(root / f"leak-{i}.jpeg", quality=rng.randint(40, 95))
+            image.resize((int(72 * scale), int(64 * scale)), Image.Resampling.LANCZOS).save(
+                root / f"leak-{i}.jpeg", quality=rng.randint(40, 95)
+            )
         made.append(draw_question(rng, f"image-{i}", [f"leak-{i}.jpeg"]))
     return made
 
@@ -204,23 +234,74 @@ def main(argv: list[str] | None = None) -> None:
     rng, noise = random.Random(0), np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        benchmarks = [draw_question(rng, f"benchmark{i % 5}-{i}", [draw_image(root / f"b{i}.png", noise)] if i < args.benchmark_images else []) for i in range(args.benchmarks)]
-        bank = [draw_question(rng, f"bank-{i}", [draw_image(root / f"q{i}.png", noise)] if i < args.image else []) for i in range(args.text + args.image)]
+        benchmarks = [
+            draw_question(
+                rng,
+                f"benchmark{i % 5}-{i}",
+                [draw_image(root / f"b{i}.png", noise)] if i < args.benchmark_images else [],
+            )
+            for i in range(args.benchmarks)
+        ]
+        bank = [
+            draw_question(
+                rng, f"bank-{i}", [draw_image(root / f"q{i}.png", noise)] if i < args.image else []
+            )
+            for i in range(args.text + args.image)
+        ]
         bank += planted(benchmarks, rng, root)
-        pieces = leaks.Grams([question.question.split() for question in benchmarks], leaks.GRAM)
-        touched = [0 if (shared := pieces.shared(leaks.grams(question.question.split(), leaks.GRAM))) is None else int(shared.sum()) for question in bank[:500]]
+        pieces = decontaminate.Grams(
+            [question.question.split() for question in benchmarks], decontaminate.GRAM
+        )
+        touched = [
+            0
+            if (
+                shared := pieces.shared(
+                    decontaminate.grams(question.question.split(), decontaminate.GRAM)
+                )
+            )
+            is None
+            else int(shared.sum())
+            for question in bank[:500]
+        ]
         del pieces
-        print(f"{len(bank):,} questions against {len(benchmarks):,}; a question shares {statistics.mean(touched):,.0f} 5-grams with them on average", flush=True)
-        for ngram, jaccard in ((leaks.NGRAM, leaks.JACCARD), (20, leaks.JACCARD)):
+        print(
+            f"{len(bank):,} questions against {len(benchmarks):,}; a question shares "
+            f"{statistics.mean(touched):,.0f} 5-grams with them on average",
+            flush=True,
+        )
+        for ngram, jaccard in (
+            (decontaminate.NGRAM, decontaminate.JACCARD),
+            (20, decontaminate.JACCARD),
+        ):
             begin = time.perf_counter()
-            found, likeness = leaks.check(bank, benchmarks, root, ngram, jaccard, leaks.DISTANCE)
-            seconds, peak = time.perf_counter() - begin, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-            print(f"--ngram {ngram} --jaccard {jaccard}: {seconds:.0f} s, peak {peak:.2f} GB, bank included   (targets: 120 s, 2 GB)")
+            found, likeness = decontaminate.find(
+                bank, benchmarks, root, ngram, jaccard, decontaminate.DISTANCE
+            )
+            seconds, peak = (
+                time.perf_counter() - begin,
+                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+            )
+            print(
+                f"--ngram {ngram} --jaccard {jaccard}: {seconds:.0f} s, peak {peak:.2f} GB, "
+                "bank included   (targets: 120 s, 2 GB)"
+            )
             for kind in ("copied", "one in ten", "every tenth", "image"):
-                rules = sorted({row["evidence"]["rule"] for key, row in found.items() if key.startswith(kind)})
-                print(f"  {kind:<12} {sum(key.startswith(kind) for key in found):>4} of {PLANTED} found, by {', '.join(rules) or 'no rule'}")
-            print(f"  {'the rest':<12} {sum(key.startswith('bank') for key in found):>4} of {args.text + args.image:,} dropped   (target: 0)", flush=True)
-        print(f"nearest Jaccard similarity among the rest: {max(value for key, value in likeness.items() if key.startswith('bank')):.3f}")
+                rules = sorted(
+                    {row["evidence"]["rule"] for key, row in found.items() if key.startswith(kind)}
+                )
+                print(
+                    f"  {kind:<12} {sum(key.startswith(kind) for key in found):>4} of {PLANTED} "
+                    f"found, by {', '.join(rules) or 'no rule'}"
+                )
+            print(
+                f"  {'the rest':<12} {sum(key.startswith('bank') for key in found):>4} of "
+                f"{args.text + args.image:,} dropped   (target: 0)",
+                flush=True,
+            )
+        print(
+            "nearest Jaccard similarity among the rest: "
+            f"{max(value for key, value in likeness.items() if key.startswith('bank')):.3f}"
+        )
 
 
 if __name__ == "__main__":

@@ -5,21 +5,21 @@
     torchrun --nproc_per_node 2 bench/stage2.py --steps 3       two ranks on this machine
 
 Both train the same Qwen2.5-VL (105 M parameters, vocabulary of 151,936, a tiny vision tower, fp32
-on the CPU) by their own loops, train.steps and trl.DPOTrainer.train, on the same token ids: one row
-a step and rank, AdamW, gradients clipped, no activation checkpointing.
+on the CPU) by their own loops, train.Run and trl.DPOTrainer.train, on the same token ids: one row a
+step and rank, AdamW, gradients clipped, no activation checkpointing.
 
-    pair          one pair; both have reference log-probabilities that were computed before
-    question      3 chosen and 3 rejected chains, so 9 pairs: one tree here, and for TRL, which has
-                  no trees, nine times its pair of the same lengths
-    image         one pair about an image. TRL computes no reference before training where there are
-                  images: it keeps a second model and asks it at every step. Its processor needs
-                  torchvision; without it the row is left out, and said
+    pair          one pair; both get reference log-probabilities computed beforehand
+    question      3 chosen and 3 rejected chains, so 9 pairs: one tree here. TRL has no trees: its
+                  figure is nine times that of its pair of the same lengths
+    image         one pair about an image. TRL computes no reference before training with images:
+                  it keeps a second model and runs it at every step. Its processor needs
+                  torchvision; without it the row is left out, and a line says so
 
 Times are the medians of the steps after the first, which makes the optimizer's state. Peaks come
-from the allocator's record of two more steps, less AdamW's two moments. "of its speed" is the share
-of this machine's own matrix-product speed, measured in this run, that goes into products that the
-row needs: 6 for every weight and token, as many for the head, and attention. Run it with nothing
-beside it. All steps are on one row, so the second loss shows that both took the same first step.
+from the allocator's record of two more steps, minus AdamW's two moments. "of its speed" is the
+share of this machine's matrix-product speed, measured in this run, that goes into the products that
+the row needs: 6 for every weight and token, as many for the head, and attention. Run it with
+nothing beside it. All steps are on one row, so equal second losses show equal first steps.
 """
 
 import argparse
@@ -46,10 +46,12 @@ from trl import DPOConfig, DPOTrainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import clinic  # noqa: E402
-import dpo  # noqa: E402
+import clinic.school
+import dpo
 import model  # noqa: E402
+import reference
 import train  # noqa: E402
+import trees  # noqa: E402
 
 CPU = torch.device("cpu")
 VOCABULARY, WIDTH, LAYERS, BETA, LEARNING_RATE = 151_936, 512, 8, 0.1, 1e-6
@@ -58,7 +60,7 @@ PAIRS = {"pair": (512, 384, 384), "long pair": (1536, 512, 512)}
 QUESTION = (512, *[384] * 6)
 EDGES = [(chosen, rejected) for chosen in range(3) for rejected in range(3, 6)]
 SIDE = 448  # pixels of the image: 256 of the prompt's tokens
-KINDS = {  # of operators: where the time goes
+KINDS = {  # kinds of operators, to show where the time goes
     "matrix products": ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm"),
     "attention": ("scaled_dot_product", "flash_attention"),
     "AdamW and clipping": ("adamw", "_foreach", "linalg_vector_norm"),
@@ -72,26 +74,36 @@ def build(tokenizer) -> Qwen2_5_VLForConditionalGeneration:
     token = tokenizer.convert_tokens_to_ids
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 8, 8]}
     text = dict(
-        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=1792, num_hidden_layers=LAYERS,
-        num_attention_heads=8, num_key_value_heads=2, tie_word_embeddings=True,
-        rope_parameters=rope, bos_token_id=None, eos_token_id=token(clinic.EOS),
-        pad_token_id=token(clinic.PAD),
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        intermediate_size=1792,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        rope_parameters=rope,
+        bos_token_id=None,
+        eos_token_id=token(clinic.school.EOS),
+        pad_token_id=token(clinic.school.PAD),
+    )
     vision = dict(depth=1, hidden_size=32, num_heads=2, intermediate_size=32, out_hidden_size=WIDTH)
     torch.manual_seed(0)
     config = Qwen2_5_VLConfig(
-        text_config=text, vision_config=vision, tie_word_embeddings=True,
-        image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
+        text_config=text,
+        vision_config=vision,
+        tie_word_embeddings=True,
+        image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"),
         vision_start_token_id=token("<|vision_start|>"),
         vision_end_token_id=token("<|vision_end|>"),
-    )  # fmt: skip
+    )
     network = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation="sdpa")
-    network.model.visual.requires_grad_(False)  # in neither loop, as in the paper's stages
+    network.model.visual.requires_grad_(False)  # frozen in both loops, as in the paper's stages
     return network
 
 
 def draw(lengths: tuple[int, ...]) -> list[list[int]]:
-    """Token ids of a prompt and of chains; below 200 there are letters, and no special token"""
+    """Random token ids below 200 of a prompt and of chains: letters, and no special token"""
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(200, (length,), generator=generator).tolist() for length in lengths]
 
@@ -103,7 +115,7 @@ def tree_of(
 
 
 def needed(row: model.Row) -> float:
-    """Floating-point operations that a step cannot do without, forward and backward."""
+    """Floating-point operations that a step needs at least, forward and backward."""
     prompt, *chains = (len(segment.ids) for segment in row)
     layer = 2 * WIDTH * WIDTH + 2 * WIDTH * WIDTH // 4 + 3 * WIDTH * 1792
     tokens = prompt + sum(chains)
@@ -127,24 +139,32 @@ def product_speed() -> float:
 
 
 def ours(
-    network, processor: model.Processor, row: dpo.Encoded, steps: int
+    network, processor: model.Processor, row: trees.Encoded, steps: int
 ) -> list[tuple[float, float]]:
     policy = model.Policy(network)
     with tempfile.TemporaryDirectory() as out:
-        history = train.fit(train.steps(
+        run = train.Run(
             train.shard(policy, CPU),
-            lambda logp, batch: dpo.pair_loss(logp, batch, BETA),
-            lambda index: row,
-            lambda rows, weights: dpo.collate_trees(rows, weights, processor),
-            [list(range(train.world()))] * steps,
-            out=Path(out), device=CPU, learning_rate_peak=LEARNING_RATE, budget=1, warmup=0,
+            [list(range(train.world_size()))] * steps,
+            out=Path(out),
+            device=CPU,
+            peak=LEARNING_RATE,
+            budget=1,
+            warmup=0,
             save_every=0,
-        ), Path(out))  # fmt: skip
+        )
+        history = []
+        for _ in run:
+            for rows, weights in run.micro_batches():
+                batch = trees.collate_trees([row] * len(rows), weights, processor)
+                run.backward(*dpo.pair_loss(policy(batch), batch, BETA))
+            run.update()
+            history.append(run.row)
     return [(row["seconds"], row["loss"]) for row in history]
 
 
 class ReadyPairs(DPOTrainer):
-    """TRL's trainer on rows that are token ids and have their reference's log-probabilities."""
+    """TRL's trainer on rows that are token ids and have the reference's log-probabilities."""
 
     def _prepare_dataset(self, dataset, *_):
         return dataset
@@ -170,16 +190,29 @@ def trl(
     clock = Clock()
     with tempfile.TemporaryDirectory() as out:
         settings = DPOConfig(
-            output_dir=out, use_cpu=True, bf16=False, precompute_ref_log_probs=ready,
-            gradient_checkpointing=False, beta=BETA, learning_rate=LEARNING_RATE,
-            per_device_train_batch_size=1, num_train_epochs=1, max_length=None,
-            save_strategy="no", report_to="none", disable_tqdm=True, logging_steps=1,
-        )  # fmt: skip
+            output_dir=out,
+            use_cpu=True,
+            bf16=False,
+            precompute_ref_log_probs=ready,
+            gradient_checkpointing=False,
+            beta=BETA,
+            learning_rate=LEARNING_RATE,
+            per_device_train_batch_size=1,
+            num_train_epochs=1,
+            max_length=None,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            logging_steps=1,
+        )
         loop = trainer(
-            model=network, ref_model=None if ready else copy.deepcopy(network), args=settings,
-            processing_class=processing, callbacks=[clock],
-            train_dataset=Dataset.from_list([row] * steps * train.world()),
-        )  # fmt: skip
+            model=network,
+            ref_model=None if ready else copy.deepcopy(network),
+            args=settings,
+            processing_class=processing,
+            callbacks=[clock],
+            train_dataset=Dataset.from_list([row] * steps * train.world_size()),
+        )
         loop.train()
     losses = [entry["loss"] for entry in loop.state.log_history if "loss" in entry]
     return list(zip(clock.seconds, losses, strict=True))
@@ -190,7 +223,7 @@ def trl(
 
 
 def measure(loop, tokenizer, steps: int) -> tuple[float, int, dict[str, float], float]:
-    """(median seconds, peak bytes less the moments, share of the time by kind, second loss)."""
+    """(median seconds, peak bytes minus the moments, share of the time by kind, second loss)."""
     quiet = contextlib.redirect_stdout(io.StringIO())
     with quiet:
         taken = loop(build(tokenizer), steps + 1)
@@ -209,7 +242,7 @@ def measure(loop, tokenizer, steps: int) -> tuple[float, int, dict[str, float], 
 
 
 def report(name: str, own: tuple, theirs: tuple | None, times: int, speed: float, row) -> None:
-    """One line of the table, and where our own time goes."""
+    """One line of the table, and how our own time is spent."""
     seconds, peak, shares, loss = own
     line = f"{name:<34} {seconds:7.2f} s {peak / 1e6:7,.0f} MB"
     line += f"   {needed(row) / seconds / speed:4.0%} of its speed"
@@ -221,16 +254,16 @@ def report(name: str, own: tuple, theirs: tuple | None, times: int, speed: float
     train.print0("    " + ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items()))
 
 
-def with_reference(row: model.Row, edges: list, tokenizer, processor) -> dpo.Encoded:
+def with_reference(row: model.Row, edges: list, tokenizer, processor) -> trees.Encoded:
     policy = model.Policy(build(tokenizer))
     with torch.no_grad():
         batch = model.collate([row], processor)
-        values = [float(value) for value in dpo.response_sums(policy(batch), batch)]
+        values = [float(value) for value in reference.response_sums(policy(batch), batch)]
     return row, values, edges
 
 
 def image_pair(processor: model.Processor) -> tuple[model.Row, dict]:
-    """(the row, the same for TRL): a picture of noise, and words that are one token each."""
+    """(the row, the same for TRL): an image of noise, and words that are one token each."""
     pixels = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
     asked, chosen, rejected = " fever" * 230, " left" * 383, " right" * 383
@@ -239,7 +272,7 @@ def image_pair(processor: model.Processor) -> tuple[model.Row, dict]:
     chains = [processor.encode_response(text).ids for text in (chosen, rejected)]
     turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": asked}]}]
     row = {"images": [image], "prompt": turns}
-    for side, text in zip(dpo.SIDES, (chosen, rejected)):
+    for side, text in zip(trees.SIDES, (chosen, rejected)):
         row[side] = [{"role": "assistant", "content": [{"type": "text", "text": text}]}]
     return tree_of(prompt, chains, processor), row
 
@@ -252,11 +285,11 @@ def main(argv: list[str] | None = None) -> None:
     wanted = args.only or ["pair", "long pair", "question", "image"]
     warnings.filterwarnings("ignore")
     train.init_ranks()
-    tokenizer = clinic.make_tokenizer("qwen", 0)
+    tokenizer = clinic.school.make_tokenizer("qwen", 0)
     with tempfile.TemporaryDirectory() as folder:
         build(tokenizer).config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        clinic.build("qwen", "tiny", tokenizer, 0)[1].save_pretrained(folder)
+        clinic.school.build("qwen", "tiny", tokenizer, 0)[1].save_pretrained(folder)
         processor = model.Processor(folder, SIDE * SIDE)
         vision = None
         if find_spec("torchvision"):
@@ -265,11 +298,11 @@ def main(argv: list[str] | None = None) -> None:
             vision = AutoProcessor.from_pretrained(folder)
             vision.image_processor.size = {"shortest_edge": 28 * 28, "longest_edge": SIDE * SIDE}
     count, speed = sum(p.numel() for p in build(tokenizer).parameters()), product_speed()
-    threads = f"{torch.get_num_threads()} threads, {train.world()} ranks"
+    threads = f"{torch.get_num_threads()} threads, {train.world_size()} ranks"
     train.print0(f"{count:,} parameters, V {VOCABULARY:,}, fp32, {threads}")
     train.print0(f"this machine's matrix products reach {speed / 1e9:.0f} GFLOP/s on one rank")
 
-    def own(encoded: dpo.Encoded) -> tuple:
+    def own(encoded: trees.Encoded) -> tuple:
         def loop(network, steps: int) -> list[tuple[float, float]]:
             return ours(network, processor, encoded, steps)
 
@@ -307,7 +340,7 @@ def main(argv: list[str] | None = None) -> None:
         report(f"image, {lengths}", own(encoded), found, 1, speed, row)
         if not vision:
             train.print0("    TRL on images: not measured, its processor needs torchvision")
-    train.leave()
+    train.leave_group()
 
 
 if __name__ == "__main__":

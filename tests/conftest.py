@@ -1,5 +1,7 @@
-"""Tiny random models from the real classes, one of each family, made once a session and never downloaded."""
+"""Tiny random models from the real classes, one of each family. They are made once a session and
+never downloaded."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -7,25 +9,29 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+os.environ["PYTHONPATH"] = str(ROOT)  # for python -m in a test's own process
 
-import clinic  # noqa: E402
+import clinic.__main__  # noqa: E402
+import clinic.school  # noqa: E402
+import hub  # noqa: E402
 import model  # noqa: E402
-import stage  # noqa: E402
+from command import stage  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
 def folders_are_let_go():
-    """A script lets go of its output folder when it ends; a main that raises inside a test does not end the process."""
+    """A script lets go of its output folder when it ends. A main that raises inside a test does not
+    end the process."""
     yield
     stage.release()
 
 
 def build_folder(family: str, folder: Path, seed: int = 0) -> Path:
     """A checkpoint folder with random weights: config, tokenizer, image processor, safetensors."""
-    tokenizer = clinic.make_tokenizer(family, 0)
-    network, image_processor = clinic.build(family, "tiny", tokenizer, seed)
+    tokenizer = clinic.school.make_tokenizer(family, 0)
+    network, image_processor = clinic.school.build(family, "tiny", tokenizer, seed)
     network.save_pretrained(folder)
-    clinic.save_processors(folder, family, tokenizer, image_processor)
+    clinic.school.save_processors(folder, family, tokenizer, image_processor)
     return folder
 
 
@@ -54,12 +60,30 @@ def processor(folder) -> model.Processor:
 
 @pytest.fixture
 def policy(folder) -> model.Policy:
-    return model.load_policy(folder)
+    return hub.load_policy(folder)
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> Path:
     """A very small clinic: bank.jsonl, dev.jsonl, test.jsonl and films"""
     folder = tmp_path_factory.mktemp("world")
-    clinic.main(["world", "--out", str(folder), "--text", "12", "--image", "12", "--dev-image", "4", "--dev-text", "4", "--test-image", "6", "--test-text", "4"])
+    clinic.__main__.main(
+        [
+            "world",
+            "--out",
+            str(folder),
+            "--text",
+            "12",
+            "--image",
+            "12",
+            "--dev-image",
+            "4",
+            "--dev-text",
+            "4",
+            "--test-image",
+            "6",
+            "--test-text",
+            "4",
+        ]
+    )
     return folder

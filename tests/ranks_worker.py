@@ -1,4 +1,5 @@
-"""The runs that test_ranks.py compares: each is a function that works alone and under torchrun, so that the same code makes both.
+"""The runs that test_ranks.py compares. Each is a function that works alone and under torchrun, so
+that the same code makes both.
 
     torchrun --nproc_per_node 2 tests/ranks_worker.py SPEC.json
 
@@ -12,6 +13,7 @@ import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -23,14 +25,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import data  # noqa: E402
 import dpo  # noqa: E402
+import hub  # noqa: E402
 import lora  # noqa: E402
 import model  # noqa: E402
+import reference  # noqa: E402
 import sft  # noqa: E402
-import stage  # noqa: E402
 import train  # noqa: E402
 import trees  # noqa: E402
+from command import schema, stage  # noqa: E402
 
-WORDS = "the film shows a nodule in the left upper lobe with fever and cough so the next step is a scan".split()
+WORDS = (
+    "the film shows a nodule in the left upper lobe with fever and cough so the next step is a scan"
+).split()
 SYSTEM = "You are a helpful assistant."
 
 
@@ -38,7 +44,7 @@ class Stop(Exception):
     """Thrown in the middle of a run, as a kill would end it."""
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Rows: lengths all differ, some have an image
 
 
@@ -57,14 +63,34 @@ def said(index: int, length: int) -> str:
 
 def demo(index: int, image: str | None = None) -> dict:
     turns = [("system", SYSTEM), ("user", f"Case {index}: {said(index, 3 + index % 4)}?")]
-    turns.append(("assistant", data.join_response(said(index, 2 + 3 * (index % 5)), f"{'ABCD'[index % 4]}. {said(index + 1, 1 + index % 3)}")))
-    return {"id": f"d{index}", "messages": [{"role": role, "content": text} for role, text in turns], "images": [image] if image else []}
+    turns.append(
+        (
+            "assistant",
+            data.join_response(
+                said(index, 2 + 3 * (index % 5)),
+                f"{'ABCD'[index % 4]}. {said(index + 1, 1 + index % 3)}",
+            ),
+        )
+    )
+    return {
+        "id": f"d{index}",
+        "messages": [{"role": role, "content": text} for role, text in turns],
+        "images": [image] if image else [],
+    }
 
 
 def pair(index: int, image: str | None = None, processor: model.Processor | None = None) -> dict:
     """With a processor the row has token ids, as a rollout would give them."""
-    prompt = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": f"Case {index}: {said(index, 3 + index % 4)}?"}]
-    row = {"id": f"p{index}", "prompt": prompt, "images": [image] if image else [], "failed": ["visual"]}
+    prompt = [
+        {"role": "system", "content": SYSTEM},
+        {"role": "user", "content": f"Case {index}: {said(index, 3 + index % 4)}?"},
+    ]
+    row = {
+        "id": f"p{index}",
+        "prompt": prompt,
+        "images": [image] if image else [],
+        "failed": ["visual"],
+    }
     for side, start in (("chosen", index), ("rejected", index + 7)):
         row[side] = data.join_response(said(start, 3 + 2 * (start % 4)), "A. " + said(start, 2))
         row[f"{side}_token_ids"] = processor.encode_response(row[side]).ids if processor else None
@@ -73,19 +99,22 @@ def pair(index: int, image: str | None = None, processor: model.Processor | None
 
 def encode_pair(row: dict, processor: model.Processor, root: Path) -> model.Row:
     """prompt -> chosen, prompt -> rejected: the tree of a single pair"""
-    chains = tuple(dpo.chain_of(row, side, processor) for side in dpo.SIDES)
+    chains = tuple(trees.chain_of(row, side, processor) for side in trees.SIDES)
     tree = trees.Tree(row["id"], row["prompt"], row["images"], chains, ((0, 1),))
-    return dpo.encode_tree(tree, (0, 1), processor, root)
+    return trees.encode_tree(tree, (0, 1), processor, root)
 
 
 def collate_pairs(rows: list, weights: list[float], processor: model.Processor) -> model.Batch:
     """(row, reference values) of single pairs"""
-    return dpo.collate_trees([(row, values, ((0, 1),)) for row, values in rows], weights, processor)
+    return trees.collate_trees(
+        [(row, values, ((0, 1),)) for row, values in rows], weights, processor
+    )
 
 
 def mixed_rows(stage: str, processor: model.Processor | None = None, count: int = 7) -> list[dict]:
     """Seven rows, which two ranks cannot share equally. In both stages some have an image and some
-    have none. Every third pair is of the question before it, and prefers what was rejected there."""
+    have none. Every third pair is of the question before it, and prefers what was rejected
+    there."""
     images = [f"film{index % 4}.png" if index % 3 == 0 else None for index in range(count)]
     if stage == "sft":
         return [demo(index, image) for index, image in enumerate(images)]
@@ -93,18 +122,20 @@ def mixed_rows(stage: str, processor: model.Processor | None = None, count: int 
     for index in range(1, count, 3):
         first = rows[index - 1]
         rows[index] |= {key: first[key] for key in ("id", "prompt", "images")}
-        rows[index] |= {key.replace("rejected", "chosen"): first[key] for key in first if "rejected" in key}
+        rows[index] |= {
+            key.replace("rejected", "chosen"): first[key] for key in first if "rejected" in key
+        }
     return rows
 
 
-def apart(item: model.Row | dpo.Encoded) -> list:
+def apart(item: model.Row | trees.Encoded) -> list:
     """A tree as its pairs one by one; a demonstration as it is."""
     if isinstance(item, list):
         return [item]
     (prompt, *chains), values, edges = item
     return [
         (
-            [prompt, replace(chains[w], answer=dpo.CHOSEN), replace(chains[l], answer=dpo.REJECTED)],
+            [prompt, replace(chains[w], answer=1), replace(chains[l], answer=2)],
             [values[w], values[l]],
             ((0, 1),),
         )
@@ -112,26 +143,44 @@ def apart(item: model.Row | dpo.Encoded) -> list:
     ]
 
 
-def plain_inputs(sequences: list[list[int]], images: list, processor: model.Processor) -> dict[str, torch.Tensor]:
-    """What Hugging Face's own forward takes: one sequence a row, padded on the right. images: of all rows, in order."""
+def plain_inputs(
+    sequences: list[list[int]], images: list, processor: model.Processor
+) -> dict[str, torch.Tensor]:
+    """What Hugging Face's own forward takes: one sequence a row, padded on the right. images: those
+    of all rows, in order."""
     length = max(len(ids) for ids in sequences)
     ids = torch.tensor([row + [0] * (length - len(row)) for row in sequences])
-    inputs = {"input_ids": ids, "attention_mask": torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in sequences])}
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.tensor(
+            [[1] * len(row) + [0] * (length - len(row)) for row in sequences]
+        ),
+    }
     if processor.family.grid_positions:
         inputs["mm_token_type_ids"] = (ids == processor.image_id).int()
     if images:
         inputs["pixel_values"] = torch.cat([image.pixels for image in images])
-        if processor.family.grid_positions:  # there the grid counts patches before merging two by two
-            inputs["image_grid_thw"] = torch.tensor([[t, 2 * rows, 2 * columns] for t, rows, columns in (image.grid for image in images)])
+        if (
+            processor.family.grid_positions
+        ):  # there the grid counts patches before merging two by two
+            inputs["image_grid_thw"] = torch.tensor(
+                [
+                    [t, 2 * rows, 2 * columns]
+                    for t, rows, columns in (image.grid for image in images)
+                ]
+            )
     return inputs
 
 
 def gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """By name, nothing counted as zero."""
-    return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in module.named_parameters()}
+    return {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+        for name, p in module.named_parameters()
+    }
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Cases: stage, family, method, micro-batch, recomputation in backward, replicas
 
 CASES = {
@@ -148,65 +197,127 @@ CASES = {
 BATCH, PEAK = 5, 1e-3  # seven rows in batches of five: a full batch and a smaller one
 
 
-def prepare(case: str, models: str, images: str, device: torch.device | None = None, out: Path | None = None):
-    """(policy, loss, encode, collate, rows) of a case, as the stage's own main puts them together, but in float64.
+def prepare(
+    case: str, models: str, images: str, device: torch.device | None = None, out: Path | None = None
+):
+    """(policy, loss, encode, collate, rows) of a case, as the stage's own main puts them together,
+    but in float64.
 
-    Without a device nothing is sharded and DPO has no reference yet: the pieces for a computation by hand.
+    Without a device nothing is sharded and DPO has no reference yet: the pieces for a computation
+    by hand.
     """
     stage, family, method, micro, checkpointing, replicas = CASES[case]
     folder, root = Path(models) / family, Path(images)
     processor = model.Processor(folder, 56 * 56, 1)
-    policy = model.meta_policy(folder) if device else model.load_policy(folder)
+    policy = hub.meta_policy(folder) if device else hub.load_policy(folder)
     policy.freeze_vision()
     if method == "lora":
         lora.inject(policy.model, policy.language_model, 4, 8.0, 0)
     policy.double()
     rows = mixed_rows(stage, processor, 7 if stage == "sft" else 10)
     if device:
-        train.shard(policy, device, checkpointing, replicas if train.world() > 1 else 1)
+        train.shard(policy, device, checkpointing, replicas if train.world_size() > 1 else 1)
     if stage == "sft":
         ones = {label: 1.0 for label in data.SPAN_NAMES}
         encode = lambda i: sft.encode_demo(rows[i], processor, root)  # noqa: E731
-        return policy, lambda logp, b: sft.sft_loss(logp, b, ones), encode, lambda r, w: model.collate(r, processor, w), rows
+        return (
+            policy,
+            lambda logp, b: sft.sft_loss(logp, b, ones),
+            encode,
+            lambda r, w: model.collate(r, processor, w),
+            rows,
+        )
 
     rows, _ = trees.group(  # seven, of one or two pairs
         rows,
-        lambda row, side: dpo.chain_of(row, side, processor),
-        lambda row: dpo.question_key(row, root),
+        lambda row, side: trees.chain_of(row, side, processor),
+        lambda row: trees.question_key(row, root),
     )
 
     def encode_row(index: int) -> model.Row:
-        return dpo.encode_tree(rows[index], range(len(rows[index].chains)), processor, root)
+        return trees.encode_tree(rows[index], range(len(rows[index].chains)), processor, root)
 
-    rounds = dpo.rounds_of([1] * len(rows), micro if device else 1)
+    rounds = reference.rounds_of([1] * len(rows), micro if device else 1)
     if device:
-        values = dpo.references(out / "reference.jsonl", policy, rounds, encode_row, processor, "checkpoint", device)[0]
-        dpo.gate_reference(policy, lambda i: (encode_row(i), values[i], rows[i].edges), processor, dpo.BETA, [1] * len(rows), micro, device)
+        values = reference.compute(
+            out / "reference.jsonl", policy, rounds, encode_row, processor, "checkpoint", device
+        )[0]
+        dpo.gate_reference(
+            policy,
+            lambda i: (encode_row(i), values[i], rows[i].edges),
+            processor,
+            dpo.BETA,
+            [1] * len(rows),
+            micro,
+            device,
+        )
     else:
-        values = [values for done in dpo.log_probs(policy, encode_row, processor, rounds, torch.device("cpu"), "") for _, values in done]
+        values = [
+            values
+            for done in reference.log_probs(
+                policy, encode_row, processor, rounds, torch.device("cpu"), ""
+            )
+            for _, values in done
+        ]
     encode = lambda i: (encode_row(i), values[i], rows[i].edges)  # noqa: E731
-    return policy, lambda logp, b: dpo.pair_loss(logp, b, dpo.BETA), encode, lambda r, w: dpo.collate_trees(r, w, processor), rows
+    return (
+        policy,
+        lambda logp, b: dpo.pair_loss(logp, b, dpo.BETA),
+        encode,
+        lambda r, w: trees.collate_trees(r, w, processor),
+        rows,
+    )
 
 
-def run_case(case: str, models: str, images: str, out: Path, stop: int | None = None) -> dict[str, torch.Tensor]:
-    """Whole weights after three steps of train.fit. The state of step 1 is kept as OUT/first; the state of step 3 is the
-    last one, and stays in OUT/state. With `stop`, the run dies in that step. A collective."""
+def fit(policy, loss_of, encode, collate, plan, *, out: Path, device, **settings) -> list[dict]:
+    """A stage's loop: all steps of a run. Returns the figures of each, on the first rank."""
+    run = train.Run(policy, plan, out=out, device=device, **settings)
+    for _ in run:
+        for rows, weights in run.micro_batches():
+            batch = collate([encode(index) for index in rows], weights).to(device)
+            run.backward(*loss_of(policy(batch), batch))
+        run.update()
+    return schema.read_metrics(out) if train.rank() == 0 else []
+
+
+def run_case(
+    case: str, models: str, images: str, out: Path, stop: int | None = None
+) -> dict[str, torch.Tensor]:
+    """Whole weights after three steps. The state of step 1 is kept as OUT/first; the state of step
+    3 is the last one, and stays in OUT/state. With `stop`, the run dies in that step. A
+    collective."""
     device, micro = torch.device("cpu"), CASES[case][3]
     out.mkdir(parents=True, exist_ok=True)
     policy, loss_of, encode, collate, rows = prepare(case, models, images, device, out)
 
     def watched(r: list, w: list[float]):
-        if train.rank() == 0 and (out / "state" / "step_000001").exists() and not (out / "first").exists():
+        if (
+            train.rank() == 0
+            and (out / "state" / "step_000001").exists()
+            and not (out / "first").exists()
+        ):
             shutil.copytree(out / "state" / "step_000001", out / "first")
-        if stop is not None and (out / "state" / f"step_{stop:06d}").exists():  # no rank goes on before it does
+        if (
+            stop is not None and (out / "state" / f"step_{stop:06d}").exists()
+        ):  # no rank goes on before it does
             raise Stop
         return collate(r, w)
 
-    train.fit(train.steps(
-        policy, loss_of, encode, watched, train.shuffled(len(rows), BATCH, 1.5, 0), out=out, device=device,
-        learning_rate_peak=PEAK, budget=micro, warmup=0.1, save_every=1, print_every=100,
-    ), out)  # fmt: skip
-    return dict(train.whole_tensors(policy))
+    fit(
+        policy,
+        loss_of,
+        encode,
+        watched,
+        train.shuffled(len(rows), BATCH, 1.5, 0),
+        out=out,
+        device=device,
+        peak=PEAK,
+        budget=micro,
+        warmup=0.1,
+        save_every=1,
+        print_every=100,
+    )
+    return dict(train.gather_full(policy))
 
 
 def run_stopped(case: str, models: str, images: str, out: Path) -> None:
@@ -220,52 +331,98 @@ def run_stopped(case: str, models: str, images: str, out: Path) -> None:
 
 
 def measured(action) -> tuple[int, object]:
-    """(most bytes that torch's CPU allocator held during an action beyond those held before it, what the action returned)"""
+    """(most bytes that torch's CPU allocator held during an action beyond those held before it,
+    what the action returned)"""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         returned = action()
     held, peak = 0, 0
-    for event in sorted((e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+    for event in sorted(
+        (e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"),
+        key=lambda e: e.start_ns(),
+    ):
         held += event.nbytes()
         peak = max(peak, held)
     return peak, returned
 
 
 def join(store: Path) -> None:
-    """A command leaves the group when it ends. The ranks of this launch meet again in a file, for the next command."""
+    """A command leaves the group when it ends. The ranks of this launch meet again in a file, for
+    the next command."""
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{store}",
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+        )
 
 
 def run_stages(models: str, images: str, out: Path) -> None:
     """Both stages by their own main: LoRA, then DPO over all parameters on what it merged."""
-    base, root = Path(models) / "qwen", ["--images", images, "--pixels", str(56 * 56), "--batch", "5"]
+    base, root = (
+        Path(models) / "qwen",
+        ["--images", images, "--pixels", str(56 * 56), "--batch", "5"],
+    )
     if train.rank() == 0:
         data.write_jsonl(out / "demos.jsonl", mixed_rows("sft"))
         data.write_jsonl(out / "pairs.jsonl", mixed_rows("dpo"))
     train.barrier()
     root += ["--epochs", "2", "--lr", "1e-3"]
-    sft.main(["--model", str(base), "--demos", str(out / "demos.jsonl"), "--out", str(out / "sft"), *root])
+    sft.main(
+        [
+            "--model",
+            str(base),
+            "--demos",
+            str(out / "demos.jsonl"),
+            "--out",
+            str(out / "sft"),
+            *root,
+        ]
+    )
     join(out / "dpo.store")
-    dpo.main(["--model", str(out / "sft" / "merged"), "--pairs", str(out / "pairs.jsonl"), "--out", str(out / "dpo"), *root])
+    dpo.main(
+        [
+            "--model",
+            str(out / "sft" / "merged"),
+            "--pairs",
+            str(out / "pairs.jsonl"),
+            "--out",
+            str(out / "dpo"),
+            *root,
+        ]
+    )
 
 
 def run_memory(models: str, out: Path) -> None:
-    """OUT/memory_RANK.json: the most bytes held beyond what was there while this rank loads its shards, and while it saves."""
+    """OUT/memory_RANK.json: the most bytes held beyond what was there while this rank loads its
+    shards, and while it saves."""
     folder, limit = Path(models) / "qwen", 400_000
-    policy = model.meta_policy(folder)
+    policy = hub.meta_policy(folder)
     policy.freeze_vision()
     sizes = [p.nbytes for p in policy.model.parameters()]
     load, _ = measured(lambda: train.shard(policy, torch.device("cpu")))
-    own = sum(train.local(p).nbytes for p in policy.parameters())
-    tensors = train.whole_tensors(policy)
+    own = sum(train.local_tensor(p).nbytes for p in policy.parameters())
+    tensors = train.gather_full(policy)
     if train.rank() == 0:
-        save, _ = measured(lambda: model.save_policy(out / "saved", policy, model.Processor(folder), tensors, limit))
+        save, _ = measured(
+            lambda: hub.save_policy(out / "saved", policy, model.Processor(folder), tensors, limit)
+        )
     else:
         save, _ = measured(lambda: [None for _ in tensors])
-    frozen = sum(p.nbytes for module in (policy.vision, policy.projector) for p in module.parameters())
-    figures = {"whole": sum(sizes), "frozen": frozen, "largest": max(sizes), "own": own, "load": load, "limit": limit, "save": save}
+    frozen = sum(
+        p.nbytes for module in (policy.vision, policy.projector) for p in module.parameters()
+    )
+    figures = {
+        "whole": sum(sizes),
+        "frozen": frozen,
+        "largest": max(sizes),
+        "own": own,
+        "load": load,
+        "limit": limit,
+        "save": save,
+    }
     (out / f"memory_{train.rank()}.json").write_text(json.dumps(figures))
 
 
@@ -279,24 +436,31 @@ def run_rounding(models: str, out: Path) -> None:
         weights = {key: tensor.bfloat16() for key, tensor in load_file(file).items()}
         save_file(weights, file, {"format": "pt"})
     train.barrier()
-    policy = model.meta_policy(base)
+    policy = hub.meta_policy(base)
     policy.freeze_vision()
     train.shard(policy, torch.device("cpu"))
-    for parameter in train.trained(policy).values():
-        train.local(parameter).data.add_(0.003)
-    figures = sft.save(out / "rounding", policy, model.Processor(base), None, "auto")
+    for parameter in train.trained_parameters(policy).values():
+        train.local_tensor(parameter).data.add_(0.003)
+    args = SimpleNamespace(out=out / "rounding", method="full", save_dtype="auto")
+    figures = train.save(args, policy, model.Processor(base))
     if train.rank() == 0:
         (out / "rounding.json").write_text(json.dumps(figures))
 
 
 def die_at(moment: str) -> None:
-    """From now on the process kills itself (-9) at a moment: "finish", all saved but for stage.json; "dropping", one file of
-    the state removed; "forward N", at the policy's Nth forward; "plan", before the plan of the steps; "reference" and
-    "after", after the first round of that pass; else, half of a file whose path contains `moment` written."""
+    """From now on the process kills itself (-9) at a moment: "finish", all saved but stage.json;
+    "dropping", one file of the state removed; "forward N", at the policy's Nth forward; "plan",
+    before the plan of the steps; "reference" and "after", after the first round of that pass;
+    else, half of a file whose path contains `moment` written."""
     import safetensors.torch
 
-    save_file, rmtree, forward, calls = safetensors.torch.save_file, shutil.rmtree, model.Policy.forward, []
-    log_probs = dpo.log_probs
+    save_file, rmtree, forward, calls = (
+        safetensors.torch.save_file,
+        shutil.rmtree,
+        model.Policy.forward,
+        [],
+    )
+    log_probs = reference.log_probs
 
     def die(*given) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -313,11 +477,11 @@ def die_at(moment: str) -> None:
             die()
         rmtree(path, ignore_errors)
 
-    def counts(self, batch: model.Batch) -> torch.Tensor:
+    def counts(self, batch: model.Batch, plain: bool = False) -> torch.Tensor:
         calls.append(1)
         if moment == f"forward {len(calls)}":
             die()
-        return forward(self, batch)
+        return forward(self, batch, plain)
 
     def passes(*given):
         for number, done in enumerate(log_probs(*given)):
@@ -326,7 +490,7 @@ def die_at(moment: str) -> None:
             yield done
 
     safetensors.torch.save_file, shutil.rmtree, model.Policy.forward = saves, drops, counts
-    dpo.log_probs = passes
+    reference.log_probs = passes
     if moment == "plan":
         trees.plan = die
     if moment == "finish":
@@ -334,8 +498,8 @@ def die_at(moment: str) -> None:
 
 
 def main(path: str) -> None:
-    """SPEC: {"mains": [[stage, its arguments]], "pids": folder, "die": [rank, moment in the last main]}, {"resume": {case: folder}},
-    or all cases."""
+    """SPEC: {"mains": [[stage, its arguments]], "pids": folder, "die": [rank, moment in the last
+    main]}, {"resume": {case: folder}}, or all cases."""
     spec = json.loads(Path(path).read_text())
     if "mains" in spec:
         rank = int(os.environ.get("RANK", 0))
@@ -353,7 +517,10 @@ def main(path: str) -> None:
 
     def keep(case: str, name: str, weights: dict[str, torch.Tensor]) -> None:
         if train.rank() == 0:
-            save_file({name: tensor.contiguous().clone() for name, tensor in weights.items()}, out / case / f"{name}.safetensors")
+            save_file(
+                {name: tensor.contiguous().clone() for name, tensor in weights.items()},
+                out / case / f"{name}.safetensors",
+            )
 
     for case, folder in spec.get("resume", {}).items():
         keep(case, "fewer", run_case(case, models, images, Path(folder)))
@@ -366,7 +533,7 @@ def main(path: str) -> None:
         run_memory(models, out)
         run_rounding(models, out)
         run_stages(models, images, out)
-    train.leave()
+    train.leave_group()
 
 
 if __name__ == "__main__":

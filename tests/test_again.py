@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-import asking
 import data
 import engines
 import evaluate
 import judge
+import report.__main__
 import rollout
+from command import schema
+from engines import inference
 
 
 def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
@@ -23,7 +25,7 @@ def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
     return {str(p.relative_to(folder)): (p.read_bytes(), p.stat().st_mtime_ns) for p in files}
 
 
-def replies(run: Path) -> dict[str, bytes]:
+def completions(run: Path) -> dict[str, bytes]:
     """{name: content} of every file of replies that a run keeps."""
     return {path.name: path.read_bytes() for path in (run / "replies").glob("*.jsonl")}
 
@@ -40,7 +42,7 @@ def sampling(spec: str, bank: Path, out: Path) -> None:
 def evaluating(spec: str, bank: Path, out: Path) -> None:
     files = ["--questions", str(bank / "test.jsonl"), "--images", str(bank), "--out", str(out)]
     more = ["-n", "2", "--max-tokens", "8", "--name", "m"]
-    evaluate.main(["run", "--engine", spec, *files, *more])
+    evaluate.main(["--engine", spec, *files, *more])
 
 
 def judging(spec: str, bank: Path, out: Path) -> None:
@@ -61,14 +63,14 @@ every_command = pytest.mark.parametrize("command", COMMANDS, ids=lambda command:
 def bank(world, tmp_path_factory) -> Path:
     """Two questions with their films, and right answers to them."""
     folder = tmp_path_factory.mktemp("bank")
-    questions = [q for q in data.read_questions(world / "test.jsonl") if q.images][:2]
+    questions = [q for q in schema.read_questions(world / "test.jsonl") if q.images][:2]
     data.write_jsonl(folder / "test.jsonl", [question.to_row() for question in questions])
     shutil.copytree(world / "films", folder / "films")
     rows = []
     for question in questions:
         text = data.join_response("The film shows it.", question.answer)
-        reply = asking.Reply(question.id, 0, text, None, "stop", 0)
-        rows.append(asking.reply_row(reply, "double:model"))
+        completion = inference.Completion(question.id, 0, text, None, "stop", 0)
+        rows.append(inference.completion_row(completion, "double:model"))
     data.write_jsonl(folder / "rollouts.jsonl", rows)
     return folder
 
@@ -89,12 +91,12 @@ def train_anew(checkpoint: Path) -> None:
 @pytest.fixture
 def asked(monkeypatch) -> list[tuple[str, int]]:
     """(id, sample) of all that local checkpoints are asked for, and short replies of a judge."""
-    monkeypatch.setattr(asking, "LABELLING", asking.Sampling(0.0, 1.0, 8))
+    monkeypatch.setattr(inference, "LABELLING", inference.Sampling(0.0, 1.0, 8))
     found, answer = [], engines.HFEngine.answer
 
-    def recorded(self, asks, sampling):
-        found.extend((ask.id, k) for ask in asks for k in ask.samples)
-        yield from answer(self, asks, sampling)
+    def recorded(self, requests, sampling):
+        found.extend((request.id, k) for request in requests for k in request.samples)
+        yield from answer(self, requests, sampling)
 
     monkeypatch.setattr(engines.HFEngine, "answer", recorded)
     return found
@@ -112,11 +114,11 @@ def test_a_model_trained_anew_into_its_folder_is_asked_and_the_old_replies_stay(
 ):
     spec, run, result = f"hf:{checkpoint}", tmp_path / "run", COMMANDS[command][1]
     command(spec, bank, run / "first")
-    first, old = list(asked), replies(run)
+    first, old = list(asked), completions(run)
     who = json.loads((run / "first" / "stage.json").read_text())["engines"]
     assert first and len(set(first)) == len(first) and old
     command(spec, bank, run / "again")  # the same model in another folder is not asked
-    assert asked == first and replies(run) == old
+    assert asked == first and completions(run) == old
     assert said(run / "again", result) == said(run / "first", result)
 
     train_anew(checkpoint)
@@ -127,10 +129,10 @@ def test_a_model_trained_anew_into_its_folder_is_asked_and_the_old_replies_stay(
     command(spec, bank, run / "anew")
     assert asked == first + first  # all of it, once more
     assert said(run / "anew", result) != said(run / "first", result)
-    assert old.items() < replies(run).items()
+    assert old.items() < completions(run).items()
     now = json.loads((run / "anew" / "stage.json").read_text())["engines"]
     assert set(now) == set(who) == {spec} and now != who
-    assert now == {spec: asking.identity(spec)} and now[spec].startswith("hf:")
+    assert now == {spec: inference.identity(spec)} and now[spec].startswith("hf:")
     command(spec, bank, run / "third")
     assert asked == first + first
     assert said(run / "third", result) == said(run / "anew", result)
@@ -161,21 +163,21 @@ def test_who_answered_is_told_though_its_folder_changes_in_the_meantime(
     bank, checkpoint, asked, tmp_path, command, monkeypatch
 ):
     spec, module = f"hf:{checkpoint}", COMMANDS[command][0]
-    answered, open_engine = asking.identity(spec), module.open_engine
+    answered, open_engine = inference.identity(spec), module.open_engine
 
     class Slow:
         """Answers, and lets the checkpoint be trained anew before it has ended."""
 
-        def __init__(self, engine: asking.Engine):
+        def __init__(self, engine: inference.Engine):
             self.engine, self.spec, self.tally = engine, engine.spec, engine.tally
 
-        def answer(self, asks, sampling):
-            yield from self.engine.answer(asks, sampling)
+        def answer(self, requests, sampling):
+            yield from self.engine.answer(requests, sampling)
             train_anew(checkpoint)
 
     monkeypatch.setattr(module, "open_engine", lambda *about: Slow(open_engine(*about)))
     command(spec, bank, tmp_path / "run" / "out")
-    assert asking.identity(spec) != answered
+    assert inference.identity(spec) != answered
     record = json.loads((tmp_path / "run" / "out" / "stage.json").read_text())
     assert record["engines"] == {spec: answered}
 
@@ -184,7 +186,7 @@ def test_a_greedy_local_judge_that_cannot_be_read_is_asked_once(bank, checkpoint
     judging(f"hf:{checkpoint}", bank, tmp_path / "run" / "out")  # it says nothing readable
     rows = [row for _, row in data.read_jsonl(tmp_path / "run" / "out" / "verdicts.jsonl")]
     assert [row["criteria"] for row in rows] == [None, None] and len(asked) == 2
-    assert asking.attempts_of("https://api.example.com/v1#m", asking.LABELLING) == 3
+    assert inference.attempts_of("https://api.example.com/v1#m", inference.LABELLING) == 3
 
 
 # --------------------------------------------------------------------------------------------------
@@ -200,14 +202,14 @@ FINISHED: dict[str, tuple[Callable, list[str]]] = {
     ),
     "verdicts": (judge.main, ["verdicts", "--judge", "clinic:judge", *ROLLOUTS]),
     "pairs": (judge.main, ["pairs", *VERDICTS, *ROLLOUTS]),
-    "sheet": (judge.main, ["sample", "-n", "3", *VERDICTS, *ROLLOUTS]),
+    "sheet": (report.__main__.main, ["sample", "-n", "3", *VERDICTS, *ROLLOUTS]),
     "agreement": (
-        judge.main,
+        report.__main__.main,
         ["agree", "--human", "rater.csv", "--key", "sheet/key.jsonl", *VERDICTS],
     ),
     "evaluation": (
         evaluate.main,
-        ["run", "--engine", "clinic:hasty", "--judge", "clinic:judge", "--questions", "test.jsonl"],
+        ["--engine", "clinic:hasty", "--judge", "clinic:judge", "--questions", "test.jsonl"],
     ),
 }  # fmt: skip
 

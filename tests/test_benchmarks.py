@@ -18,6 +18,8 @@ from PIL import Image
 import benchmarks
 import data
 from benchmarks import read
+from command import schema
+from report.__main__ import main as run_report
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -44,30 +46,71 @@ def parquet(path: Path, rows: list[dict]) -> Path:
 
 
 def mm_row(n: int, images: int = 1, form: str = "list", **other) -> dict:
-    """A record of MedXpertQA-MM, in the form of its evaluation's input files ("list") or of the data set ("dict")."""
+    """A record of MedXpertQA-MM, in the form of its evaluation's input files ("list") or of the
+    data set ("dict")."""
     options = {"A": "a rash", "B": "a scar", "C": f"sign {n}", "D": "gout (D)", "E": "none"}
     names = [f"MM-{n}-{letter}.jpeg" for letter in "abcdef"[:images]]
-    text = "What is the diagnosis?\nAnswer Choices: " + " ".join(f"({letter}) {said}" for letter, said in options.items())
-    row = {"id": f"MM-{n}", "question": text, "medical_task": "Diagnosis", "body_system": "Nervous", "question_type": "Reasoning"}
+    text = "What is the diagnosis?\nAnswer Choices: " + " ".join(
+        f"({letter}) {said}" for letter, said in options.items()
+    )
+    row = {
+        "id": f"MM-{n}",
+        "question": text,
+        "medical_task": "Diagnosis",
+        "body_system": "Nervous",
+        "question_type": "Reasoning",
+    }
     if form == "list":
-        row |= {"options": [{"letter": key, "content": said} for key, said in options.items()], "label": ["C"], "images": [{"image_path": name} for name in names]}
+        row |= {
+            "options": [{"letter": key, "content": said} for key, said in options.items()],
+            "label": ["C"],
+            "images": [{"image_path": name} for name in names],
+        }
     else:
         row |= {"options": options, "label": "C", "images": names}
     return row | other
 
 
 def mmmu_row(n: int, subject: str = "Pharmacy", images: int = 1, **other) -> dict:
-    row = {"id": f"validation_{subject}_{n}", "question": f"What does <image 1> show, {n}?", "options": "['one', \"two's\", '<image 1>']", "answer": "B", "question_type": "multiple-choice"}
-    row |= {f"image_{k}": {"bytes": png(10 * n + k), "path": None} if k <= images else None for k in range(1, 8)}
-    return row | {"img_type": "['Body Scans: MRI, CT scans, and X-rays']", "topic_difficulty": "Easy", "subfield": "Dosing"} | other
+    row = {
+        "id": f"validation_{subject}_{n}",
+        "question": f"What does <image 1> show, {n}?",
+        "options": "['one', \"two's\", '<image 1>']",
+        "answer": "B",
+        "question_type": "multiple-choice",
+    }
+    row |= {
+        f"image_{k}": {"bytes": png(10 * n + k), "path": None} if k <= images else None
+        for k in range(1, 8)
+    }
+    return (
+        row
+        | {
+            "img_type": "['Body Scans: MRI, CT scans, and X-rays']",
+            "topic_difficulty": "Easy",
+            "subfield": "Dosing",
+        }
+        | other
+    )
 
 
 def medbullets_rows() -> list[dict]:
-    first = {"link": "l/1", "question": "Q one,\nwith a line", "opa": "p", "opb": "q", "opc": "r", "opd": "s", "ope": "t", "answer_idx": "E", "answer": "t", "explanation": "because"}
+    first = {
+        "link": "l/1",
+        "question": "Q one,\nwith a line",
+        "opa": "p",
+        "opb": "q",
+        "opc": "r",
+        "opd": "s",
+        "ope": "t",
+        "answer_idx": "E",
+        "answer": "t",
+        "explanation": "because",
+    }
     return [first, first | {"link": "l/2", "question": "Q two", "answer_idx": "A", "answer": "p"}]
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # every published form
 
 
@@ -75,31 +118,73 @@ def medbullets_rows() -> list[dict]:
 def test_medxpertqa_options_leave_the_text_and_stay_beside_it(tmp_path, form):
     path = jsonl(tmp_path / "test.jsonl", [mm_row(n, images=n, form=form) for n in (1, 6)])
     one, six = read("medxpertqa-mm", path, None)
-    assert one.question == "What is the diagnosis?" and list(one.options) == list("ABCDE") and one.options["D"] == "gout (D)" and one.answer == "C"
-    assert six.images == [f"MM-6-{letter}.jpeg" for letter in "abcdef"] and six.source == "medxpertqa-mm"
-    assert one.meta == {"published_id": "MM-1", "question_type": "Reasoning", "medical_task": "Diagnosis", "body_system": "Nervous"}
+    assert (
+        one.question == "What is the diagnosis?"
+        and list(one.options) == list("ABCDE")
+        and one.options["D"] == "gout (D)"
+        and one.answer == "C"
+    )
+    assert (
+        six.images == [f"MM-6-{letter}.jpeg" for letter in "abcdef"]
+        and six.source == "medxpertqa-mm"
+    )
+    assert one.meta == {
+        "published_id": "MM-1",
+        "question_type": "Reasoning",
+        "medical_task": "Diagnosis",
+        "body_system": "Nervous",
+    }
     assert one.id == data.content_hash([one.question, one.options, one.answer, one.images])[:16]
 
 
 def test_medxpertqa_text_has_ten_options(tmp_path):
     options = {letter: f"text {letter}" for letter in "ABCDEFGHIJ"}
-    text = "Why?\nAnswer Choices: " + " ".join(f"({letter}) {said}" for letter, said in options.items())
-    (question,) = read("medxpertqa-text", jsonl(tmp_path / "Text/test.jsonl", [{"id": "Text-1", "question": text, "options": options, "label": "J"}]).parent.parent, None)
+    text = "Why?\nAnswer Choices: " + " ".join(
+        f"({letter}) {said}" for letter, said in options.items()
+    )
+    (question,) = read(
+        "medxpertqa-text",
+        jsonl(
+            tmp_path / "Text/test.jsonl",
+            [{"id": "Text-1", "question": text, "options": options, "label": "J"}],
+        ).parent.parent,
+        None,
+    )
     assert question.options == options and question.answer == "J" and question.question == "Why?"
 
 
 def test_medqa_reads_both_of_its_forms(tmp_path):
-    us = {"question": "Why?", "answer": "two", "options": {"A": "one", "B": "two", "C": "three", "D": "four"}, "meta_info": "step1", "answer_idx": "B"}
-    flat = {"id": "test-00000", "question": "Why?\nAnswer Choices: (A) one (B) two (C) three (D) four", "label": ["B"]}
+    us = {
+        "question": "Why?",
+        "answer": "two",
+        "options": {"A": "one", "B": "two", "C": "three", "D": "four"},
+        "meta_info": "step1",
+        "answer_idx": "B",
+    }
+    flat = {
+        "id": "test-00000",
+        "question": "Why?\nAnswer Choices: (A) one (B) two (C) three (D) four",
+        "label": ["B"],
+    }
     (first,) = read("medqa", jsonl(tmp_path / "us.jsonl", [us]), None)
     (second,) = read("medqa", jsonl(tmp_path / "flat.jsonl", [flat]), None)
-    assert first.id == second.id and (first.question, first.options, first.answer) == (second.question, second.options, second.answer)
+    assert first.id == second.id and (first.question, first.options, first.answer) == (
+        second.question,
+        second.options,
+        second.answer,
+    )
     assert first.meta == {"meta_info": "step1"} and second.meta == {"published_id": "test-00000"}
 
 
-@pytest.mark.parametrize("choices", ["(A) one (C) two", "(A) vitamin (B) twice (B) and (C) three", "one two", "x (A) one (B) two"])
+@pytest.mark.parametrize(
+    "choices",
+    ["(A) one (C) two", "(A) vitamin (B) twice (B) and (C) three", "one two", "x (A) one (B) two"],
+)
 def test_choices_that_can_be_read_two_ways_are_refused(tmp_path, choices):
-    path = jsonl(tmp_path / "a.jsonl", [{"id": "x", "question": f"Why?\nAnswer Choices: {choices}", "label": ["B"]}])
+    path = jsonl(
+        tmp_path / "a.jsonl",
+        [{"id": "x", "question": f"Why?\nAnswer Choices: {choices}", "label": ["B"]}],
+    )
     with pytest.raises(data.RowError, match=r"a\.jsonl:1: question"):
         read("medqa", path, None)
 
@@ -107,32 +192,54 @@ def test_choices_that_can_be_read_two_ways_are_refused(tmp_path, choices):
 def test_medbullets_columns_and_csv_are_the_same_questions(tmp_path):
     rows = medbullets_rows()
     columns = tmp_path / "op5.json"
-    columns.write_text(json.dumps({key: {str(n): row[key] for n, row in enumerate(rows)} for key in rows[0]}))
+    columns.write_text(
+        json.dumps({key: {str(n): row[key] for n, row in enumerate(rows)} for key in rows[0]})
+    )
     with open(tmp_path / "op5.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(list(rows[0]))
-        writer.writerows([*row.values(), "", "", ""] for row in rows)  # the published rows have empty cells beyond the header
+        writer.writerows(
+            [*row.values(), "", "", ""] for row in rows
+        )  # the published rows have empty cells beyond the header
     a, b = read("medbullets-op5", columns, None), read("medbullets-op5", tmp_path / "op5.csv", None)
-    assert a == b and [q.answer for q in a] == ["E", "A"] and a[0].question == "Q one,\nwith a line" and a[0].meta == {"link": "l/1"}
+    assert (
+        a == b
+        and [q.answer for q in a] == ["E", "A"]
+        and a[0].question == "Q one,\nwith a line"
+        and a[0].meta == {"link": "l/1"}
+    )
     four = [{key: said for key, said in rows[1].items() if key != "ope"}]
-    (tmp_path / "op4.json").write_text(json.dumps({key: {"0": row[key]} for row in four for key in row}))
+    (tmp_path / "op4.json").write_text(
+        json.dumps({key: {"0": row[key]} for row in four for key in row})
+    )
     assert list(read("medbullets-op4", tmp_path / "op4.json", None)[0].options) == list("ABCD")
 
 
 def test_mmmu_takes_the_five_health_subjects_of_a_download(tmp_path):
     for subject in [*benchmarks.HEALTH, "Art"]:
-        parquet(tmp_path / subject / "validation-00000-of-00001.parquet", [mmmu_row(n, subject) for n in (1, 2, 3)])
+        parquet(
+            tmp_path / subject / "validation-00000-of-00001.parquet",
+            [mmmu_row(n, subject) for n in (1, 2, 3)],
+        )
         parquet(tmp_path / subject / "test-00000-of-00001.parquet", [mmmu_row(9, subject)])
     questions = read("mmmu", tmp_path, None)
     assert len(questions) == 15 and {q.meta["subject"] for q in questions} == set(benchmarks.HEALTH)
     question = questions[0]
-    assert question.options == {"A": "one", "B": "two's", "C": "<image 1>"} and question.meta["image_marks"] == [1, 1]
-    assert question.meta["modality"] == "Body Scans: MRI, CT scans, and X-rays" and question.meta["published_id"] == "validation_Basic_Medical_Science_1"
+    assert question.options == {"A": "one", "B": "two's", "C": "<image 1>"} and question.meta[
+        "image_marks"
+    ] == [1, 1]
+    assert (
+        question.meta["modality"] == "Body Scans: MRI, CT scans, and X-rays"
+        and question.meta["published_id"] == "validation_Basic_Medical_Science_1"
+    )
     assert "<image 1>" in question.question  # the mark stays
 
 
 def test_mmmu_short_answers_become_open_ended(tmp_path):
-    rows = [mmmu_row(1, options="[]", question_type="open", answer="Transformation"), mmmu_row(2, options="[]", question_type="open", answer="['24/7', '3.429']")]
+    rows = [
+        mmmu_row(1, options="[]", question_type="open", answer="Transformation"),
+        mmmu_row(2, options="[]", question_type="open", answer="['24/7', '3.429']"),
+    ]
     word, number = read("mmmu", parquet(tmp_path / "a.parquet", rows), None)
     assert word.options == {} and word.answer == "Transformation" and "answers" not in word.meta
     assert number.answer == "24/7" and number.meta["answers"] == ["24/7", "3.429"]
@@ -142,34 +249,76 @@ def test_mmmu_pro_standard_has_two_to_ten_options_and_seven_images(tmp_path):
     ten = [f"option {n}" for n in range(10)]
     text = "See " + " ".join(f"<image {n}>" for n in (3, 1, 2, 4, 5, 6, 7))
     rows = [
-        mmmu_row(1, images=7, options=str(ten), answer="J", question=text, subject="Pharmacy", id="test_Pharmacy_1"),
+        mmmu_row(
+            1,
+            images=7,
+            options=str(ten),
+            answer="J",
+            question=text,
+            subject="Pharmacy",
+            id="test_Pharmacy_1",
+        ),
         mmmu_row(2, options="['yes', 'no']", subject="Public_Health"),
         mmmu_row(3, subject="Music"),
     ]
     path = parquet(tmp_path / "standard (10 options)" / "test-00000-of-00002.parquet", rows[:1])
     parquet(path.with_name("test-00001-of-00002.parquet"), rows[1:])
     ten, two = read("mmmu-pro", tmp_path, tmp_path / "images")
-    assert list(ten.options) == list(data.LETTERS) and ten.answer == "J" and list(two.options) == ["A", "B"]
-    assert [(tmp_path / "images" / image).read_bytes() for image in ten.images] == [png(10 + k) for k in range(1, 8)]  # in published order
+    assert (
+        list(ten.options) == list(data.LETTERS)
+        and ten.answer == "J"
+        and list(two.options) == ["A", "B"]
+    )
+    assert [(tmp_path / "images" / image).read_bytes() for image in ten.images] == [
+        png(10 + k) for k in range(1, 8)
+    ]  # in published order
     assert ten.meta["image_marks"] == [3, 1, 2, 4, 5, 6, 7]
 
 
 def test_mmmu_pro_vision_is_one_image_with_the_question_in_it(tmp_path):
-    rows = [{"id": "test_Pharmacy_1", "image": {"bytes": png(7), "path": "x.png"}, "options": "['a b', 'c']", "answer": "B", "subject": "Pharmacy"}]
-    (question,) = read("mmmu-pro-vision", parquet(tmp_path / "vision" / "test-00000-of-00001.parquet", rows).parent.parent, tmp_path)
-    assert question.options == {"A": "a b", "B": "c"} and (tmp_path / question.images[0]).read_bytes() == png(7)
+    rows = [
+        {
+            "id": "test_Pharmacy_1",
+            "image": {"bytes": png(7), "path": "x.png"},
+            "options": "['a b', 'c']",
+            "answer": "B",
+            "subject": "Pharmacy",
+        }
+    ]
+    (question,) = read(
+        "mmmu-pro-vision",
+        parquet(tmp_path / "vision" / "test-00000-of-00001.parquet", rows).parent.parent,
+        tmp_path,
+    )
+    assert question.options == {"A": "a b", "B": "c"} and (
+        tmp_path / question.images[0]
+    ).read_bytes() == png(7)
 
 
 def test_mmmu_records_of_a_jsonl_name_their_images(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "p.png").write_bytes(png(1))
-    row = {"id": "test_Pharmacy_4", "question": "See <image 1>", "options": ["yes", "no"], "answer": "A", "image_1": "images/p.png"}
+    row = {
+        "id": "test_Pharmacy_4",
+        "question": "See <image 1>",
+        "options": ["yes", "no"],
+        "answer": "A",
+        "image_1": "images/p.png",
+    }
     (question,) = read("mmmu-pro", jsonl(tmp_path / "data.jsonl", [row]), tmp_path)
     assert question.images == ["images/p.png"]
 
 
 def test_huatuo_keeps_chain_and_response_for_distillation(tmp_path):
-    row = {"question": "Why?", "options": {"A": "x", "B": "y"}, "answer_idx": "B", "answer": "y", "Complex_CoT": "Hmm.", "Response": "So y.", "Question": "other"}
+    row = {
+        "question": "Why?",
+        "options": {"A": "x", "B": "y"},
+        "answer_idx": "B",
+        "answer": "y",
+        "Complex_CoT": "Hmm.",
+        "Response": "So y.",
+        "Question": "other",
+    }
     (tmp_path / "demo_data.json").write_text(json.dumps([row]))
     (question,) = read("huatuo", tmp_path, None)
     assert question.answer == "B" and question.meta == {"Complex_CoT": "Hmm.", "Response": "So y."}
@@ -178,35 +327,70 @@ def test_huatuo_keeps_chain_and_response_for_distillation(tmp_path):
 def test_our_own_questions_beside_their_images_keep_id_and_source(tmp_path):
     (tmp_path / "films").mkdir()
     (tmp_path / "films" / "a.png").write_bytes(png(1))
-    question = data.Question("A case.", {}, "gout", ["films/a.png"], "journal", {"modality": "X-ray"}, "case-7")
+    question = data.Question(
+        "A case.", {}, "gout", ["films/a.png"], "journal", {"modality": "X-ray"}, "case-7"
+    )
     jsonl(tmp_path / "cases.jsonl", [question.to_row()])
     assert read("questions", tmp_path, tmp_path) == [question]
 
 
-@pytest.mark.parametrize("roles", [("conversations", "from", "value", "human", "gpt"), ("messages", "role", "content", "user", "assistant")])
+@pytest.mark.parametrize(
+    "roles",
+    [
+        ("conversations", "from", "value", "human", "gpt"),
+        ("messages", "role", "content", "user", "assistant"),
+    ],
+)
 def test_sharegpt_records_with_marks_become_questions(tmp_path, roles):
     turns, who, what, user, model = roles
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(png(ord(name[0])))
 
     def record(asked: str, answered: str, images: list[str]) -> dict:
-        return {turns: [{who: "system", what: "Be good."}, {who: user, what: asked}, {who: model, what: answered}], "images": images}
+        return {
+            turns: [
+                {who: "system", what: "Be good."},
+                {who: user, what: asked},
+                {who: model, what: answered},
+            ],
+            "images": images,
+        }
 
     rows = [
-        record("<image><image>\nWhich?\nA. left\nB. right", "<think> Option A? No. </think> <answer> B. right </answer>", ["a.png", "b.png"]),
+        record(
+            "<image><image>\nWhich?\nA. left\nB. right",
+            "<think> Option A? No. </think> <answer> B. right </answer>",
+            ["a.png", "b.png"],
+        ),
         record("Beside <image> stands what?", "A crow.", ["b.png"]),
         record("Which?\nAnswer Choices:\n(A) left\n(B) right", "A", []),
     ]
-    rows.append(record("<image>\n<image> Which?\n(A) left\n(B) right\nAnswer at once.", "B", ["a.png", "b.png"]))
+    rows.append(
+        record(
+            "<image>\n<image> Which?\n(A) left\n(B) right\nAnswer at once.", "B", ["a.png", "b.png"]
+        )
+    )
     two, inline, text, apart = read("sharegpt", jsonl(tmp_path / "s.jsonl", rows), tmp_path)
-    assert (two.question, two.options, two.answer, two.images) == ("Which?", {"A": "left", "B": "right"}, "B", ["a.png", "b.png"])
+    assert (two.question, two.options, two.answer, two.images) == (
+        "Which?",
+        {"A": "left", "B": "right"},
+        "B",
+        ["a.png", "b.png"],
+    )
     assert two.meta["response"].startswith("<think>")
-    assert (inline.question, inline.options, inline.answer) == ("Beside <image 1> stands what?", {}, "A crow.")
-    assert (text.question, text.answer) == ("Which?", "A") and (apart.question, apart.answer) == ("Which?\nAnswer at once.", "B")
+    assert (inline.question, inline.options, inline.answer) == (
+        "Beside <image 1> stands what?",
+        {},
+        "A crow.",
+    )
+    assert (text.question, text.answer) == ("Which?", "A") and (apart.question, apart.answer) == (
+        "Which?\nAnswer at once.",
+        "B",
+    )
     assert inline.meta["image_marks"] == [1] and "image_marks" not in two.meta
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # images
 
 
@@ -219,10 +403,16 @@ def test_images_come_out_of_the_zip_once_under_their_published_names(tmp_path):
         archive.writestr("../outside.txt", b"x")
     root = tmp_path / "deep" / "root"
     (question,) = read("medxpertqa-mm", tmp_path / "hub", root)
-    assert sorted(path.name for path in root.rglob("*")) == ["MM-1-a.jpeg", "MM-1-b.jpeg"] and (root / "MM-1-b.jpeg").read_bytes() == png(2)
+    assert sorted(path.name for path in root.rglob("*")) == ["MM-1-a.jpeg", "MM-1-b.jpeg"] and (
+        root / "MM-1-b.jpeg"
+    ).read_bytes() == png(2)
     assert not list(tmp_path.rglob("outside.txt"))
     before = (root / "MM-1-a.jpeg").stat().st_mtime_ns
-    assert read("medxpertqa-mm", tmp_path / "hub", root) == [question] == read("medxpertqa-mm", tmp_path / "hub", None)
+    assert (
+        read("medxpertqa-mm", tmp_path / "hub", root)
+        == [question]
+        == read("medxpertqa-mm", tmp_path / "hub", None)
+    )
     assert (root / "MM-1-a.jpeg").stat().st_mtime_ns == before
 
 
@@ -236,11 +426,15 @@ def test_an_unpacked_folder_may_be_the_image_root_itself(tmp_path):
 
 def test_equal_bytes_are_one_file_named_by_their_hash_and_no_root_writes_nothing(tmp_path):
     same = {"bytes": png(5), "path": None}
-    path = parquet(tmp_path / "in" / "a.parquet", [mmmu_row(1, image_1=same), mmmu_row(2, image_1=same)])
+    path = parquet(
+        tmp_path / "in" / "a.parquet", [mmmu_row(1, image_1=same), mmmu_row(2, image_1=same)]
+    )
     questions = read("mmmu", path, None)
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == [path]
     assert read("mmmu", path, tmp_path / "root") == questions
-    assert [p.name for p in (tmp_path / "root").iterdir()] == [hashlib.sha256(png(5)).hexdigest()[:16] + ".png"]
+    assert [p.name for p in (tmp_path / "root").iterdir()] == [
+        hashlib.sha256(png(5)).hexdigest()[:16] + ".png"
+    ]
 
 
 def test_a_killed_run_is_finished_by_the_next(tmp_path):
@@ -258,57 +452,190 @@ def die(source, target):
 os.replace = die
 benchmarks.read("mmmu", sys.argv[2], Path(sys.argv[3]))
 """
-    assert subprocess.run([sys.executable, "-c", code, str(ROOT), str(path), str(tmp_path / "root")]).returncode == 9
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code, str(ROOT), str(path), str(tmp_path / "root")]
+        ).returncode
+        == 9
+    )
     assert sorted(p.suffix for p in (tmp_path / "root").iterdir()) == [".png", ".tmp"]
     questions = read("mmmu", path, tmp_path / "root")
-    assert {(tmp_path / "root" / q.images[0]).read_bytes() for q in questions} == {png(11), png(21), png(31)}
+    assert {(tmp_path / "root" / q.images[0]).read_bytes() for q in questions} == {
+        png(11),
+        png(21),
+        png(31),
+    }
     assert not list((tmp_path / "root").glob("*.tmp"))
 
 
-def test_without_images_and_without_a_root_a_file_is_read_and_said_to_be_unchecked(tmp_path, capsys):
+def test_without_images_and_without_a_root_a_file_is_read_and_said_to_be_unchecked(
+    tmp_path, capsys
+):
     assert len(read("medxpertqa-mm", jsonl(tmp_path / "a.jsonl", [mm_row(1, images=3)]), None)) == 1
     assert "names 3 images and none is beside it" in capsys.readouterr().out
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # mistakes, named by file and row
 
 
 BASE = {"question": "Why?", "options": {"A": "x", "B": "y"}, "answer": "B", "id": "q1"}
 
 
-@pytest.mark.parametrize(("name", "row", "said"), [
-    ("medxpertqa-mm", mm_row(1, label=["F"]), "answer: 'F' is not among the options"),
-    ("medxpertqa-mm", mm_row(1, label=["A", "B"]), "label: expected one letter"),
-    ("medxpertqa-mm", mm_row(1, options={"A": "other", "B": "a scar"}), "not its options"),
-    ("medxpertqa-mm", mm_row(1, options=[{"letter": "A"}]), "missing 'content'"),
-    ("medxpertqa-mm", mm_row(1, images=1) | {"images": ["../MM-1-a.jpeg"]}, "stays inside the image root"),
-    ("medxpertqa-mm", mm_row(1, images=1) | {"images": ["/etc/MM-1-a.jpeg"]}, "stays inside the image root"),
-    ("medqa", {"question": "Why?", "options": {"A": "x", "B": "y"}, "answer_idx": "B", "answer": "x"}, "is not among the options"),
-    ("medqa", {"question": "Why?", "options": {"A": "x", "B": "y"}, "answer_idx": "C"}, "is not among the options"),
-    ("medqa", {"question": "Why?", "options": {"A": "x", "B": "y"}, "answer_idx": "C", "answer": "z"}, "is not among the options"),
-    ("medqa", {"question": "Why?"}, "missing 'options'"),
-    ("medqa", {"question": "Why?", "label": "A"}, "no options"),
-    ("mmmu", {"id": "validation_Pharmacy_1", "question": "<image 2>?", "options": "['a', 'b']", "answer": "A", "image_1": "x.png"}, "image_2 is missing"),
-    ("mmmu", {"id": "validation_Pharmacy_1", "question": "?", "options": "['a', 'b']", "answer": "A", "image_2": "x.png"}, "image_2 is missing, or one before it"),
-    ("mmmu", {"id": "validation_Pharmacy_1", "question": "?", "options": "['a', b]", "answer": "A"}, "not the text of a list"),
-    ("mmmu", {"id": "validation_Pharmacy_1", "question": "?", "options": "__import__('os').getcwd()", "answer": "A"}, "not the text of a list"),
-    ("mmmu", {"id": "validation_Pharmacy_1", "question": "?", "options": "[]", "answer": "A"}, "expected 2 to 10"),
-    ("mmmu", {"id": "validation_Pharmacy_1", "question": "?", "options": str(list("abcdefghijk")), "answer": "A"}, "there are 11"),
-    ("mmmu", {"id": "Pharmacy", "question": "?", "options": "['a', 'b']", "answer": "A"}, "does not tell a subject"),
-    ("mmmu-pro-vision", {"id": "test_Pharmacy_1", "options": "['a', 'b']", "answer": "A"}, "image: is missing"),
-    ("sharegpt", {"messages": [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "Yes"}], "images": []}, "1 <image> marks for 0 images"),
-    ("sharegpt", {"messages": ["?"]}, "expected one question and one answer"),
-    ("sharegpt", {"messages": [{"role": "system", "content": "?"}]}, "expected one question and one answer"),
-    ("sharegpt", {"text": "?"}, "expected one question and one answer"),
-    ("medxpertqa-mm", mm_row(1) | {"images": [{"path": "a.png"}]}, "image None must be a path"),
-    ("sharegpt", {"messages": [{"role": "user", "content": "?"}]}, "expected one question and one answer"),
-    ("sharegpt", {"messages": [{"role": "user", "content": "? A) x B) y"}, {"role": "assistant", "content": "B"}]}, "options stand one a line"),
-    ("sharegpt", {"messages": [{"role": "user", "content": "?\nA. x\nB. y"}, {"role": "assistant", "content": "A or B"}]}, "is not among the options"),
-    ("questions", {"id": "q", "question": "?", "options": {}, "answer": "", "images": []}, "answer: expected a text that is not empty"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "row", "said"),
+    [
+        ("medxpertqa-mm", mm_row(1, label=["F"]), "answer: 'F' is not among the options"),
+        ("medxpertqa-mm", mm_row(1, label=["A", "B"]), "label: expected one letter"),
+        ("medxpertqa-mm", mm_row(1, options={"A": "other", "B": "a scar"}), "not its options"),
+        ("medxpertqa-mm", mm_row(1, options=[{"letter": "A"}]), "missing 'content'"),
+        (
+            "medxpertqa-mm",
+            mm_row(1, images=1) | {"images": ["../MM-1-a.jpeg"]},
+            "stays inside the image root",
+        ),
+        (
+            "medxpertqa-mm",
+            mm_row(1, images=1) | {"images": ["/etc/MM-1-a.jpeg"]},
+            "stays inside the image root",
+        ),
+        (
+            "medqa",
+            {"question": "Why?", "options": {"A": "x", "B": "y"}, "answer_idx": "B", "answer": "x"},
+            "is not among the options",
+        ),
+        (
+            "medqa",
+            {"question": "Why?", "options": {"A": "x", "B": "y"}, "answer_idx": "C"},
+            "is not among the options",
+        ),
+        (
+            "medqa",
+            {"question": "Why?", "options": {"A": "x", "B": "y"}, "answer_idx": "C", "answer": "z"},
+            "is not among the options",
+        ),
+        ("medqa", {"question": "Why?"}, "missing 'options'"),
+        ("medqa", {"question": "Why?", "label": "A"}, "no options"),
+        (
+            "mmmu",
+            {
+                "id": "validation_Pharmacy_1",
+                "question": "<image 2>?",
+                "options": "['a', 'b']",
+                "answer": "A",
+                "image_1": "x.png",
+            },
+            "image_2 is missing",
+        ),
+        (
+            "mmmu",
+            {
+                "id": "validation_Pharmacy_1",
+                "question": "?",
+                "options": "['a', 'b']",
+                "answer": "A",
+                "image_2": "x.png",
+            },
+            "image_2 is missing, or one before it",
+        ),
+        (
+            "mmmu",
+            {"id": "validation_Pharmacy_1", "question": "?", "options": "['a', b]", "answer": "A"},
+            "not the text of a list",
+        ),
+        (
+            "mmmu",
+            {
+                "id": "validation_Pharmacy_1",
+                "question": "?",
+                "options": "__import__('os').getcwd()",
+                "answer": "A",
+            },
+            "not the text of a list",
+        ),
+        (
+            "mmmu",
+            {"id": "validation_Pharmacy_1", "question": "?", "options": "[]", "answer": "A"},
+            "expected 2 to 10",
+        ),
+        (
+            "mmmu",
+            {
+                "id": "validation_Pharmacy_1",
+                "question": "?",
+                "options": str(list("abcdefghijk")),
+                "answer": "A",
+            },
+            "there are 11",
+        ),
+        (
+            "mmmu",
+            {"id": "Pharmacy", "question": "?", "options": "['a', 'b']", "answer": "A"},
+            "does not tell a subject",
+        ),
+        (
+            "mmmu-pro-vision",
+            {"id": "test_Pharmacy_1", "options": "['a', 'b']", "answer": "A"},
+            "image: is missing",
+        ),
+        (
+            "sharegpt",
+            {
+                "messages": [
+                    {"role": "user", "content": "<image>?"},
+                    {"role": "assistant", "content": "Yes"},
+                ],
+                "images": [],
+            },
+            "1 <image> marks for 0 images",
+        ),
+        ("sharegpt", {"messages": ["?"]}, "expected one question and one answer"),
+        (
+            "sharegpt",
+            {"messages": [{"role": "system", "content": "?"}]},
+            "expected one question and one answer",
+        ),
+        ("sharegpt", {"text": "?"}, "expected one question and one answer"),
+        ("medxpertqa-mm", mm_row(1) | {"images": [{"path": "a.png"}]}, "image None must be a path"),
+        (
+            "sharegpt",
+            {"messages": [{"role": "user", "content": "?"}]},
+            "expected one question and one answer",
+        ),
+        (
+            "sharegpt",
+            {
+                "messages": [
+                    {"role": "user", "content": "? A) x B) y"},
+                    {"role": "assistant", "content": "B"},
+                ]
+            },
+            "options stand one a line",
+        ),
+        (
+            "sharegpt",
+            {
+                "messages": [
+                    {"role": "user", "content": "?\nA. x\nB. y"},
+                    {"role": "assistant", "content": "A or B"},
+                ]
+            },
+            "is not among the options",
+        ),
+        (
+            "questions",
+            {"id": "q", "question": "?", "options": {}, "answer": "", "images": []},
+            "answer: expected a text that is not empty",
+        ),
+    ],
+)
 def test_a_bad_row_is_named(tmp_path, name, row, said):
-    good = {"questions": data.Question("Q", {}, "a", id="fine").to_row(), "sharegpt": {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "Yes"}]}}
+    good = {
+        "questions": data.Question("Q", {}, "a", id="fine").to_row(),
+        "sharegpt": {
+            "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "Yes"}]
+        },
+    }
     path = jsonl(tmp_path / "b.jsonl", [good[name], row] if name in good else [row])
     with pytest.raises(data.RowError) as error:
         read(name, path, None)
@@ -357,16 +684,18 @@ MM_FAULTS = [
     ({"label": []}, "label: expected one letter"),
     ({"label": GONE}, "label: expected one letter"), ({"id": 7}, "id: expected str"),
     ({"id": ["MM-2"]}, "id: expected str"), ({"question": 5}, "question: expected str"),
-    ({"question": GONE}, "missing 'question'"), ({"question": " "}, "question: expected a text that is not empty"),
+    ({"question": GONE}, "missing 'question'"),
+    ({"question": " "}, "question: expected a text that is not empty"),
     ({"medical_task": 3}, "medical_task: expected str"),
     ({"question_type": ["Reasoning"]}, "question_type: expected str"),
 ]  # fmt: skip
 EXAM_FAULTS = [
     *OPTION_FAULTS, ({"answer": 5}, "'B' 5 is not among"), ({"answer": "x"}, "is not among"),
     ({"answer": ["y"]}, "is not among"), ({"answer_idx": 1}, "answer_idx: expected str"),
-    ({"answer_idx": "C"}, "'C' is not among"), ({"answer_idx": ""}, "'' is not among"),
+    ({"answer_idx": "C"}, "'C' is not among"), ({"answer_idx": ""}, "a text that is not empty"),
     ({"answer_idx": ["B"]}, "answer_idx: expected str"), ({"id": 7}, "id: expected str"),
-    ({"question": ""}, "question: expected a text that is not empty"), ({"question": ["Why?"]}, "question: expected str"),
+    ({"question": ""}, "question: expected a text that is not empty"),
+    ({"question": ["Why?"]}, "question: expected str"),
     ({"meta_info": 1}, "meta_info: expected str"),
     ({"Complex_CoT": ["Hm."]}, "Complex_CoT: expected str"),
     ({"label": 5, "options": GONE}, "no options"),
@@ -377,7 +706,8 @@ BULLETS_FAULTS = [
     ({"ope": " "}, "E is ' '"), ({"answer_idx": "F", "answer": GONE}, "'F' is not among"),
     ({"answer_idx": 4}, "answer_idx: expected str"), ({"answer": "p"}, "is not among"),
     ({"answer": 3}, "is not among"), ({"question": 1}, "question: expected str"),
-    ({"question": "\n"}, "question: expected a text that is not empty"), ({"link": 5}, "link: expected str"),
+    ({"question": "\n"}, "question: expected a text that is not empty"),
+    ({"link": 5}, "link: expected str"),
     ({"id": 5}, "id: expected str"),
 ]  # fmt: skip
 LIST_FAULTS = [  # of a row with a list of options, or the text of one
@@ -390,7 +720,8 @@ LIST_FAULTS = [  # of a row with a list of options, or the text of one
     ({"options": GONE}, "list of texts"), ({"options": ["x"]}, "there are 1"),
     ({"options": "['x', '\\ud800']"}, "surrogates not allowed"),
     ({"answer": "F"}, "'F' is not among"), ({"answer": 1}, "answer: expected str"),
-    ({"answer": ""}, "answer: expected a text that is not empty"), ({"id": 5}, "id: expected str"), ({"id": None}, "id: "),
+    ({"answer": ""}, "answer: expected a text that is not empty"),
+    ({"id": 5}, "id: expected str"), ({"id": None}, "id: "),
     ({"subject": 5}, "subject: expected str"),
 ]  # fmt: skip
 MMMU_FAULTS = [
@@ -400,11 +731,15 @@ MMMU_FAULTS = [
     ({"image_1": {"bytes": None, "path": ""}}, "image_1: expected an image's"),
     ({"image_1": ["a.png"]}, "image_1: expected an image's"),
     ({"image_1": {"path": 5}}, "image_1: expected an image's"),
-    ({"question": 5}, "question: expected str"), ({"question": ""}, "question: expected a text that is not empty"),
+    ({"question": 5}, "question: expected str"),
+    ({"question": ""}, "question: expected a text that is not empty"),
     ({"question_type": "essay"}, "question_type: is 'essay'"),
     ({"question_type": 5}, "question_type: is 5"),
     ({"question_type": "open"}, "question_type: is 'open', with 3 options"),
-    ({"question_type": "open", "options": "[]", "answer": "[]"}, "answer: expected a text that is not empty"),
+    (
+        {"question_type": "open", "options": "[]", "answer": "[]"},
+        "answer: expected a text that is not empty",
+    ),
     ({"img_type": "[1]"}, "img_type: expected a list of texts"),
     ({"question_type": "open", "options": "[]", "answer": "[5]"}, "answer: expected a list"),
     ({"subfield": 5}, "subfield: expected str"),
@@ -499,7 +834,10 @@ def test_a_number_or_a_depth_that_no_file_of_ours_can_hold_is_named(tmp_path):
     for text in ('{"x": 1e999}', '{"x": ' + "[" * 800 + "]" * 800 + "}"):
         row = json.dumps(data.Question(**BASE).to_row()).replace('"meta": {}', f'"meta": {text}')
         (tmp_path / "a.jsonl").write_text(row)
-        with pytest.raises(data.RowError, match=r"a\.jsonl:1: (cannot be written as JSON|not JSON .1e999 is no JSON number)"):
+        with pytest.raises(
+            data.RowError,
+            match=r"a\.jsonl:1: (cannot be written as JSON|not JSON .1e999 is no JSON number)",
+        ):
             read("questions", tmp_path / "a.jsonl", None)
 
 
@@ -516,10 +854,10 @@ def test_a_column_that_is_there_twice_is_an_error_and_not_lost(tmp_path):
 
 
 FILES = {  # what lies where a file is expected, and what is said of it
-    "a folder": (lambda path: path.mkdir(), "neither a file nor a folder with|is no regular file"),
+    "a folder": (lambda path: path.mkdir(), "neither a file nor a folder with|is not a file"),
     "nothing": (lambda path: None, "neither a file nor a folder"),
     "an empty file": (lambda path: path.write_bytes(b""), "is empty"),
-    "a pipe": (lambda path: os.mkfifo(path), "is no regular file"),
+    "a pipe": (lambda path: os.mkfifo(path), "is not a file"),
     "NUL bytes": (lambda path: path.write_bytes(b"a,b\n\0,1\n" * 9), "a.*: "),
     "a zip": (lambda path: path.write_bytes(b"PK\3\4" + bytes(range(256))), "a.*: "),
     "no permission": (lambda path: (path.write_text("x"), path.chmod(0)), "cannot be read"),
@@ -549,7 +887,7 @@ def test_a_pipe_or_a_folder_among_the_files_of_a_download_is_refused(tmp_path):
     jsonl(tmp_path / "a.jsonl", [data.Question(**BASE).to_row()])
     for make in (os.mkfifo, os.mkdir):
         make(tmp_path / "b.jsonl")
-        with pytest.raises(data.RowError, match=r"b\.jsonl: is no regular file"):
+        with pytest.raises(data.RowError, match=r"b\.jsonl: is not a file"):
             read("questions", tmp_path, None)
         (tmp_path / "b.jsonl").unlink() if make is os.mkfifo else (tmp_path / "b.jsonl").rmdir()
 
@@ -567,7 +905,7 @@ def test_a_parquet_file_that_is_torn_anywhere_is_named(tmp_path):
                 assert file in str(error)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # images that are too much
 
 
@@ -623,7 +961,9 @@ def test_a_picture_of_too_many_pixels_is_refused_undecoded(tmp_path):
     file = io.BytesIO()
     Image.new("1", (20_000, 20_000)).save(file, "PNG")
     zipped(tmp_path, file.getvalue())
-    with pytest.raises(data.RowError, match=r"MM-1-a\.jpeg: cannot be decoded .*decompression bomb"):
+    with pytest.raises(
+        data.RowError, match=r"MM-1-a\.jpeg: cannot be decoded .*decompression bomb"
+    ):
         read("medxpertqa-mm", tmp_path, tmp_path / "root")
 
 
@@ -657,7 +997,10 @@ def test_one_missing_image_among_those_there_is_an_error_with_or_without_a_root(
     path = jsonl(tmp_path / "a.jsonl", [mm_row(1, images=2)])
     (tmp_path / "MM-1-a.jpeg").write_bytes(png(1))
     for root in (None, tmp_path / "root"):
-        with pytest.raises(data.RowError, match=r"a\.jsonl:1: image MM-1-b\.jpeg is not beside .* \(1 are missing, 1 are there\)"):
+        with pytest.raises(
+            data.RowError,
+            match=r"a\.jsonl:1: image MM-1-b\.jpeg is not beside .* \(1 are missing, 1 are there\)",
+        ):
             read("medxpertqa-mm", path, root)
 
 
@@ -668,22 +1011,33 @@ def test_no_image_at_all_is_an_error_where_they_are_to_be_written(tmp_path):
 
 def test_a_repeated_published_id_is_an_error_with_both_rows(tmp_path):
     with pytest.raises(data.RowError, match=r"a\.jsonl:2: id: 'MM-1' is already on .*a\.jsonl:1"):
-        read("medxpertqa-mm", jsonl(tmp_path / "a.jsonl", [mm_row(1), mm_row(1, medical_task="Treatment")]), None)
+        read(
+            "medxpertqa-mm",
+            jsonl(tmp_path / "a.jsonl", [mm_row(1), mm_row(1, medical_task="Treatment")]),
+            None,
+        )
 
 
 def test_rows_equal_in_content_are_kept_apart_and_said_to_repeat(tmp_path):
     row = {"question": "Why?", "options": {"A": "x", "B": "y"}, "answer_idx": "B"}
-    questions = read("medqa", jsonl(tmp_path / "a.jsonl", [row | {"id": f"t{n}"} for n in range(3)]), None)
+    questions = read(
+        "medqa", jsonl(tmp_path / "a.jsonl", [row | {"id": f"t{n}"} for n in range(3)]), None
+    )
     base = questions[0].id
-    assert [q.id for q in questions] == [base, f"{base}-2", f"{base}-3"] and [q.meta.get("repeats") for q in questions] == [None, base, base]
+    assert [q.id for q in questions] == [base, f"{base}-2", f"{base}-3"] and [
+        q.meta.get("repeats") for q in questions
+    ] == [None, base, base]
     assert benchmarks.count(questions)["rows that repeat another"] == 2
     data.write_jsonl(tmp_path / "q.jsonl", (q.to_row() for q in questions))
-    assert data.read_questions(tmp_path / "q.jsonl") == questions
+    assert schema.read_questions(tmp_path / "q.jsonl") == questions
 
 
 def test_equal_stems_with_other_options_or_images_are_other_questions(tmp_path):
     rows = [mm_row(1), mm_row(2), mm_row(3)]
-    rows[2] |= {"question": rows[0]["question"], "options": rows[0]["options"]}  # only the image differs
+    rows[2] |= {
+        "question": rows[0]["question"],
+        "options": rows[0]["options"],
+    }  # only the image differs
     assert len({q.id for q in read("medxpertqa-mm", jsonl(tmp_path / "a.jsonl", rows), None)}) == 3
 
 
@@ -699,7 +1053,9 @@ def test_a_truncated_zip_and_a_damaged_entry_are_named(tmp_path):
     damaged = bytearray(whole)
     damaged[whole.index(b"IDAT") + 6] ^= 0xFF
     path.write_bytes(bytes(damaged))
-    with pytest.raises(data.RowError, match=r"test\.jsonl:1: image MM-1-a\.jpeg cannot be read from .*images\.zip"):
+    with pytest.raises(
+        data.RowError, match=r"test\.jsonl:1: image MM-1-a\.jpeg cannot be read from .*images\.zip"
+    ):
         read("medxpertqa-mm", tmp_path, tmp_path / "root")
 
 
@@ -710,7 +1066,13 @@ def test_an_image_that_is_cut_off_is_named(tmp_path):
     with pytest.raises(data.RowError, match=r"a\.jsonl:1: image MM-1-a\.jpeg: cannot be decoded"):
         read("medxpertqa-mm", jsonl(tmp_path / "a.jsonl", [mm_row(1)]), tmp_path / "root")
     with pytest.raises(data.RowError, match=r"b\.parquet: row 0: cannot be decoded"):
-        read("mmmu", parquet(tmp_path / "b.parquet", [mmmu_row(1, image_1={"bytes": png(1)[:40], "path": None})]), None)
+        read(
+            "mmmu",
+            parquet(
+                tmp_path / "b.parquet", [mmmu_row(1, image_1={"bytes": png(1)[:40], "path": None})]
+            ),
+            None,
+        )
 
 
 def test_another_image_under_the_same_name_is_not_overwritten(tmp_path):
@@ -733,9 +1095,22 @@ def test_damaged_files_and_unknown_names_are_named(tmp_path):
     (tmp_path / "latin.csv").write_bytes("question,opa\nq,\xe9\n".encode("latin-1"))
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "empty.json").write_text("[]")
-    cases = [("mmmu", "cut.parquet", "not a whole parquet"), ("huatuo", "cut.json", "not JSON"), ("medbullets-op4", "uneven.json", "column 'opa' has other rows")]
-    cases += [("huatuo", "list.json", "row 0: expected an object"), ("medbullets-op4", "short.csv", "row 0: has other cells"), ("medbullets-op4", "long.csv", "row 0: has other cells")]
-    cases += [("medbullets-op4", "latin.csv", "not CSV"), ("medqa", "a.txt", "expected one of .jsonl"), ("huatuo", "empty.json", "no question of huatuo"), ("medqa", "none.jsonl", "neither a file nor a folder")]
+    cases = [
+        ("mmmu", "cut.parquet", "not a whole parquet"),
+        ("huatuo", "cut.json", "not JSON"),
+        ("medbullets-op4", "uneven.json", "column 'opa' has other rows"),
+    ]
+    cases += [
+        ("huatuo", "list.json", "row 0: expected an object"),
+        ("medbullets-op4", "short.csv", "row 0: has other cells"),
+        ("medbullets-op4", "long.csv", "row 0: has other cells"),
+    ]
+    cases += [
+        ("medbullets-op4", "latin.csv", "not CSV"),
+        ("medqa", "a.txt", "expected one of .jsonl"),
+        ("huatuo", "empty.json", "no question of huatuo"),
+        ("medqa", "none.jsonl", "neither a file nor a folder"),
+    ]
     for name, file, said in cases:
         with pytest.raises(data.RowError, match=said) as error:
             read(name, tmp_path / file, None)
@@ -743,23 +1118,44 @@ def test_damaged_files_and_unknown_names_are_named(tmp_path):
     with pytest.raises(data.RowError, match="known are medxpertqa-mm"):
         read("medxpert", tmp_path, None)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(data.RowError, match="neither a file nor a folder with Basic_Medical_Science/validation"):
+    with pytest.raises(
+        data.RowError, match="neither a file nor a folder with Basic_Medical_Science/validation"
+    ):
         read("mmmu", tmp_path / "empty", None)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # the command
 
 
 def test_inspect_prints_what_was_found_next_to_the_paper(tmp_path, capsys):
-    benchmarks.main(["inspect", "medxpertqa-mm", str(jsonl(tmp_path / "a.jsonl", [mm_row(n, question_type="Understanding") for n in range(4)]))])
-    lines = {" ".join(line.split()[:-2 if "differs" not in line else -3]): line.split() for line in capsys.readouterr().out.splitlines()}
-    assert lines["question_type Understanding"][-3:] == ["4", "554", "differs"] and lines["question_type Reasoning"][-3:] == ["0", "1446", "differs"]
+    benchmarks.main(
+        [
+            "inspect",
+            "medxpertqa-mm",
+            str(
+                jsonl(
+                    tmp_path / "a.jsonl",
+                    [mm_row(n, question_type="Understanding") for n in range(4)],
+                )
+            ),
+        ]
+    )
+    lines = {
+        " ".join(line.split()[: -2 if "differs" not in line else -3]): line.split()
+        for line in capsys.readouterr().out.splitlines()
+    }
+    assert lines["question_type Understanding"][-3:] == ["4", "554", "differs"] and lines[
+        "question_type Reasoning"
+    ][-3:] == ["0", "1446", "differs"]
     assert "7 of 7 figures differ from what the paper used".split() in lines.values()
 
 
 def test_nothing_differs_where_the_counts_are_the_papers(capsys):
-    questions = [data.Question(str(n), {"A": "x", "B": "y", "C": "z", "D": "w"}, "A", source="medqa") for n in range(1273)]
+    questions = [
+        data.Question(str(n), {"A": "x", "B": "y", "C": "z", "D": "w"}, "A", source="medqa")
+        for n in range(1273)
+    ]
     assert benchmarks.inspect("medqa", questions) == []
     assert "0 of 2 figures differ" in capsys.readouterr().out
 
@@ -768,7 +1164,11 @@ def test_the_papers_counts_add_up():
     paper = {name: reader.paper for name, reader in benchmarks.READERS.items()}
     assert paper["medxpertqa-mm"]["questions"] == 2000 == 1446 + 554 == 1199 + 448 + 353
     assert sum(n for key, n in paper["mmmu"].items() if key.startswith("subject")) == 150
-    assert sum(n for key, n in paper["mmmu-pro"].items() if key.startswith("subject")) == 286 == paper["mmmu-pro-vision"]["questions"]
+    assert (
+        sum(n for key, n in paper["mmmu-pro"].items() if key.startswith("subject"))
+        == 286
+        == paper["mmmu-pro-vision"]["questions"]
+    )
 
 
 def test_convert_writes_questions_that_other_stages_read(tmp_path, capsys):
@@ -780,25 +1180,47 @@ def test_convert_writes_questions_that_other_stages_read(tmp_path, capsys):
     with pytest.raises(data.RowError, match="--images"):
         benchmarks.main(["convert", "medxpertqa-mm", str(tmp_path), "--out", str(out)])
     assert not out.exists()
-    benchmarks.main(["convert", "medxpertqa-mm", str(tmp_path), "--out", str(out), "--images", str(root)])
-    questions = data.read_questions(out)
-    assert len(questions) == 2 and all((root / image).is_file() for q in questions for image in q.images)
-    assert data.main(["check", str(out)]) == 0 and questions == read("questions", out, root)
+    benchmarks.main(
+        ["convert", "medxpertqa-mm", str(tmp_path), "--out", str(out), "--images", str(root)]
+    )
+    questions = schema.read_questions(out)
+    assert len(questions) == 2 and all(
+        (root / image).is_file() for q in questions for image in q.images
+    )
+    assert run_report(["check", str(out)]) == 0 and questions == read("questions", out, root)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # real files
 
 
-@pytest.mark.skipif("MEDEE_REAL_DATA" not in os.environ, reason="MEDEE_REAL_DATA names no folder with published files")
-@pytest.mark.parametrize(("name", "file", "figures"), [
-    ("medxpertqa-mm", "medxpertqa_sampled_mm_input.jsonl", {"questions": 199, "images": 273, "question_type Reasoning": 144, "question_type Understanding": 55, "options 5": 199}),
-    ("medqa", "medqa_input_200.jsonl", {"questions": 200, "options 4": 200, "images": 0}),
-    ("huatuo", "huatuo_demo_data.json", {"questions": 198, "options 4": 176, "options 5": 22}),
-])  # fmt: skip
+@pytest.mark.skipif(
+    "MEDEE_REAL_DATA" not in os.environ,
+    reason="MEDEE_REAL_DATA names no folder with published files",
+)
+@pytest.mark.parametrize(
+    ("name", "file", "figures"),
+    [
+        (
+            "medxpertqa-mm",
+            "medxpertqa_sampled_mm_input.jsonl",
+            {
+                "questions": 199,
+                "images": 273,
+                "question_type Reasoning": 144,
+                "question_type Understanding": 55,
+                "options 5": 199,
+            },
+        ),
+        ("medqa", "medqa_input_200.jsonl", {"questions": 200, "options 4": 200, "images": 0}),
+        ("huatuo", "huatuo_demo_data.json", {"questions": 198, "options 4": 176, "options 5": 22}),
+    ],
+)
 def test_real_files_are_read_whole(name, file, figures):
     questions = read(name, Path(os.environ["MEDEE_REAL_DATA"]) / file, None)
     assert figures.items() <= benchmarks.count(questions).items()
-    assert not any("Answer Choices" in q.question for q in questions) and len({q.id for q in questions}) == len(questions)
+    assert not any("Answer Choices" in q.question for q in questions) and len(
+        {q.id for q in questions}
+    ) == len(questions)
     if name == "huatuo":
         assert all(q.meta["Complex_CoT"] and q.meta["Response"] for q in questions)

@@ -1,4 +1,5 @@
-"""The page of single cases: what is selected, by hand; what a model wrote stays text; what a browser makes of it."""
+"""The page of single cases: what is selected, by hand; what a model wrote stays text; what a
+browser makes of it."""
 
 import base64
 import hashlib
@@ -18,30 +19,62 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from answers import is_correct
-import cases
 import data
-import evaluate
 import judge
-import score
+import report.__main__
+from answers import is_correct
+from command import schema
+from report import cases, score
 
-RIGHT, WRONG = "<think> It is broken. </think> <answer> A </answer>", "<think> Whole. </think> <answer> B </answer>"
+RIGHT, WRONG = (
+    "<think> It is broken. </think> <answer> A </answer>",
+    "<think> Whole. </think> <answer> B </answer>",
+)
 UNREADABLE, CUT = "<think> Whole. </think> <answer> both </answer>", "<think> Let me see whether it"
-EVIL = "</div></style><script>console.error('ran')</script><img src=http://x.test/a onerror=console.error('ran')> \"quoted' & &lt;b&gt;"
+EVIL = (
+    "</div></style><script>console.error('ran')</script>"
+    "<img src=http://x.test/a onerror=console.error('ran')> \"quoted' & &lt;b&gt;"
+)
 
 
 def question(key: str, **changed) -> data.Question:
-    row = {"id": key, "question": f"Is {key} broken?", "options": {"A": "yes", "B": "no"}, "answer": "A", "images": []}
-    return data.Question.from_row(row | changed, "test")
+    row = {
+        "id": key,
+        "question": f"Is {key} broken?",
+        "options": {"A": "yes", "B": "no"},
+        "answer": "A",
+        "images": [],
+    }
+    return schema.question_from(row | changed, "test")
 
 
-def make_run(folder: Path, name: str, answers: dict, questions: list[data.Question], judged: dict | None = None, engine: str = "hf:m") -> cases.Run:
-    """A run's folder as evaluate.py leaves it. answers: of each question, (response, finish_reason) of each sample."""
+def make_run(
+    folder: Path,
+    name: str,
+    answers: dict,
+    questions: list[data.Question],
+    judged: dict | None = None,
+    engine: str = "hf:m",
+) -> cases.Run:
+    """A run's folder as evaluate.py leaves it. answers: of each question, (response, finish_reason)
+    of each sample."""
     by_id, rows = {found.id: found for found in questions}, []
     for key, samples in answers.items():
         for k, (response, ended) in enumerate(samples):
-            read, right = (score.choice_of(response, by_id[key]), is_correct(response, by_id[key])) if ended == "stop" else (None, False)
-            row = {"id": key, "sample": k, "engine": engine, "response": response, "token_ids": [1], "finish_reason": ended, "seed": 70 + k}
+            read, right = (
+                (score.choice_of(response, by_id[key]), is_correct(response, by_id[key]))
+                if ended == "stop"
+                else (None, False)
+            )
+            row = {
+                "id": key,
+                "sample": k,
+                "engine": engine,
+                "response": response,
+                "token_ids": [1],
+                "finish_reason": ended,
+                "seed": 70 + k,
+            }
             digest = hashlib.sha256(json.dumps(response, ensure_ascii=False).encode()).hexdigest()
             row["response_sha"] = digest[:16]
             rows.append(row | {"extracted": read, "correct": right})
@@ -54,13 +87,18 @@ def make_run(folder: Path, name: str, answers: dict, questions: list[data.Questi
         ]
         data.write_jsonl(folder / "verdicts.jsonl", verdicts)
     criteria = {key: given["criteria"] for key, given in (judged or {}).items()}
-    entries = [score.entry(by_id[key], [row for row in rows if row["id"] == key], criteria) for key in answers]
-    data.write_json(folder / "results.json", {"name": name, "entries": entries})
+    entries = [
+        score.entry(by_id[key], [row for row in rows if row["id"] == key], criteria)
+        for key in answers
+    ]
+    figures: dict = {"groups": {}, "benchmarks": {}, "subsets": {}}  # none is read
+    data.write_json(folder / "results.json", {"name": name, "entries": entries, **figures})
     return cases.read_run(folder)
 
 
 class Page(html.parser.HTMLParser):
-    """A page as a browser's parser meets it: every tag with its attributes, every text with the classes it stands in."""
+    """A page as a browser's parser meets it: every tag with its attributes, every text with the
+    classes it stands in."""
 
     VOID = {"meta", "img", "hr", "br", "link", "input"}
 
@@ -110,173 +148,359 @@ def write(tmp_path: Path, runs, questions, only="", count=20) -> tuple[int, Page
     return shown, Page(tmp_path / "cases.html")
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Which cases
 
 # sample 0 -> which of right, wrong, unreadable, cut, unanswered it meets
 TRUTH = [
-    ((RIGHT, "stop"), "right"), ((WRONG, "stop"), "wrong"), ((UNREADABLE, "stop"), "wrong unreadable"), ((CUT, "length"), "wrong cut"),
-    (("", "blocked"), "wrong unanswered"), (("", "overlong"), "wrong unanswered"), ((RIGHT, "length"), "wrong cut"), (("", "stop"), "wrong unreadable"),
+    ((RIGHT, "stop"), "right"), ((WRONG, "stop"), "wrong"),
+    ((UNREADABLE, "stop"), "wrong unreadable"), ((CUT, "length"), "wrong cut"),
+    (("", "blocked"), "wrong unanswered"), (("", "overlong"), "wrong unanswered"),
+    ((RIGHT, "length"), "wrong cut"), (("", "stop"), "wrong unreadable"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("wanted", ["right", "wrong", "unreadable", "cut", "unanswered"])
 def test_each_condition_takes_the_questions_of_the_truth_table_in_their_order(tmp_path, wanted):
     questions = [question(f"q{i}") for i in reversed(range(len(TRUTH)))]
-    run = make_run(tmp_path / "a", "stage-1", {f"q{i}": [answer, (RIGHT, "stop")] for i, (answer, _) in enumerate(TRUTH)}, questions)
+    run = make_run(
+        tmp_path / "a",
+        "stage-1",
+        {f"q{i}": [answer, (RIGHT, "stop")] for i, (answer, _) in enumerate(TRUTH)},
+        questions,
+    )
     expected = [i for i in reversed(range(len(TRUTH))) if wanted in TRUTH[i][1].split()]
     shown, page = write(tmp_path, [run], questions, f"stage-1-{wanted}")
     assert shown == len(expected)
-    assert [text for where, text in page.texts if "p.stem" in where] == [f"Is q{i} broken?" for i in expected]
+    assert [text for where, text in page.texts if "p.stem" in where] == [
+        f"Is q{i} broken?" for i in expected
+    ]
 
 
 def test_all_conditions_must_hold_and_the_header_counts_the_whole_selection(tmp_path):
     questions = [question(f"q{i}") for i in range(16)]
-    one = make_run(tmp_path / "a", "stage1", {f"q{i}": [(RIGHT if i & 1 else WRONG, "stop")] for i in range(16)}, questions)
-    two = make_run(tmp_path / "b", "stage2", {f"q{i}": [(RIGHT if i & 2 else WRONG, "stop")] for i in range(14)}, questions)
+    one = make_run(
+        tmp_path / "a",
+        "stage1",
+        {f"q{i}": [(RIGHT if i & 1 else WRONG, "stop")] for i in range(16)},
+        questions,
+    )
+    two = make_run(
+        tmp_path / "b",
+        "stage2",
+        {f"q{i}": [(RIGHT if i & 2 else WRONG, "stop")] for i in range(14)},
+        questions,
+    )
     shown, page = write(tmp_path, [one, two], questions, " stage1-wrong , stage2-right,", 2)
-    assert shown == 2 and "Is q2 broken?" in page.text("p.stem") and "Is q6 broken?" in page.text("p.stem")  # 2, 6, 10; q14 was not put to stage2
-    assert "stage1-wrong and stage2-right: 3 of the 14 questions put to every run. The first 2 of them" in page.text("header.")
-    assert "stage1: 7 ✓ right, 7 ✗ wrong" in page.text("header.") and "stage2: 6 ✓ right, 8 ✗ wrong" in page.text("header.")
+    assert (
+        shown == 2
+        and "Is q2 broken?" in page.text("p.stem")
+        and "Is q6 broken?" in page.text("p.stem")
+    )  # 2, 6, 10; q14 was not put to stage2
+    assert (
+        "stage1-wrong and stage2-right: 3 of the 14 questions put to every run. The first 2 of them"
+        in page.text("header.")
+    )
+    assert "stage1: 7 ✓ right, 7 ✗ wrong" in page.text(
+        "header."
+    ) and "stage2: 6 ✓ right, 8 ✗ wrong" in page.text("header.")
     shown, page = write(tmp_path, [one, two], questions)
-    assert shown == 14 and "every question: 14 of the 14 questions put to every run. All of them" in page.text("header.")
+    assert (
+        shown == 14
+        and "every question: 14 of the 14 questions put to every run. All of them"
+        in page.text("header.")
+    )
 
 
 def test_the_majority_can_be_asked_for(tmp_path):
     questions = [question("outvoted"), question("upheld"), question("silent")]
     wrong, right, none = (WRONG, "stop"), (RIGHT, "stop"), (UNREADABLE, "stop")
-    run = make_run(tmp_path / "a", "m", {"outvoted": [wrong, right, right], "upheld": [wrong, wrong, right], "silent": [none, none, none]}, questions)
-    assert write(tmp_path, [run], questions, "m-wrong,m-right-majority")[1].text("p.stem") == "Is outvoted broken?"
-    assert write(tmp_path, [run], questions, "m-wrong-majority")[1].text("p.stem") == "Is upheld broken?Is silent broken?"
+    run = make_run(
+        tmp_path / "a",
+        "m",
+        {
+            "outvoted": [wrong, right, right],
+            "upheld": [wrong, wrong, right],
+            "silent": [none, none, none],
+        },
+        questions,
+    )
+    assert (
+        write(tmp_path, [run], questions, "m-wrong,m-right-majority")[1].text("p.stem")
+        == "Is outvoted broken?"
+    )
+    assert (
+        write(tmp_path, [run], questions, "m-wrong-majority")[1].text("p.stem")
+        == "Is upheld broken?Is silent broken?"
+    )
 
 
 def test_names_may_hold_dashes_and_words_that_conditions_are_made_of():
-    runs = [cases.Run(name, Path(), {}) for name in ("a", "a-right", "a-right-majority", "+ Stage I")]
-    text = "a-right,a-right-right,a-right-majority,a-right-majority-wrong,a-right-wrong-majority,+ Stage I-cut"
+    runs = [
+        cases.Run(name, Path(), {}) for name in ("a", "a-right", "a-right-majority", "+ Stage I")
+    ]
+    text = (
+        "a-right,a-right-right,a-right-majority,a-right-majority-wrong,a-right-wrong-majority,"
+        "+ Stage I-cut"
+    )
     assert cases.parse_only(text, runs) == [
-        ("a", "right", False), ("a-right", "right", False), ("a", "right", True),
-        ("a-right-majority", "wrong", False), ("a-right", "wrong", True), ("+ Stage I", "cut", False),
-    ]  # fmt: skip
+        ("a", "right", False),
+        ("a-right", "right", False),
+        ("a", "right", True),
+        ("a-right-majority", "wrong", False),
+        ("a-right", "wrong", True),
+        ("+ Stage I", "cut", False),
+    ]
 
 
-@pytest.mark.parametrize("text", ["stage3-wrong", "stage1-bad", "stage1", "-wrong", "stage1-cut-majority", "stage1 -wrong"])
+@pytest.mark.parametrize(
+    "text",
+    ["stage3-wrong", "stage1-bad", "stage1", "-wrong", "stage1-cut-majority", "stage1 -wrong"],
+)
 def test_what_is_no_condition_is_refused_with_what_there_is(text):
     runs = [cases.Run("stage1", Path(), {}), cases.Run("stage2", Path(), {})]
-    with pytest.raises(data.RowError, match=r"'stage1', 'stage2'.*'right', 'wrong', 'unreadable', 'cut'"):
+    with pytest.raises(
+        data.RowError, match=r"'stage1', 'stage2'.*'right', 'wrong', 'unreadable', 'cut'"
+    ):
         cases.parse_only(text, runs)
 
 
 def test_no_case_is_an_error_that_counts_each_condition(tmp_path):
     questions = [question("q0"), question("q1")]
-    run = make_run(tmp_path / "a", "m", {"q0": [(RIGHT, "stop")], "q1": [(WRONG, "stop")]}, questions)
+    run = make_run(
+        tmp_path / "a", "m", {"q0": [(RIGHT, "stop")], "q1": [(WRONG, "stop")]}, questions
+    )
     with pytest.raises(data.RowError, match="of 2 questions, each alone: m-right 1, m-wrong 1"):
         write(tmp_path, [run], questions, "m-right,m-wrong")
-    with pytest.raises(data.RowError, match=r"none of the 1 questions was put to every run \(m has 2\)"):
+    with pytest.raises(
+        data.RowError, match=r"none of the 1 questions was put to every run \(m has 2\)"
+    ):
         write(tmp_path, [run], [question("q7")])
     with pytest.raises(data.RowError, match="runs of one name"):
         write(tmp_path, [run, run], questions)
     assert not (tmp_path / "cases.html").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What is on the page
 
 
-@given(st.lists(st.sampled_from(["<think>", "</think>", "<answer>", "</answer>", "<b>", "&amp;", '"', " ", "\n", "x y"]), max_size=12).map("".join))
+@given(
+    st.lists(
+        st.sampled_from(
+            ["<think>", "</think>", "<answer>", "</answer>", "<b>", "&amp;", '"', " ", "\n", "x y"]
+        ),
+        max_size=12,
+    ).map("".join)
+)
 @settings(max_examples=200, deadline=None)
 def test_a_chain_keeps_every_character_and_marks_each_as_label_spans_does(response):
     labels = data.label_spans(response, [(i, i + 1) for i in range(len(response))])
     found, kind = [], None
     for piece in cases.chain_html(response).split("<span class="):
         if (kind := piece.split(">")[0].strip('"')) in ("think", "answer", "tag", "outside"):
-            found += [(character, kind) for character in html.unescape(piece.split(">", 1)[1].split("</span>")[0])]
+            found += [
+                (character, kind)
+                for character in html.unescape(piece.split(">", 1)[1].split("</span>")[0])
+            ]
     assert "".join(character for character, _ in found) == response
     for (character, kind), label in zip(found, labels):
-        assert kind == {data.THINK: "think", data.ANSWER: "answer"}.get(label, kind) and (label != data.TAG or kind in ("tag", "outside"))
+        assert kind == {data.THINK: "think", data.ANSWER: "answer"}.get(label, kind) and (
+            label != data.TAG or kind in ("tag", "outside")
+        )
 
 
 def test_text_outside_any_block_is_told_from_tags():
     page = cases.chain_html("So: <think> a </think>\n<answer> A </answer> Good luck")
-    assert page.count('class="outside"') == 2 and '<span class="outside">So: </span>' in page and '<span class="outside"> Good luck</span>' in page
-    assert '<span class="tag">&lt;think&gt;</span><span class="think"> a </span><span class="tag">&lt;/think&gt;</span><span class="tag">\n</span>' in page
+    assert (
+        page.count('class="outside"') == 2
+        and '<span class="outside">So: </span>' in page
+        and '<span class="outside"> Good luck</span>' in page
+    )
+    assert (
+        '<span class="tag">&lt;think&gt;</span><span class="think"> a </span>'
+        '<span class="tag">&lt;/think&gt;</span><span class="tag">\n</span>'
+    ) in page
     assert cases.chain_html("") == '<div class="chain" dir="auto"><em>(empty)</em></div>'
 
 
 @pytest.fixture
 def hostile(tmp_path):
-    """Hostile text wherever text can be: (runs, questions), two image questions, one without images, one open-ended."""
+    """Hostile text wherever text can be: (runs, questions), two image questions, one without
+    images, one open-ended."""
     name = "films/<script>x&'\".png"
     (tmp_path / "films").mkdir()
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (56, 56, 3), dtype=np.uint8)).save(tmp_path / name)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (56, 56, 3), dtype=np.uint8)).save(
+        tmp_path / name
+    )
     Image.new("L", (2000, 1000), 90).save(tmp_path / "films" / "large.png")
     options = {"A": EVIL, "B": f"{EVIL} no"}
     questions = [
-        question("q0", question=EVIL, options=options, images=[name, "films/large.png"], source=EVIL, meta={EVIL: EVIL, "n": 3}),
+        question(
+            "q0",
+            question=EVIL,
+            options=options,
+            images=[name, "films/large.png"],
+            source=EVIL,
+            meta={EVIL: EVIL, "n": 3},
+        ),
         question("q1", question="x" * 5000, images=[name]),
         question("q2"),
         question(EVIL, options={}, answer=EVIL),
     ]
-    chains = [EVIL, f"{EVIL} <think> {EVIL} </think> <answer> {EVIL} </answer> {EVIL}", "<think> " + "y" * 5000, "a\n\n   b\tc", "\u202eolleh \u0000 مرحبا"]
+    chains = [
+        EVIL,
+        f"{EVIL} <think> {EVIL} </think> <answer> {EVIL} </answer> {EVIL}",
+        "<think> " + "y" * 5000,
+        "a\n\n   b\tc",
+        "\u202eolleh \u0000 مرحبا",
+    ]
     answers = {found.id: [(chain, "stop") for chain in chains] for found in questions}
     answers["q2"][0] = (RIGHT, "stop")
     met = dict(zip(judge.KEYS, (True, True, False, True, False)))
-    judged = {("q0", 0): {"criteria": met, "error": None}, ("q0", 1): {"criteria": None, "error": EVIL}}
-    return [make_run(tmp_path / "a", EVIL, answers, questions, judged, EVIL), make_run(tmp_path / "b<i>", "b-2", answers, questions)], questions
+    judged = {
+        ("q0", 0): {"criteria": met, "error": None},
+        ("q0", 1): {"criteria": None, "error": EVIL},
+    }
+    return [
+        make_run(tmp_path / "a", EVIL, answers, questions, judged, EVIL),
+        make_run(tmp_path / "b<i>", "b-2", answers, questions),
+    ], questions
 
 
 def test_runs_without_options_are_shown_with_the_reference_text(tmp_path):
     asked = data.Question("What is it?", {"A": "a stone", "B": "a cyst"}, "A", id="q")
-    runs = [make_run(tmp_path / "a", "a", {"q": [("<think> x </think> <answer> a stone </answer>", "stop")]}, [asked.opened()])]
+    runs = [
+        make_run(
+            tmp_path / "a",
+            "a",
+            {"q": [("<think> x </think> <answer> a stone </answer>", "stop")]},
+            [asked.opened()],
+        )
+    ]
     runs[0].open_ended = True
     assert cases.write_page(runs, [asked], tmp_path, "a-right", 5, tmp_path / "page.html") == 1
     page = (tmp_path / "page.html").read_text()
     assert "a stone <small>✓ reference answer" in page and "a cyst" not in page
     with pytest.raises(data.RowError, match="some without"):
-        cases.write_page([runs[0], make_run(tmp_path / "b", "b", {"q": [("<answer> A </answer>", "stop")]}, [asked])], [asked], tmp_path, "", 5, tmp_path / "page.html")
+        cases.write_page(
+            [
+                runs[0],
+                make_run(tmp_path / "b", "b", {"q": [("<answer> A </answer>", "stop")]}, [asked]),
+            ],
+            [asked],
+            tmp_path,
+            "",
+            5,
+            tmp_path / "page.html",
+        )
 
 
 def test_hostile_text_stays_text_and_nothing_is_loaded(tmp_path, hostile):
     runs, questions = hostile
     shown, page = write(tmp_path, runs, questions)
     assert shown == 4
-    ours = "html head meta title style body header main nav article section h1 h2 h3 p ul li strong small em a div span figure figcaption img details summary hr"
+    ours = (
+        "html head meta title style body header main nav article section h1 h2 h3 p ul li strong "
+        "small em a div span figure figcaption img details summary hr"
+    )
     assert {tag for tag, _ in page.tags} <= set(ours.split())
     for tag, attributes in page.tags:
         assert not any(name.startswith("on") or name == "style" for name in attributes)
         if "src" in attributes:
-            assert tag == "img" and attributes["src"].startswith("data:image/") and attributes["alt"]
+            assert (
+                tag == "img" and attributes["src"].startswith("data:image/") and attributes["alt"]
+            )
         if "href" in attributes:
             assert attributes["href"].startswith("#case-")
     style = page.text("style.")
     assert "url(" not in style and "@import" not in style and "http" not in style
-    rows = [json.loads(line) for run in runs for line in (run.folder / "predictions.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for run in runs
+        for line in (run.folder / "predictions.jsonl").read_text().splitlines()
+    ]
     assert sorted(page.chains()) == sorted(row["response"] for row in rows)
     text = page.text()
-    assert text.count(EVIL) > 40 and questions[0].images[0] in text and f"reference answer: {EVIL}" not in text
-    assert page.text("title.") == "Cases: every question" and f"chosen by {EVIL}, b-2" in text and f" · {EVIL}" in page.text("section.")
-    _, page = write(tmp_path, runs, questions, f"{EVIL}-right")  # an option's whole text is an answer, and a whole reply an open one
-    assert page.text("title.") == f"Cases: {EVIL}-right" and f"{EVIL}-right: 3 of the 4 questions" in page.text("header.")
+    assert (
+        text.count(EVIL) > 40
+        and questions[0].images[0] in text
+        and f"reference answer: {EVIL}" not in text
+    )
+    assert (
+        page.text("title.") == "Cases: every question"
+        and f"chosen by {EVIL}, b-2" in text
+        and f" · {EVIL}" in page.text("section.")
+    )
+    _, page = write(
+        tmp_path, runs, questions, f"{EVIL}-right"
+    )  # an option's whole text is an answer, and a whole reply an open one
+    assert page.text(
+        "title."
+    ) == f"Cases: {EVIL}-right" and f"{EVIL}-right: 3 of the 4 questions" in page.text("header.")
 
 
 def test_a_case_shows_what_an_auditor_needs(tmp_path):
-    questions = [question("q0", meta={"modality": "x-ray"}, source="bank"), question("q1", options={}, answer="A broken arm")]
-    met = {"Answer_Correctness": True, "Logical_Consistency": True, "Image_Analysis_Involvement": False, "No_Hallucination": True, "Reflection_Presence": False}
-    judged = {("q0", 0): {"criteria": met, "error": None}, ("q0", 1): {"criteria": None, "error": "no JSON"}}
-    answers = {"q0": [(WRONG, "stop"), (RIGHT, "stop"), (RIGHT, "stop"), (UNREADABLE, "stop"), (CUT, "length")]}
+    questions = [
+        question("q0", meta={"modality": "x-ray"}, source="bank"),
+        question("q1", options={}, answer="A broken arm"),
+    ]
+    met = {
+        "Answer_Correctness": True,
+        "Logical_Consistency": True,
+        "Image_Analysis_Involvement": False,
+        "No_Hallucination": True,
+        "Reflection_Presence": False,
+    }
+    judged = {
+        ("q0", 0): {"criteria": met, "error": None},
+        ("q0", 1): {"criteria": None, "error": "no JSON"},
+    }
+    answers = {
+        "q0": [
+            (WRONG, "stop"),
+            (RIGHT, "stop"),
+            (RIGHT, "stop"),
+            (UNREADABLE, "stop"),
+            (CUT, "length"),
+        ]
+    }
     answers["q1"] = [("<answer> a  Broken arm. </answer>", "stop")]
-    runs = [make_run(tmp_path / "a", "judged", answers, questions, judged), make_run(tmp_path / "b", "other", answers, questions)]
+    runs = [
+        make_run(tmp_path / "a", "judged", answers, questions, judged),
+        make_run(tmp_path / "b", "other", answers, questions),
+    ]
     _, page = write(tmp_path, runs, questions)
     sections = (tmp_path / "cases.html").read_text().split("<section>")
     first = html.unescape(sections[1])
-    assert ">✗ wrong</strong>, read: (B) no" in first and ">✓ right</strong>, read: (A) yes" in first
-    assert ">? unreadable (wrong)</strong>, read: nothing" in first and ">✂ cut off (wrong)</strong>, read: nothing" in first
-    assert "✓ Logical Consistency: yes" in first and "✗ Image Analysis Involvement: no" in first and "✗ Reflection Presence: no" in first
-    assert first.count('class="criteria"') == 1 and "no verdict: no JSON" in first and "criteria" not in sections[2]
-    assert "all 5 samples: 2 ✓ right, 1 ✗ wrong, 1 ? unreadable (wrong), 1 ✂ cut off (wrong); majority right" in first
+    assert (
+        ">✗ wrong</strong>, read: (B) no" in first and ">✓ right</strong>, read: (A) yes" in first
+    )
+    assert (
+        ">? unreadable (wrong)</strong>, read: nothing" in first
+        and ">✂ cut off (wrong)</strong>, read: nothing" in first
+    )
+    assert (
+        "✓ Logical Consistency: yes" in first
+        and "✗ Image Analysis Involvement: no" in first
+        and "✗ Reflection Presence: no" in first
+    )
+    assert (
+        first.count('class="criteria"') == 1
+        and "no verdict: no JSON" in first
+        and "criteria" not in sections[2]
+    )
+    assert (
+        "all 5 samples: 2 ✓ right, 1 ✗ wrong, 1 ? unreadable (wrong), 1 ✂ cut off (wrong); "
+        "majority right"
+    ) in first
     assert "sample 4 · seed 74 · ended: length · response " in first and "hf:m" in first
     assert ">✓ right</strong>, read: A broken arm" in sections[3]  # open-ended, by its words
     items = [text for where, text in page.texts if "li.option reference" in where]
-    assert "".join(items) == "(A) yes ✓ reference answerA broken arm ✓ reference answer · chosen by judged, other"
+    assert (
+        "".join(items)
+        == "(A) yes ✓ reference answerA broken arm ✓ reference answer · chosen by judged, other"
+    )
     assert "(B) no chosen by judged, other" in page.text("li.option")
     assert "id q0 · bank · modality: x-ray" in page.text("p.facts")
 
@@ -286,33 +510,68 @@ def test_a_benchmarks_own_rule_is_shown_beside_ours(tmp_path):
     run = make_run(tmp_path / "a", "m", {"q0": [(UNREADABLE, "stop"), (WRONG, "stop")]}, questions)
     run.entries["q0"]["official"] = {"choices": ["A", None], "right": [True, False]}
     _, page = write(tmp_path, [run], questions)
-    assert "read: nothing; by the benchmark's own rule A, right" in page.text() and "read: (B) no; by the benchmark's own rule nothing, wrong" in page.text()
+    assert (
+        "read: nothing; by the benchmark's own rule A, right" in page.text()
+        and "read: (B) no; by the benchmark's own rule nothing, wrong" in page.text()
+    )
 
 
 def test_thirty_two_samples_are_all_there_with_all_but_the_first_folded(tmp_path):
     questions = [question("q0")]
-    chains = [f"<think> chain number {k} </think> <answer> {'AB'[k % 2]} </answer>" for k in range(32)]
+    chains = [
+        f"<think> chain number {k} </think> <answer> {'AB'[k % 2]} </answer>" for k in range(32)
+    ]
     rows = {"q0": [(chain, "stop") for chain in chains]}
     run = make_run(tmp_path / "a", "m", rows, questions)
     lines = (tmp_path / "a" / "predictions.jsonl").read_text().splitlines()
-    (tmp_path / "a" / "predictions.jsonl").write_text("\n".join(reversed(lines)) + "\n")  # rows come in any order
+    (tmp_path / "a" / "predictions.jsonl").write_text(
+        "\n".join(reversed(lines)) + "\n"
+    )  # rows come in any order
     with pytest.raises(data.RowError, match="not the answers that results.json counts"):
-        write(tmp_path, [make_run(tmp_path / "b", "n", {"q0": rows["q0"][:31]}, questions), cases.Run("m", tmp_path / "b", run.entries)], questions)
+        write(
+            tmp_path,
+            [
+                make_run(tmp_path / "b", "n", {"q0": rows["q0"][:31]}, questions),
+                cases.Run("m", tmp_path / "b", run.entries),
+            ],
+            questions,
+        )
     _, page = write(tmp_path, [run], questions)
     assert page.chains() == chains
-    assert "chain number 0 " not in page.text("details.") and "chain number 31 " in page.text("details.")
-    assert "all 32 samples: 16 ✓ right, 16 ✗ wrong; majority right" in page.text("summary.")  # of tied answers, the earliest sampled
+    assert "chain number 0 " not in page.text("details.") and "chain number 31 " in page.text(
+        "details."
+    )
+    assert "all 32 samples: 16 ✓ right, 16 ✗ wrong; majority right" in page.text(
+        "summary."
+    )  # of tied answers, the earliest sampled
 
 
 def test_images_are_in_the_page_and_no_larger_than_they_may_be(tmp_path, hostile):
     runs, questions = hostile
     _, page = write(tmp_path, runs, questions)
     images = [attributes for tag, attributes in page.tags if tag == "img"]
-    opened = [Image.open(io.BytesIO(base64.b64decode(attributes["src"].split(",", 1)[1]))) for attributes in images]
-    assert [(image.format, image.size) for image in opened] == [("PNG", (56, 56)), ("JPEG", (900, 450)), ("PNG", (56, 56))]
-    assert np.array_equal(np.asarray(opened[0]), np.asarray(Image.open(tmp_path / questions[0].images[0])))  # a small one is kept exactly
-    assert [(image["width"], image["height"]) for image in images] == [("224", "224"), ("900", "450"), ("224", "224")]
-    assert [image["alt"] for image in images] == ["image 1 of 2 of case 1", "image 2 of 2 of case 1", "image 1 of 1 of case 2"]
+    opened = [
+        Image.open(io.BytesIO(base64.b64decode(attributes["src"].split(",", 1)[1])))
+        for attributes in images
+    ]
+    assert [(image.format, image.size) for image in opened] == [
+        ("PNG", (56, 56)),
+        ("JPEG", (900, 450)),
+        ("PNG", (56, 56)),
+    ]
+    assert np.array_equal(
+        np.asarray(opened[0]), np.asarray(Image.open(tmp_path / questions[0].images[0]))
+    )  # a small one is kept exactly
+    assert [(image["width"], image["height"]) for image in images] == [
+        ("224", "224"),
+        ("900", "450"),
+        ("224", "224"),
+    ]
+    assert [image["alt"] for image in images] == [
+        "image 1 of 2 of case 1",
+        "image 2 of 2 of case 1",
+        "image 1 of 1 of case 2",
+    ]
 
 
 def test_a_missing_or_unreadable_image_is_named_and_no_page_is_written(tmp_path):
@@ -394,27 +653,38 @@ def test_a_page_is_never_written_over_something_else(tmp_path, name):
     files = ["--questions", str(tmp_path / "test.jsonl"), "--images", str(tmp_path)]
     command = ["cases", str(tmp_path / "a"), *files]
     with pytest.raises(data.RowError, match=re.escape(name) + ".*" + TAKEN[name]):
-        evaluate.main([*command, "--out", str(tmp_path / name)])
+        report.__main__.main([*command, "--out", str(tmp_path / name)])
     now = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert now == before
-    evaluate.main([*command, "--out", str(tmp_path / "new.html")])  # so it was for --out alone
+    report.__main__.main(
+        [*command, "--out", str(tmp_path / "new.html")]
+    )  # so it was for --out alone
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Files that do not belong together
 
 
 def test_a_folder_without_entries_is_refused(tmp_path):
-    with pytest.raises(data.RowError, match=r"results.json: no such file.*evaluate.py run"):
+    with pytest.raises(data.RowError, match=r"results.json: no such file.*evaluate.py writes"):
         cases.read_run(tmp_path)
-    data.write_json(tmp_path / "results.json", {"name": "m", "groups": {}})
+    data.write_json(
+        tmp_path / "results.json",
+        {"name": "m", **dict.fromkeys(("groups", "benchmarks", "subsets"), {})},
+    )
     with pytest.raises(data.RowError, match="results.json: missing 'entries'"):
         cases.read_run(tmp_path)
 
 
 def test_verdicts_on_another_text_and_changed_questions_are_refused(tmp_path):
     questions = [question("q0")]
-    run = make_run(tmp_path / "a", "m", {"q0": [(RIGHT, "stop")]}, questions, {("q0", 0): {"criteria": None, "error": "x"}})
+    run = make_run(
+        tmp_path / "a",
+        "m",
+        {"q0": [(RIGHT, "stop")]},
+        questions,
+        {("q0", 0): {"criteria": None, "error": "x"}},
+    )
     with pytest.raises(data.RowError, match="question q0: was put with another reference"):
         write(tmp_path, [run], [question("q0", answer="B")])
     with pytest.raises(data.RowError, match="or other options"):
@@ -435,26 +705,43 @@ def test_verdicts_on_another_text_and_changed_questions_are_refused(tmp_path):
         write(tmp_path, [run], questions)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # In a browser
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 
 
 class Browser:
-    """Headless Chromium, spoken to over a pair of pipes in its DevTools protocol: messages of JSON that end in a zero byte."""
+    """Headless Chromium, spoken to over a pair of pipes in its DevTools protocol: messages of JSON
+    that end in a zero byte."""
 
     def __init__(self, profile: Path):
         (theirs_in, self.to), (self.back, theirs_out) = os.pipe(), os.pipe()
-        flags = ["--headless", "--no-sandbox", "--remote-debugging-pipe", f"--user-data-dir={profile}", "--hide-scrollbars"]
+        flags = [
+            "--headless",
+            "--no-sandbox",
+            "--remote-debugging-pipe",
+            f"--user-data-dir={profile}",
+            "--hide-scrollbars",
+        ]
         shell = f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out}'
-        self.process = subprocess.Popen(["bash", "-c", shell, CHROMIUM, *flags], pass_fds=(theirs_in, theirs_out), stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(
+            ["bash", "-c", shell, CHROMIUM, *flags],
+            pass_fds=(theirs_in, theirs_out),
+            stderr=subprocess.DEVNULL,
+        )
         os.close(theirs_in), os.close(theirs_out)
         self.buffer, self.count, self.events = b"", 0, []
-        target = self.ask("Target.createTarget", url="about:blank")["targetId"]
-        self.session = {"sessionId": self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]}
+        target = self.request("Target.createTarget", url="about:blank")["targetId"]
+        self.session = {
+            "sessionId": self.request("Target.attachToTarget", targetId=target, flatten=True)[
+                "sessionId"
+            ]
+        }
         for domain in ("Page", "Runtime", "Log", "Network"):
-            self.ask(f"{domain}.enable", **self.session)
+            self.request(f"{domain}.enable", **self.session)
 
     def message(self) -> dict:
         while b"\0" not in self.buffer:
@@ -464,9 +751,11 @@ class Browser:
         line, self.buffer = self.buffer.split(b"\0", 1)
         return json.loads(line)
 
-    def ask(self, method: str, sessionId: str | None = None, **params) -> dict:
+    def request(self, method: str, sessionId: str | None = None, **params) -> dict:
         self.count += 1
-        sent = {"id": self.count, "method": method, "params": params} | ({"sessionId": sessionId} if sessionId else {})
+        sent = {"id": self.count, "method": method, "params": params} | (
+            {"sessionId": sessionId} if sessionId else {}
+        )
         os.write(self.to, json.dumps(sent).encode() + b"\0")
         while (got := self.message()).get("id") != self.count:
             self.events.append(got)
@@ -475,17 +764,30 @@ class Browser:
 
     def show(self, url: str, width: int, height: int, scheme: str) -> None:
         self.events = []
-        self.ask("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False, **self.session)
-        self.ask("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}], **self.session)
-        self.ask("Page.navigate", url=url, **self.session)
+        self.request(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=False,
+            **self.session,
+        )
+        self.request(
+            "Emulation.setEmulatedMedia",
+            features=[{"name": "prefers-color-scheme", "value": scheme}],
+            **self.session,
+        )
+        self.request("Page.navigate", url=url, **self.session)
         while not any(event["method"] == "Page.loadEventFired" for event in self.events):
             self.events.append(self.message())
 
     def value(self, expression: str):
-        return self.ask("Runtime.evaluate", expression=expression, returnByValue=True, **self.session)["result"].get("value")
+        return self.request(
+            "Runtime.evaluate", expression=expression, returnByValue=True, **self.session
+        )["result"].get("value")
 
     def picture(self) -> np.ndarray:
-        shot = self.ask("Page.captureScreenshot", **self.session)["data"]
+        shot = self.request("Page.captureScreenshot", **self.session)["data"]
         return np.asarray(Image.open(io.BytesIO(base64.b64decode(shot))).convert("L"))
 
     def close(self) -> None:
@@ -494,7 +796,9 @@ class Browser:
         os.close(self.to), os.close(self.back)
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on the path")
+@pytest.mark.skipif(
+    CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on the path"
+)
 def test_a_browser_shows_the_page_and_neither_complains_nor_loads_anything(tmp_path, hostile):
     write(tmp_path, *hostile)
     url = (tmp_path / "cases.html").as_uri()
@@ -505,14 +809,30 @@ def test_a_browser_shows_the_page_and_neither_complains_nor_loads_anything(tmp_p
             picture = browser.picture()
             assert picture.shape == (height, width) and picture.std() > 5  # not one colour
             assert (picture.mean() > 128) == (scheme == "light")
-            assert browser.value("document.documentElement.scrollWidth") <= width  # long lines wrap, opened samples included
-            browser.value("document.querySelectorAll('details').forEach(found => found.open = true)")
+            assert (
+                browser.value("document.documentElement.scrollWidth") <= width
+            )  # long lines wrap, opened samples included
+            browser.value(
+                "document.querySelectorAll('details').forEach(found => found.open = true)"
+            )
             assert browser.value("document.documentElement.scrollWidth") <= width
-            sides = browser.value("[...document.querySelectorAll('.runs')[0].children].map(found => found.getBoundingClientRect().left)")
+            sides = browser.value(
+                "[...document.querySelectorAll('.runs')[0].children]"
+                ".map(found => found.getBoundingClientRect().left)"
+            )
             assert (sides[0] < sides[1]) == (width > 1000)  # side by side, or stacked
-            loaded = {event["params"]["request"]["url"].split(",")[0] for event in browser.events if event["method"] == "Network.requestWillBeSent"}
+            loaded = {
+                event["params"]["request"]["url"].split(",")[0]
+                for event in browser.events
+                if event["method"] == "Network.requestWillBeSent"
+            }
             assert {found for found in loaded if not found.startswith("data:image/")} == {url}
-            said = [event for event in browser.events if event["method"] in ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")]
+            said = [
+                event
+                for event in browser.events
+                if event["method"]
+                in ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
+            ]
             assert not said
     finally:
         browser.close()

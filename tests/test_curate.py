@@ -1,5 +1,6 @@
-"""Which questions are kept: truth tables of every rule over stored replies, leaks by hand, funnels that add up, and a bank of
-1,000 questions whose fates are known, curated over HTTP, killed at every stage and resumed.
+"""Which questions are kept: truth tables of every rule over stored replies, leaks by hand, funnels
+that add up, and a bank of 1,000 questions whose fates are known, curated over HTTP, killed at every
+stage and resumed.
 
 An engine's replies are kept beside the folder that is written, and nothing is asked twice. So a
 file of replies, written here, decides what each engine "said", and the real commands then have
@@ -22,24 +23,35 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image
 from conftest import build_folder
+from PIL import Image
 from test_remote import Chat, Server, keys, serve  # noqa: F401  (keys and serve are fixtures)
 
-import asking
-import clinic
+import clinic.__main__
+import clinic.world
 import curate
-import descriptions
 import data
-import leaks
+from benchmarks import decontaminate, descriptions
+from command import schema
+from command.flags import UserError
+from engines import inference
 
 ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = {"A": "biopsy", "B": "surgery", "C": "rest", "D": "steroids"}
 LONG = "one two three four five six seven eight nine ten eleven twelve thirteen"  # 13 words
 
 
-def q(stem: str, key: str = "", answer: str = "B", options: dict | None = None, images: tuple = (), meta: dict | None = None) -> data.Question:
-    return data.Question(stem, OPTIONS if options is None else options, answer, list(images), "bank", meta or {}, key)
+def q(
+    stem: str,
+    key: str = "",
+    answer: str = "B",
+    options: dict | None = None,
+    images: tuple = (),
+    meta: dict | None = None,
+) -> data.Question:
+    return data.Question(
+        stem, OPTIONS if options is None else options, answer, list(images), "bank", meta or {}, key
+    )
 
 
 def write(path: Path, questions: list[data.Question]) -> Path:
@@ -60,21 +72,30 @@ def keep_replies(argv: list[str], role: str, name: str, said: dict[str, list]) -
     """Writes the file of what engine clinic:NAME replied to a command in this role: {question id:
     (response, finish reason) of each attempt}."""
     args = curate.parse(argv)
-    bank = leaks.read_bank(args.questions)
+    bank = decontaminate.read_bank(args.questions)
     wanted = [demand for step in args.steps for demand in curate.demands(step, bank, args)]
     (demand,) = [one for one in wanted if (one.role, one.spec) == (role, f"clinic:{name}")]
-    asked = {ask.id: asking.content_of(ask.messages, ask.images) for ask in demand.asks}
+    asked = {
+        request.id: inference.content_of(request.messages, request.images)
+        for request in demand.requests
+    }
     rows = [
         {
-            "id": key, "sample": k, "engine": demand.spec, "response": text, "token_ids": None,
-            "finish_reason": finish, "seed": 0, "response_sha": data.response_hash(text),
+            "id": key,
+            "sample": k,
+            "engine": demand.spec,
+            "response": text,
+            "token_ids": None,
+            "finish_reason": finish,
+            "seed": 0,
+            "response_sha": data.response_hash(text),
             "asked": asked[key],
         }
         for key, attempts in said.items()
         for k, (text, finish) in enumerate(attempts)
         if key in asked
-    ]  # fmt: skip
-    data.write_jsonl(demand.file(args), map(asking.sealed, rows))
+    ]
+    data.write_jsonl(demand.file(args), map(inference.sealed, rows))
 
 
 def replies_of(out: Path, role: str, name: str) -> Path:
@@ -85,10 +106,12 @@ def replies_of(out: Path, role: str, name: str) -> Path:
 
 def questions_of(path: Path) -> list[data.Question]:
     """The questions of a file that may be empty."""
-    return data.read_questions(path) if path.stat().st_size else []
+    return schema.read_questions(path) if path.stat().st_size else []
 
 
-def read(out: Path, command: str = "all") -> tuple[dict[str, data.Question], dict[str, dict], list[dict]]:
+def read(
+    out: Path, command: str = "all"
+) -> tuple[dict[str, data.Question], dict[str, dict], list[dict]]:
     """(kept, rejected rows, funnel) of a folder."""
     names = ("text", "image") if command == "all" else ("questions",)
     kept = {q.id: q for name in names for q in questions_of(out / f"{name}.jsonl")}
@@ -108,8 +131,8 @@ def run_curate(
     has replied before}."""
     files = [str(path) for path in (bank if isinstance(bank, list) else [bank])]
     argv = [command, "--questions", *files, "--out", str(out), *more]
-    for (role, name), replies in (said or {}).items():
-        keep_replies(argv, role, name, replies)
+    for (role, name), completions in (said or {}).items():
+        keep_replies(argv, role, name, completions)
     curate.main(argv)
     return read(out, command)
 
@@ -120,7 +143,7 @@ def held(*folders: Path) -> dict[Path, tuple[bytes, int]]:
     return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Difficulty and solvability: truth tables
 
 
@@ -140,9 +163,20 @@ def test_question_is_kept_iff_each_expert_solves_it_at_least_once(tmp_path, caps
     assert {"++++ ----", "---- ++++"} <= set(rejected) and {"+--- ---+", "++++ ++++"} <= set(kept)
     for key, row in rejected.items():
         failed = "clinic:expert-a" if "+" not in table[key][0] else "clinic:expert-b"
-        assert row["filter"] == "solvable" and row["reason"].startswith(f"{failed} failed all 4 attempts: ")
-    ended = {"----": "4 wrong", "!!!!": "4 cut off", "????": "4 wrong", "-!?-": "1 cut off, 3 wrong"}
-    assert {key.split()[0]: row["reason"].rpartition(": ")[2] for key, row in rejected.items() if key.endswith(" ++++")} == ended
+        assert row["filter"] == "solvable" and row["reason"].startswith(
+            f"{failed} failed all 4 attempts: "
+        )
+    ended = {
+        "----": "4 wrong",
+        "!!!!": "4 cut off",
+        "????": "4 wrong",
+        "-!?-": "1 cut off, 3 wrong",
+    }
+    assert {
+        key.split()[0]: row["reason"].rpartition(": ")[2]
+        for key, row in rejected.items()
+        if key.endswith(" ++++")
+    } == ended
     shown = capsys.readouterr().out
     # the reasons in the summary are few
     assert re.search(r"\d+ solvable: clinic:expert-a failed all 4 attempts\n", shown)
@@ -169,8 +203,14 @@ def test_question_is_dropped_if_any_baseline_or_every_one_is_right(tmp_path, rul
     dropped = {key for key in table if "+" in key} if rule == "any" else {"++"}
     assert set(kept) == table.keys() - dropped and set(rejected) == dropped
     for key, row in rejected.items():
-        solvers = ["clinic:hasty", "clinic:bookish"] if rule == "all" else ["clinic:hasty" if key[0] == "+" else "clinic:bookish"]
-        assert row["filter"] == "difficulty" and row["reason"] == "solved directly by " + " and ".join(solvers)
+        solvers = (
+            ["clinic:hasty", "clinic:bookish"]
+            if rule == "all"
+            else ["clinic:hasty" if key[0] == "+" else "clinic:bookish"]
+        )
+        assert row["filter"] == "difficulty" and row[
+            "reason"
+        ] == "solved directly by " + " and ".join(solvers)
         assert row["evidence"] == [
             {"engine": spec, "replies": files[spec], "samples": [0], "ended": ["stop"]}
             for spec in solvers
@@ -178,7 +218,10 @@ def test_question_is_dropped_if_any_baseline_or_every_one_is_right(tmp_path, rul
 
 
 def test_a_baseline_may_have_several_attempts_and_one_is_enough(tmp_path):
-    bank = write(tmp_path / "bank.jsonl", [q(f"Question {i}", key) for i, key in enumerate(["late", "never"])])
+    bank = write(
+        tmp_path / "bank.jsonl",
+        [q(f"Question {i}", key) for i, key in enumerate(["late", "never"])],
+    )
     told = {"late": [SAID[c] for c in "-+"], "never": [SAID[c] for c in "--+"]}
     said = {("baseline", "hasty"): told}
     flags = ["--baselines", "clinic:hasty", "--attempts", "2"]
@@ -189,7 +232,10 @@ def test_a_baseline_may_have_several_attempts_and_one_is_enough(tmp_path):
 
 
 def test_text_and_image_questions_may_have_experts_of_their_own(tmp_path, films):
-    bank = [q(f"Question {key}", key, images=("1.png",) * key.startswith("image")) for key in ("text +-", "text -+", "image +-", "image -+", "text ++", "image ++")]
+    bank = [
+        q(f"Question {key}", key, images=("1.png",) * key.startswith("image"))
+        for key in ("text +-", "text -+", "image +-", "image -+", "text ++", "image ++")
+    ]
     said = {
         ("expert", name): {x.id: [SAID[x.id[-2:][number]]] * 4 for x in bank}
         for number, name in enumerate(("expert-a", "expert-b"))
@@ -202,10 +248,21 @@ def test_text_and_image_questions_may_have_experts_of_their_own(tmp_path, films)
         rows = [row["id"] for _, row in data.read_jsonl(replies_of(out, "expert", name))]
         assert rows and all(key.startswith(kind) for key in rows)
     assert set(kept) == {"text +-", "text ++", "image -+", "image ++"}
-    assert {key: row["evidence"]["engine"] for key, row in rejected.items()} == {"text -+": "clinic:expert-a", "image +-": "clinic:expert-b"}
+    assert {key: row["evidence"]["engine"] for key, row in rejected.items()} == {
+        "text -+": "clinic:expert-a",
+        "image +-": "clinic:expert-b",
+    }
     assert all(row["evidence"]["samples"] == [0, 1, 2, 3] for row in rejected.values())
     with pytest.raises(data.RowError, match="none of text=clinic:expert-a is for image questions"):
-        run_curate(tmp_path / "bank.jsonl", tmp_path / "other", "--images", str(films), "--experts", "text=clinic:expert-a", command="solvable")
+        run_curate(
+            tmp_path / "bank.jsonl",
+            tmp_path / "other",
+            "--images",
+            str(films),
+            "--experts",
+            "text=clinic:expert-a",
+            command="solvable",
+        )
 
 
 def test_attempts_beyond_the_asked_number_do_not_count(tmp_path):
@@ -225,7 +282,7 @@ def test_without_engines_and_benchmarks_everything_is_kept(tmp_path):
     assert (tmp_path / "out" / "funnel.png").exists()  # though there is no image question
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Leaks
 
 
@@ -246,10 +303,24 @@ BENCHMARK = [
     q(f"Here: {LONG}. What now?", "bench-long"),
     q("What does it show?", "bench-image", images=("0.png",)),
 ]
+
+
 def test_without_limits_shared_words_are_allowed_but_no_exact_leak(tmp_path, films):
     shared, exact = q(f"Now {LONG}, and then?", options=ELSE), q("What is the best next step?")
-    bank, against = write(tmp_path / "bank.jsonl", [shared, exact]), write(tmp_path / "test.jsonl", BENCHMARK)
-    kept, rejected, _ = run_curate(bank, tmp_path / "out", "--against", str(against), "--images", str(films), "--limits", *"000")
+    bank, against = (
+        write(tmp_path / "bank.jsonl", [shared, exact]),
+        write(tmp_path / "test.jsonl", BENCHMARK),
+    )
+    kept, rejected, _ = run_curate(
+        bank,
+        tmp_path / "out",
+        "--against",
+        str(against),
+        "--images",
+        str(films),
+        "--limits",
+        *"000",
+    )
     assert set(kept) == {shared.id} and set(rejected) == {exact.id}
 
 
@@ -263,7 +334,9 @@ def test_repeats_in_the_bank_are_dropped_and_the_first_is_kept(tmp_path, films):
         q("What is it?", "image 1 again", images=("1.png",)),
         q("What else?", "image 1 other text", images=("1.png",)),
     ]
-    kept, rejected, _ = run_curate(write(tmp_path / "bank.jsonl", bank), tmp_path / "out", "--images", str(films))
+    kept, rejected, _ = run_curate(
+        write(tmp_path / "bank.jsonl", bank), tmp_path / "out", "--images", str(films)
+    )
     assert {key: row["reason"] for key, row in rejected.items()} == {
         "again": "same as bank question first",
         "image 1 again": "same as bank question image 1",
@@ -279,13 +352,16 @@ def test_question_in_two_bank_files_is_kept_once(tmp_path):
 
 
 def test_missing_image_is_named_before_any_engine_is_asked(tmp_path, films):
-    bank = write(tmp_path / "bank.jsonl", [q("What is it?", "here", images=("1.png",)), q("What is it?", "gone", images=("9.png",))])
+    bank = write(
+        tmp_path / "bank.jsonl",
+        [q("What is it?", "here", images=("1.png",)), q("What is it?", "gone", images=("9.png",))],
+    )
     with pytest.raises(data.RowError, match="question gone: image 9.png"):
         run_curate(bank, tmp_path / "out", "--images", str(films), "--baselines", "clinic:hasty")
     assert not (tmp_path / "out").exists() and not (tmp_path / "replies").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The funnel
 
 
@@ -314,24 +390,66 @@ def test_funnel_follows_every_question_to_where_it_went(tmp_path, films):
     bank_file = write(tmp_path / "bank.jsonl", bank)
     kept, rejected, funnel = run_curate(bank_file, tmp_path / "out", *flags, said=said)
     assert funnel == [
-        {"filter": "bank", "text": 4, "image": 6, "modality": {"mri": 2, "microscopy": 3, "text": 4, "unknown": 1}},
-        {"filter": "leak", "text": 3, "image": 5, "modality": {"mri": 2, "microscopy": 2, "text": 3, "unknown": 1}},
-        {"filter": "difficulty", "text": 2, "image": 4, "modality": {"mri": 1, "microscopy": 2, "text": 2, "unknown": 1}},
-        {"filter": "type", "text": 2, "image": 4, "modality": {"mri": 1, "microscopy": 2, "text": 2, "unknown": 1}, "not_run": True},
         {
-            "filter": "describe", "text": 2, "image": 4,
-            "modality": {"mri": 1, "microscopy": 2, "text": 2, "unknown": 1}, "not_run": True,
+            "filter": "bank",
+            "text": 4,
+            "image": 6,
+            "modality": {"mri": 2, "microscopy": 3, "text": 4, "unknown": 1},
         },
-        {"filter": "solvable", "text": 1, "image": 3, "modality": {"mri": 1, "microscopy": 1, "text": 1, "unknown": 1}},
+        {
+            "filter": "leak",
+            "text": 3,
+            "image": 5,
+            "modality": {"mri": 2, "microscopy": 2, "text": 3, "unknown": 1},
+        },
+        {
+            "filter": "difficulty",
+            "text": 2,
+            "image": 4,
+            "modality": {"mri": 1, "microscopy": 2, "text": 2, "unknown": 1},
+        },
+        {
+            "filter": "type",
+            "text": 2,
+            "image": 4,
+            "modality": {"mri": 1, "microscopy": 2, "text": 2, "unknown": 1},
+            "not_run": True,
+        },
+        {
+            "filter": "describe",
+            "text": 2,
+            "image": 4,
+            "modality": {"mri": 1, "microscopy": 2, "text": 2, "unknown": 1},
+            "not_run": True,
+        },
+        {
+            "filter": "solvable",
+            "text": 1,
+            "image": 3,
+            "modality": {"mri": 1, "microscopy": 1, "text": 1, "unknown": 1},
+        },
     ]
     assert {key: row["filter"] for key, row in rejected.items()} == {
-        "leaked": "leak", "leaked image": "leak", "easy text": "difficulty", "easy image": "difficulty", "hard text": "solvable", "hard image": "solvable",
-    }  # fmt: skip
+        "leaked": "leak",
+        "leaked image": "leak",
+        "easy text": "difficulty",
+        "easy image": "difficulty",
+        "hard text": "solvable",
+        "hard image": "solvable",
+    }
     assert all(row["reason"] and row["evidence"] for row in rejected.values())
-    assert [row["id"] for _, row in data.read_jsonl(tmp_path / "out" / "text.jsonl")] == ["good text"]
-    assert [row["id"] for _, row in data.read_jsonl(tmp_path / "out" / "image.jsonl")] == ["good image", "good image too", "unnamed image"]
+    assert [row["id"] for _, row in data.read_jsonl(tmp_path / "out" / "text.jsonl")] == [
+        "good text"
+    ]
+    assert [row["id"] for _, row in data.read_jsonl(tmp_path / "out" / "image.jsonl")] == [
+        "good image",
+        "good image too",
+        "unnamed image",
+    ]
     by_id = {question.id: question for question in bank}
-    assert all(question == by_id[key] for key, question in kept.items())  # nothing of a question changes on the way
+    assert all(
+        question == by_id[key] for key, question in kept.items()
+    )  # nothing of a question changes on the way
     for before, after in zip(funnel, funnel[1:]):
         dropped = sum(row["filter"] == after["filter"] for row in rejected.values())
         assert before["text"] + before["image"] - after["text"] - after["image"] == dropped
@@ -339,13 +457,27 @@ def test_funnel_follows_every_question_to_where_it_went(tmp_path, films):
 
 
 def test_a_modality_with_dollar_signs_is_drawn_as_it_is(tmp_path):
-    curate.plot_funnel([{"filter": "bank", "text": 0, "image": 2, "modality": {"a $\\frac{$ sign": 1, "$x": 1}}], tmp_path / "funnel.png")
+    curate.plot_funnel(
+        [{"filter": "bank", "text": 0, "image": 2, "modality": {"a $\\frac{$ sign": 1, "$x": 1}}],
+        tmp_path / "funnel.png",
+    )
     assert (tmp_path / "funnel.png").stat().st_size > 0
 
 
-def test_replies_that_are_nested_without_end_or_hold_half_a_character_go_to_review_and_are_no_error(tmp_path, films):
-    said = {"deep": [('{"a":' * 100_000, "stop")] * 3, "half": [(edit("Half a \ud83d pair. What is it?", []), "stop")], "fine": [(edit("What is it?", []), "stop")]}
-    bank = [q("What is it?", key, images=("1.png",)) if key != "half" else q("Half a mended pair. What is it?", key, images=("1.png",)) for key in said]
+def test_replies_that_are_nested_without_end_or_hold_half_a_character_go_to_review_and_are_no_error(
+    tmp_path, films
+):
+    said = {
+        "deep": [('{"a":' * 100_000, "stop")] * 3,
+        "half": [(edit("Half a \ud83d pair. What is it?", []), "stop")],
+        "fine": [(edit("What is it?", []), "stop")],
+    }
+    bank = [
+        q("What is it?", key, images=("1.png",))
+        if key != "half"
+        else q("Half a mended pair. What is it?", key, images=("1.png",))
+        for key in said
+    ]
     flags = ["--images", str(films), "--editor", "clinic:editor"]
     bank_file = write(tmp_path / "bank.jsonl", bank)
     kept, rejected, _ = run_curate(
@@ -357,21 +489,34 @@ def test_replies_that_are_nested_without_end_or_hold_half_a_character_go_to_revi
     assert kept["half"].question == "Half a \ufffd pair. What is it?"
 
 
-def test_a_step_that_had_no_engine_or_no_benchmarks_does_not_look_passed(tmp_path, capsys, monkeypatch):
+def test_a_step_that_had_no_engine_or_no_benchmarks_does_not_look_passed(
+    tmp_path, capsys, monkeypatch
+):
     drawn = []
     from matplotlib.axes import Axes
 
     original = Axes.set
-    monkeypatch.setattr(Axes, "set", lambda self, **what: (drawn.append(what.get("xticklabels")), original(self, **what))[1])
+    monkeypatch.setattr(
+        Axes,
+        "set",
+        lambda self, **what: (drawn.append(what.get("xticklabels")), original(self, **what))[1],
+    )
     bank = [q("Question 1", "a"), q("question 1", "again")]
     _, _, funnel = run_curate(
-        write(tmp_path / "bank.jsonl", bank), tmp_path / "out", "--baselines", "clinic:hasty",
+        write(tmp_path / "bank.jsonl", bank),
+        tmp_path / "out",
+        "--baselines",
+        "clinic:hasty",
         said={("baseline", "hasty"): {"a": [SAID["-"]]}},
-    )  # fmt: skip
+    )
     assert [(row["filter"], "not_run" in row) for row in funnel] == [
-        ("bank", False), ("leak", True), ("difficulty", False),
-        ("type", True), ("describe", True), ("solvable", True),
-    ]  # fmt: skip
+        ("bank", False),
+        ("leak", True),
+        ("difficulty", False),
+        ("type", True),
+        ("describe", True),
+        ("solvable", True),
+    ]
     said = capsys.readouterr().out
     shown = ("leak (repeats only)", "type (not run)", "describe (not run)", "solvable (not run)")
     assert all(name in said for name in shown) and "difficulty (" not in said
@@ -383,10 +528,22 @@ def test_a_step_that_had_no_engine_or_no_benchmarks_does_not_look_passed(tmp_pat
 
 
 LATE = {  # what would stop a late step: (flags, what is said)
-    "no expert for image questions": (["--experts", "text=clinic:expert-a"], "none of text=clinic:expert-a is for image questions"),
-    "the same expert twice": (["--experts", "clinic:expert-a", "clinic:expert-a"], "--experts: clinic:expert-a is there twice"),
-    "the same baseline twice": (["--baselines", "clinic:hasty", "clinic:hasty"], "--baselines: clinic:hasty is there twice"),
-    "no key": (["--experts", "https://api.example.com/v1#m", "--images-may-leave"], "no key; set EXAMPLE_API_KEY"),
+    "no expert for image questions": (
+        ["--experts", "text=clinic:expert-a"],
+        "none of text=clinic:expert-a is for image questions",
+    ),
+    "the same expert twice": (
+        ["--experts", "clinic:expert-a", "clinic:expert-a"],
+        "--experts: clinic:expert-a is there twice",
+    ),
+    "the same baseline twice": (
+        ["--baselines", "clinic:hasty", "clinic:hasty"],
+        "--baselines: clinic:hasty is there twice",
+    ),
+    "no key": (
+        ["--experts", "https://api.example.com/v1#m", "--images-may-leave"],
+        "no key; set EXAMPLE_API_KEY",
+    ),
     "no model": (
         ["--experts", "hf:nowhere/model"],
         "hf:nowhere/model: nowhere/model is no model's folder: it has no config.json",
@@ -397,12 +554,17 @@ LATE = {  # what would stop a late step: (flags, what is said)
 
 
 @pytest.mark.parametrize("name", LATE)
-def test_what_would_stop_a_late_step_stops_before_the_first_asks_anything(tmp_path, films, name, monkeypatch):
+def test_what_would_stop_a_late_step_stops_before_the_first_asks_anything(
+    tmp_path, films, name, monkeypatch
+):
     monkeypatch.delenv("EXAMPLE_API_KEY", raising=False)
     flags, said = LATE[name]
-    bank = write(tmp_path / "bank.jsonl", [q("Question 1", "text"), q("Question 2", "image", images=("1.png",))])
+    bank = write(
+        tmp_path / "bank.jsonl",
+        [q("Question 1", "text"), q("Question 2", "image", images=("1.png",))],
+    )
     baselines = [] if "--baselines" in flags else ["--baselines", "clinic:hasty"]
-    with pytest.raises(SystemExit, match=re.escape(said)):
+    with pytest.raises(UserError, match=re.escape(said)):
         run_curate(bank, tmp_path / "out", "--images", str(films), *baselines, *flags)
     assert not (tmp_path / "out").exists()
 
@@ -411,7 +573,9 @@ def test_a_file_that_is_read_may_not_lie_in_the_folder_that_is_written(tmp_path)
     bank = write(tmp_path / "out" / "questions.jsonl", [q("Question 1", "a")])
     (tmp_path / "out" / "review.csv").write_text("id,question\n")
     before = bank.read_bytes()
-    with pytest.raises(data.RowError, match="--out .*: holds .*questions.jsonl, which is read here"):
+    with pytest.raises(
+        data.RowError, match="--out .*: holds .*questions.jsonl, which is read here"
+    ):
         run_curate(bank, tmp_path / "out", "--baselines", "clinic:hasty", command="difficulty")
     with pytest.raises(data.RowError, match="holds .*review.csv"):
         flags = ["--reviewed", str(tmp_path / "out" / "review.csv")]
@@ -422,49 +586,89 @@ def test_a_file_that_is_read_may_not_lie_in_the_folder_that_is_written(tmp_path)
 
 
 def test_an_id_that_stands_for_two_questions_is_refused(tmp_path):
-    files = [write(tmp_path / "one.jsonl", [q("What of the heart?", "1")]), write(tmp_path / "two.jsonl", [q("What of the liver?", "1")])]
-    with pytest.raises(data.RowError, match="two.jsonl: id: '1' is another question in an earlier file"):
+    files = [
+        write(tmp_path / "one.jsonl", [q("What of the heart?", "1")]),
+        write(tmp_path / "two.jsonl", [q("What of the liver?", "1")]),
+    ]
+    with pytest.raises(
+        data.RowError, match="two.jsonl: id: '1' is another question in an earlier file"
+    ):
         run_curate(files, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [({"meta": None}, "meta: expected an object"), ({"meta": [1]}, "meta: expected an object"),
-     ({"source": 7}, "source: expected a text"),
-     ({"question": "Half \ud83d of it?"}, "half a surrogate pair"), ({"meta": {"why": ["\udc00"]}}, "half a surrogate pair")],
-)  # fmt: skip
-def test_a_bank_whose_meta_source_or_characters_cannot_be_kept_is_refused_by_line(tmp_path, change, said):
-    (tmp_path / "bank.jsonl").write_text(json.dumps({**q("Question 1", "a").to_row(), **change}) + "\n")
+    [
+        ({"meta": None}, "meta: expected an object"),
+        ({"meta": [1]}, "meta: expected an object"),
+        ({"source": 7}, "source: expected a text"),
+        ({"question": "Half \ud83d of it?"}, "half a surrogate pair"),
+        ({"meta": {"why": ["\udc00"]}}, "half a surrogate pair"),
+    ],
+)
+def test_a_bank_whose_meta_source_or_characters_cannot_be_kept_is_refused_by_line(
+    tmp_path, change, said
+):
+    (tmp_path / "bank.jsonl").write_text(
+        json.dumps({**q("Question 1", "a").to_row(), **change}) + "\n"
+    )
     with pytest.raises(data.RowError, match=f"bank.jsonl:1: .*{said}"):
         run_curate(tmp_path / "bank.jsonl", tmp_path / "out")
 
 
 def test_a_modality_that_is_no_text_is_counted_by_the_words_in_it(tmp_path, films):
-    bank = [q(f"Question {i}", str(i), images=("1.png",), meta={"modality": what}) for i, what in enumerate((["ct"], None, "ct"))]
-    _, _, funnel = run_curate(write(tmp_path / "bank.jsonl", bank), tmp_path / "out", "--images", str(films))
+    bank = [
+        q(f"Question {i}", str(i), images=("1.png",), meta={"modality": what})
+        for i, what in enumerate((["ct"], None, "ct"))
+    ]
+    _, _, funnel = run_curate(
+        write(tmp_path / "bank.jsonl", bank), tmp_path / "out", "--images", str(films)
+    )
     assert funnel[0]["modality"] == {"ct": 2, "unknown": 1}
 
 
 def test_answers_of_experts_and_baselines_have_the_room_of_every_other_stage():
     command = ["--questions", "b", "--out", "o"]
-    assert {curate.parse([name, *command, *more]).max_tokens for name, more in (("all", []), ("difficulty", ["--baselines", "x"]), ("solvable", ["--experts", "x"]))} == {8192}
+    assert {
+        curate.parse([name, *command, *more]).max_tokens
+        for name, more in (
+            ("all", []),
+            ("difficulty", ["--baselines", "x"]),
+            ("solvable", ["--experts", "x"]),
+        )
+    } == {8192}
 
 
 @pytest.fixture(scope="module")
 def curated(world, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("curated") / "out"
     experts = ["--experts", "clinic:expert-a", "clinic:expert-b"]
-    run_curate(world / "bank.jsonl", out, "--images", str(world), "--against", str(world / "test.jsonl"), "--limits", *"000", *experts)
+    run_curate(
+        world / "bank.jsonl",
+        out,
+        "--images",
+        str(world),
+        "--against",
+        str(world / "test.jsonl"),
+        "--limits",
+        *"000",
+        *experts,
+    )
     return out
 
 
 def test_world_is_curated_by_its_own_experts(world, curated):
-    kept = [*data.read_questions(curated / "text.jsonl"), *data.read_questions(curated / "image.jsonl")]
-    bank = {question.id: question for question in data.read_questions(world / "bank.jsonl")}
+    kept = [
+        *schema.read_questions(curated / "text.jsonl"),
+        *schema.read_questions(curated / "image.jsonl"),
+    ]
+    bank = {question.id: question for question in schema.read_questions(world / "bank.jsonl")}
     rejected = {row["id"] for _, row in data.read_jsonl(curated / "rejected.jsonl")}
-    assert {question.id for question in kept} | rejected == set(bank) and len(kept) + len(rejected) == len(bank)
-    assert not any(q.images for q in data.read_questions(curated / "text.jsonl")) and all(
-        q.images for q in data.read_questions(curated / "image.jsonl")
+    assert {question.id for question in kept} | rejected == set(bank) and len(kept) + len(
+        rejected
+    ) == len(bank)
+    assert not any(q.images for q in schema.read_questions(curated / "text.jsonl")) and all(
+        q.images for q in schema.read_questions(curated / "image.jsonl")
     )
     for name in ("expert-a", "expert-b"):  # each kept question was really solved by each
         rights = {
@@ -499,38 +703,56 @@ def test_killed_and_resumed_curation_asks_nothing_twice(world, curated, tmp_path
         assert (tmp_path / "out" / name).read_bytes() == (curated / name).read_bytes()
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The bank
 
 
 def test_files_are_added_to_a_bank_and_repeats_are_told(tmp_path, films, monkeypatch, capsys):
-    files = {"one": [q("Question 1"), q("Question 2", images=("1.png",))], "two": [q("Question 2", images=("1.png",)), q("Question 3")], "bad": [q("Question 4", q("Question 1").id)]}
-    monkeypatch.setitem(sys.modules, "benchmarks", SimpleNamespace(READERS={"ours": None}, read=lambda name, path, root: files[path]))
+    files = {
+        "one": [q("Question 1"), q("Question 2", images=("1.png",))],
+        "two": [q("Question 2", images=("1.png",)), q("Question 3")],
+        "bad": [q("Question 4", q("Question 1").id)],
+    }
+    monkeypatch.setitem(
+        sys.modules,
+        "benchmarks",
+        SimpleNamespace(READERS={"ours": None}, read=lambda name, path, root: files[path]),
+    )
     bank = tmp_path / "bank.jsonl"
     curate.main(["add", "ours", "one", "--images", str(films), "--out", str(bank)])
     curate.main(["add", "ours", "two", "one", "--images", str(films), "--out", str(bank)])
-    assert data.read_questions(bank) == [*files["one"], files["two"][1]]  # in the order of adding
+    assert schema.read_questions(bank) == [*files["one"], files["two"][1]]  # in the order of adding
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == "one: 2 questions added" and said[1].endswith("1 text questions, 1 image questions")
-    assert said[2] == f"two: 1 questions added, 1 left out, being there already: {files['two'][0].id} (from bank)"
-    assert said[3].startswith("one: 0 questions added, 2 left out") and said[4].endswith("2 text questions, 1 image questions")
+    assert said[0] == "one: 2 questions added" and said[1].endswith(
+        "1 text questions, 1 image questions"
+    )
+    assert said[2] == (
+        f"two: 1 questions added, 1 left out, being there already: {files['two'][0].id} (from bank)"
+    )
+    assert said[3].startswith("one: 0 questions added, 2 left out") and said[4].endswith(
+        "2 text questions, 1 image questions"
+    )
     before = bank.read_bytes()
     with pytest.raises(data.RowError, match="stands for another question"):
         curate.main(["add", "ours", "bad", "--images", str(films), "--out", str(bank)])
     with pytest.raises(data.RowError, match="theirs: no such reader; known are ours"):
         curate.main(["add", "theirs", "one", "--out", str(bank)])
     with pytest.raises(data.RowError, match="image 1.png is not below"):
-        curate.main(["add", "ours", "two", "--images", str(tmp_path), "--out", str(tmp_path / "new.jsonl")])
+        curate.main(
+            ["add", "ours", "two", "--images", str(tmp_path), "--out", str(tmp_path / "new.jsonl")]
+        )
     assert bank.read_bytes() == before and not (tmp_path / "new.jsonl").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The type of a question
 
 REASONING = '{"type": "clinical_reasoning", "modality": "CT", "why": "It takes both."}'
 LABELS = {  # reply: the type that is read, or None
     REASONING: "clinical_reasoning",
-    '```json\n{"type": "pattern_recognition", "modality": "x-ray", "why": "Seen at once."}\n```': "pattern_recognition",
+    (
+        '```json\n{"type": "pattern_recognition", "modality": "x-ray", "why": "Seen at once."}\n```'
+    ): "pattern_recognition",
     'It is {"type": "clinical_reasoning"}; no: {"type": "knowledge_recall"}': "knowledge_recall",
     '{"Type": "pattern_recognition"}': "pattern_recognition",  # keys in any case
     '{"type": "Pattern recognition"}': "pattern_recognition",
@@ -544,22 +766,43 @@ LABELS = {  # reply: the type that is read, or None
 }
 
 
-@pytest.mark.parametrize("reply", LABELS)
-def test_type_is_read_or_it_is_none(reply):
-    if LABELS[reply] is None:
+@pytest.mark.parametrize("completion", LABELS)
+def test_type_is_read_or_it_is_none(completion):
+    if LABELS[completion] is None:
         with pytest.raises(ValueError):
-            curate.read_type(reply)
+            curate.read_type(completion)
     else:
-        assert curate.read_type(reply)["type"] == LABELS[reply]
+        assert curate.read_type(completion)["type"] == LABELS[completion]
 
 
-def test_only_image_questions_of_pattern_recognition_or_without_a_readable_type_are_dropped(tmp_path, films):
-    pattern, recall, junk = (json.dumps({"type": kind, "modality": "Histo-Pathology. ", "why": "So it is."}) for kind in ("pattern_recognition", "knowledge_recall", "junk"))
+def test_only_image_questions_of_pattern_recognition_or_without_a_readable_type_are_dropped(
+    tmp_path, films
+):
+    pattern, recall, junk = (
+        json.dumps({"type": kind, "modality": "Histo-Pathology. ", "why": "So it is."})
+        for kind in ("pattern_recognition", "knowledge_recall", "junk")
+    )
     said = {  # question: its replies
-        "pattern": [pattern], "recall": [recall], "reasoning": [REASONING], "late": [junk, "what?", REASONING], "late pattern": [junk, pattern],
-        "cut off": [(pattern, "length"), REASONING], "never": [junk] * 3, "blocked": [("", "blocked")] * 3, "fourth": [junk] * 3 + [REASONING], "named": [REASONING],
-    }  # fmt: skip
-    bank = [q(f"Question {key}", key, images=("1.png",), meta={"modality": "oct"} if key == "named" else {"page": 7}) for key in said] + [q("Question text", "text")]
+        "pattern": [pattern],
+        "recall": [recall],
+        "reasoning": [REASONING],
+        "late": [junk, "what?", REASONING],
+        "late pattern": [junk, pattern],
+        "cut off": [(pattern, "length"), REASONING],
+        "never": [junk] * 3,
+        "blocked": [("", "blocked")] * 3,
+        "fourth": [junk] * 3 + [REASONING],
+        "named": [REASONING],
+    }
+    bank = [
+        q(
+            f"Question {key}",
+            key,
+            images=("1.png",),
+            meta={"modality": "oct"} if key == "named" else {"page": 7},
+        )
+        for key in said
+    ] + [q("Question text", "text")]
     given = [question.to_row() for question in bank]
     told = {
         key: [one if isinstance(one, tuple) else (one, "stop") for one in them]
@@ -571,27 +814,54 @@ def test_only_image_questions_of_pattern_recognition_or_without_a_readable_type_
         bank_file, tmp_path / "out", *flags, command="type", said={("type", "classifier"): told}
     )
     assert {key: row["reason"] for key, row in rejected.items()} == {
-        "pattern": "pattern recognition", "late pattern": "pattern recognition",
-        "never": "no readable type in 3 attempts", "blocked": "no readable type in 3 attempts", "fourth": "no readable type in 3 attempts",
-    }  # fmt: skip
+        "pattern": "pattern recognition",
+        "late pattern": "pattern recognition",
+        "never": "no readable type in 3 attempts",
+        "blocked": "no readable type in 3 attempts",
+        "fourth": "no readable type in 3 attempts",
+    }
     assert rejected["pattern"]["evidence"] == {
         "engine": "clinic:classifier",
         "replies": replies_of(tmp_path / "out", "type", "classifier").name,
-        "samples": [0], "ended": ["stop"], "why": "So it is.",
-    }  # fmt: skip
+        "samples": [0],
+        "ended": ["stop"],
+        "why": "So it is.",
+    }
     assert rejected["blocked"]["evidence"]["ended"] == ["blocked"] * 3
-    assert kept["text"].meta == {} and kept["named"].meta == {"modality": "oct", "type": "clinical_reasoning"}  # the bank knows better
-    assert kept["recall"].meta == {"page": 7, "type": "knowledge_recall", "modality": "histopathology"}
-    assert all({**row, "meta": {}} == {**kept[row["id"]].to_row(), "meta": {}} for row in given if row["id"] in kept)
-    assert funnel[0]["modality"] == {"ct": 3, "histopathology": 3, "ophthalmic imaging": 1, "text": 1, "unknown": 3}  # as far as anybody was told
-    assert json.loads((tmp_path / "out" / "stage.json").read_text())["figures"] == {"kept": 6, "type: pattern recognition": 2, "type: no readable type in 3 attempts": 3}
+    assert kept["text"].meta == {} and kept["named"].meta == {
+        "modality": "oct",
+        "type": "clinical_reasoning",
+    }  # the bank knows better
+    assert kept["recall"].meta == {
+        "page": 7,
+        "type": "knowledge_recall",
+        "modality": "histopathology",
+    }
+    assert all(
+        {**row, "meta": {}} == {**kept[row["id"]].to_row(), "meta": {}}
+        for row in given
+        if row["id"] in kept
+    )
+    assert funnel[0]["modality"] == {
+        "ct": 3,
+        "histopathology": 3,
+        "ophthalmic imaging": 1,
+        "text": 1,
+        "unknown": 3,
+    }  # as far as anybody was told
+    assert json.loads((tmp_path / "out" / "stage.json").read_text())["figures"] == {
+        "kept": 6,
+        "type: pattern recognition": 2,
+        "type: no readable type in 3 attempts": 3,
+    }
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Image descriptions
 
 STEM = (
-    "A 45-year-old man has a fever of 39.2 °C for 3 days; his blood pressure is 120/80 mmHg. CT (Figure A) shows a 4 cm mass in the left lobe. "
+    "A 45-year-old man has a fever of 39.2 °C for 3 days; his blood pressure is 120/80 mmHg. "
+    "CT (Figure A) shows a 4 cm mass in the left lobe. "
     "Hemoglobin is 9.5 g/dL. A film, <image 2>, is taken. What is the diagnosis?"
 )
 PASSAGE = "shows a 4 cm mass in the left lobe"
@@ -600,27 +870,66 @@ EDITS = {  # name: (text, removed, what the fault says or None)
     "as it should be": (CUT, [PASSAGE], None),
     "nothing to remove": (STEM, [], None),
     "other spaces and lines": (CUT.replace(". ", ".\n"), [PASSAGE.replace(" ", "  ")], None),
-    "two passages": (STEM.replace(PASSAGE, "").replace("A film, <image 2>, is taken", "<image 2>"), [PASSAGE, "A film, ", ", is taken"], None),
+    "two passages": (
+        STEM.replace(PASSAGE, "").replace("A film, <image 2>, is taken", "<image 2>"),
+        [PASSAGE, "A film, ", ", is taken"], None,
+    ),
     "nothing left": (" ", [STEM], "nothing is left"),
     "longer": (STEM + " Look!", [], "longer"),
-    "reference lost": (STEM.replace(f"CT (Figure A) {PASSAGE}. ", ""), [f"CT (Figure A) {PASSAGE}."], "reference 'Figure A' is lost"),
+    "reference lost": (
+        STEM.replace(f"CT (Figure A) {PASSAGE}. ", ""), [f"CT (Figure A) {PASSAGE}."],
+        "reference 'Figure A' is lost",
+    ),
     "mark lost": (CUT.replace(", <image 2>,", ""), [PASSAGE], "reference '<image 2>' is lost"),
     "not verbatim": (CUT, ["shows a mass in the left lobe"], "is no part of the question"),
-    "still there": (STEM.replace("Hemoglobin is 9.5 g/dL. ", ""), [PASSAGE, "Hemoglobin is 9.5 g/dL."], "is still there"),
-    "vital sign lost": (CUT.replace("; his blood pressure is 120/80 mmHg", ""), [PASSAGE], "number '120/80 mmHg' is lost"),
-    "vital sign changed": (CUT.replace("120/80", "110/80"), [PASSAGE], "number '120/80 mmHg' is lost"),
+    "still there": (
+        STEM.replace("Hemoglobin is 9.5 g/dL. ", ""), [PASSAGE, "Hemoglobin is 9.5 g/dL."],
+        "is still there",
+    ),
+    "vital sign lost": (
+        CUT.replace("; his blood pressure is 120/80 mmHg", ""), [PASSAGE],
+        "number '120/80 mmHg' is lost",
+    ),
+    "vital sign changed": (
+        CUT.replace("120/80", "110/80"), [PASSAGE], "number '120/80 mmHg' is lost",
+    ),
     "unit lost": (CUT.replace(" mmHg", ""), [PASSAGE], "number '120/80 mmHg' is lost"),
-    "laboratory value lost": (CUT.replace("9.5 g/dL", "low"), [PASSAGE], "number '9.5 g/dL' is lost"),
+    "laboratory value lost": (
+        CUT.replace("9.5 g/dL", "low"), [PASSAGE], "number '9.5 g/dL' is lost",
+    ),
     "age lost": (CUT.replace("45-year-old ", ""), [PASSAGE], "number '45-year' is lost"),
-    "vital sign removed, and said so": (CUT.replace("; his blood pressure is 120/80 mmHg", ""), [PASSAGE, "; his blood pressure is 120/80 mmHg"], "value '120/80 mmHg' is removed"),
-    "laboratory value removed, and said so": (CUT.replace("Hemoglobin is 9.5 g/dL. ", ""), [PASSAGE, "Hemoglobin is 9.5 g/dL."], "value '9.5 g/dL' is removed"),
+    "vital sign removed, and said so": (
+        CUT.replace("; his blood pressure is 120/80 mmHg", ""),
+        [PASSAGE, "; his blood pressure is 120/80 mmHg"], "value '120/80 mmHg' is removed",
+    ),
+    "laboratory value removed, and said so": (
+        CUT.replace("Hemoglobin is 9.5 g/dL. ", ""), [PASSAGE, "Hemoglobin is 9.5 g/dL."],
+        "value '9.5 g/dL' is removed",
+    ),
     "a new number": (CUT.replace("A film", "2 films"), [PASSAGE], "number '2' is new"),
-    "what is asked removed": (CUT.replace(" What is the diagnosis?", ""), [PASSAGE, "What is the diagnosis?"], "what is asked"),
-    "most of what is asked removed": (CUT.replace("What is the diagnosis?", "diagnosis?"), [PASSAGE, "What is the"], "what is asked"),
+    "what is asked removed": (
+        CUT.replace(" What is the diagnosis?", ""), [PASSAGE, "What is the diagnosis?"],
+        "what is asked",
+    ),
+    "most of what is asked removed": (
+        CUT.replace("What is the diagnosis?", "diagnosis?"), [PASSAGE, "What is the"],
+        "what is asked",
+    ),
     "number of the passage is no loss": (CUT, [PASSAGE], None),
-    "history lost without a word": (CUT.replace("man has a fever of", "man, fever"), [PASSAGE], None),  # three words of mending
-    "more history lost": (CUT.replace("A film, <image 2>, is taken.", "<image 2>.").replace("What is the diagnosis", "What"), [PASSAGE], "are lost"),
-    "something new": (CUT.replace("A film, <image 2>, is taken.", "He smokes: <image 2>. Stroke excluded."), [PASSAGE, "A film, ", ", is taken"], "are new"),
+    # three words of mending
+    "history lost without a word": (
+        CUT.replace("man has a fever of", "man, fever"), [PASSAGE], None,
+    ),
+    "more history lost": (
+        CUT.replace("A film, <image 2>, is taken.", "<image 2>.").replace(
+            "What is the diagnosis", "What"
+        ),
+        [PASSAGE], "are lost",
+    ),
+    "something new": (
+        CUT.replace("A film, <image 2>, is taken.", "He smokes: <image 2>. Stroke excluded."),
+        [PASSAGE, "A film, ", ", is taken"], "are new",
+    ),
 }  # fmt: skip
 
 
@@ -632,16 +941,49 @@ def test_edit_that_breaks_a_rule_is_found_and_no_other(name):
 
 
 TURNED = {  # name: (question, edit, removed, what the fault says or None)
-    "not lost": ("A man has fever. Which of these is not a likely cause?", "A man has fever. Which of these is a likely cause?", [], "word 'not' is lost"),
-    "no lost": ("A man has no fever and pain. What now?", "A man has fever and pain. What now?", [], "word 'no' is lost"),
-    "not new": ("A man has fever today. Which is a likely cause?", "A man has fever. Which is not a likely cause?", [], "word 'not' is new"),
-    "denies new": ("A man reports having fever and pain. What now?", "A man denies fever and pain. What now?", [], "word 'denies' is new"),
-    "isn't lost": ("Which of these isn't a cause?", "Which of these is a cause?", [], "word 'isn't' is lost"),
-    "the other side": ("A man has pain in the left flank. What now?", "A man has pain in the right flank. What", [], "'left' is lost"),
-    "negation and side of the passage": ("A film shows no mass in the left lobe. The man coughs, and has a fever. What is it?", "A film. The man coughs, and has a fever. What is it?", ["shows no mass in the left lobe"], None),
-    "two words change places": ("The father has fever and the mother has cough. Which is ill?", "The mother has fever and the father has cough. Which is ill?", [], "is moved"),
-    "half of it gone": ("A man coughs. He takes aspirin. A film shows a dark mass in the upper lobe and more. What is it?", "A man coughs. What is it?", ["He takes aspirin.", "A film shows a dark mass in the upper lobe and more."], "more than half"),
-    "a word that is there twice, the second removed": ("He has a mass. The film shows a mass. He coughs. What is it?", "He has a mass. The film. He coughs. What is it?", ["shows a mass"], None),
+    "not lost": (
+        "A man has fever. Which of these is not a likely cause?",
+        "A man has fever. Which of these is a likely cause?", [], "word 'not' is lost",
+    ),
+    "no lost": (
+        "A man has no fever and pain. What now?", "A man has fever and pain. What now?",
+        [], "word 'no' is lost",
+    ),
+    "not new": (
+        "A man has fever today. Which is a likely cause?",
+        "A man has fever. Which is not a likely cause?", [], "word 'not' is new",
+    ),
+    "denies new": (
+        "A man reports having fever and pain. What now?", "A man denies fever and pain. What now?",
+        [], "word 'denies' is new",
+    ),
+    "isn't lost": (
+        "Which of these isn't a cause?", "Which of these is a cause?", [], "word 'isn't' is lost",
+    ),
+    "the other side": (
+        "A man has pain in the left flank. What now?", "A man has pain in the right flank. What",
+        [], "'left' is lost",
+    ),
+    "negation and side of the passage": (
+        "A film shows no mass in the left lobe. The man coughs, and has a fever. What is it?",
+        "A film. The man coughs, and has a fever. What is it?",
+        ["shows no mass in the left lobe"], None,
+    ),
+    "two words change places": (
+        "The father has fever and the mother has cough. Which is ill?",
+        "The mother has fever and the father has cough. Which is ill?", [], "is moved",
+    ),
+    "half of it gone": (
+        "A man coughs. He takes aspirin. "
+        "A film shows a dark mass in the upper lobe and more. What is it?",
+        "A man coughs. What is it?",
+        ["He takes aspirin.", "A film shows a dark mass in the upper lobe and more."],
+        "more than half",
+    ),
+    "a word that is there twice, the second removed": (
+        "He has a mass. The film shows a mass. He coughs. What is it?",
+        "He has a mass. The film. He coughs. What is it?", ["shows a mass"], None,
+    ),
 }  # fmt: skip
 
 
@@ -653,12 +995,33 @@ def test_edit_that_turns_the_meaning_around_goes_to_review(name):
 
 
 NUMBERS = {
-    "He is 45 years old, 37.5°C, BP 120/80 mm Hg, pulse 90/min, Na 140 mEq/L, 98 % on 2 L/min": ["45 years", "37.5°C", "120/80 mm Hg", "90/min", "140 mEq/L", "98 %", "2 L/min"],
-    "5 men in 1,200 mL after 3 hours of -2 and 10 mg/kg/day": ["5", "1,200 mL", "3 hours", "-2", "10 mg/kg/day"],
+    "He is 45 years old, 37.5°C, BP 120/80 mm Hg, pulse 90/min, Na 140 mEq/L, 98 % on 2 L/min": [
+        "45 years",
+        "37.5°C",
+        "120/80 mm Hg",
+        "90/min",
+        "140 mEq/L",
+        "98 %",
+        "2 L/min",
+    ],
+    "5 men in 1,200 mL after 3 hours of -2 and 10 mg/kg/day": [
+        "5",
+        "1,200 mL",
+        "3 hours",
+        "-2",
+        "10 mg/kg/day",
+    ],
     "C3 and T12 are no values": [],
 }
 REFERENCES = {
-    "See Figure A, Fig. 2b and <image>; Figures 1A and B; image 3, panel C.": {"Figure A", "Fig. 2b", "<image>", "Figures 1A and B", "image 3", "panel C"},
+    "See Figure A, Fig. 2b and <image>; Figures 1A and B; image 3, panel C.": {
+        "Figure A",
+        "Fig. 2b",
+        "<image>",
+        "Figures 1A and B",
+        "image 3",
+        "panel C",
+    },
     "The image shows a figure of a man, an image a doctor took.": set(),
 }
 
@@ -674,15 +1037,21 @@ def edit(text: str, removed: list) -> str:
 
 def test_descriptions_are_cut_or_left_for_review_and_a_human_goes_first(tmp_path, films, capsys):
     said = {
-        "cut": [edit(CUT, [PASSAGE])], "clean": [edit(STEM, [])], "late": ["hm", '{"question": 3, "removed": []}', edit(CUT, [PASSAGE])],
-        "broken": [edit(CUT.replace("9.5", "9"), [PASSAGE])], "mute": ["hm"] * 3, "cut off": [(edit(CUT, [PASSAGE]), "length")] * 3,
-    }  # fmt: skip
+        "cut": [edit(CUT, [PASSAGE])],
+        "clean": [edit(STEM, [])],
+        "late": ["hm", '{"question": 3, "removed": []}', edit(CUT, [PASSAGE])],
+        "broken": [edit(CUT.replace("9.5", "9"), [PASSAGE])],
+        "mute": ["hm"] * 3,
+        "cut off": [(edit(CUT, [PASSAGE]), "length")] * 3,
+    }
     bank = [q(STEM, key, images=("1.png",)) for key in (*said, "human")] + [q(STEM, "text")]
     told = {
         key: [one if isinstance(one, tuple) else (one, "stop") for one in them]
         for key, them in said.items()
     }
-    (tmp_path / "human.csv").write_text('\ufeffid,question\nhuman,"By hand: 45, Figure A?"\nelsewhere,Not here\n', encoding="utf-8")
+    (tmp_path / "human.csv").write_text(
+        '\ufeffid,question\nhuman,"By hand: 45, Figure A?"\nelsewhere,Not here\n', encoding="utf-8"
+    )
     flags = ["--images", str(films), "--editor", "clinic:editor"]
     flags += ["--reviewed", str(tmp_path / "human.csv")]
     bank_file = write(tmp_path / "bank.jsonl", bank)
@@ -694,18 +1063,37 @@ def test_descriptions_are_cut_or_left_for_review_and_a_human_goes_first(tmp_path
     assert list(rejected) == ["broken", "mute", "cut off"]
     assert {row["filter"] for row in rejected.values()} == {"review"}
     kept = sure | {key: as_question(row) for key, row in rejected.items()}
-    assert {key: question.question for key, question in kept.items() if question.question != STEM} == {"cut": CUT, "late": CUT, "human": "By hand: 45, Figure A?"}
-    assert all((kept[x.id].options, kept[x.id].answer, kept[x.id].images) == (x.options, x.answer, x.images) for x in bank)
+    assert {
+        key: question.question for key, question in kept.items() if question.question != STEM
+    } == {"cut": CUT, "late": CUT, "human": "By hand: 45, Figure A?"}
+    assert all(
+        (kept[x.id].options, kept[x.id].answer, kept[x.id].images)
+        == (x.options, x.answer, x.images)
+        for x in bank
+    )
     assert {key: question.meta for key, question in kept.items()} == {
-        "cut": {"original": STEM}, "clean": {}, "late": {"original": STEM}, "text": {}, "human": {"original": STEM, "reviewed": True},
-        "broken": {"needs_review": "the number '9.5 g/dL' is lost", "suggestion": CUT.replace("9.5", "9")},
-        "mute": {"needs_review": "no readable reply in 3 attempts", "suggestion": ""}, "cut off": {"needs_review": "no readable reply in 3 attempts", "suggestion": ""},
-    }  # fmt: skip
+        "cut": {"original": STEM},
+        "clean": {},
+        "late": {"original": STEM},
+        "text": {},
+        "human": {"original": STEM, "reviewed": True},
+        "broken": {
+            "needs_review": "the number '9.5 g/dL' is lost",
+            "suggestion": CUT.replace("9.5", "9"),
+        },
+        "mute": {"needs_review": "no readable reply in 3 attempts", "suggestion": ""},
+        "cut off": {"needs_review": "no readable reply in 3 attempts", "suggestion": ""},
+    }
     with open(tmp_path / "out" / "review.csv", newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
-    assert [row["id"] for row in rows] == ["id:broken", "id:mute", "id:cut off"] and all(row["question"] == STEM and row["images"] == "1.png" for row in rows)
-    assert rows[0]["fault"] == "the number '9.5 g/dL' is lost" and rows[0]["suggestion"] == CUT.replace("9.5", "9")
-    # the human step: review.csv itself, its question column corrected, on what describe wrote, without an engine
+    assert [row["id"] for row in rows] == ["id:broken", "id:mute", "id:cut off"] and all(
+        row["question"] == STEM and row["images"] == "1.png" for row in rows
+    )
+    assert rows[0]["fault"] == "the number '9.5 g/dL' is lost" and rows[0][
+        "suggestion"
+    ] == CUT.replace("9.5", "9")
+    # the human step: review.csv itself, its question column corrected, on what describe wrote,
+    # without an engine
     asked = replies_of(tmp_path / "out", "describe", "editor").read_bytes()
     flags.append("--keep-unreviewed")
     everything, _, _ = run_curate(bank_file, tmp_path / "all", *flags, command="describe")
@@ -720,101 +1108,239 @@ def test_descriptions_are_cut_or_left_for_review_and_a_human_goes_first(tmp_path
     flags = ["--images", str(films), "--reviewed", str(tmp_path / "filled.csv")]
     described = tmp_path / "all" / "questions.jsonl"
     after, waits, _ = run_curate(described, tmp_path / "human", *flags, command="describe")
-    assert after["broken"].question == CUT and after["broken"].meta == {"original": STEM, "reviewed": True} and after["broken"].id == "broken"
+    assert (
+        after["broken"].question == CUT
+        and after["broken"].meta == {"original": STEM, "reviewed": True}
+        and after["broken"].id == "broken"
+    )
     assert after["mute"].question == STEM and after["mute"].meta == {"reviewed": True}
     assert list(waits) == ["cut off"] and as_question(waits["cut off"]) == kept["cut off"]
     assert "1 rows are as they were, and go on waiting" in capsys.readouterr().out
     assert after["cut"] == kept["cut"] and after["human"] == kept["human"]
     waiting = descriptions.read_sheet(tmp_path / "human" / "review.csv", ["id", "fault"])
-    assert [(row["id"], row["fault"]) for _, row in waiting] == [("id:cut off", "no readable reply in 3 attempts")]
+    assert [(row["id"], row["fault"]) for _, row in waiting] == [
+        ("id:cut off", "no readable reply in 3 attempts")
+    ]
 
 
 def test_a_sheet_survives_a_spreadsheet(tmp_path):
     long = "x" * 140_000 + ", 10 µg at 37 °C"
     questions = [q(long, "12e45678", meta={"needs_review": "why", "suggestion": ""})]
     assert descriptions.write_review(tmp_path / "review.csv", questions) == 1
-    assert (tmp_path / "review.csv").read_bytes().startswith(b"\xef\xbb\xbfid,question")  # by this mark spreadsheets tell UTF-8
-    assert b"\r\nid:12e45678," in (tmp_path / "review.csv").read_bytes()  # and this is no number to them
+    assert (
+        (tmp_path / "review.csv").read_bytes().startswith(b"\xef\xbb\xbfid,question")
+    )  # by this mark spreadsheets tell UTF-8
+    assert (
+        b"\r\nid:12e45678," in (tmp_path / "review.csv").read_bytes()
+    )  # and this is no number to them
     assert descriptions.read_reviewed(tmp_path / "review.csv") == {"12e45678": (long, "why")}
     (tmp_path / "western.csv").write_bytes("id,question\na,37 °C\n".encode("cp1252"))
-    with pytest.raises(data.RowError, match="western.csv: cannot be read .*save the filled-in sheet as CSV in UTF-8"):
+    with pytest.raises(
+        data.RowError,
+        match="western.csv: cannot be read .*save the filled-in sheet as CSV in UTF-8",
+    ):
         descriptions.read_reviewed(tmp_path / "western.csv")
     with pytest.raises(data.RowError, match="nowhere.csv: no such file"):
         descriptions.read_reviewed(tmp_path / "nowhere.csv")
 
 
-@pytest.mark.parametrize(("text", "said"), [("id,text\na,b\n", "expected id and question"), ("id,question\na\n", "row 2: no column 'question'"), ("id,question\na,\n", "row 2: question: is empty"), ("id,question\na,x\na,y\n", "row 3: id: it is there twice")])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("id,text\na,b\n", "expected id and question"),
+        ("id,question\na\n", "row 2: no column 'question'"),
+        ("id,question\na,\n", "row 2: question: is empty"),
+        ("id,question\na,x\na,y\n", "row 3: id: it is there twice"),
+    ],
+)
 def test_reviewed_file_that_cannot_be_used_is_refused_by_row(tmp_path, text, said):
     (tmp_path / "reviewed.csv").write_text(text)
     with pytest.raises(data.RowError, match=said):
         descriptions.read_reviewed(str(tmp_path / "reviewed.csv"))
 
 
-def test_clinic_bank_holds_what_curation_must_find_and_without_it_all_else_is_the_same(tmp_path, monkeypatch):
+def test_clinic_bank_holds_what_curation_must_find_and_without_it_all_else_is_the_same(
+    tmp_path, monkeypatch
+):
     kept, cut, bank = {}, {}, {}
     for name, spoilt in (("spoilt", 20), ("clean", 10**6)):
-        monkeypatch.setattr(clinic, "SPOILT", spoilt)
-        counts = ["--text", "20", "--image", "80", "--dev-image", "2", "--dev-text", "2", "--test-image", "4", "--test-text", "4"]
-        clinic.main(["world", "--out", str(tmp_path / name), *counts])
-        bank[name] = {question.id: question for question in data.read_questions(tmp_path / name / "bank.jsonl")}
-        engines = ["--experts", "clinic:expert-a", "clinic:expert-b", "--classifier", "clinic:classifier", "--editor", "clinic:editor"]
-        paths = ["--images", str(tmp_path / name), "--against", str(tmp_path / name / "test.jsonl"), "--limits", *"000"]
-        kept[name], rejected, funnel = run_curate(tmp_path / name / "bank.jsonl", tmp_path / name / "out", *paths, *engines)
+        monkeypatch.setattr(clinic.world, "SPOILT", spoilt)
+        counts = [
+            "--text",
+            "20",
+            "--image",
+            "80",
+            "--dev-image",
+            "2",
+            "--dev-text",
+            "2",
+            "--test-image",
+            "4",
+            "--test-text",
+            "4",
+        ]
+        clinic.__main__.main(["world", "--out", str(tmp_path / name), *counts])
+        bank[name] = {
+            question.id: question
+            for question in schema.read_questions(tmp_path / name / "bank.jsonl")
+        }
+        engines = [
+            "--experts",
+            "clinic:expert-a",
+            "clinic:expert-b",
+            "--classifier",
+            "clinic:classifier",
+            "--editor",
+            "clinic:editor",
+        ]
+        paths = [
+            "--images",
+            str(tmp_path / name),
+            "--against",
+            str(tmp_path / name / "test.jsonl"),
+            "--limits",
+            *"000",
+        ]
+        kept[name], rejected, funnel = run_curate(
+            tmp_path / name / "bank.jsonl", tmp_path / name / "out", *paths, *engines
+        )
         looks = {key for key, row in rejected.items() if row["filter"] == "type"}
-        assert len(looks) == 80 // spoilt and all(rejected[key]["question"].endswith(clinic.LOOK) for key in looks)
+        assert len(looks) == 80 // spoilt and all(
+            rejected[key]["question"].endswith(clinic.world.LOOK) for key in looks
+        )
         assert funnel[0]["image"] == 80 + 80 // spoilt
         cut[name] = {key: row for key, row in rejected.items() if "original" in row["meta"]}
     assert len(cut["spoilt"]) == 4 and not cut["clean"]
-    for key, row in cut["spoilt"].items():  # cut, it is what it was; and no expert solves it, so that nothing else changes
-        assert clinic.MENTION.search(row["meta"]["original"]) and row["question"] == bank["clean"][key].question and row["filter"] == "solvable"
-    assert [replace(question, meta={}) for question in kept["spoilt"].values()] == [replace(question, meta={}) for question in kept["clean"].values()]
+    for key, row in cut[
+        "spoilt"
+    ].items():  # cut, it is what it was; and no expert solves it, so that nothing else changes
+        assert (
+            clinic.world.MENTION.search(row["meta"]["original"])
+            and row["question"] == bank["clean"][key].question
+            and row["filter"] == "solvable"
+        )
+    assert [replace(question, meta={}) for question in kept["spoilt"].values()] == [
+        replace(question, meta={}) for question in kept["clean"].values()
+    ]
 
 
 def test_only_what_a_human_has_corrected_is_asked_again_and_old_replies_stay(world, tmp_path):
-    flags = ["--images", str(world), "--against", str(world / "test.jsonl"), "--limits", *"000", "--experts", "clinic:expert-a", "clinic:expert-b"]
+    flags = [
+        "--images",
+        str(world),
+        "--against",
+        str(world / "test.jsonl"),
+        "--limits",
+        *"000",
+        "--experts",
+        "clinic:expert-a",
+        "clinic:expert-b",
+    ]
     first = run_curate(world / "bank.jsonl", tmp_path / "out", *flags)
     files = [replies_of(tmp_path / "out", "expert", f"expert-{name}") for name in "ab"]
     before = [path.read_bytes() for path in files]
-    changed = data.read_questions(tmp_path / "out" / "image.jsonl")[0]
-    (tmp_path / "reviewed.csv").write_text(f'id,question\n{changed.id},"{changed.question} Look well."\n', encoding="utf-8")
+    changed = schema.read_questions(tmp_path / "out" / "image.jsonl")[0]
+    (tmp_path / "reviewed.csv").write_text(
+        f'id,question\n{changed.id},"{changed.question} Look well."\n', encoding="utf-8"
+    )
     for name in ("second", "third"):  # in the third folder nothing at all is asked
         more = ["--reviewed", str(tmp_path / "reviewed.csv")]
         kept, rejected, _ = run_curate(world / "bank.jsonl", tmp_path / name, *flags, *more)
     added = [path.read_bytes().removeprefix(old) for path, old in zip(files, before)]
     rows = [json.loads(line) for text in added for line in text.splitlines()]
     assert rows and all(path.read_bytes().startswith(old) for path, old in zip(files, before))
-    assert {row["id"] for row in rows} == {changed.id} and len({(row["id"], row["sample"], row["engine"]) for row in rows}) == len(rows)
-    assert (kept.get(changed.id) or SimpleNamespace(question=rejected[changed.id]["question"])).question == f"{changed.question} Look well."
+    assert {row["id"] for row in rows} == {changed.id} and len(
+        {(row["id"], row["sample"], row["engine"]) for row in rows}
+    ) == len(rows)
+    assert (
+        kept.get(changed.id) or SimpleNamespace(question=rejected[changed.id]["question"])
+    ).question == f"{changed.question} Look well."
     # and back again: the first replies are still there
     assert run_curate(world / "bank.jsonl", tmp_path / "back", *flags) == first
     assert [path.read_bytes().removeprefix(old) for path, old in zip(files, before)] == added
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Each filter alone, and what it may cost
 
 
 def test_filters_one_after_the_other_keep_what_all_keeps(world, curated, tmp_path):
     paths = ["--images", str(world)]
-    run_curate(world / "bank.jsonl", tmp_path / "1", *paths, "--against", str(world / "test.jsonl"), "--limits", *"000", command="leak")
-    run_curate(tmp_path / "1" / "questions.jsonl", tmp_path / "2", *paths, "--experts", "clinic:expert-a", "clinic:expert-b", command="solvable")
+    run_curate(
+        world / "bank.jsonl",
+        tmp_path / "1",
+        *paths,
+        "--against",
+        str(world / "test.jsonl"),
+        "--limits",
+        *"000",
+        command="leak",
+    )
+    run_curate(
+        tmp_path / "1" / "questions.jsonl",
+        tmp_path / "2",
+        *paths,
+        "--experts",
+        "clinic:expert-a",
+        "clinic:expert-b",
+        command="solvable",
+    )
     assert read(tmp_path / "2", "solvable")[0] == read(curated)[0]
 
 
 def test_dry_run_tells_what_may_be_asked_at_most_and_asks_nothing(tmp_path, films, capsys):
-    bank = [q("x" * 100, "text"), q("y" * 100, "image", images=("1.png", "2.png")), q("What is the best next step?", "leaked")]
+    bank = [
+        q("x" * 100, "text"),
+        q("y" * 100, "image", images=("1.png", "2.png")),
+        q("What is the best next step?", "leaked"),
+    ]
     against = write(tmp_path / "test.jsonl", BENCHMARK)
-    engines = ["--baselines", "http://nowhere/v1#a", "http://nowhere/v1#b", "--classifier", "gemini:g", "--editor", "http://nowhere/v1#e", "--experts", "gemini:g", "text=http://nowhere/v1#r"]
-    flags = ["--images", str(films), "--against", str(against), "--pixels", str(28 * 28 * 50), "--max-tokens", "1000", "--dry-run"]
-    curate.main(["all", "--questions", str(write(tmp_path / "bank.jsonl", bank)), "--out", str(tmp_path / "out"), *engines, *flags])
+    engines = [
+        "--baselines",
+        "http://nowhere/v1#a",
+        "http://nowhere/v1#b",
+        "--classifier",
+        "gemini:g",
+        "--editor",
+        "http://nowhere/v1#e",
+        "--experts",
+        "gemini:g",
+        "text=http://nowhere/v1#r",
+    ]
+    flags = [
+        "--images",
+        str(films),
+        "--against",
+        str(against),
+        "--pixels",
+        str(28 * 28 * 50),
+        "--max-tokens",
+        "1000",
+        "--dry-run",
+    ]
+    curate.main(
+        [
+            "all",
+            "--questions",
+            str(write(tmp_path / "bank.jsonl", bank)),
+            "--out",
+            str(tmp_path / "out"),
+            *engines,
+            *flags,
+        ]
+    )
     assert not (tmp_path / "out").exists()
     *lines, note = capsys.readouterr().out.replace(",", "").splitlines()[2:]
     assert note.startswith("  plus what is asked again after a failure")
     rows = [line.split() for line in lines]
-    prompt = len(data.SYSTEM_PROMPT) + 100 + len(data.question_text(bank[0]).removeprefix(bank[0].question))
+    prompt = (
+        len(data.SYSTEM_PROMPT)
+        + 100
+        + len(data.question_text(bank[0]).removeprefix(bank[0].question))
+    )
     text, image = prompt // 3, prompt // 3 + 100  # two images of 50 tokens
     label = (len(curate.TYPE_PROMPT) - 2 + len(data.question_text(bank[1]))) // 3 + 100
-    cut = (len(curate.EDIT_PROMPT) - 2 + 100) // 3 + 100
+    cut = (len(descriptions.EDIT_PROMPT) - 2 + 100) // 3 + 100
     google = "generativelanguage.googleapis.com"
     assert rows == [
         ["baseline", "http://nowhere/v1#a", "2", str(text + image), "2000", "nowhere"],
@@ -823,41 +1349,77 @@ def test_dry_run_tells_what_may_be_asked_at_most_and_asks_nothing(tmp_path, film
         ["describe", "http://nowhere/v1#e", "3", str(3 * cut), str(3 * 4096), "nowhere"],
         ["expert", "gemini:g", "8", str(4 * (text + image)), "8000", google],
         ["expert", "http://nowhere/v1#r", "4", str(4 * text), "4000", "-"],
-        ["all", "22", str(6 * (text + image) + 3 * label + 3 * cut + 4 * text), str(16000 + 6 * 4096)],
+        [
+            "all",
+            "22",
+            str(6 * (text + image) + 3 * label + 3 * cut + 4 * text),
+            str(16000 + 6 * 4096),
+        ],
     ]
 
 
 def test_images_leave_the_machine_only_with_leave_and_nothing_is_asked_before(tmp_path, films):
     bank = write(tmp_path / "bank.jsonl", [q("x", "image", images=("1.png",)), q("y", "text")])
-    words = ["all", "--questions", str(bank), "--images", str(films), "--out", str(tmp_path / "out")]
+    words = [
+        "all",
+        "--questions",
+        str(bank),
+        "--images",
+        str(films),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     with pytest.raises(data.RowError, match="images would be sent to nowhere.*--images-may-leave"):
         curate.main([*words, "--baselines", "http://nowhere/v1#a"])
-    with pytest.raises(asking.Unavailable, match="no server answers there"):
+    with pytest.raises(inference.Unavailable, match="no server answers there"):
         curate.main([*words, "--baselines", "http://nowhere/v1#a", "--images-may-leave"])
     assert not (tmp_path / "replies").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A thousand questions over HTTP, killed at every stage
 
 TEXT_FATES = {"leak": 300, "easy-a": 90, "easy-b": 60, "hard-a": 25, "hard-b": 25, "good": 100}
-IMAGE_FATES = {"leak": 140, "easy-a": 50, "easy-b": 40, "pattern": 30, "riddle": 15, "hard-a": 15, "hard-b": 15, "good": 40, "told": 35, "spoilt": 20}
+IMAGE_FATES = {
+    "leak": 140,
+    "easy-a": 50,
+    "easy-b": 40,
+    "pattern": 30,
+    "riddle": 15,
+    "hard-a": 15,
+    "hard-b": 15,
+    "good": 40,
+    "told": 35,
+    "spoilt": 20,
+}
 ROLES = ("baseline-a", "baseline-b", "classifier", "expert-a", "expert-b", "editor")
 DESCRIBED = "The scan shows a mass of 4 cm. "
 
 
 def thousand(folder: Path) -> dict[str, data.Question]:
-    """The bank and the benchmark. An id is NUMBER-KIND-FATE; the leaked ones are the benchmark's, in capitals."""
+    """The bank and the benchmark. An id is NUMBER-KIND-FATE. The leaked ones are the benchmark's,
+    in capitals."""
     bank, leaked = {}, []
     for kind, fates in (("text", TEXT_FATES), ("image", IMAGE_FATES)):
         for fate in (fate for fate, many in fates.items() for _ in range(many)):
             number = len(bank)
             key, images = f"{number}-{kind}-{fate}", []
             if kind == "image":
-                Image.fromarray(np.full((4, 4, 3), [number % 251, number // 251, 0], np.uint8)).save(folder / f"{number}.png")
+                Image.fromarray(
+                    np.full((4, 4, 3), [number % 251, number // 251, 0], np.uint8)
+                ).save(folder / f"{number}.png")
                 images = [f"{number}.png"]
-            stem = f"<<{key}>> {DESCRIBED if fate in ('told', 'spoilt') else ''}What is it, at age {number}?"
-            bank[key] = q(stem, key, "ABCD"[number % 4], images=tuple(images), meta={"modality": "mri"} if kind == "image" and number % 2 else {})
+            stem = (
+                f"<<{key}>> {DESCRIBED if fate in ('told', 'spoilt') else ''}"
+                f"What is it, at age {number}?"
+            )
+            bank[key] = q(
+                stem,
+                key,
+                "ABCD"[number % 4],
+                images=tuple(images),
+                meta={"modality": "mri"} if kind == "image" and number % 2 else {},
+            )
             if fate == "leak":
                 leaked.append(q(stem.upper(), f"bench-{number}", images=tuple(images)))
     write(folder / "bank.jsonl", list(bank.values()))
@@ -875,12 +1437,25 @@ def said_about(role: str, question: data.Question, k: int) -> str:
     number, kind, fate = question.id.split("-", 2)
     if role == "classifier":
         label = "pattern_recognition" if fate == "pattern" else "clinical_reasoning"
-        return json.dumps({"type": label, "modality": "CT", "why": "so"}) if fate != "riddle" and k >= int(number) % 3 else "I wonder."
+        return (
+            json.dumps({"type": label, "modality": "CT", "why": "so"})
+            if fate != "riddle" and k >= int(number) % 3
+            else "I wonder."
+        )
     if role == "editor":
-        text = question.question.replace(DESCRIBED, "") if fate != "spoilt" else question.question.replace(DESCRIBED, "").replace(number + "?", "?")
+        text = (
+            question.question.replace(DESCRIBED, "")
+            if fate != "spoilt"
+            else question.question.replace(DESCRIBED, "").replace(number + "?", "?")
+        )
         return edit(text, [DESCRIBED] * (DESCRIBED in question.question))
     slow = k >= int(number) % 4  # an expert's first right attempt may be any of the four
-    solves = {"baseline-a": fate == "easy-a", "baseline-b": fate == "easy-b", "expert-a": fate != "hard-a" and slow, "expert-b": fate != "hard-b" and slow}[role]
+    solves = {
+        "baseline-a": fate == "easy-a",
+        "baseline-b": fate == "easy-b",
+        "expert-a": fate != "hard-a" and slow,
+        "expert-b": fate != "hard-b" and slow,
+    }[role]
     return data.join_response("hm", question.answer if solves else "ABCD"[(int(number) + 1) % 4])
 
 
@@ -902,8 +1477,29 @@ def test_a_thousand_questions_meet_their_fates_though_killed_at_every_stage(tmp_
 
     server, out = Server(play), tmp_path / "out"
     spec = {role: f"{server.base}/v1#{role}" for role in ROLES}
-    command = [sys.executable, str(ROOT / "curate.py"), "all", "--questions", str(tmp_path / "bank.jsonl"), "--against", str(tmp_path / "test.jsonl"), "--images", str(tmp_path)]
-    command += ["--baselines", spec["baseline-a"], spec["baseline-b"], "--experts", spec["expert-a"], spec["expert-b"], "--classifier", spec["classifier"], "--editor", spec["editor"]]
+    command = [
+        sys.executable,
+        str(ROOT / "curate.py"),
+        "all",
+        "--questions",
+        str(tmp_path / "bank.jsonl"),
+        "--against",
+        str(tmp_path / "test.jsonl"),
+        "--images",
+        str(tmp_path),
+    ]
+    command += [
+        "--baselines",
+        spec["baseline-a"],
+        spec["baseline-b"],
+        "--experts",
+        spec["expert-a"],
+        spec["expert-b"],
+        "--classifier",
+        spec["classifier"],
+        "--editor",
+        spec["editor"],
+    ]
     while True:
         begun = len(log)
         files = [
@@ -913,7 +1509,14 @@ def test_a_thousand_questions_meet_their_fates_though_killed_at_every_stage(tmp_
         ]
         assert {role for role, _ in files} >= set(asked)
         on_disk = {(role, x["id"], x["sample"]) for role, path in files for x in whole_rows(path)}
-        running.append(subprocess.Popen([*command, "--out", str(out), "--concurrency", "8"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        running.append(
+            subprocess.Popen(
+                [*command, "--out", str(out), "--concurrency", "8"],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
         printed, complaint = running[-1].communicate(timeout=300)
         time.sleep(0.5)  # a request that was on its way still arrives
         this = log[begun:]
@@ -921,28 +1524,64 @@ def test_a_thousand_questions_meet_their_fates_though_killed_at_every_stage(tmp_
         assert not on_disk & set(this) and len(this) == len(set(this))
         if running[-1].returncode == 0:
             break
-        assert running[-1].returncode == -signal.SIGKILL and not (out / "stage.json").exists(), complaint[-2000:]
+        assert running[-1].returncode == -signal.SIGKILL and not (out / "stage.json").exists(), (
+            complaint[-2000:]
+        )
     server.close()
     assert len(running) == 1 + len(ROLES) and set(asked) == set(ROLES)
 
     kept, rejected, funnel = read(out)
     fate = {key: key.split("-", 2)[2] for key in bank}
     assert set(kept) == {key for key in bank if fate[key] in ("good", "told")}
-    filters = {"spoilt": "review", "leak": "leak", "easy-a": "difficulty", "easy-b": "difficulty", "pattern": "type", "riddle": "type", "hard-a": "solvable", "hard-b": "solvable"}
-    assert {key: row["filter"] for key, row in rejected.items()} == {key: filters[fate[key]] for key in bank if key not in kept}
+    filters = {
+        "spoilt": "review",
+        "leak": "leak",
+        "easy-a": "difficulty",
+        "easy-b": "difficulty",
+        "pattern": "type",
+        "riddle": "type",
+        "hard-a": "solvable",
+        "hard-b": "solvable",
+    }
+    assert {key: row["filter"] for key, row in rejected.items()} == {
+        key: filters[fate[key]] for key in bank if key not in kept
+    }
     assert [(row["filter"], row["text"], row["image"]) for row in funnel] == [
-        ("bank", 600, 400), ("leak", 300, 260), ("difficulty", 150, 170),
-        ("type", 150, 125), ("describe", 150, 105), ("solvable", 100, 75),
-    ]  # fmt: skip
+        ("bank", 600, 400),
+        ("leak", 300, 260),
+        ("difficulty", 150, 170),
+        ("type", 150, 125),
+        ("describe", 150, 105),
+        ("solvable", 100, 75),
+    ]
     waiting = {key: as_question(row) for key, row in rejected.items() if row["filter"] == "review"}
     for key, question in (kept | waiting).items():
-        assert question.question == (bank[key].question if fate[key] == "spoilt" else bank[key].question.replace(DESCRIBED, ""))
-        assert ("original" in question.meta, "needs_review" in question.meta) == (fate[key] == "told", fate[key] == "spoilt")
-        assert (question.options, question.answer, question.images) == (bank[key].options, bank[key].answer, bank[key].images)
-        assert question.meta.get("modality") == (("mri" if int(key.split("-")[0]) % 2 else "ct") if question.images else None)
-    assert descriptions.read_reviewed(out / "review.csv").keys() == {key for key in bank if fate[key] == "spoilt"}
+        assert question.question == (
+            bank[key].question
+            if fate[key] == "spoilt"
+            else bank[key].question.replace(DESCRIBED, "")
+        )
+        assert ("original" in question.meta, "needs_review" in question.meta) == (
+            fate[key] == "told",
+            fate[key] == "spoilt",
+        )
+        assert (question.options, question.answer, question.images) == (
+            bank[key].options,
+            bank[key].answer,
+            bank[key].images,
+        )
+        assert question.meta.get("modality") == (
+            ("mri" if int(key.split("-")[0]) % 2 else "ct") if question.images else None
+        )
+    assert descriptions.read_reviewed(out / "review.csv").keys() == {
+        key for key in bank if fate[key] == "spoilt"
+    }
     figures = json.loads((out / "stage.json").read_text())["figures"]
-    assert (figures["leak"], figures["type: pattern recognition"], figures["type: no readable type in 3 attempts"]) == (440, 30, 15)
+    assert (
+        figures["leak"],
+        figures["type: pattern recognition"],
+        figures["type: no readable type in 3 attempts"],
+    ) == (440, 30, 15)
     assert (figures["kept"], figures["descriptions removed"], figures["to review"]) == (175, 35, 20)
     assert figures["review: waits for a human"] == 20
     assert re.search(r"bank +600 +400 +37,000 +17,000", printed)
@@ -955,8 +1594,14 @@ def test_a_thousand_questions_meet_their_fates_though_killed_at_every_stage(tmp_
     needed = {
         "baseline-a": sum(fate[key] != "leak" for key in bank),
         "baseline-b": sum(fate[key] not in ("leak", "easy-a") for key in bank),
-        "classifier": sum(3 if fate[key] == "riddle" else int(key.split("-")[0]) % 3 + 1 for key in bank if "-image-" in key and fate[key] not in ("leak", "easy-a", "easy-b")),
-        "expert-a": sum(attempts(fate[key] != "hard-a", key) for key in bank if fate[key] in solved),
+        "classifier": sum(
+            3 if fate[key] == "riddle" else int(key.split("-")[0]) % 3 + 1
+            for key in bank
+            if "-image-" in key and fate[key] not in ("leak", "easy-a", "easy-b")
+        ),
+        "expert-a": sum(
+            attempts(fate[key] != "hard-a", key) for key in bank if fate[key] in solved
+        ),
         "expert-b": sum(
             attempts(fate[key] != "hard-b", key) for key in bank if fate[key] in solved - {"hard-a"}
         ),
@@ -1013,8 +1658,10 @@ def test_a_question_that_waits_for_review_is_held_back_and_no_expert_is_asked(se
         SPOILT: (bank[SPOILT].question, FAULT)
     }
     assert [(row["filter"], row["image"]) for row in funnel[-3:]] == [
-        ("type", 3), ("describe", 2), ("solvable", 2),
-    ]  # fmt: skip
+        ("type", 3),
+        ("describe", 2),
+        ("solvable", 2),
+    ]
     assert asked_of(server) == WANTED
 
 

@@ -1,4 +1,5 @@
-"""The vocabulary of the method: prompts, responses, supervised spans, answers read by rule, and files that survive a kill."""
+"""The vocabulary of the method: prompts, responses, supervised spans, answers read by rule, and
+files that survive a kill."""
 
 import ast
 import hashlib
@@ -15,6 +16,8 @@ from hypothesis import strategies as st
 
 import answers
 import data
+from command import schema
+from report.__main__ import main as report_main
 
 FOUR = {"A": "CT", "B": "MRI", "C": "Diabetes", "D": "Ultrasound"}
 TEN = {letter: f"text number {index}" for index, letter in enumerate("ABCDEFGHIJ")}
@@ -22,33 +25,59 @@ PLAIN = st.text(max_size=60).filter(lambda text: not re.search("</?(think|answer
 
 
 def question_row(**changes) -> dict:
-    row = {"id": "q1", "question": "Which one?", "options": dict(FOUR), "answer": "B", "images": [], "source": "s", "meta": {}}
+    row = {
+        "id": "q1",
+        "question": "Which one?",
+        "options": dict(FOUR),
+        "answer": "B",
+        "images": [],
+        "source": "s",
+        "meta": {},
+    }
     return {**row, **changes}
 
 
 def write(path: Path, *rows) -> Path:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows),
+        encoding="utf-8",
+    )
     return path
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Prompts
 
 
 def test_system_prompt_is_the_papers_word_for_word():
     # copied from Appendix A, in one line as printed there
-    paper = "You are a helpful assistant. A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The assistant first thinks about the reasoning process in the mind and then provides the user with the answer. The reasoning process and answer are enclosed within <think> </think> and <answer> </answer> tags, respectively, i.e., <think> reasoning process here </think> <answer> answer here </answer>."
+    paper = (
+        "You are a helpful assistant. A conversation between User and Assistant. The user asks a "
+        "question, and the Assistant solves it. The assistant first thinks about the reasoning "
+        "process in the mind and then provides the user with the answer. The reasoning process and "
+        "answer are enclosed within <think> </think> and <answer> </answer> tags, respectively, "
+        "i.e., <think> reasoning process here </think> <answer> answer here </answer>."
+    )
     assert data.SYSTEM_PROMPT == paper
 
 
 def test_prompt_is_system_then_user_with_the_answer_choices_listed():
     system, user = data.prompt_messages(data.Question("A man coughs. What is it?", FOUR, "B"))
     assert system == {"role": "system", "content": data.SYSTEM_PROMPT}
-    assert user == {"role": "user", "content": "A man coughs. What is it?\nAnswer Choices:\n(A) CT\n(B) MRI\n(C) Diabetes\n(D) Ultrasound"}
+    assert user == {
+        "role": "user",
+        "content": (
+            "A man coughs. What is it?\n"
+            "Answer Choices:\n(A) CT\n(B) MRI\n(C) Diabetes\n(D) Ultrasound"
+        ),
+    }
 
 
 def test_open_ended_prompt_is_the_stem_alone():
-    assert data.prompt_messages(data.Question("What is it?", {}, "asthma"))[1]["content"] == "What is it?"
+    assert (
+        data.prompt_messages(data.Question("What is it?", {}, "asthma"))[1]["content"]
+        == "What is it?"
+    )
 
 
 def test_prompt_never_tells_the_answer():
@@ -56,7 +85,7 @@ def test_prompt_never_tells_the_answer():
     assert data.prompt_messages(right) == data.prompt_messages(wrong)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Responses
 
 
@@ -67,7 +96,10 @@ def test_response_has_the_very_form_that_the_system_prompt_shows():
 @given(PLAIN, PLAIN)
 @settings(max_examples=60, deadline=None)
 def test_what_is_joined_splits_into_the_same_parts(thinking, answer):
-    assert data.split_response(data.join_response(thinking, answer)) == (thinking.strip(), answer.strip())
+    assert data.split_response(data.join_response(thinking, answer)) == (
+        thinking.strip(),
+        answer.strip(),
+    )
 
 
 @pytest.mark.parametrize("tag", ["<think>", "</think>", "<answer>", "</answer>"])
@@ -104,21 +136,57 @@ def test_split_allows_white_space_around_and_between_the_blocks():
     assert data.split_response("\n<think>a\nb</think>\n\n<answer>B</answer>\n") == ("a\nb", "B")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Spans. A response is written as pieces with the label each character must get; every character is then one token.
+# --------------------------------------------------------------------------------------------------
+# Spans. A response is written as pieces with the label each character must get; every character is
+# then one token.
 
 T, A, X = data.THINK, data.ANSWER, data.TAG
 SPANS = {
-    "whole": [("<think>", X), (" why so ", T), ("</think> <answer>", X), (" B ", A), ("</answer>", X)],
+    "whole": [
+        ("<think>", X),
+        (" why so ", T),
+        ("</think> <answer>", X),
+        (" B ", A),
+        ("</answer>", X),
+    ],
     "no space": [("<think>", X), ("why", T), ("</think><answer>", X), ("B", A), ("</answer>", X)],
     "cut off while thinking": [("<think>", X), (" why", T)],
     "cut off in the closing tag": [("<think>", X), (" why </thi", T)],
-    "cut off in the answer": [("<think>", X), (" why ", T), ("</think> <answer>", X), (" B. te", A)],
+    "cut off in the answer": [
+        ("<think>", X),
+        (" why ", T),
+        ("</think> <answer>", X),
+        (" B. te", A),
+    ],
     "no tags": [("B, because I say so", X)],
-    "text outside": [("Well: <think>", X), (" a ", T), ("</think> so <answer>", X), (" B ", A), ("</answer> bye", X)],
-    "two answer blocks": [("<think>", X), (" a ", T), ("</think> <answer>", X), (" A ", A), ("</answer> <answer>", X), (" B ", A), ("</answer>", X)],
-    "two think blocks": [("<think>", X), ("a", T), ("</think><think>", X), ("b", T), ("</think>", X)],
-    "answer inside the thinking": [("<think>", X), (" a <answer> B </answer> b ", T), ("</think>", X)],
+    "text outside": [
+        ("Well: <think>", X),
+        (" a ", T),
+        ("</think> so <answer>", X),
+        (" B ", A),
+        ("</answer> bye", X),
+    ],
+    "two answer blocks": [
+        ("<think>", X),
+        (" a ", T),
+        ("</think> <answer>", X),
+        (" A ", A),
+        ("</answer> <answer>", X),
+        (" B ", A),
+        ("</answer>", X),
+    ],
+    "two think blocks": [
+        ("<think>", X),
+        ("a", T),
+        ("</think><think>", X),
+        ("b", T),
+        ("</think>", X),
+    ],
+    "answer inside the thinking": [
+        ("<think>", X),
+        (" a <answer> B </answer> b ", T),
+        ("</think>", X),
+    ],
     "only a closing tag": [("a </think> <answer>", X), ("B", A), ("</answer>", X)],
     "empty": [],
     "empty blocks": [("<think></think><answer></answer>", X)],
@@ -154,7 +222,7 @@ def test_no_supervised_character_is_labelled_as_prompt():
     assert data.PROMPT not in labels and set(labels) == set(data.SPAN_NAMES)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Answers, read by rule
 
 IN_BLOCK = [
@@ -208,7 +276,9 @@ IN_BLOCK = [
 @pytest.mark.parametrize(("block", "letter"), IN_BLOCK)
 def test_answer_block_is_read_by_rule_and_never_guessed(block, letter):
     # the thinking names another option, which must never leak into the answer
-    response = f"<think> Option D seems good. The answer is (D). </think> <answer> {block} </answer>"
+    response = (
+        f"<think> Option D seems good. The answer is (D). </think> <answer> {block} </answer>"
+    )
     assert answers.extract_choice(response, FOUR) == letter
 
 
@@ -217,7 +287,10 @@ def test_two_letters_are_no_choice(block):
     assert answers.extract_choice(f"<think> x </think> <answer> {block} </answer>", FOUR) is None
 
 
-@pytest.mark.parametrize("block", ["B-cell lymphoma of the stomach", "C-reactive protein level", "A-line placement", "D-dimer"])
+@pytest.mark.parametrize(
+    "block",
+    ["B-cell lymphoma of the stomach", "C-reactive protein level", "A-line placement", "D-dimer"],
+)
 def test_letter_that_begins_a_hyphenated_term_is_no_choice(block):
     assert answers.extract_choice(f"<think> x </think> <answer> {block} </answer>", FOUR) is None
 
@@ -226,14 +299,24 @@ ARROWS = {"A": "↑ TSH, ↓ T4", "B": "↓ TSH, ↑ T4", "C": "↓ TSH, ↓ T4"
 SIGNED = {"A": "+2 D", "B": "-2 D", "C": "<5 mm", "D": ">5 mm"}
 
 
-@pytest.mark.parametrize("options", [FOUR, TEN, ARROWS, SIGNED], ids=["words", "ten", "arrows", "signs"])
+@pytest.mark.parametrize(
+    "options", [FOUR, TEN, ARROWS, SIGNED], ids=["words", "ten", "arrows", "signs"]
+)
 def test_letter_with_its_own_text_is_always_read(options):
     # the very form in which demonstrations answer
     for letter, text in options.items():
-        assert answers.extract_choice(f"<think> x </think> <answer> {letter}. {text} </answer>", options) == letter
+        assert (
+            answers.extract_choice(
+                f"<think> x </think> <answer> {letter}. {text} </answer>", options
+            )
+            == letter
+        )
 
 
-@pytest.mark.parametrize(("options", "letter", "other"), [(ARROWS, "A", "B"), (ARROWS, "C", "A"), (SIGNED, "A", "B"), (SIGNED, "D", "C")])
+@pytest.mark.parametrize(
+    ("options", "letter", "other"),
+    [(ARROWS, "A", "B"), (ARROWS, "C", "A"), (SIGNED, "A", "B"), (SIGNED, "D", "C")],
+)
 def test_texts_that_differ_in_a_symbol_only_are_different_answers(options, letter, other):
     assert answers.extract_choice(f"<answer> {options[letter]} </answer>", options) == letter
     assert answers.extract_choice(f"<answer> {letter}. {options[other]} </answer>", options) is None
@@ -248,10 +331,17 @@ def test_letter_alone_means_the_option_even_where_another_options_text_is_that_l
 
 def test_pronoun_i_is_not_the_ninth_option():
     assert answers.extract_choice("<think> x </think> <answer> I think so </answer>", TEN) is None
-    assert answers.extract_choice("<think> x </think> <answer> I am sure of text number 3 </answer>", TEN) is None
+    assert (
+        answers.extract_choice(
+            "<think> x </think> <answer> I am sure of text number 3 </answer>", TEN
+        )
+        is None
+    )
     assert answers.extract_choice("<think> x </think> the answer is I think", TEN) is None
     assert answers.extract_choice("<think> x </think> <answer> I </answer>", TEN) == "I"
-    assert answers.extract_choice("<think> x </think> <answer> J. text number 9 </answer>", TEN) == "J"
+    assert (
+        answers.extract_choice("<think> x </think> <answer> J. text number 9 </answer>", TEN) == "J"
+    )
 
 
 @pytest.mark.parametrize(
@@ -279,7 +369,10 @@ def test_pronoun_i_is_not_the_ninth_option():
         ("<think> x </think> The answer is C.", "C"),
         ("<think> x </think> The answer is: (C)", "C"),
         ("The answer is (A). No, the answer is (C).", "C"),
-        ("The answer is (A). No, the answer is (E).", None),  # the last one is not among the options
+        (
+            "The answer is (A). No, the answer is (E).",
+            None,
+        ),  # the last one is not among the options
         ("The answer is A fracture", None),
         ("The answer is not A but C", None),
         ("Option B seems right", None),
@@ -366,7 +459,9 @@ SAID = [  # thirty answers in other words, and the rule that each shows
 
 
 @pytest.mark.parametrize(("response", "letter"), SAID)
-def test_what_is_stated_named_or_opens_an_answer_is_read_and_what_is_denied_is_not(response, letter):
+def test_what_is_stated_named_or_opens_an_answer_is_read_and_what_is_denied_is_not(
+    response, letter
+):
     assert answers.extract_choice(response, FOUR) == letter
 
 
@@ -389,7 +484,11 @@ TRAPS = [  # what a reader in a hurry takes for a letter, by the rule that keeps
     (TESTS, "A is true, B is true, C is false, D is true, so the answer is C.", "C"),
     (TESTS, "A. CT followed by MRI", None),
     (TESTS, "<answer> A: 60%, B: 40% </answer>", None),
-    (TESTS, "Let's evaluate each option:\n\nA. CT: shows bone\nB. MRI: best\n\nTherefore, MRI.", None),
+    (
+        TESTS,
+        "Let's evaluate each option:\n\nA. CT: shows bone\nB. MRI: best\n\nTherefore, MRI.",
+        None,
+    ),
     (TESTS, "Let's consider each option:\nA. CT involves radiation, which", None),
     (TESTS, "The test is MRI.\n\nA. CT\nB. MRI\nC. Ultrasound\nD. Radiograph", None),
     (TESTS, "A. CT is fast and cheap.\nHowever, the cord is only seen on MRI.\nSo MRI.", None),
@@ -432,34 +531,66 @@ def test_a_letter_that_is_also_a_numeral_is_told_from_an_option_that_begins_with
 
 
 def test_an_option_in_latex_is_the_same_option_in_another_spelling():
-    options = {"A": "$w_{1}=52.37rad/s$", "B": "$w_{1}=92.37\\frac{rad}{s}$", "C": "$\\alpha$", "D": "$\\beta$"}
+    options = {
+        "A": "$w_{1}=52.37rad/s$",
+        "B": "$w_{1}=92.37\\frac{rad}{s}$",
+        "C": "$\\alpha$",
+        "D": "$\\beta$",
+    }
     assert answers.extract_choice("So:\n\nA. \\( w_{1}=52.37 \\, \\text{rad/s} \\)", options) == "A"
     assert answers.extract_choice("\\( \\alpha \\)", options) == "C"
     assert answers.extract_choice("D. \\(\\alpha\\)", options) is None
 
 
-@pytest.mark.parametrize(("name", "told"), [
-    ("x-ray", ["X-ray", "chest radiograph", "Plain film", "mammogram", "barium swallow"]),
-    ("ct", ["ct", "CT scan", "computed tomography", "Computerised tomography", "HRCT of the chest"]),
-    ("mri", ["MRI brain", "magnetic resonance imaging (T2)", "fMRI"]),
-    ("ultrasound", ["Ultrasonography", "Echocardiography", "doppler", "US"]),
-    ("angiography", ["CT angiography", "coronary angiogram", "MR angiogram"]),
-    ("nuclear medicine", ["PET/CT", "bone scan", "thyroid scintigraphy"]),
-    ("ophthalmic imaging", ["fundus photography", "OCT", "optical coherence tomography", "slit-lamp"]),
-    ("endoscopy", ["colonoscopy", "endoscopic ultrasound", "otoscopy"]),
-    ("histopathology", ["Histo-Pathology", "H&E stain", "skin biopsy", "pathology"]),
-    ("microscopy", ["peripheral blood smear", "electron microscopy", "photomicrograph"]),
-    ("electrical recording", ["ECG", "EKG", "electrocardiogram", "EEG"]),
-    ("clinical photograph", ["skin photograph", "Photo", "dermoscopy"]),
-    ("other", ["diagram", "", "none", "CT and MRI", "Body Scans: MRI, CT scans, and X-rays", "doctor"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("x-ray", ["X-ray", "chest radiograph", "Plain film", "mammogram", "barium swallow"]),
+        (
+            "ct",
+            [
+                "ct",
+                "CT scan",
+                "computed tomography",
+                "Computerised tomography",
+                "HRCT of the chest",
+            ],
+        ),
+        ("mri", ["MRI brain", "magnetic resonance imaging (T2)", "fMRI"]),
+        ("ultrasound", ["Ultrasonography", "Echocardiography", "doppler", "US"]),
+        ("angiography", ["CT angiography", "coronary angiogram", "MR angiogram"]),
+        ("nuclear medicine", ["PET/CT", "bone scan", "thyroid scintigraphy"]),
+        (
+            "ophthalmic imaging",
+            ["fundus photography", "OCT", "optical coherence tomography", "slit-lamp"],
+        ),
+        ("endoscopy", ["colonoscopy", "endoscopic ultrasound", "otoscopy"]),
+        ("histopathology", ["Histo-Pathology", "H&E stain", "skin biopsy", "pathology"]),
+        ("microscopy", ["peripheral blood smear", "electron microscopy", "photomicrograph"]),
+        ("electrical recording", ["ECG", "EKG", "electrocardiogram", "EEG"]),
+        ("clinical photograph", ["skin photograph", "Photo", "dermoscopy"]),
+        (
+            "other",
+            [
+                "diagram",
+                "",
+                "none",
+                "CT and MRI",
+                "Body Scans: MRI, CT scans, and X-rays",
+                "doctor",
+            ],
+        ),
+    ],
+)
 def test_a_modality_told_in_any_words_is_one_of_twelve_or_other(name, told):
     assert {data.modality(text) for text in told} == {name}
     assert len(data.MODALITIES[0] | data.MODALITIES[1]) == 12
 
 
 REAL = Path(os.environ.get("MEDEE_REAL_DATA", ""))
-real = pytest.mark.skipif(not os.environ.get("MEDEE_REAL_DATA"), reason="MEDEE_REAL_DATA is not set")
+real = pytest.mark.skipif(
+    not os.environ.get("MEDEE_REAL_DATA"), reason="MEDEE_REAL_DATA is not set"
+)
 
 
 def test_a_limit_takes_so_many_of_each_kind_by_their_ids_alone_and_in_their_order():
@@ -473,13 +604,19 @@ def test_a_limit_takes_so_many_of_each_kind_by_their_ids_alone_and_in_their_orde
 
 def real_replies() -> list[tuple[dict, dict]]:
     rows = [json.loads(line) for line in open(REAL / "gpt4o_mmmu_pro_direct.jsonl")]
-    return [(row, dict(zip(data.LETTERS, map(str, ast.literal_eval(row["options"]))))) for row in rows]
+    return [
+        (row, dict(zip(data.LETTERS, map(str, ast.literal_eval(row["options"]))))) for row in rows
+    ]
 
 
 @real
 def test_of_1444_published_replies_without_tags_eleven_are_unread():
     # two of them name an option that a person would take; the others refuse, or name none or two
-    unread = [row["id"] for row, options in real_replies() if answers.extract_choice(row["response"], options) is None]
+    unread = [
+        row["id"]
+        for row, options in real_replies()
+        if answers.extract_choice(row["response"], options) is None
+    ]
     assert len(unread) == 11
 
 
@@ -487,25 +624,52 @@ def test_of_1444_published_replies_without_tags_eleven_are_unread():
 def test_every_option_of_published_files_is_read_in_the_forms_that_models_write():
     banks = [options for _, options in real_replies() if len(options) > 1]
     for line in open(REAL / "medxpertqa_sampled_mm_input.jsonl"):
-        banks.append({option["letter"]: option["content"] for option in json.loads(line)["options"]})
-    forms = ["<answer> Option {}: {} </answer>", "<answer> {}. {} </answer>", "({}) {}", "{}: {}", "The answer is {}. {}"]
+        banks.append(
+            {option["letter"]: option["content"] for option in json.loads(line)["options"]}
+        )
+    forms = [
+        "<answer> Option {}: {} </answer>",
+        "<answer> {}. {} </answer>",
+        "({}) {}",
+        "{}: {}",
+        "The answer is {}. {}",
+    ]
     for options in banks:
         for letter, text in options.items():
-            assert {answers.extract_choice(form.format(letter, text), options) for form in forms} == {letter}
+            assert {
+                answers.extract_choice(form.format(letter, text), options) for form in forms
+            } == {letter}
 
 
 @pytest.mark.parametrize(
     ("response", "right"),
-    [("two", True), ("<answer> 2 </answer>", True), ("<think> x </think> two", False), ("<answer> three </answer>", False), ("", False), ("It is two", False)],
+    [
+        ("two", True),
+        ("<answer> 2 </answer>", True),
+        ("<think> x </think> two", False),
+        ("<answer> three </answer>", False),
+        ("", False),
+        ("It is two", False),
+    ],
 )
 def test_an_open_answer_has_the_words_of_one_of_the_accepted_answers(response, right):
     # without any tag the whole reply is the answer; with a tag it must stand in its block
-    assert answers.is_correct(response, data.Question("How many?", {}, "2", meta={"answers": ["2", "two"]})) is right
+    assert (
+        answers.is_correct(
+            response, data.Question("How many?", {}, "2", meta={"answers": ["2", "two"]})
+        )
+        is right
+    )
 
 
 def test_letter_outside_the_questions_options_is_not_read():
     two = {"A": "yes", "B": "no"}
-    assert [answers.extract_choice(f"<answer> {letter} </answer>", two) for letter in "ABCJ"] == ["A", "B", None, None]
+    assert [answers.extract_choice(f"<answer> {letter} </answer>", two) for letter in "ABCJ"] == [
+        "A",
+        "B",
+        None,
+        None,
+    ]
 
 
 @given(st.text(max_size=80))
@@ -516,12 +680,18 @@ def test_extraction_never_raises_and_gives_an_option_or_none(text):
 
 def test_unparsable_answer_counts_as_wrong():
     for letter in FOUR:
-        assert not answers.is_correct("<think> x </think> <answer> hard to say </answer>", data.Question("q", FOUR, letter))
+        assert not answers.is_correct(
+            "<think> x </think> <answer> hard to say </answer>", data.Question("q", FOUR, letter)
+        )
 
 
 @pytest.mark.parametrize("answer", FOUR)
 def test_only_the_questions_own_answer_is_right(answer):
-    right = [letter for letter in FOUR if answers.is_correct(data.join_response("x", letter), data.Question("q", FOUR, answer))]
+    right = [
+        letter
+        for letter in FOUR
+        if answers.is_correct(data.join_response("x", letter), data.Question("q", FOUR, answer))
+    ]
     assert right == [answer]
 
 
@@ -538,7 +708,12 @@ def test_only_the_questions_own_answer_is_right(answer):
 )
 def test_open_ended_answer_needs_the_references_very_words(block, right):
     question = data.Question("Which test?", {}, "renal ultrasound")
-    assert answers.is_correct(f"<think> renal ultrasound </think> <answer> {block} </answer>", question) is right
+    assert (
+        answers.is_correct(
+            f"<think> renal ultrasound </think> <answer> {block} </answer>", question
+        )
+        is right
+    )
 
 
 def test_open_ended_answer_outside_a_block_or_cut_off_is_wrong():
@@ -548,10 +723,12 @@ def test_open_ended_answer_outside_a_block_or_cut_off_is_wrong():
 
 
 def test_open_ended_answer_with_the_opposite_symbol_is_wrong():
-    assert not answers.is_correct("<think> x </think> <answer> ↑ TSH </answer>", data.Question("q", {}, "↓ TSH"))
+    assert not answers.is_correct(
+        "<think> x </think> <answer> ↑ TSH </answer>", data.Question("q", {}, "↓ TSH")
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Questions
 
 
@@ -576,7 +753,7 @@ def test_question_id_follows_content_and_nothing_else():
 def test_question_survives_its_row():
     question = data.Question("q", FOUR, "B", ["films/x.png"], "bank", {"modality": "scan"})
     row = json.loads(json.dumps(question.to_row()))
-    assert data.Question.from_row(row, "f:1") == question
+    assert schema.question_from(row, "f:1") == question
 
 
 @pytest.mark.parametrize(
@@ -588,7 +765,10 @@ def test_question_survives_its_row():
         ({"options": {"B": "x", "A": "y"}}, "options"),
         ({"options": {chr(65 + i): str(i) for i in range(11)}}, "options"),
         ({"options": ["x", "y"]}, "options"),
-        ({"options": {"A": "x", "B": 5}}, "options"),  # a number is not a text; it would break reading answers later
+        (
+            {"options": {"A": "x", "B": 5}},
+            "options",
+        ),  # a number is not a text; it would break reading answers later
         ({"answer": "E"}, "answer"),
         ({"answer": "MRI"}, "answer"),
         ({"options": {}, "answer": " "}, "answer"),
@@ -602,7 +782,7 @@ def test_question_survives_its_row():
 def test_bad_question_is_refused_with_file_line_and_key(tmp_path, changes, key):
     path = write(tmp_path / "q.jsonl", question_row(id="ok"), question_row(**changes))
     with pytest.raises(data.RowError) as error:
-        data.read_questions(path)
+        schema.read_questions(path)
     assert str(error.value).startswith(f"{path}:2: {key}:")
 
 
@@ -612,17 +792,23 @@ def test_missing_key_is_named_with_file_and_line(tmp_path, key):
     del row[key]
     path = write(tmp_path / "q.jsonl", "", row)  # an empty line counts as a line
     with pytest.raises(data.RowError, match=re.escape(f"{path}:2: missing '{key}'")):
-        data.read_questions(path)
+        schema.read_questions(path)
 
 
 def test_repeated_id_is_refused_and_both_lines_are_named(tmp_path):
-    path = write(tmp_path / "q.jsonl", question_row(), question_row(id="other"), question_row(answer="C"))
+    path = write(
+        tmp_path / "q.jsonl", question_row(), question_row(id="other"), question_row(answer="C")
+    )
     with pytest.raises(data.RowError) as error:
-        data.read_questions(path)
-    assert f"{path}:3" in str(error.value) and f"{path}:1" in str(error.value) and "'q1'" in str(error.value)
+        schema.read_questions(path)
+    assert (
+        f"{path}:3" in str(error.value)
+        and f"{path}:1" in str(error.value)
+        and "'q1'" in str(error.value)
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Seeds and hashes
 
 
@@ -636,7 +822,13 @@ def test_sample_seed_depends_on_its_own_question_and_number_alone():
 def test_sample_seed_is_the_same_in_another_process():
     # Python's own hash() of a string is not
     code = "import data; print(data.sample_seed(3, 'question', 5))"
-    said = subprocess.run([sys.executable, "-c", code], cwd=Path(data.__file__).parent, capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(data.__file__).parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     assert int(said) == data.sample_seed(3, "question", 5)
 
 
@@ -645,7 +837,7 @@ def test_content_hash_does_not_depend_on_key_order_but_on_every_value():
     assert data.content_hash({"a": 1, "b": [2]}) != data.content_hash({"a": 1, "b": [3]})
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # JSONL
 
 
@@ -675,10 +867,14 @@ def test_line_torn_inside_a_character_is_an_error_with_file_and_line(tmp_path):
         list(data.read_jsonl(path))
 
 
-@pytest.mark.parametrize("torn", ['{"a"', '{"a": 3}', "é"])  # even a whole row, where only the line's end is missing
+@pytest.mark.parametrize(
+    "torn", ['{"a"', '{"a": 3}', "é"]
+)  # even a whole row, where only the line's end is missing
 def test_torn_last_line_is_dropped_on_resume_and_written_again(tmp_path, torn):
     path = tmp_path / "x.jsonl"
-    path.write_bytes(b'{"a": 1}\n{"a": 2}\n' + torn.encode()[: max(1, len(torn.encode()) - (torn == "é"))])
+    path.write_bytes(
+        b'{"a": 1}\n{"a": 2}\n' + torn.encode()[: max(1, len(torn.encode()) - (torn == "é"))]
+    )
     assert data.resume_jsonl(path) == [{"a": 1}, {"a": 2}]
     with open(path, "a", encoding="utf-8") as file:
         data.append_jsonl(file, [{"a": 3}])
@@ -704,7 +900,7 @@ def test_appended_rows_are_on_disk_before_the_file_is_closed(tmp_path):
 
 
 def test_atomic_write_leaves_no_temporary_file(tmp_path):
-    assert data.write_jsonl(tmp_path / "sub" / "x.jsonl", [{"a": "é"}, {"a": 2}]) == 2
+    data.write_jsonl(tmp_path / "sub" / "x.jsonl", [{"a": "é"}, {"a": 2}])
     data.write_json(tmp_path / "sub" / "y.json", {"b": 1})
     assert sorted(path.name for path in (tmp_path / "sub").iterdir()) == ["x.jsonl", "y.json"]
     assert (tmp_path / "sub" / "x.jsonl").read_text(encoding="utf-8") == '{"a": "é"}\n{"a": 2}\n'
@@ -723,29 +919,41 @@ def test_writer_that_fails_half_way_leaves_the_old_file_whole(tmp_path):
     assert path.read_text() == '{"a": 1}\n'
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # One schema for each kind of row, and `check`
 
 
 TURNS = [*data.prompt_messages(data.Question("q", FOUR, "B"))]
-DEMO = {"id": "q", "messages": [*TURNS, {"role": "assistant", "content": data.join_response("x", "B")}], "images": []}
+DEMO = {
+    "id": "q",
+    "messages": [*TURNS, {"role": "assistant", "content": data.join_response("x", "B")}],
+    "images": [],
+}
 ROLLOUT = {
     "id": "q", "sample": 0, "response": "x", "token_ids": None, "finish_reason": "stop",
     "response_sha": hashlib.sha256(b'"x"').hexdigest()[:16],
 }  # fmt: skip
 VERDICT = {"id": "q", "sample": 0, "response_sha": "aa", "verdict_sha": "bb", "criteria": None}
-PAIR = {"id": "q", "prompt": TURNS, "images": [], "chosen": "a", "rejected": "b", "failed": ["Reflection_Presence"]}
+PAIR = {
+    "id": "q",
+    "prompt": TURNS,
+    "images": [],
+    "chosen": "a",
+    "rejected": "b",
+    "failed": ["Reflection_Presence"],
+}
 KEY = {"case": "case-0001", "id": "q", "response_sha": "aa"}
 STEP = {"step": 0, "loss": 0.5, "chosen": -3.0}
 GOOD = {
-    "questions": question_row(), "demos": DEMO, "rollouts": ROLLOUT, "verdicts": VERDICT, "pairs": PAIR, "key": KEY, "metrics": STEP,
+    "questions": question_row(), "demos": DEMO, "rollouts": ROLLOUT, "verdicts": VERDICT,
+    "pairs": PAIR, "key": KEY, "metrics": STEP,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", GOOD)
 def test_check_passes_a_good_file_and_names_its_kind(tmp_path, capsys, kind):
     path = write(tmp_path / "x.jsonl", GOOD[kind])
-    assert data.main(["check", str(path)]) == 0
+    assert report_main(["check", str(path)]) == 0
     assert f"{path}: 1 {kind}\n0 mistakes" in capsys.readouterr().out
 
 
@@ -753,15 +961,17 @@ def test_log_probabilities_of_the_sampler_may_be_there_or_null_or_missing(tmp_pa
     told = {"logp": -1.5, "token_logps": [-1, -0.5]}
     for more in ({}, {"logp": None}, {"logp": -2}, told):
         write(tmp_path / "rollouts.jsonl", {**ROLLOUT, **more})
-        assert data.read_rows(tmp_path / "rollouts.jsonl", "rollouts") == [{**ROLLOUT, **more}]
+        assert schema.read_rows(tmp_path / "rollouts.jsonl", "rollouts") == [{**ROLLOUT, **more}]
         sided = {f"rejected_{key}": value for key, value in more.items()}
         write(tmp_path / "pairs.jsonl", {**PAIR, **sided})
-        assert data.read_rows(tmp_path / "pairs.jsonl", "pairs") == [{**PAIR, **sided}]
+        assert schema.read_rows(tmp_path / "pairs.jsonl", "pairs") == [{**PAIR, **sided}]
 
 
 def test_every_kind_is_told_by_its_own_key_and_has_a_good_row_here():
-    assert GOOD.keys() == data.KINDS.keys()
-    assert {kind: data.kind_of(row) for kind, row in GOOD.items()} == {kind: kind for kind in GOOD}
+    assert GOOD.keys() == schema.KINDS.keys()
+    assert {kind: schema.kind_of(row) for kind, row in GOOD.items()} == {
+        kind: kind for kind in GOOD
+    }
 
 
 def without(row: dict, key: str) -> dict:
@@ -775,47 +985,99 @@ def turn(role: str, content) -> dict:
 PATHS = ("/etc/passwd", "../../x.png", "a/../../x.png", "", ".", "a\0b", 5, None, ["x.png"])
 BAD = {  # what is wrong: (kind, the row or its line, what the message must name)
     "not JSON": ("questions", "{", "JSON"),
-    "NaN": ("questions", '{"id": "a", "question": "Q", "options": {}, "answer": "x", "images": [], "meta": {"n": NaN}}', "NaN"),
+    "NaN": (
+        "questions",
+        '{"id": "a", "question": "Q", "options": {}, "answer": "x", "images": [], '
+        '"meta": {"n": NaN}}',
+        "NaN",
+    ),
     "infinity": ("metrics", '{"step": 1, "loss": Infinity}', "Infinity"),
-    "an answer given twice": ("questions", '{"id": "a", "question": "Q", "options": {}, "answer": "x", "images": [], "answer": "y"}', "'answer'"),
-    "a letter given twice": ("questions", '{"id": "a", "question": "Q", "options": {"A": "x", "A": "y"}, "answer": "A", "images": []}', "'A'"),
-    "half a pair in a question": ("questions", '{"id": "a", "question": "\\ud800", "options": {}, "answer": "x", "images": []}', "surrogate"),
+    "an answer given twice": (
+        "questions",
+        '{"id": "a", "question": "Q", "options": {}, "answer": "x", "images": [], "answer": "y"}',
+        "'answer'",
+    ),
+    "a letter given twice": (
+        "questions",
+        '{"id": "a", "question": "Q", "options": {"A": "x", "A": "y"}, "answer": "A", '
+        '"images": []}',
+        "'A'",
+    ),
+    "half a pair in a question": (
+        "questions",
+        '{"id": "a", "question": "\\ud800", "options": {}, "answer": "x", "images": []}',
+        "surrogate",
+    ),
     "half a pair in a demo": ("demos", json.dumps({**DEMO, "teacher": "\ud800"}), "surrogate"),
     "nested without end": ("questions", "[" * 100_000, "nested"),
     "a list": ("questions", "[1]", "object"),
-    "a question without its answer": ("questions", without(question_row(id="b"), "answer"), "answer"),
-    "a question whose answer is no option": ("questions", question_row(id="b", answer="F"), "answer"),
+    "a question without its answer": (
+        "questions", without(question_row(id="b"), "answer"), "answer",
+    ),
+    "a question whose answer is no option": (
+        "questions", question_row(id="b", answer="F"), "answer",
+    ),
     "an empty question": ("questions", question_row(id="b", question=" "), "question"),
     "a number for a question": ("questions", question_row(id="b", question=5), "question"),
     "an id that is a number": ("questions", question_row(id=7), "id"),
     "an empty id": ("questions", question_row(id=""), "id"),
-    "a choice of one option": ("questions", question_row(id="b", options={"A": "x"}, answer="A"), "options"),
-    "an empty option": ("questions", question_row(id="b", options={"A": "x", "B": ""}, answer="A"), "options"),
-    "letters out of order": ("questions", question_row(id="b", options={"B": "x", "A": "y"}, answer="A"), "options"),
-    "eleven options": ("questions", question_row(id="b", options=dict(zip("ABCDEFGHIJK", map(str, range(11)))), answer="A"), "options"),
+    "a choice of one option": (
+        "questions", question_row(id="b", options={"A": "x"}, answer="A"), "options",
+    ),
+    "an empty option": (
+        "questions", question_row(id="b", options={"A": "x", "B": ""}, answer="A"), "options",
+    ),
+    "letters out of order": (
+        "questions", question_row(id="b", options={"B": "x", "A": "y"}, answer="A"), "options",
+    ),
+    "eleven options": (
+        "questions",
+        question_row(id="b", options=dict(zip("ABCDEFGHIJK", map(str, range(11)))), answer="A"),
+        "options",
+    ),
     "options as a list": ("questions", question_row(id="b", options=["x", "y"]), "options"),
     "images as a text": ("questions", question_row(id="b", images="x.png"), "images"),
     "meta as a list": ("questions", question_row(id="b", meta=[]), "meta"),
     "a misspelt key": ("questions", {**question_row(id="b"), "Images": ["x.png"]}, "Images"),
-    "an open question without a reference": ("questions", question_row(id="b", options={}, answer=" "), "answer"),
+    "an open question without a reference": (
+        "questions", question_row(id="b", options={}, answer=" "), "answer",
+    ),
     "a pair of one text": ("pairs", {**PAIR, "rejected": "a"}, "rejected"),
     "an empty chosen": ("pairs", {**PAIR, "chosen": ""}, "chosen"),
     "a pair without its failures": ("pairs", without(PAIR, "failed"), "failed"),
     "failures as a text": ("pairs", {**PAIR, "failed": "Reflection_Presence"}, "failed"),
     "a prompt of texts": ("pairs", {**PAIR, "prompt": ["x"]}, "prompt"),
     "an empty prompt": ("pairs", {**PAIR, "prompt": []}, "prompt"),
-    "a prompt that ends with the assistant": ("pairs", {**PAIR, "prompt": [*TURNS, turn("assistant", "x")]}, "prompt"),
-    "a prompt of a strange role": ("pairs", {**PAIR, "prompt": [turn("tool", "x"), TURNS[1]]}, "prompt"),
+    "a prompt that ends with the assistant": (
+        "pairs", {**PAIR, "prompt": [*TURNS, turn("assistant", "x")]}, "prompt",
+    ),
+    "a prompt of a strange role": (
+        "pairs", {**PAIR, "prompt": [turn("tool", "x"), TURNS[1]]}, "prompt",
+    ),
     "token ids as a text": ("pairs", {**PAIR, "chosen_token_ids": "abc"}, "chosen_token_ids"),
-    "a token id that is true": ("pairs", {**PAIR, "rejected_token_ids": [1, True]}, "rejected_token_ids"),
+    "a token id that is true": (
+        "pairs", {**PAIR, "rejected_token_ids": [1, True]}, "rejected_token_ids",
+    ),
     "a token id below 0": ("pairs", {**PAIR, "rejected_token_ids": [-1]}, "rejected_token_ids"),
-    "a demo without a system turn": ("demos", {**DEMO, "messages": DEMO["messages"][1:]}, "messages"),
-    "a demo out of form": ("demos", {**DEMO, "messages": [*TURNS, turn("assistant", "B")]}, "messages"),
+    "a demo without a system turn": (
+        "demos", {**DEMO, "messages": DEMO["messages"][1:]}, "messages",
+    ),
+    "a demo out of form": (
+        "demos", {**DEMO, "messages": [*TURNS, turn("assistant", "B")]}, "messages",
+    ),
     "a demo whose turn is a text": ("demos", {**DEMO, "messages": ["hello"]}, "messages"),
-    "a demo whose turn has no content": ("demos", {**DEMO, "messages": [*TURNS, {"role": "assistant"}]}, "messages"),
-    "a demo whose content is a list": ("demos", {**DEMO, "messages": [TURNS[0], turn("user", ["x"]), DEMO["messages"][2]]}, "messages"),
+    "a demo whose turn has no content": (
+        "demos", {**DEMO, "messages": [*TURNS, {"role": "assistant"}]}, "messages",
+    ),
+    "a demo whose content is a list": (
+        "demos",
+        {**DEMO, "messages": [TURNS[0], turn("user", ["x"]), DEMO["messages"][2]]},
+        "messages",
+    ),
     "a demo's sample below 0": ("demos", {**DEMO, "sample": -1}, "sample"),
-    "a rollout without a finish reason": ("rollouts", without(ROLLOUT, "finish_reason"), "finish_reason"),
+    "a rollout without a finish reason": (
+        "rollouts", without(ROLLOUT, "finish_reason"), "finish_reason",
+    ),
     "an unknown finish reason": ("rollouts", {**ROLLOUT, "finish_reason": "done"}, "finish_reason"),
     "a rollout numbered by a text": ("rollouts", {**ROLLOUT, "sample": "0"}, "sample"),
     "a rollout numbered by true": ("rollouts", {**ROLLOUT, "sample": True}, "sample"),
@@ -829,53 +1091,69 @@ BAD = {  # what is wrong: (kind, the row or its line, what the message must name
     "a rollout that is correct by a word": ("rollouts", {**ROLLOUT, "correct": "No"}, "correct"),
     "a verdict on nothing": ("verdicts", without(VERDICT, "response_sha"), "response_sha"),
     "a verdict in words": ("verdicts", {**VERDICT, "criteria": "No"}, "criteria"),
-    "a criterion in words": ("verdicts", {**VERDICT, "criteria": dict.fromkeys(data.JUDGED, "No")}, "criteria"),
-    "a criterion that is missing": ("verdicts", {**VERDICT, "criteria": dict.fromkeys(data.JUDGED[1:], True)}, "criteria"),
+    "a criterion in words": (
+        "verdicts", {**VERDICT, "criteria": dict.fromkeys(data.JUDGED, "No")}, "criteria",
+    ),
+    "a criterion that is missing": (
+        "verdicts", {**VERDICT, "criteria": dict.fromkeys(data.JUDGED[1:], True)}, "criteria",
+    ),
     "no criteria at all": ("verdicts", {**VERDICT, "criteria": {}}, "criteria"),
     "a loss that is a text": ("metrics", {"step": 1, "loss": "0.5"}, "loss"),
     "a key without its case": ("key", {**without(KEY, "case"), "case": ""}, "case"),
     "a second kind of row": ("questions", DEMO, "demos"),
     "a demo among pairs": ("pairs", DEMO, "demos"),
-    **{f"a path like {path!r} in {kind}": (kind, {**GOOD[kind], "id": "b", "images": [path]}, "images") for path in PATHS for kind in ("questions", "demos", "pairs")},
+    **{
+        f"a path like {path!r} in {kind}": (
+            kind, {**GOOD[kind], "id": "b", "images": [path]}, "images",
+        )
+        for path in PATHS
+        for kind in ("questions", "demos", "pairs")
+    },
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_row_is_refused_by_check_and_by_the_reader_naming_file_line_and_key(tmp_path, capsys, name):
+def test_a_bad_row_is_refused_by_check_and_by_the_reader_naming_file_line_and_key(
+    tmp_path, capsys, name
+):
     kind, row, key = BAD[name]
-    path = write(tmp_path / "x.jsonl", {**GOOD[kind], "step": 0} if kind == "metrics" else GOOD[kind], row)
-    assert data.main(["check", str(path)]) == 1
+    path = write(
+        tmp_path / "x.jsonl", {**GOOD[kind], "step": 0} if kind == "metrics" else GOOD[kind], row
+    )
+    assert report_main(["check", str(path)]) == 1
     said = capsys.readouterr().out
     assert f"{path}:2: " in said and key in said and "1 mistakes" in said
     with pytest.raises(data.RowError) as refused:
-        data.read_questions(path) if kind == "questions" else data.read_rows(path, kind)
+        schema.read_questions(path) if kind == "questions" else schema.read_rows(path, kind)
     assert f"{path}:2: " in str(refused.value) and key in str(refused.value)
 
 
 @pytest.mark.parametrize("kind", GOOD)
 def test_a_row_that_says_a_thing_twice_is_refused_and_both_lines_are_named(tmp_path, kind):
     path = write(tmp_path / "x.jsonl", GOOD[kind], GOOD[kind])
-    with pytest.raises(data.RowError, match=f"{re.escape(str(path))}:2: .* is already on {re.escape(str(path))}:1"):
-        data.read_rows(path, kind)
+    with pytest.raises(
+        data.RowError, match=f"{re.escape(str(path))}:2: .* is already on {re.escape(str(path))}:1"
+    ):
+        schema.read_rows(path, kind)
 
 
 def test_contrary_verdicts_on_one_sample_are_refused(tmp_path):
     yes, no = ({**VERDICT, "criteria": dict.fromkeys(data.JUDGED, met)} for met in (True, False))
     with pytest.raises(data.RowError, match="is already on"):
-        data.read_rows(write(tmp_path / "x.jsonl", yes, no), "verdicts")
+        schema.read_rows(write(tmp_path / "x.jsonl", yes, no), "verdicts")
 
 
 def test_an_empty_file_is_said_to_be_empty_and_is_no_success(tmp_path, capsys):
     path = write(tmp_path / "x.jsonl", "", "")
-    assert data.main(["check", str(path)]) == 1 and "no row in it" in capsys.readouterr().out
+    assert report_main(["check", str(path)]) == 1 and "no row in it" in capsys.readouterr().out
     with pytest.raises(data.RowError, match="x.jsonl: no row in it"):
-        data.read_rows(path, "questions")
+        schema.read_rows(path, "questions")
 
 
 def test_a_pipe_and_a_folder_are_no_files_to_read(tmp_path, capsys):
     os.mkfifo(tmp_path / "pipe")  # whoever opens it waits for a writer
     for path in (tmp_path / "pipe", tmp_path):
-        assert data.main(["check", str(path)]) == 1 and "is not a file" in capsys.readouterr().out
+        assert report_main(["check", str(path)]) == 1 and "is not a file" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("image", PATHS)
@@ -887,16 +1165,23 @@ def test_no_path_leaves_the_image_root(tmp_path, image):
 
 def test_check_of_several_files_fails_if_one_is_bad_or_missing(tmp_path):
     good, bad = write(tmp_path / "good.jsonl", question_row()), write(tmp_path / "bad.jsonl", "{")
-    assert data.main(["check", str(good), str(good)]) == 0
-    assert data.main(["check", str(good), str(bad)]) == 1
-    assert data.main(["check", str(tmp_path / "none.jsonl"), str(good)]) == 1
+    assert report_main(["check", str(good), str(good)]) == 0
+    assert report_main(["check", str(good), str(bad)]) == 1
+    assert report_main(["check", str(tmp_path / "none.jsonl"), str(good)]) == 1
 
 
 def test_check_counts_every_mistake_of_a_file(tmp_path, capsys):
-    path = write(tmp_path / "x.jsonl", question_row(answer="F"), question_row(), question_row(images="x"))
-    assert data.main(["check", str(path)]) == 1
+    path = write(
+        tmp_path / "x.jsonl", question_row(answer="F"), question_row(), question_row(images="x")
+    )
+    assert report_main(["check", str(path)]) == 1
     said = capsys.readouterr().out
-    assert f"{path}:1: " in said and f"{path}:3: " in said and "2 mistakes" in said and "1 questions" in said
+    assert (
+        f"{path}:1: " in said
+        and f"{path}:3: " in said
+        and "2 mistakes" in said
+        and "1 questions" in said
+    )
 
 
 def test_hash_of_what_is_not_there_is_refused_by_name(tmp_path):

@@ -1,4 +1,5 @@
-"""Which demonstrations are kept: a truth table for every rule, teachers in turn, and engines behind a real HTTP server.
+"""Which demonstrations are kept: a truth table for every rule, teachers in turn, and engines behind
+a real HTTP server.
 
 A teacher's replies are kept beside the folder that is written, and nothing is asked twice. So a
 file of replies, written here, decides what each teacher "said", and the real command then has
@@ -23,12 +24,14 @@ from test_clinic import wordings
 from test_remote import Chat, keys, script, serve  # noqa: F401  (keys and serve are fixtures)
 
 import answers
-import asking
-import clinic
+import clinic.roles
+import clinic.world
 import data
 import distill
-import model
 import sft
+from command import schema
+from engines import inference
+from report.__main__ import main as run_report
 
 OPTIONS = {"A": "biopsy", "B": "surgery", "C": "rest", "D": "steroids"}
 REASON = "the cough is old and the film is dark so a surgeon must look"
@@ -37,8 +40,12 @@ BAD = data.join_response(REASON, "C. rest")
 REAL = os.environ.get("MEDEE_REAL_DATA")
 
 
-def q(stem: str, key: str = "", answer: str = "B", options: dict | None = None, images: tuple = ()) -> data.Question:
-    return data.Question(stem, OPTIONS if options is None else options, answer, list(images), "bank", {}, key)
+def q(
+    stem: str, key: str = "", answer: str = "B", options: dict | None = None, images: tuple = ()
+) -> data.Question:
+    return data.Question(
+        stem, OPTIONS if options is None else options, answer, list(images), "bank", {}, key
+    )
 
 
 def write(path: Path, questions: list[data.Question]) -> Path:
@@ -50,7 +57,7 @@ def rows_of(path: Path) -> list[dict]:
     return [row for _, row in data.read_jsonl(path)]
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The three criteria
 
 ASKED = q("A man coughs. What is the best next step?", "q")
@@ -66,24 +73,51 @@ FAULTS = {  # name: (response, criteria that must fail)
     "empty thinking": (data.join_response("", "B. surgery"), {"structure"}),
     "too short": (data.join_response("it is so clear", "B. surgery"), {"structure"}),
     "just long enough": (data.join_response("it is all so clear", "B. surgery"), set()),
-    "just short enough": (data.join_response(" ".join(f"w{i}" for i in range(40)), "B. surgery"), set()),
-    "too long": (data.join_response(" ".join(f"w{i}" for i in range(41)), "B. surgery"), {"structure"}),
-    "text between the blocks": (f"<think> {REASON} </think> so <answer> B. surgery </answer>", {"structure"}),
+    "just short enough": (
+        data.join_response(" ".join(f"w{i}" for i in range(40)), "B. surgery"),
+        set(),
+    ),
+    "too long": (
+        data.join_response(" ".join(f"w{i}" for i in range(41)), "B. surgery"),
+        {"structure"},
+    ),
+    "text between the blocks": (
+        f"<think> {REASON} </think> so <answer> B. surgery </answer>",
+        {"structure"},
+    ),
     "text after the blocks": (f"{GOOD} Good luck!", {"structure"}),
     "two answers": (f"{GOOD} <answer> B. surgery </answer>", {"structure"}),
     "two thoughts": (f"<think> {REASON} </think> {GOOD}", {"structure"}),
-    "answer inside the thinking": (f"<think> {REASON} <answer> B. surgery </answer> </think>", {"structure", "correct"}),
+    "answer inside the thinking": (
+        f"<think> {REASON} <answer> B. surgery </answer> </think>",
+        {"structure", "correct"},
+    ),
     "empty answer": (data.join_response(REASON, ""), {"structure", "correct"}),
     "no form at all": (f"{REASON}, so the answer is (B).", {"structure"}),
     "a loop": (data.join_response(LOOP, "B. surgery"), {"coherence"}),
     "said four times is no loop": (data.join_response(" ".join([PHRASE] * 4), "B. surgery"), set()),
     "drift into Chinese": (data.join_response(f"{REASON} 所以手术", "B. surgery"), {"coherence"}),
-    "drift into Cyrillic": (data.join_response(f"{REASON} потому что", "B. surgery"), {"coherence"}),
+    "drift into Cyrillic": (
+        data.join_response(f"{REASON} потому что", "B. surgery"),
+        {"coherence"},
+    ),
     "Greek letters are medicine": (data.join_response(f"{REASON}, α and β", "B. surgery"), set()),
-    "knows the answer": (data.join_response(f"{REASON}, and the reference answer is surgery", "B. surgery"), {"coherence"}),
-    "was given the answer": (data.join_response(f"{REASON}. The provided answer says surgery", "B. surgery"), {"coherence"}),
-    "finds the answer": (data.join_response(f"{REASON}, so the correct answer is surgery", "B. surgery"), set()),
-    "was given a summary": (data.join_response(f"{REASON}. The summary says surgery", "B. surgery"), {"coherence"}),
+    "knows the answer": (
+        data.join_response(f"{REASON}, and the reference answer is surgery", "B. surgery"),
+        {"coherence"},
+    ),
+    "was given the answer": (
+        data.join_response(f"{REASON}. The provided answer says surgery", "B. surgery"),
+        {"coherence"},
+    ),
+    "finds the answer": (
+        data.join_response(f"{REASON}, so the correct answer is surgery", "B. surgery"),
+        set(),
+    ),
+    "was given a summary": (
+        data.join_response(f"{REASON}. The summary says surgery", "B. surgery"),
+        {"coherence"},
+    ),
     "sums up": (data.join_response(f"{REASON}. In summary, surgery", "B. surgery"), set()),
     "all three": ("потому что", {"correct", "structure", "coherence"}),
 }
@@ -113,7 +147,7 @@ def test_a_loop_is_what_is_said_over_and_over_and_not_what_is_said_three_times(n
 
 
 def faults(response: str, finish: str = "stop", question: data.Question = ASKED) -> set[str]:
-    return set(distill.check(response, finish, question, 5, 40))
+    return set(distill.check_chain(response, finish, question, 5, 40))
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -132,32 +166,76 @@ def test_script_of_the_question_itself_is_no_drift():
 
 
 def test_a_refusal_says_what_is_wrong_with_the_answer():
-    said = {name: distill.check(FAULTS[name][0], "stop", ASKED, 5, 40)["correct"] for name in ("wrong letter", "unreadable answer")}
-    assert said == {"wrong letter": "the answer is C, not B", "unreadable answer": "the answer is wrong, or cannot be read"}
+    said = {
+        name: distill.check_chain(FAULTS[name][0], "stop", ASKED, 5, 40)["correct"]
+        for name in ("wrong letter", "unreadable answer")
+    }
+    assert said == {
+        "wrong letter": "the answer is C, not B",
+        "unreadable answer": "the answer is wrong, or cannot be read",
+    }
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Reading a teacher's reply
 
-READ = {  # name: (text, reasoning told apart, the response that is read; None: the text as it is, which the rules refuse)
+# name: (text, reasoning told apart, the response that is read). None: the text as it is, which the
+# rules refuse.
+READ = {
     "as asked": (GOOD, "", GOOD),
-    "spaces and lines": (f"\n<think>\n{REASON}\n</think>\n\n<answer>B. surgery</answer>\n", "", GOOD),
-    "an explanation before the block": (f"<think>{REASON}</think>\nIn short: look.\n<answer>B. surgery</answer>", "", GOOD),
+    "spaces and lines": (
+        f"\n<think>\n{REASON}\n</think>\n\n<answer>B. surgery</answer>\n",
+        "",
+        GOOD,
+    ),
+    "an explanation before the block": (
+        f"<think>{REASON}</think>\nIn short: look.\n<answer>B. surgery</answer>",
+        "",
+        GOOD,
+    ),
     "no block, but a stated answer": (f"<think>{REASON}</think>\nSo the answer is (B).", "", GOOD),
-    "no block, an answer stated twice": (f"<think>{REASON}</think>\nPerhaps the answer is C. No, the answer is B.", "", GOOD),
+    "no block, an answer stated twice": (
+        f"<think>{REASON}</think>\nPerhaps the answer is C. No, the answer is B.",
+        "",
+        GOOD,
+    ),
     "no block, a letter alone": (f"<think>{REASON}</think>\n\nB", "", GOOD),
-    "no block, an option that is not there": (f"<think>{REASON}</think> The answer is (E).", "", None),
-    "stated inside the thinking only": (f"<think>{REASON}, so the answer is (B)</think> See above.", "", None),
+    "no block, an option that is not there": (
+        f"<think>{REASON}</think> The answer is (E).",
+        "",
+        None,
+    ),
+    "stated inside the thinking only": (
+        f"<think>{REASON}, so the answer is (B)</think> See above.",
+        "",
+        None,
+    ),
     "two blocks": (f"<think>{REASON}</think> <answer>C</answer> <answer>B</answer>", "", None),
     "a block that does not end": (f"<think>{REASON}</think> <answer>B", "", None),
-    "two thoughts": (f"<think>{REASON}</think> <think>{REASON}</think> <answer>B</answer>", "", None),
+    "two thoughts": (
+        f"<think>{REASON}</think> <think>{REASON}</think> <answer>B</answer>",
+        "",
+        None,
+    ),
     "no thinking": ("The answer is (B).", "", None),
     "thinking that does not end": (f"<think>{REASON}, the answer is (B).", "", None),
     "told apart": ("<answer> B. surgery </answer>", REASON, GOOD),
-    "told apart, an explanation around": ("Look first.\n<answer>B. surgery</answer>\nDone.", f"\n{REASON}\n", GOOD),
+    "told apart, an explanation around": (
+        "Look first.\n<answer>B. surgery</answer>\nDone.",
+        f"\n{REASON}\n",
+        GOOD,
+    ),
     "told apart, a stated answer": ("**The answer is (B).**", REASON, GOOD),
-    "told apart, and a second think block in the text": ("<think> In brief. </think> <answer> B. surgery </answer>", REASON, GOOD),
-    "told apart, and a think block that does not end": ("<think> In brief. The answer is (B).", REASON, None),
+    "told apart, and a second think block in the text": (
+        "<think> In brief. </think> <answer> B. surgery </answer>",
+        REASON,
+        GOOD,
+    ),
+    "told apart, and a think block that does not end": (
+        "<think> In brief. The answer is (B).",
+        REASON,
+        None,
+    ),
     "told apart, no answer": ("I must see the film.", REASON, None),
 }
 
@@ -165,23 +243,28 @@ READ = {  # name: (text, reasoning told apart, the response that is read; None: 
 @pytest.mark.parametrize("name", READ)
 def test_a_reply_is_read_by_one_rule_or_left_as_it_is(name):
     text, reasoning, expected = READ[name]
-    response = distill.read_reply(text, reasoning, OPTIONS)
+    response = distill.read_completion(text, reasoning, OPTIONS)
     assert response == (expected or text)
     assert (faults(response) == set()) == (expected is not None)
 
 
 def test_tags_inside_told_reasoning_are_refused_and_not_an_error():
-    response = distill.read_reply("<answer> B </answer>", f"{REASON}, and I must write <answer> tags", OPTIONS)
+    response = distill.read_completion(
+        "<answer> B </answer>", f"{REASON}, and I must write <answer> tags", OPTIONS
+    )
     assert "structure" in faults(response)
 
 
 def test_an_open_question_needs_its_answer_in_the_block():
     question = q("Which?", options={}, answer="renal ultrasound")
-    read = [distill.read_reply(text, REASON, {}) for text in ("<answer> Renal ultrasound. </answer>", "The answer is renal ultrasound.")]
+    read = [
+        distill.read_completion(text, REASON, {})
+        for text in ("<answer> Renal ultrasound. </answer>", "The answer is renal ultrasound.")
+    ]
     assert [faults(text, question=question) for text in read] == [set(), {"correct", "structure"}]
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Teachers in turn
 
 TEACHERS = ("thorough", "hasty", "bookish")
@@ -191,19 +274,32 @@ def keep_replies(argv: list[str], name: str, said: dict[str, list[str]]) -> None
     """Writes the file of what teacher clinic:NAME replied to a command: {question id: response of
     each sample}."""
     args = distill.parse(argv)
-    questions = data.read_questions(args.questions)
-    asks = asking.question_asks(questions, Path(args.images), 1)
-    asked = {ask.id: asking.content_of(ask.messages, ask.images) for ask in asks}
+    questions = schema.read_questions(args.questions)
+    requests = inference.question_requests(questions, Path(args.images), 1)
+    asked = {
+        request.id: inference.content_of(request.messages, request.images) for request in requests
+    }
     rows = [
         {
-            "id": key, "sample": k, "engine": f"clinic:{name}", "response": text, "token_ids": None,
-            "finish_reason": "stop", "seed": 0, "response_sha": data.response_hash(text),
-            "reasoning": "", "asked": asked[key],
+            "id": key,
+            "sample": k,
+            "engine": f"clinic:{name}",
+            "response": text,
+            "token_ids": None,
+            "finish_reason": "stop",
+            "seed": 0,
+            "response_sha": data.response_hash(text),
+            "reasoning": "",
+            "asked": asked[key],
         }
-        for key, attempts in said.items() for k, text in enumerate(attempts)
-    ]  # fmt: skip
-    sampling = asking.Sampling(args.temperature, 1.0, args.max_tokens, args.seed)
-    data.write_jsonl(asking.replies_file(args, "teacher", f"clinic:{name}", sampling), map(asking.sealed, rows))
+        for key, attempts in said.items()
+        for k, text in enumerate(attempts)
+    ]
+    sampling = inference.Sampling(args.temperature, 1.0, args.max_tokens, args.seed)
+    data.write_jsonl(
+        inference.completions_file(args, "teacher", f"clinic:{name}", sampling),
+        map(inference.sealed, rows),
+    )
 
 
 def replies_of(out: Path, name: str) -> Path:
@@ -213,14 +309,17 @@ def replies_of(out: Path, name: str) -> Path:
 
 
 def run_distill(
-    questions: Path, out: Path, *more: str, said: dict | None = None,
+    questions: Path,
+    out: Path,
+    *more: str,
+    said: dict | None = None,
     teachers: tuple = tuple(f"clinic:{name}" for name in TEACHERS),
-) -> tuple[list[dict], list[dict]]:  # fmt: skip
+) -> tuple[list[dict], list[dict]]:
     """(demonstrations, rejected rows) of the real command. said: {name: what clinic:NAME has
     replied before}."""
     argv = ["run", "--questions", str(questions), "--teachers", *teachers, "--out", str(out), *more]
-    for name, replies in (said or {}).items():
-        keep_replies(argv, name, replies)
+    for name, completions in (said or {}).items():
+        keep_replies(argv, name, completions)
     distill.main(argv)
     return rows_of(out / "demos.jsonl"), rows_of(out / "rejected.jsonl")
 
@@ -235,8 +334,11 @@ def said_by(name: str, k: int = 0) -> str:
     return data.join_response(f"{REASON}, says {name}" + f" once more, {k}" * (k > 0), "B. surgery")
 
 
-def prepared(tmp_path: Path, good: dict[str, str], *more: str, samples: int = 1) -> tuple[list[dict], list[dict]]:
-    """Runs with one question a key; its value names the teachers (by first letter) whose responses are good."""
+def prepared(
+    tmp_path: Path, good: dict[str, str], *more: str, samples: int = 1
+) -> tuple[list[dict], list[dict]]:
+    """Runs with one question a key. Its value names the teachers (by first letter) whose responses
+    are good."""
     questions = write(tmp_path / "questions.jsonl", [q(f"Question {key}?", key) for key in good])
     said = {
         name: {
@@ -254,22 +356,49 @@ def by(row: dict) -> str:
 
 def test_teachers_take_turns(tmp_path):
     demos, rejected = prepared(tmp_path, {str(i): "thb" for i in range(7)})
-    assert [by(demo) for demo in demos] == ["thorough", "hasty", "bookish", "thorough", "hasty", "bookish", "thorough"]
+    assert [by(demo) for demo in demos] == [
+        "thorough",
+        "hasty",
+        "bookish",
+        "thorough",
+        "hasty",
+        "bookish",
+        "thorough",
+    ]
     assert [demo["id"] for demo in demos] == list("0123456") and not rejected
 
 
 def test_teacher_that_fails_is_replaced_by_the_next_in_turn(tmp_path):
-    #             first asked: thorough  hasty       bookish     thorough   hasty       bookish    thorough    hasty
-    demos, rejected = prepared(tmp_path, {"0": "t", "1": "b", "2": "t", "3": "b", "4": "t", "5": "hb", "6": "hb", "7": ""})
+    # first asked, in turn: thorough, hasty, bookish, thorough, hasty, bookish, thorough, hasty
+    demos, rejected = prepared(
+        tmp_path, {"0": "t", "1": "b", "2": "t", "3": "b", "4": "t", "5": "hb", "6": "hb", "7": ""}
+    )
     assert {demo["id"]: by(demo) for demo in demos} == {
-        "0": "thorough", "1": "bookish", "2": "thorough", "3": "bookish", "4": "thorough", "5": "bookish", "6": "hasty",
-    }  # fmt: skip
+        "0": "thorough",
+        "1": "bookish",
+        "2": "thorough",
+        "3": "bookish",
+        "4": "thorough",
+        "5": "bookish",
+        "6": "hasty",
+    }
     refused = {(row["id"], by(row)) for row in rejected}
     assert refused == {
-        ("1", "hasty"), ("2", "bookish"), ("3", "thorough"), ("3", "hasty"), ("4", "hasty"), ("4", "bookish"), ("6", "thorough"),
-        ("7", "hasty"), ("7", "bookish"), ("7", "thorough"),
-    }  # fmt: skip
-    assert len(refused) == len(rejected) and all(row["faults"] == {"correct": "the answer is C, not B"} and row["response"] == BAD for row in rejected)
+        ("1", "hasty"),
+        ("2", "bookish"),
+        ("3", "thorough"),
+        ("3", "hasty"),
+        ("4", "hasty"),
+        ("4", "bookish"),
+        ("6", "thorough"),
+        ("7", "hasty"),
+        ("7", "bookish"),
+        ("7", "thorough"),
+    }
+    assert len(refused) == len(rejected) and all(
+        row["faults"] == {"correct": "the answer is C, not B"} and row["response"] == BAD
+        for row in rejected
+    )
     for demo in demos:
         assert f"says {by(demo)} </think>" in demo["messages"][2]["content"]
     figures = json.loads((tmp_path / "out" / "stage.json").read_text())["figures"]
@@ -284,27 +413,52 @@ def test_teacher_that_fails_is_replaced_by_the_next_in_turn(tmp_path):
 def test_two_chains_a_question_come_from_two_teachers_in_turn(tmp_path):
     demos, rejected = prepared(tmp_path, {str(i): "thb" for i in range(6)}, "--chains", "2")
     assert [(demo["id"], by(demo)) for demo in demos] == [
-        ("0", "thorough"), ("0", "hasty"), ("1", "hasty"), ("1", "bookish"), ("2", "bookish"), ("2", "thorough"),
-        ("3", "thorough"), ("3", "hasty"), ("4", "hasty"), ("4", "bookish"), ("5", "bookish"), ("5", "thorough"),
-    ]  # fmt: skip
+        ("0", "thorough"),
+        ("0", "hasty"),
+        ("1", "hasty"),
+        ("1", "bookish"),
+        ("2", "bookish"),
+        ("2", "thorough"),
+        ("3", "thorough"),
+        ("3", "hasty"),
+        ("4", "hasty"),
+        ("4", "bookish"),
+        ("5", "bookish"),
+        ("5", "thorough"),
+    ]
     assert not rejected and set(Counter(map(by, demos)).values()) == {4}
 
 
 def test_the_second_chain_falls_to_whoever_is_able_and_to_a_second_sample_at_last(tmp_path):
     #              first asked: thorough        hasty           bookish
     demos, rejected = prepared(tmp_path, {"0": "tb", "1": "t", "2": ""}, "--chains", "2", samples=2)
-    assert [(demo["id"], by(demo), demo["sample"]) for demo in demos] == [("0", "thorough", 0), ("0", "bookish", 0), ("1", "thorough", 0), ("1", "thorough", 1)]
+    assert [(demo["id"], by(demo), demo["sample"]) for demo in demos] == [
+        ("0", "thorough", 0),
+        ("0", "bookish", 0),
+        ("1", "thorough", 0),
+        ("1", "thorough", 1),
+    ]
     asked = [(row["id"], by(row), row["sample"]) for row in demos + rejected]
-    assert len(asked) == len(set(asked)) and Counter(key for key, _, _ in asked) == {"0": 3, "1": 6, "2": 6}
+    assert len(asked) == len(set(asked)) and Counter(key for key, _, _ in asked) == {
+        "0": 3,
+        "1": 6,
+        "2": 6,
+    }
 
 
 def test_the_same_chain_is_not_kept_twice(tmp_path):
     questions = write(tmp_path / "questions.jsonl", [q("Question?", "k")])
     demos, rejected = run_distill(
-        questions, tmp_path / "out", "--chains", "3", teachers=("clinic:thorough",),
+        questions,
+        tmp_path / "out",
+        "--chains",
+        "3",
+        teachers=("clinic:thorough",),
         said={"thorough": {"k": [GOOD, GOOD, said_by("thorough")]}},
-    )  # fmt: skip
-    assert [demo["sample"] for demo in demos] == [0, 2] and [set(row["faults"]) for row in rejected] == [{"duplicate"}]
+    )
+    assert [demo["sample"] for demo in demos] == [0, 2] and [
+        set(row["faults"]) for row in rejected
+    ] == [{"duplicate"}]
 
 
 @pytest.mark.parametrize(("form", "said"), [("letter-text", "B. surgery"), ("text", "surgery")])
@@ -317,18 +471,30 @@ def test_demonstration_is_in_the_papers_message_format(tmp_path, form, said):
         "sample": 0,
         "messages": [
             {"role": "system", "content": data.SYSTEM_PROMPT},
-            {"role": "user", "content": "Question?\nAnswer Choices:\n(A) biopsy\n(B) surgery\n(C) rest\n(D) steroids"},
-            {"role": "assistant", "content": f"<think> {REASON} </think> <answer> {said} </answer>"},
+            {
+                "role": "user",
+                "content": (
+                    "Question?\nAnswer Choices:\n(A) biopsy\n(B) surgery\n(C) rest\n(D) steroids"
+                ),
+            },
+            {
+                "role": "assistant",
+                "content": f"<think> {REASON} </think> <answer> {said} </answer>",
+            },
         ],
         "images": [],
         "teacher": "clinic:thorough",
         "checks": {"correct": True, "structure": True, "coherence": True},
     }
-    assert data.main(["check", str(tmp_path / "out" / "demos.jsonl")]) == 0
+    assert run_report(["check", str(tmp_path / "out" / "demos.jsonl")]) == 0
 
 
 @pytest.mark.parametrize("form", ["letter-text", "text"])
-@pytest.mark.parametrize("options", [OPTIONS, dict(zip("ABCD", ["↑ TSH", "↓ TSH", "-5", "+5"])), {}], ids=["words", "symbols", "open-ended"])
+@pytest.mark.parametrize(
+    "options",
+    [OPTIONS, dict(zip("ABCD", ["↑ TSH", "↓ TSH", "-5", "+5"])), {}],
+    ids=["words", "symbols", "open-ended"],
+)
 def test_answer_of_a_demonstration_is_read_as_right(form, options):
     # whatever a model learns to write must count as right later
     question = q("Which?", "k", options=options, answer="B" if options else "renal ultrasound")
@@ -338,20 +504,20 @@ def test_answer_of_a_demonstration_is_read_as_right(form, options):
 
 @pytest.fixture(scope="module")
 def distilled(world, tmp_path_factory) -> Path:
-    run, bank = tmp_path_factory.mktemp("distilled"), data.read_questions(world / "bank.jsonl")
+    run, bank = tmp_path_factory.mktemp("distilled"), schema.read_questions(world / "bank.jsonl")
     texts = write(run / "questions.jsonl", [question for question in bank if not question.images])
     run_distill(texts, run / "out")
     return run / "out"
 
 
 def test_every_demonstration_of_the_clinics_teachers_is_one_that_the_truth_confirms(distilled):
-    bank = data.read_questions(distilled.parent / "questions.jsonl")
+    bank = schema.read_questions(distilled.parent / "questions.jsonl")
     questions = {question.id: question for question in bank}
     demos = rows_of(distilled / "demos.jsonl")
     assert len(demos) >= 11 and {by(demo) for demo in demos} == set(TEACHERS)
     for demo in demos:
         question = questions[demo["id"]]
-        case, kind = clinic.sentence_truth(question.question), question.meta["kind"]
+        case, kind = clinic.world.sentence_truth(question.question), question.meta["kind"]
         chains = [data.split_response(said)[0] for said in wordings(case, kind, by(demo))]
         answer = f"<answer> {question.answer}. {question.answer_text()} </answer>"
         said = [f"<think> {thinking} </think> {answer}" for thinking in chains]
@@ -383,7 +549,9 @@ def test_a_question_whose_text_has_changed_is_asked_anew_and_no_other(serve, tmp
         run_distill(questions, tmp_path / "out", teachers=teachers)
     assert held(tmp_path) == before and server.by_model == asked
     demos, _ = run_distill(questions, tmp_path / "second", teachers=teachers)
-    assert server.by_model == {("teacher", name): 1 for name in ("a", "b", "new")} and len(demos) == 2
+    assert (
+        server.by_model == {("teacher", name): 1 for name in ("a", "b", "new")} and len(demos) == 2
+    )
 
 
 def test_other_sampling_is_refused_in_the_same_folder_and_asked_anew_in_another(serve, tmp_path):
@@ -408,10 +576,14 @@ def test_other_sampling_is_refused_in_the_same_folder_and_asked_anew_in_another(
 
 def test_what_would_go_wrong_late_is_refused_at_once(tmp_path):
     questions = write(tmp_path / "out" / "questions.jsonl", [q("Question?", "k")])
-    with pytest.raises(data.RowError, match="--out .*out: holds .*questions.jsonl, which is read here"):
+    with pytest.raises(
+        data.RowError, match="--out .*out: holds .*questions.jsonl, which is read here"
+    ):
         run_distill(questions, tmp_path / "out")
     with pytest.raises(data.RowError, match="--out .*out: holds .*questions.jsonl"):
-        distill.main(["import", str(questions), "--format", "huatuo", "--out", str(tmp_path / "out")])
+        distill.main(
+            ["import", str(questions), "--format", "huatuo", "--out", str(tmp_path / "out")]
+        )
     with pytest.raises(data.RowError, match="--teachers: clinic:hasty is there twice"):
         run_distill(questions, tmp_path / "other", teachers=("clinic:hasty", "clinic:hasty"))
 
@@ -425,13 +597,13 @@ def test_questions_without_a_demonstration_are_counted(tmp_path, capsys):
 
 def test_unknown_teacher_and_a_stranger_to_expand_are_refused_by_name(tmp_path):
     questions = write(tmp_path / "questions.jsonl", [q("Question?", "k")])
-    with pytest.raises(asking.Unavailable, match="oracle:x"):
+    with pytest.raises(inference.Unavailable, match="oracle:x"):
         run_distill(questions, tmp_path / "out", teachers=("oracle:x",))
     with pytest.raises(data.RowError, match="--expand: gemini:x is not among the --teachers"):
         run_distill(questions, tmp_path / "out", "--expand", "gemini:x", "clinic:hasty")
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Engines behind a server: reasoning told apart, expansion, checker
 
 YES = {"Logical_Structure": "Yes", "Plausibility_Coherence": "Yes"}
@@ -440,7 +612,8 @@ SHORT = "a dark film, so surgery it is"
 
 
 def served(serve, said: dict):
-    """A server with the models teacher, expander and checker: said[model](question, time) is a text, or what Chat.good takes."""
+    """A server with the models teacher, expander and checker. said[model](question, time) is a
+    text, or what Chat.good takes."""
 
     def play(question, time_, body):
         with lock:
@@ -472,26 +645,40 @@ def test_what_a_server_tells_apart_as_reasoning_is_the_chain_as_it_is(serve, tmp
         "blocked": Chat.good("", finish="content_filter"),
     }
     server = served(serve, {"teacher": lambda question, time_: said[question]})
-    demos, rejected = run_distill(marked(tmp_path, said), tmp_path / "out", teachers=(spec(server, "teacher"),))
+    demos, rejected = run_distill(
+        marked(tmp_path, said), tmp_path / "out", teachers=(spec(server, "teacher"),)
+    )
     assert {demo["id"]: demo["messages"][2]["content"] for demo in demos} == {
         "apart": f"<think> {REASON}.\nYes — surely! </think> <answer> B. surgery </answer>",
         "in the text": f"<think> {REASON} </think> <answer> B. surgery </answer>",
     }
     assert {row["id"]: row["faults"].get("correct") for row in rejected} == {
-        "no answer": "the answer is wrong, or cannot be read", "wrong": "the answer is C, not B",
-        "cut off": "the response is not finished: length", "blocked": "the response is not finished: blocked",
-    }  # fmt: skip
+        "no answer": "the answer is wrong, or cannot be read",
+        "wrong": "the answer is C, not B",
+        "cut off": "the response is not finished: length",
+        "blocked": "the response is not finished: blocked",
+    }
     _, _, body = server.requests[0]
-    assert [message["role"] for message in body["messages"]] == ["system", "user"] and body["messages"][0]["content"] == data.SYSTEM_PROMPT
+    assert [message["role"] for message in body["messages"]] == ["system", "user"] and body[
+        "messages"
+    ][0]["content"] == data.SYSTEM_PROMPT
 
 
 FULL = f"{REASON}. Wait, could it be steroids? No, the film is too dark for that"
 EXPANSIONS = {  # name: (the expander's reply, faults)
     "plain text": (Chat.good(f"{FULL}\n\n{ANSWER}"), set()),
     "in think tags": (Chat.good(f"<think>{FULL}</think> {ANSWER}"), set()),
-    "with thoughts of its own": (Chat.good(f"{FULL} {ANSWER}", thoughts="The user wants a chain. The reference answer is B."), set()),
+    "with thoughts of its own": (
+        Chat.good(
+            f"{FULL} {ANSWER}", thoughts="The user wants a chain. The reference answer is B."
+        ),
+        set(),
+    ),
     "another answer": (Chat.good(f"{FULL} <answer> C. rest </answer>"), {"correct", "expansion"}),
-    "an answer that cannot be read": (Chat.good(f"{FULL} <answer> B or C </answer>"), {"correct", "expansion"}),
+    "an answer that cannot be read": (
+        Chat.good(f"{FULL} <answer> B or C </answer>"),
+        {"correct", "expansion"},
+    ),
     "no answer": (Chat.good(FULL), {"correct", "expansion", "structure"}),
     "cut off": (Chat.good(f"{FULL} {ANSWER}", finish="length"), {"correct", "expansion"}),
     "the summary again": (Chat.good(f"{SHORT} {ANSWER}"), {"expansion"}),
@@ -503,30 +690,64 @@ EXPANSIONS = {  # name: (the expander's reply, faults)
 }
 
 
-def test_a_summary_is_written_out_and_the_result_must_meet_every_criterion_and_keep_the_answer(serve, tmp_path):
+def test_a_summary_is_written_out_and_the_result_must_meet_every_criterion_and_keep_the_answer(
+    serve, tmp_path
+):
     names = [*EXPANSIONS, "teacher is wrong", "teacher is not in form"]
-    texts = {"teacher is wrong": data.join_response(SHORT, "C. rest"), "teacher is not in form": f"{SHORT}. The answer is (B)."}
+    texts = {
+        "teacher is wrong": data.join_response(SHORT, "C. rest"),
+        "teacher is not in form": f"{SHORT}. The answer is (B).",
+    }
     said = {
         "teacher": lambda question, time_: texts.get(question, data.join_response(SHORT, "B")),
         "expander": lambda question, time_: EXPANSIONS.get(question, EXPANSIONS["plain text"])[0],
     }
     server = served(serve, said)
     teacher, expander = spec(server, "teacher"), spec(server, "expander")
-    command = [marked(tmp_path, names), tmp_path / "out", "--expand", teacher, expander, "--words", "5", "50"]
+    command = [
+        marked(tmp_path, names),
+        tmp_path / "out",
+        "--expand",
+        teacher,
+        expander,
+        "--words",
+        "5",
+        "50",
+    ]
     demos, rejected = run_distill(*command, teachers=(teacher,))
     assert {row["id"]: set(row["faults"]) for row in rejected} == {
-        **{name: wrong for name, (_, wrong) in EXPANSIONS.items() if wrong}, "teacher is wrong": {"correct"},
-    }  # fmt: skip
-    assert {demo["id"] for demo in demos} == {name for name in names if name not in {row["id"] for row in rejected}}
+        **{name: wrong for name, (_, wrong) in EXPANSIONS.items() if wrong},
+        "teacher is wrong": {"correct"},
+    }
+    assert {demo["id"] for demo in demos} == {
+        name for name in names if name not in {row["id"] for row in rejected}
+    }
     for demo in demos:
         assert demo["messages"][2]["content"] == data.join_response(FULL, "B. surgery")
         assert demo["teacher"] == teacher and demo["expander"] == expander
-    assert server.by_model == {**{("teacher", name): 1 for name in names}, **{("expander", name): 1 for name in names if name != "teacher is wrong"}}
-    prompts = [body["messages"][0]["content"] for _, _, body in server.requests if body["model"] == "expander"]
-    assert all(f"<Summary> {SHORT}" in prompt and "(C) rest" in prompt and "<Answer> B. surgery </Answer>" in prompt for prompt in prompts)
-    assert {row["id"]: row["faults"]["expansion"] for row in rejected if row["id"] in ("cut off", "another answer")} == {
-        "cut off": "is not finished: length", "another answer": "does not keep the teacher's answer, B",
-    }  # fmt: skip
+    assert server.by_model == {
+        **{("teacher", name): 1 for name in names},
+        **{("expander", name): 1 for name in names if name != "teacher is wrong"},
+    }
+    prompts = [
+        body["messages"][0]["content"]
+        for _, _, body in server.requests
+        if body["model"] == "expander"
+    ]
+    assert all(
+        f"<Summary> {SHORT}" in prompt
+        and "(C) rest" in prompt
+        and "<Answer> B. surgery </Answer>" in prompt
+        for prompt in prompts
+    )
+    assert {
+        row["id"]: row["faults"]["expansion"]
+        for row in rejected
+        if row["id"] in ("cut off", "another answer")
+    } == {
+        "cut off": "is not finished: length",
+        "another answer": "does not keep the teacher's answer, B",
+    }
     again = run_distill(command[0], tmp_path / "again", *command[2:], teachers=(teacher,))
     run_distill(*command, teachers=(teacher,))
     # the same command again asks nothing, in this folder or in another
@@ -537,19 +758,34 @@ def test_only_the_named_teacher_is_expanded(serve, tmp_path):
     said = {name: lambda question, time_, name=name: said_by(name) for name in ("one", "two")}
     server = served(serve, {**said, "expander": lambda question, time_: f"{FULL} {ANSWER}"})
     one, two = spec(server, "one"), spec(server, "two")
-    demos, _ = run_distill(marked(tmp_path, "abcd"), tmp_path / "out", "--expand", two, spec(server, "expander"), teachers=(one, two))
-    assert [demo["messages"][2]["content"] for demo in demos] == [said_by("one"), data.join_response(FULL, "B. surgery")] * 2
+    demos, _ = run_distill(
+        marked(tmp_path, "abcd"),
+        tmp_path / "out",
+        "--expand",
+        two,
+        spec(server, "expander"),
+        teachers=(one, two),
+    )
+    assert [demo["messages"][2]["content"] for demo in demos] == [
+        said_by("one"),
+        data.join_response(FULL, "B. surgery"),
+    ] * 2
     assert [demo.get("expander") for demo in demos] == [None, spec(server, "expander")] * 2
 
 
-CHECKED = {  # name: (what the checker says, one reply an attempt, the last repeated; faults; requests)
+# name: (what the checker says, one reply an attempt, the last repeated; faults; requests)
+CHECKED = {
     "yes": ([json.dumps(YES)], set(), 1),
     "prose around": ([f"Well {{hm}}. {json.dumps(YES)} So much for that."], set(), 1),
     "no structure": ([json.dumps({**YES, "Logical_Structure": "No"})], {"structure"}, 1),
     "not plausible": ([json.dumps({**YES, "Plausibility_Coherence": "no"})], {"coherence"}, 1),
     "neither": ([json.dumps(dict.fromkeys(YES, "No"))], {"structure", "coherence"}, 1),
     "prose, then yes": (["All is well.", json.dumps(YES)], set(), 2),
-    "prose, then no": (["All is well.", json.dumps({**YES, "Logical_Structure": "No"})], {"structure"}, 2),
+    "prose, then no": (
+        ["All is well.", json.dumps({**YES, "Logical_Structure": "No"})],
+        {"structure"},
+        2,
+    ),
     "always prose": (["All is well."], {"unchecked"}, 3),
     "a key missing": (['{"Logical_Structure": "Yes"}'], {"unchecked"}, 3),
     "echoed": ([json.dumps(dict.fromkeys(YES, "Yes/No"))], {"unchecked"}, 3),
@@ -561,21 +797,34 @@ CHECKED = {  # name: (what the checker says, one reply an attempt, the last repe
 }
 
 
-def test_the_checkers_verdict_is_read_strictly_or_asked_again_and_never_taken_for_a_yes(serve, tmp_path, capsys):
+def test_the_checkers_verdict_is_read_strictly_or_asked_again_and_never_taken_for_a_yes(
+    serve, tmp_path, capsys
+):
     said = {
         "teacher": lambda question, time_: BAD if question == "not asked" else GOOD,
-        "checker": lambda question, time_: CHECKED[question][0][min(time_, len(CHECKED[question][0])) - 1],
+        "checker": lambda question, time_: CHECKED[question][0][
+            min(time_, len(CHECKED[question][0])) - 1
+        ],
     }
     server = served(serve, said)
     command = [marked(tmp_path, CHECKED), tmp_path / "out", "--checker", spec(server, "checker")]
     demos, rejected = run_distill(*command, teachers=(spec(server, "teacher"),))
-    assert {demo["id"] for demo in demos} == {name for name, (_, wrong, _) in CHECKED.items() if not wrong}
-    assert {row["id"]: set(row["faults"]) for row in rejected} == {name: wrong for name, (_, wrong, _) in CHECKED.items() if wrong}
+    assert {demo["id"] for demo in demos} == {
+        name for name, (_, wrong, _) in CHECKED.items() if not wrong
+    }
+    assert {row["id"]: set(row["faults"]) for row in rejected} == {
+        name: wrong for name, (_, wrong, _) in CHECKED.items() if wrong
+    }
     assert all(demo["checker"] == spec(server, "checker") for demo in demos)
-    assert {name: server.by_model["checker", name] for name in CHECKED} == {name: times for name, (_, _, times) in CHECKED.items()}
+    assert {name: server.by_model["checker", name] for name in CHECKED} == {
+        name: times for name, (_, _, times) in CHECKED.items()
+    }
     unchecked = sum("unchecked" in wrong for _, wrong, _ in CHECKED.values())
     assert f"unchecked {unchecked}" in capsys.readouterr().out
-    assert json.loads((tmp_path / "out" / "stage.json").read_text())["figures"]["faults"]["unchecked"] == unchecked
+    assert (
+        json.loads((tmp_path / "out" / "stage.json").read_text())["figures"]["faults"]["unchecked"]
+        == unchecked
+    )
     before, teachers = server.by_model.copy(), (spec(server, "teacher"),)
     run_distill(*command, teachers=teachers)
     again = run_distill(command[0], tmp_path / "again", *command[2:], teachers=teachers)
@@ -585,22 +834,59 @@ def test_the_checkers_verdict_is_read_strictly_or_asked_again_and_never_taken_fo
 def test_a_chain_that_the_checker_refuses_is_replaced_by_the_next_teachers(serve, tmp_path):
     said = {name: lambda question, time_, name=name: said_by(name) for name in ("one", "two")}
     refused = json.dumps({**YES, "Plausibility_Coherence": "No"})
-    server = served(serve, {**said, "checker": lambda question, time_: refused if time_ == 1 else json.dumps(YES)})
+    server = served(
+        serve,
+        {**said, "checker": lambda question, time_: refused if time_ == 1 else json.dumps(YES)},
+    )
     teachers = (spec(server, "one"), spec(server, "two"))
-    demos, rejected = run_distill(marked(tmp_path, "ab"), tmp_path / "out", "--checker", spec(server, "checker"), teachers=teachers)
+    demos, rejected = run_distill(
+        marked(tmp_path, "ab"),
+        tmp_path / "out",
+        "--checker",
+        spec(server, "checker"),
+        teachers=teachers,
+    )
     assert [demo["teacher"] for demo in demos] == [teachers[1], teachers[0]] and len(rejected) == 2
 
 
 def test_images_go_to_teacher_and_checker_and_into_the_demonstration(serve, tmp_path):
     Image.new("RGB", (30, 20), "green").save(tmp_path / "film.png")
-    questions = write(tmp_path / "questions.jsonl", [q("What is <<it>>?", "it", images=("film.png",)), q("What is <<text>>?", "text")])
-    server = served(serve, {"teacher": lambda *_: GOOD, "expander": lambda *_: f"{FULL} {ANSWER}", "checker": lambda *_: json.dumps(YES)})
+    questions = write(
+        tmp_path / "questions.jsonl",
+        [q("What is <<it>>?", "it", images=("film.png",)), q("What is <<text>>?", "text")],
+    )
+    server = served(
+        serve,
+        {
+            "teacher": lambda *_: GOOD,
+            "expander": lambda *_: f"{FULL} {ANSWER}",
+            "checker": lambda *_: json.dumps(YES),
+        },
+    )
     teacher = spec(server, "teacher")
-    flags = ["--images", str(tmp_path), "--expand", teacher, spec(server, "expander"), "--checker", spec(server, "checker")]
+    flags = [
+        "--images",
+        str(tmp_path),
+        "--expand",
+        teacher,
+        spec(server, "expander"),
+        "--checker",
+        spec(server, "checker"),
+    ]
     demos, _ = run_distill(questions, tmp_path / "out", *flags, teachers=(teacher,))
     assert {demo["id"]: demo["images"] for demo in demos} == {"it": ["film.png"], "text": []}
-    sent = {(body["model"], "<<it>>" in json.dumps(body)): json.dumps(body).count("data:image/png") for _, _, body in server.requests}
-    assert sent == {("teacher", True): 1, ("expander", True): 0, ("checker", True): 1, ("teacher", False): 0, ("expander", False): 0, ("checker", False): 0}
+    sent = {
+        (body["model"], "<<it>>" in json.dumps(body)): json.dumps(body).count("data:image/png")
+        for _, _, body in server.requests
+    }
+    assert sent == {
+        ("teacher", True): 1,
+        ("expander", True): 0,
+        ("checker", True): 1,
+        ("teacher", False): 0,
+        ("expander", False): 0,
+        ("checker", False): 0,
+    }
     (tmp_path / "film.png").unlink()
     before = len(server.requests)
     with pytest.raises(data.RowError, match="film.png is not below"):
@@ -609,9 +895,14 @@ def test_images_go_to_teacher_and_checker_and_into_the_demonstration(serve, tmp_
 
 
 def test_a_run_that_is_killed_at_each_stage_goes_on_and_asks_nothing_twice(serve, tmp_path):
-    """kill -9 while the teacher answers, while summaries are written out, while the checker judges; then to the end."""
+    """kill -9 while the teacher answers, while summaries are written out, while the checker judges;
+    then to the end."""
     names, limit, answered, lock = [f"q{i}" for i in range(12)], 0, Counter(), threading.Lock()
-    said = {"teacher": data.join_response(SHORT, "B"), "expander": f"{FULL} {ANSWER}", "checker": json.dumps(YES)}
+    said = {
+        "teacher": data.join_response(SHORT, "B"),
+        "expander": f"{FULL} {ANSWER}",
+        "checker": json.dumps(YES),
+    }
 
     def play(question, time_, body):
         with lock:
@@ -622,7 +913,17 @@ def test_a_run_that_is_killed_at_each_stage_goes_on_and_asks_nothing_twice(serve
 
     server = serve(play)
     teacher, out, kept = spec(server, "teacher"), tmp_path / "out", tmp_path / "replies"
-    words = ["distill.py", "run", "--questions", str(marked(tmp_path, names)), "--teachers", teacher, "--expand", teacher, spec(server, "expander")]
+    words = [
+        "distill.py",
+        "run",
+        "--questions",
+        str(marked(tmp_path, names)),
+        "--teachers",
+        teacher,
+        "--expand",
+        teacher,
+        spec(server, "expander"),
+    ]
     words += ["--checker", spec(server, "checker"), "--out", str(out), "--concurrency", "3"]
     for limit in (7, 20, 31):
         process = script(tmp_path, *words)
@@ -631,7 +932,11 @@ def test_a_run_that_is_killed_at_each_stage_goes_on_and_asks_nothing_twice(serve
                 break
             time.sleep(0.02)
         os.kill(process.pid, signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL and not (out / "stage.json").exists() and not (out / "demos.jsonl").exists()
+        assert (
+            process.wait() == -signal.SIGKILL
+            and not (out / "stage.json").exists()
+            and not (out / "demos.jsonl").exists()
+        )
     limit = 1000
     process = script(tmp_path, *words)
     text = process.communicate()[0]
@@ -640,7 +945,7 @@ def test_a_run_that_is_killed_at_each_stage_goes_on_and_asks_nothing_twice(serve
     assert len(rows_of(out / "demos.jsonl")) == 12
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Human review
 
 
@@ -666,7 +971,15 @@ def named(key: str, response: str) -> str:
 
 
 LOOPING = data.join_response(LOOP, "B. surgery")
-REVIEWED = {"good": GOOD, "good, no": GOOD, "loop": LOOPING, "loop, yes": LOOPING, "loop, no": LOOPING, "wrong": BAD, "no form": f"{REASON}, so the answer is (B)."}
+REVIEWED = {
+    "good": GOOD,
+    "good, no": GOOD,
+    "loop": LOOPING,
+    "loop, yes": LOOPING,
+    "loop, no": LOOPING,
+    "wrong": BAD,
+    "no form": f"{REASON}, so the answer is (B).",
+}
 
 
 HASTY = ("clinic:hasty",)
@@ -675,7 +988,9 @@ HASTY = ("clinic:hasty",)
 @pytest.fixture
 def reviewed(tmp_path) -> Path:
     """A run folder with questions.jsonl and the finished folder out."""
-    questions = write(tmp_path / "questions.jsonl", [q(f"Question {key}?", key) for key in REVIEWED])
+    questions = write(
+        tmp_path / "questions.jsonl", [q(f"Question {key}?", key) for key in REVIEWED]
+    )
     said = {"hasty": {key: [text] for key, text in REVIEWED.items()}}
     run_distill(questions, tmp_path / "out", teachers=HASTY, said=said)
     return tmp_path
@@ -683,15 +998,30 @@ def reviewed(tmp_path) -> Path:
 
 def test_the_sheet_has_every_chain_that_a_human_may_keep_with_an_empty_verdict(reviewed):
     sheet = read_sheet(reviewed / "out" / "review.csv")
-    assert list(sheet) == ["good", "good, no", "loop", "loop, yes", "loop, no"] and not any(row["verdict"] for row in sheet.values())
+    assert list(sheet) == ["good", "good, no", "loop", "loop, yes", "loop, no"] and not any(
+        row["verdict"] for row in sheet.values()
+    )
     row = sheet["good"]
-    assert (row["sample"], row["teacher"], row["reasoning"], row["answer"], row["checks"]) == ("0", "clinic:hasty", REASON, "B. surgery", "passed")
-    assert row["question"] == data.question_text(q("Question good?")) and "coherence: a loop" in sheet["loop"]["checks"]
+    assert (row["sample"], row["teacher"], row["reasoning"], row["answer"], row["checks"]) == (
+        "0",
+        "clinic:hasty",
+        REASON,
+        "B. surgery",
+        "passed",
+    )
+    assert (
+        row["question"] == data.question_text(q("Question good?"))
+        and "coherence: a loop" in sheet["loop"]["checks"]
+    )
     assert (reviewed / "out" / "review.csv").read_bytes().startswith(b"\xef\xbb\xbf")
 
 
 def test_a_humans_yes_and_no_overrule_both_ways(reviewed):
-    told = fill_in(reviewed / "out" / "review.csv", reviewed / "filled.csv", {"good, no": "No", "loop, yes": " YES ", "loop, no": "n"})
+    told = fill_in(
+        reviewed / "out" / "review.csv",
+        reviewed / "filled.csv",
+        {"good, no": "No", "loop, yes": " YES ", "loop, no": "n"},
+    )
     asked = replies_of(reviewed / "out", "hasty").read_bytes()
     # the sheet that is written now holds the verdicts, and a third folder goes on with it
     for name, sheet in (("second", told), ("third", reviewed / "second" / "review.csv")):
@@ -700,14 +1030,22 @@ def test_a_humans_yes_and_no_overrule_both_ways(reviewed):
         demos, rejected = run_distill(reviewed / "questions.jsonl", out, *flags, teachers=HASTY)
         assert [demo["id"] for demo in demos] == ["good", "loop, yes"]
         assert {row["id"]: set(row["faults"]) for row in rejected} == {
-            "good, no": {"review"}, "loop": {"coherence"}, "loop, no": {"coherence", "review"}, "wrong": {"correct"}, "no form": {"structure"},
-        }  # fmt: skip
+            "good, no": {"review"},
+            "loop": {"coherence"},
+            "loop, no": {"coherence", "review"},
+            "wrong": {"correct"},
+            "no form": {"structure"},
+        }
         assert demos[1]["review"] == "yes" and "review" not in demos[0]
         assert demos[1]["checks"] == {"correct": True, "structure": True, "coherence": False}
         verdicts = {key: row["verdict"] for key, row in read_sheet(out / "review.csv").items()}
         assert verdicts == {
-            "good": "", "good, no": "no", "loop": "", "loop, yes": "yes", "loop, no": "no",
-        }  # fmt: skip
+            "good": "",
+            "good, no": "no",
+            "loop": "",
+            "loop, yes": "yes",
+            "loop, no": "no",
+        }
     assert replies_of(reviewed / "out", "hasty").read_bytes() == asked
 
 
@@ -718,18 +1056,42 @@ def test_no_human_makes_a_wrong_answer_right_or_gives_form_to_what_has_none(revi
     questions, out = reviewed / "questions.jsonl", reviewed / "second"
     demos, _ = run_distill(questions, out, *flags, teachers=HASTY)
     assert [demo["id"] for demo in demos] == ["good", "good, no"]
-    assert "2 verdicts are on chains that this run did not make, or whose answer is wrong" in capsys.readouterr().out
+    assert (
+        "2 verdicts are on chains that this run did not make, or whose answer is wrong"
+        in capsys.readouterr().out
+    )
 
 
-def test_a_human_is_asked_before_the_checker_and_a_refused_chain_gives_way_to_the_next_teachers(serve, tmp_path):
-    server = served(serve, {"one": lambda *_: said_by("one"), "two": lambda *_: said_by("two"), "checker": lambda *_: json.dumps({**YES, "Logical_Structure": "No"})})
+def test_a_human_is_asked_before_the_checker_and_a_refused_chain_gives_way_to_the_next_teachers(
+    serve, tmp_path
+):
+    server = served(
+        serve,
+        {
+            "one": lambda *_: said_by("one"),
+            "two": lambda *_: said_by("two"),
+            "checker": lambda *_: json.dumps({**YES, "Logical_Structure": "No"}),
+        },
+    )
     one, two = spec(server, "one"), spec(server, "two")
-    lines = [f"{named(key, said_by(name))},{word}" for key, name, word in (("a", "one", "no"), ("a", "two", "yes"), ("b", "two", "yes"))]
+    lines = [
+        f"{named(key, said_by(name))},{word}"
+        for key, name, word in (("a", "one", "no"), ("a", "two", "yes"), ("b", "two", "yes"))
+    ]
     (tmp_path / "filled.csv").write_text("\n".join(["chain,verdict", *lines]) + "\n")
     flags = ["--checker", spec(server, "checker"), "--review", str(tmp_path / "filled.csv")]
-    demos, rejected = run_distill(marked(tmp_path, "abc"), tmp_path / "out", *flags, teachers=(one, two))
-    assert [(demo["id"], demo["teacher"], demo["review"]) for demo in demos] == [("a", two, "yes"), ("b", two, "yes")]
-    assert {(row["id"], row["teacher"]): set(row["faults"]) for row in rejected} == {("a", one): {"review"}, ("c", one): {"structure"}, ("c", two): {"structure"}}
+    demos, rejected = run_distill(
+        marked(tmp_path, "abc"), tmp_path / "out", *flags, teachers=(one, two)
+    )
+    assert [(demo["id"], demo["teacher"], demo["review"]) for demo in demos] == [
+        ("a", two, "yes"),
+        ("b", two, "yes"),
+    ]
+    assert {(row["id"], row["teacher"]): set(row["faults"]) for row in rejected} == {
+        ("a", one): {"review"},
+        ("c", one): {"structure"},
+        ("c", two): {"structure"},
+    }
     assert {key for key in server.by_model if key[0] == "checker"} == {("checker", "c")}
 
 
@@ -759,7 +1121,10 @@ def test_verdicts_written_into_the_runs_own_sheet_survive_every_rerun_and_count(
     [
         ("chain,verdict\na,maybe\n", "row 2: verdict: 'maybe' is neither yes nor no"),
         ("chain,verdict\na,yes\na,no\n", "row 3: verdict: another row says the opposite"),
-        ("chain;verdict\na;yes\n", "no column .*: columns are .*, expected chain and verdict among them"),
+        (
+            "chain;verdict\na;yes\n",
+            "no column .*: columns are .*, expected chain and verdict among them",
+        ),
         ("chain,verdict\na\n", "row 2: no column 'verdict'"),
         ("chain,id\na,1\n", "no column .*: columns are .*, expected chain and verdict among them"),
         (None, "no such file"),
@@ -775,19 +1140,28 @@ def test_a_sheet_that_cannot_be_used_is_refused_before_anything_is_done(reviewed
     assert held(reviewed) == before and not (reviewed / "second").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Chains that exist already
 
 
 def run_import(path: Path, form: str, *more: str) -> tuple[list[dict], list[dict]]:
     out = path.parent / "imported"
     distill.main(["import", str(path), "--format", form, "--out", str(out), *more])
-    assert data.main(["check", str(out / "demos.jsonl")]) == 0
+    assert run_report(["check", str(out / "demos.jsonl")]) == 0
     return rows_of(out / "demos.jsonl"), rows_of(out / "rejected.jsonl")
 
 
 def record(stem: str, response: str, **changes) -> dict:
-    return {"question": stem, "options": OPTIONS, "answer_idx": "B", "answer": "surgery", "Complex_CoT": REASON, "Response": response, "Question": "open?", **changes}
+    return {
+        "question": stem,
+        "options": OPTIONS,
+        "answer_idx": "B",
+        "answer": "surgery",
+        "Complex_CoT": REASON,
+        "Response": response,
+        "Question": "open?",
+        **changes,
+    }
 
 
 HUATUO = {  # name: (record, faults)
@@ -802,12 +1176,21 @@ HUATUO = {  # name: (record, faults)
     ),
     "loops": (record("7?", "Surgery.", Complex_CoT=LOOP), {"coherence"}),
     "too short": (record("8?", "Surgery.", Complex_CoT="so it is"), {"structure"}),
-    "too long": (record("9?", "Surgery.", Complex_CoT=" ".join(f"w{i}" for i in range(41))), {"structure"}),
-    "tags": (record("10?", "Surgery.", Complex_CoT=f"{REASON} <answer> B </answer>"), {"structure"}),
+    "too long": (
+        record("9?", "Surgery.", Complex_CoT=" ".join(f"w{i}" for i in range(41))),
+        {"structure"},
+    ),
+    "tags": (
+        record("10?", "Surgery.", Complex_CoT=f"{REASON} <answer> B </answer>"),
+        {"structure"},
+    ),
     "drifts": (record("11?", "Surgery.", Complex_CoT=f"{REASON} 手术"), {"coherence"}),
     "another option's text": (record("16?", "Surgery.", answer="rest"), {"record"}),
     "no such option": (record("12?", "Surgery.", answer_idx="E"), {"record"}),
-    "letters out of order": (record("13?", "Surgery.", options={"B": "surgery", "A": "rest"}), {"record"}),
+    "letters out of order": (
+        record("13?", "Surgery.", options={"B": "surgery", "A": "rest"}),
+        {"record"},
+    ),
     "a key missing": ({"question": "14?", "options": OPTIONS, "answer_idx": "B"}, {"record"}),
     "no record": ("15?", {"record"}),
 }
@@ -888,9 +1271,11 @@ def test_what_an_import_refuses_says_which_record_it_was_and_shows_what_is_blame
     assert [row["number"] for row in rejected] == [2, 3, 4]
     printed = capsys.readouterr().out
     for line in (
-        "3 responses refused: conclusion 2, record 1", "1 x its Response first names C, not B",
-        "record 2: its Response first names C, not B", "the answer is B; Rest, then surgery.",
-    ):  # fmt: skip
+        "3 responses refused: conclusion 2, record 1",
+        "1 x its Response first names C, not B",
+        "record 2: its Response first names C, not B",
+        "the answer is B; Rest, then surgery.",
+    ):
         assert line in printed
 
 
@@ -902,22 +1287,23 @@ def test_the_reasons_of_an_import_are_counted_and_the_first_records_named(tmp_pa
     counted = [line.strip() for line in lines if " x " in line]
     assert counted == ["5 x its Response first names C, not B", "4 x its Response names no option"]
     assert [line.split(":")[0].strip() for line in lines if "  record " in line] == [
-        "record 1", "record 2", "record 3",
-    ]  # fmt: skip
+        "record 1",
+        "record 2",
+        "record 3",
+    ]
 
 
 WRONG = {  # name: (records, --format, what the error says)
     "the other format": (
         [record("1?", "Surgery.")] * 3, "sharegpt",
         "none of the 3 records of .*chains.jsonl can be read; wanted are the keys conversations or "
-        "messages, the first record has question, .*, Response.*; --format huatuo would fit",
+        "messages. The first: .*chains.jsonl:1: .* the row has .*Complex_CoT",
     ),
     "the other way round": (
         [exchange("1?", "<think> x </think> B")], "huatuo",
-        "wanted are the keys .*Complex_CoT, Response, the first record has messages; "
-        "--format sharegpt would fit",
+        "wanted are the keys .*Complex_CoT, Response. The first: .* the row has .*messages",
     ),
-    "no known format": ([{"prompt": "1?"}], "huatuo", "has prompt; no other format would fit"),
+    "no known format": ([{"prompt": "1?"}], "huatuo", "The first: .* the row has .*prompt"),
     "keys that fit, and nothing to read": (
         [record("1?", "Surgery.", answer_idx="E")], "huatuo", "The first: .*'E' is not among",
     ),
@@ -925,7 +1311,7 @@ WRONG = {  # name: (records, --format, what the error says)
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_format_ends_in_an_error_that_names_the_right_one(tmp_path, name):
+def test_a_wrong_format_ends_in_an_error_that_names_the_keys_wanted_and_found(tmp_path, name):
     rows, form, said = WRONG[name]
     data.write_jsonl(tmp_path / "chains.jsonl", rows)
     with pytest.raises(data.RowError, match=said):
@@ -956,8 +1342,10 @@ def test_a_human_overrules_what_an_import_reads_in_both_ways(tmp_path):
     assert [(demo["id"], demo["review"]) for demo in demos] == [(keys["named?"], "yes")]
     assert demos[0]["checks"] == {"correct": True, "structure": True, "coherence": True}
     assert {row["question"]: set(row["faults"]) for row in rejected} == {
-        "kept?": {"review"}, "wrong?": {"conclusion"}, "tags?": {"structure"},
-    }  # fmt: skip
+        "kept?": {"review"},
+        "wrong?": {"conclusion"},
+        "tags?": {"structure"},
+    }
     verdicts = [row["verdict"] for row in read_sheet(tmp_path / "imported/review.csv").values()]
     assert verdicts == ["no", "yes", ""]
 
@@ -994,8 +1382,11 @@ def test_an_imports_checker_sees_what_the_rules_let_pass_with_its_images(serve, 
     figures = json.loads((tmp_path / "imported" / "stage.json").read_text())
     assert list(figures["engines"]) == [spec(server, "checker")]
     assert figures["figures"] == {
-        "demos": 1, "refused": 2, "teachers": {"sharegpt": 1}, "faults": {"coherence": 2},
-    }  # fmt: skip
+        "demos": 1,
+        "refused": 2,
+        "teachers": {"sharegpt": 1},
+        "faults": {"coherence": 2},
+    }
     (tmp_path / "film.png").unlink()
     (tmp_path / "imported").rename(tmp_path / "first")
     with pytest.raises(data.RowError, match="film.png is not below"):
@@ -1005,22 +1396,39 @@ def test_an_imports_checker_sees_what_the_rules_let_pass_with_its_images(serve, 
 
 def test_huatuos_chains_become_demonstrations_where_their_own_conclusion_is_the_answer(tmp_path):
     repeated = HUATUO["agrees"][0]
-    (tmp_path / "demo_data.json").write_text(json.dumps([row for row, _ in HUATUO.values()] + [repeated, {**repeated, "Complex_CoT": f"{REASON}, again"}]))
+    (tmp_path / "demo_data.json").write_text(
+        json.dumps(
+            [row for row, _ in HUATUO.values()]
+            + [repeated, {**repeated, "Complex_CoT": f"{REASON}, again"}]
+        )
+    )
     demos, rejected = run_import(tmp_path / "demo_data.json", "huatuo", "--words", "5", "40")
     stems = [row["question"] for row, wrong in HUATUO.values() if not wrong]
     assert [demo["messages"][1]["content"].split("\n")[0] for demo in demos] == [*stems, "1?"]
-    assert demos[0]["messages"] == [*data.prompt_messages(q("1?")), {"role": "assistant", "content": GOOD}]
-    assert demos[0]["meta"] == {"Response": "The best step is Surgery, at once."} and demos[0]["teacher"] == "huatuo"
-    assert [(demo["id"], demo["sample"]) for demo in (demos[0], demos[-1])] == [(demos[0]["id"], 0), (demos[0]["id"], 1)]
+    assert demos[0]["messages"] == [
+        *data.prompt_messages(q("1?")),
+        {"role": "assistant", "content": GOOD},
+    ]
+    assert (
+        demos[0]["meta"] == {"Response": "The best step is Surgery, at once."}
+        and demos[0]["teacher"] == "huatuo"
+    )
+    assert [(demo["id"], demo["sample"]) for demo in (demos[0], demos[-1])] == [
+        (demos[0]["id"], 0),
+        (demos[0]["id"], 1),
+    ]
     assert [set(row["faults"]) for row in rejected] == [
-        *(wrong for _, wrong in HUATUO.values() if wrong), {"duplicate"},
-    ]  # fmt: skip
+        *(wrong for _, wrong in HUATUO.values() if wrong),
+        {"duplicate"},
+    ]
     said = [next(iter(row["faults"].values())) for row in rejected]
     assert said[:2] == ["its Response first names C, not B", "its Response names no option"]
     for fault in ("record 15: missing 'Complex_CoT'", "record 13: answer: 'E' is not among"):
         assert any(fault in text for text in said)
     stage = json.loads((tmp_path / "imported" / "stage.json").read_text())
-    assert stage["figures"]["demos"] == len(demos) and stage["inputs"] == {str(tmp_path / "demo_data.json"): data.file_hash(tmp_path / "demo_data.json")}
+    assert stage["figures"]["demos"] == len(demos) and stage["inputs"] == {
+        str(tmp_path / "demo_data.json"): data.file_hash(tmp_path / "demo_data.json")
+    }
 
 
 def turns(asked: str, said: str, system: str = "") -> list[tuple[str, str]]:
@@ -1028,12 +1436,29 @@ def turns(asked: str, said: str, system: str = "") -> list[tuple[str, str]]:
 
 
 THOUGHT = f"<think>\n{REASON}\n</think>\n\n"
-SHAREGPT = {  # name: (turns, images, the answer that is read; None: refused for these faults, faults)
-    "an answer block": (turns("1?", f"{THOUGHT}So: <answer>surgery</answer>"), [], "surgery", set()),
-    "what follows the thinking": (turns("2?", f"{THOUGHT}Surgery, at once.", system="Be brief."), [], "Surgery, at once.", set()),
+# name: (turns, images, the answer that is read, faults). None for the answer: refused for these
+# faults.
+SHAREGPT = {
+    "an answer block": (
+        turns("1?", f"{THOUGHT}So: <answer>surgery</answer>"),
+        [],
+        "surgery",
+        set(),
+    ),
+    "what follows the thinking": (
+        turns("2?", f"{THOUGHT}Surgery, at once.", system="Be brief."),
+        [],
+        "Surgery, at once.",
+        set(),
+    ),
     "with an image": (turns("<image>\n3?", f"{THOUGHT}B"), ["film.png"], "B", set()),
     "no thinking": (turns("4?", "Surgery."), [], None, {"structure"}),
-    "thinking that does not end": (turns("5?", f"<think> {REASON}"), [], None, {"structure", "correct"}),
+    "thinking that does not end": (
+        turns("5?", f"<think> {REASON}"),
+        [],
+        None,
+        {"structure", "correct"},
+    ),
     "two thoughts": (turns("6?", f"{THOUGHT}{THOUGHT}B"), [], None, {"structure", "correct"}),
     "nothing after it": (turns("7?", THOUGHT), [], None, {"structure", "correct"}),
     "a loop": (turns("8?", f"<think> {LOOP} </think> B"), [], None, {"coherence"}),
@@ -1052,11 +1477,18 @@ def test_sharegpt_and_message_records_with_thinking_become_demonstrations(tmp_pa
     names = {"user": "human", "assistant": "gpt", "system": "system"}
     rows = []
     for spoken, images, _, _ in SHAREGPT.values():
-        said = [{"from": names[role], "value": text} if kind == "conversations" else {"role": role, "content": text} for role, text in spoken]
+        said = [
+            {"from": names[role], "value": text}
+            if kind == "conversations"
+            else {"role": role, "content": text}
+            for role, text in spoken
+        ]
         rows.append({kind: said, **({"images": images} if images else {})})
     data.write_jsonl(tmp_path / "chains.jsonl", [*rows, {"instruction": "x"}])
     demos, rejected = run_import(tmp_path / "chains.jsonl", "sharegpt")
-    kept = [(spoken, images, answer) for spoken, images, answer, wrong in SHAREGPT.values() if not wrong]
+    kept = [
+        (spoken, images, answer) for spoken, images, answer, wrong in SHAREGPT.values() if not wrong
+    ]
     assert [demo["messages"] for demo in demos] == [
         [
             {"role": "system", "content": data.SYSTEM_PROMPT},
@@ -1065,19 +1497,34 @@ def test_sharegpt_and_message_records_with_thinking_become_demonstrations(tmp_pa
         ]
         for spoken, _, answer in kept
     ]
-    assert [demo["images"] for demo in demos] == [images for _, images, _ in kept] and all(demo["checks"]["correct"] is None for demo in demos)
-    assert [set(row["faults"]) for row in rejected] == [wrong for _, _, _, wrong in SHAREGPT.values() if wrong] + [{"record"}]
-    assert "chains.jsonl:16: no list 'messages' or 'conversations'" in rejected[-1]["faults"]["record"]
+    assert [demo["images"] for demo in demos] == [images for _, images, _ in kept] and all(
+        demo["checks"]["correct"] is None for demo in demos
+    )
+    assert [set(row["faults"]) for row in rejected] == [
+        wrong for _, _, _, wrong in SHAREGPT.values() if wrong
+    ] + [{"record"}]
+    assert (
+        "chains.jsonl:16: no list 'messages' or 'conversations'" in rejected[-1]["faults"]["record"]
+    )
 
 
-@pytest.mark.parametrize(("content", "said"), [
-    (b"[{", "record 1: not JSON"), (b"\xff\xfe", ":1: not JSON"), (None, "no such file"),
-    (b"", "is empty"), (os.mkfifo, "is no regular file"), (os.mkdir, "is no regular file"),
-    (b'[{}, {"a": 1, "a": 2}]', "record 2: .*'a' is there twice"),
-    (b'{"a": 1, "a": 2}', ":1: .*'a' is there twice"), (b'[{"a": NaN}]', "record 1: .*NaN"),
-    (b"[{}, " + b"[" * 99_999, "record 2: .*nested"), (b"[{}]]", "not JSON"),
-    (b'[{"a": "\\ud800"}]', "record 1: .*surrogate"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"[{", "record 1: not JSON"),
+        (b"\xff\xfe", ":1: not JSON"),
+        (None, "no such file"),
+        (b"", "is empty"),
+        (os.mkfifo, "is not a file"),
+        (os.mkdir, "is not a file"),
+        (b'[{}, {"a": 1, "a": 2}]', "record 2: .*'a' is there twice"),
+        (b'{"a": 1, "a": 2}', ":1: .*'a' is there twice"),
+        (b'[{"a": NaN}]', "record 1: .*NaN"),
+        (b"[{}, " + b"[" * 99_999, "record 2: .*nested"),
+        (b"[{}]]", "not JSON"),
+        (b'[{"a": "\\ud800"}]', "record 1: .*surrogate"),
+    ],
+)
 def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path, content, said):
     path = tmp_path / "chains.json"
     if isinstance(content, bytes):
@@ -1088,11 +1535,18 @@ def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path, content, said):
         run_import(path, "sharegpt")
 
 
-@pytest.mark.parametrize(("form", "good", "faults"), [
-    ("huatuo", record("1?", "Surgery."), EXAM_FAULTS),
-    ("huatuo", record("1?", "Surgery."), [({key: 5}, "") for key in ("Response", "Complex_CoT")]),
-    ("sharegpt", exchange("<image>1?", THOUGHT + "B") | {"images": ["a.png"]}, TURN_FAULTS),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("form", "good", "faults"),
+    [
+        ("huatuo", record("1?", "Surgery."), EXAM_FAULTS),
+        (
+            "huatuo",
+            record("1?", "Surgery."),
+            [({key: 5}, "") for key in ("Response", "Complex_CoT")],
+        ),
+        ("sharegpt", exchange("<image>1?", THOUGHT + "B") | {"images": ["a.png"]}, TURN_FAULTS),
+    ],
+)
 def test_each_broken_record_is_rejected_by_name_and_no_other(tmp_path, form, good, faults):
     rows = [good, *(good | changes for changes, _ in faults)]
     rows = [{key: value for key, value in row.items() if value is not GONE} for row in rows]
@@ -1104,22 +1558,52 @@ def test_each_broken_record_is_rejected_by_name_and_no_other(tmp_path, form, goo
     assert "1" not in said
 
 
-@pytest.mark.skipif(not REAL or not (Path(REAL) / "huatuo_demo_data.json").exists(), reason="MEDEE_REAL_DATA names no folder with huatuo_demo_data.json")
-def test_huatuos_own_file_becomes_demonstrations_that_can_be_shown_and_teach(folders, tmp_path, capsys):
+@pytest.mark.skipif(
+    not REAL or not (Path(REAL) / "huatuo_demo_data.json").exists(),
+    reason="MEDEE_REAL_DATA names no folder with huatuo_demo_data.json",
+)
+def test_huatuos_own_file_becomes_demonstrations_that_can_be_shown_and_teach(
+    folders, tmp_path, capsys
+):
     shutil.copy(Path(REAL) / "huatuo_demo_data.json", tmp_path)
     demos, rejected = run_import(tmp_path / "huatuo_demo_data.json", "huatuo")
     faults = Counter(name for row in rejected for name in row["faults"])
     assert (len(demos), faults) == (52, {"conclusion": 146})
     capsys.readouterr()
-    model.main(["show", str(tmp_path / "imported" / "demos.jsonl"), "--model", str(folders["qwen"]), "-n", "2"])
+    run_report(
+        [
+            "show",
+            str(tmp_path / "imported" / "demos.jsonl"),
+            "--model",
+            str(folders["qwen"]),
+            "-n",
+            "2",
+        ]
+    )
     shown = capsys.readouterr().out
     assert shown.count("supervised: think") == 2 and data.SYSTEM_PROMPT in shown
-    shortest = sorted(demos, key=lambda demo: sum(len(message["content"]) for message in demo["messages"]))[:5]
+    shortest = sorted(
+        demos, key=lambda demo: sum(len(message["content"]) for message in demo["messages"])
+    )[:5]
     data.write_jsonl(tmp_path / "short.jsonl", shortest)
     flags = ["--epochs", "4", "--batch", "1", "--lr", "5e-3", "--pixels", str(56 * 56)]
-    sft.main(["--model", str(folders["qwen"]), "--demos", str(tmp_path / "short.jsonl"), "--out", str(tmp_path / "sft"), *flags])
-    losses = [row["loss"] for row in data.read_metrics(tmp_path / "sft")]
-    assert len(losses) == 20 and losses[-1] < losses[0] - 0.5 and sum(losses[10:]) < 0.95 * sum(losses[:10])  # the same five rows, again
+    sft.main(
+        [
+            "--model",
+            str(folders["qwen"]),
+            "--demos",
+            str(tmp_path / "short.jsonl"),
+            "--out",
+            str(tmp_path / "sft"),
+            *flags,
+        ]
+    )
+    losses = [row["loss"] for row in schema.read_metrics(tmp_path / "sft")]
+    assert (
+        len(losses) == 20
+        and losses[-1] < losses[0] - 0.5
+        and sum(losses[10:]) < 0.95 * sum(losses[:10])
+    )  # the same five rows, again
 
 
 # --------------------------------------------------------------------------------------------------

@@ -9,20 +9,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_engines import STOP_BOOST, tilt
+from test_remote import ONLY_STREAMS, Chat, all_replies, keys, open_at, request, serve  # noqa: F401
 
-import asking
 import data
-import drift
 import engines
+import hub
 import judge
 import model
 import rollout
-from asking import Ask, Reply, Sampling
-from test_engines import STOP_BOOST, tilt
-from test_remote import ONLY_STREAMS, Chat, all_replies, ask, keys, open_at, serve  # noqa: F401
+from command import schema
+from engines import drift, inference
+from engines.inference import Completion, Request, Sampling
 
 SIDE = 56  # of a film and of a tile, in pixels: four image tokens
-SETUP = asking.Setup(pixels=SIDE * SIDE, batch=64)
+SETUP = inference.Setup(pixels=SIDE * SIDE, batch=64)
 WARM = Sampling(temperature=0.7, top_p=0.9, max_tokens=24, seed=3)
 VLLM = {"object": "list", "data": [{"id": "m", "object": "model", "owned_by": "vllm"}]}
 
@@ -49,43 +50,52 @@ def checkpoints(folders, tmp_path_factory):
     return {family: tilt(folder, base / family, boosts) for family, folder in folders.items()}
 
 
-def asks_of(films, samples: int) -> list[Ask]:
+def asks_of(films, samples: int) -> list[Request]:
     def turns(text: str) -> list[dict]:
         return [{"role": "system", "content": "Be brief."}, {"role": "user", "content": text}]
 
     return [
-        Ask(f"q{number}", turns("What is it? " * (1 + number)), shown, tuple(range(samples)))
+        Request(f"q{number}", turns("What is it? " * (1 + number)), shown, tuple(range(samples)))
         for number, shown in enumerate((films[:1], films[1:2], films[1:], []))
     ]
 
 
-def sampled(folder, asks, sampling) -> dict[str, list[Reply]]:
+def sampled(folder, requests, sampling) -> dict[str, list[Completion]]:
     """{question: its replies by sample}"""
     engine = engines.open_engine(f"hf:{folder}", SETUP)
-    replies = [reply for part in engine.answer(asks, sampling) for reply in part]
-    found = {one.id: [reply for reply in replies if reply.id == one.id] for one in asks}
-    return {id: sorted(some, key=lambda reply: reply.sample) for id, some in found.items()}
+    completions = [completion for part in engine.answer(requests, sampling) for completion in part]
+    found = {
+        one.id: [completion for completion in completions if completion.id == one.id]
+        for one in requests
+    }
+    return {
+        id: sorted(some, key=lambda completion: completion.sample) for id, some in found.items()
+    }
 
 
-def trained(folder, asks, replies, films_of=None, positions=None, policy=None) -> list[drift.Chain]:
+def trained(
+    folder, requests, completions, films_of=None, positions=None, policy=None
+) -> list[drift.Chain]:
     """Each chain as the trainer computes it: all chains of a question as one tree row. films_of:
     the files shown instead of an ask's own; positions: what the positions of a batch become."""
     processor = model.Processor(folder, SETUP.pixels, SETUP.tiles)
-    policy, chains = policy or model.load_policy(folder), []
-    for one in asks:
+    policy, chains = policy or hub.load_policy(folder), []
+    for one in requests:
         shown = (films_of or (lambda paths: paths))(one.images)
         row = [processor.encode_prompt(one.messages, list(map(processor.encode_file, shown)))]
-        for which, reply in enumerate(replies[one.id], 1):
-            row.append(processor.encode_tokens(reply.token_ids, 0, which))
+        for which, completion in enumerate(completions[one.id], 1):
+            row.append(processor.encode_tokens(completion.token_ids, 0, which))
         batch = model.collate([row], processor)
         if positions:
             batch = replace(batch, positions=positions(batch))
         with torch.no_grad():
             logp = policy(batch)
-        for which, reply in enumerate(replies[one.id], 1):
+        for which, completion in enumerate(completions[one.id], 1):
             ours = logp[(batch.answer == which) & (batch.labels > 0)].tolist()
-            assert len(ours) == len(reply.token_ids)
-            chains.append(drift.Chain(reply.logp, sum(ours), len(ours), reply.token_logps, ours))
+            assert len(ours) == len(completion.token_ids)
+            chains.append(
+                drift.Chain(completion.logp, sum(ours), len(ours), completion.token_logps, ours)
+            )
     return chains
 
 
@@ -96,17 +106,17 @@ def trained(folder, asks, replies, films_of=None, positions=None, policy=None) -
 def test_hf_tells_the_trainers_log_probabilities_whatever_the_sampling(
     checkpoints, family, films, temperature, top_p
 ):
-    asks = asks_of(films, 3)
+    requests = asks_of(films, 3)
     sampling = replace(WARM, temperature=temperature, top_p=top_p)
-    replies = sampled(checkpoints[family], asks, sampling)
-    chains = trained(checkpoints[family], asks, replies)
+    completions = sampled(checkpoints[family], requests, sampling)
+    chains = trained(checkpoints[family], requests, completions)
     for chain in chains:
         assert chain.sampler_tokens == pytest.approx(chain.trainer_tokens, abs=1e-4)
         assert abs(chain.trainer - chain.sampler) / chain.tokens < 1e-4
-    ends = {reply.finish_reason for some in replies.values() for reply in some}
+    ends = {completion.finish_reason for some in completions.values() for completion in some}
     assert "stop" in ends  # <|im_end|> is among the tokens
     found = drift.compare(chains)
-    print(f"\n{family}, T {temperature}, top-p {top_p}: {drift.told(found)}")
+    print(f"\n{family}, T {temperature}, top-p {top_p}: {drift.describe(found)}")
     assert abs(found.mean) < 1e-5 and found.absolute < 1e-5
 
 
@@ -115,8 +125,8 @@ def test_hf_tells_them_over_the_whole_vocabulary_though_likely_tokens_are_banned
 ):
     names = [token for token in model.Processor(folders[family]).special if token != "<|im_end|>"]
     folder = tilt(folders[family], tmp_path / "tempted", dict.fromkeys(names, 2.0), extra_rows=16)
-    asks = asks_of(films, 2)
-    chains = trained(folder, asks, sampled(folder, asks, WARM))
+    requests = asks_of(films, 2)
+    chains = trained(folder, requests, sampled(folder, requests, WARM))
     assert abs(drift.compare(chains).mean) < 1e-4
     assert drift.compare(chains).absolute < 1e-4
     assert max(chain.sampler for chain in chains) < -24  # the banned ones had nearly all the mass
@@ -145,7 +155,7 @@ def flat(batch: model.Batch) -> torch.Tensor:
 
 def moved(folder) -> model.Policy:
     """The checkpoint after a little training"""
-    policy, generator = model.load_policy(folder), torch.Generator().manual_seed(1)
+    policy, generator = hub.load_policy(folder), torch.Generator().manual_seed(1)
     with torch.no_grad():
         for weight in policy.language_model.parameters():
             weight += torch.randn(weight.shape, generator=generator) * 0.1 * weight.std()
@@ -158,31 +168,33 @@ def test_what_is_not_the_same_is_caught_and_the_honest_pair_passes(
 ):
     if fault == "flat positions" and family == "internvl":
         pytest.skip("its positions have one dimension")
-    folder, asks = checkpoints[family], asks_of(films, 6)[:3]  # all with a film
-    replies = sampled(folder, asks, replace(WARM, temperature=1.0, top_p=1.0))
-    honest = drift.compare(trained(folder, asks, replies))
-    drift.check(honest, drift.LIMIT_FP32, "pairs.jsonl")
+    folder, requests = checkpoints[family], asks_of(films, 6)[:3]  # all with a film
+    completions = sampled(folder, requests, replace(WARM, temperature=1.0, top_p=1.0))
+    honest = drift.compare(trained(folder, requests, completions))
+    drift.check_drift(honest, drift.LIMIT_FP32, "pairs.jsonl")
     changed = {
         "half the resolution": {"films_of": halved(tmp_path)},
         "flat positions": {"positions": flat},
         "weights": {"policy": moved(folder)},
         "film": {"films_of": lambda paths: [films[films.index(path) - 1] for path in paths]},
     }[fault]
-    found = drift.compare(trained(folder, asks, replies, **changed))
-    print(f"\n{family}, {fault}: {drift.told(found)}; honest {drift.told(honest)}")
+    found = drift.compare(trained(folder, requests, completions, **changed))
+    print(f"\n{family}, {fault}: {drift.describe(found)}; honest {drift.describe(honest)}")
     assert found.mean < 0  # what was sampled is less likely to any other model
     with pytest.raises(data.RowError, match="pairs.jsonl: trainer and sampler do not agree"):
-        drift.check(found, drift.LIMIT_FP32, "pairs.jsonl")
+        drift.check_drift(found, drift.LIMIT_FP32, "pairs.jsonl")
 
 
 def test_the_trainers_own_floor_is_below_the_limit(checkpoints, family, films):
-    asks = asks_of(films, 4)
-    replies = sampled(checkpoints[family], asks, WARM)
-    together = trained(checkpoints[family], asks, replies)
+    requests = asks_of(films, 4)
+    completions = sampled(checkpoints[family], requests, WARM)
+    together = trained(checkpoints[family], requests, completions)
     alone = [
-        chain for one in asks for reply in replies[one.id]
-        for chain in trained(checkpoints[family], [one], {one.id: [reply]})
-    ]  # fmt: skip
+        chain
+        for one in requests
+        for completion in completions[one.id]
+        for chain in trained(checkpoints[family], [one], {one.id: [completion]})
+    ]
     both = zip(together, alone, strict=True)
     found = drift.floor([replace(one, trainer_tokens=again.trainer_tokens) for one, again in both])
     assert 0 < abs(found.mean) < drift.LIMIT_FP32 and found.chains == 16
@@ -196,7 +208,9 @@ def test_the_drift_is_the_signed_mean_over_tokens_and_its_sd_is_over_chains():
     chains.append(drift.Chain(-3.0, -3.0, 2, [-1.0, -2.0], [-1.5, -1.5]))
     found = drift.compare(chains)
     assert found == drift.Drift((-2 + 1 + 0) / 7, statistics.stdev([-0.5, 1, 0]), 2 / 3, 3, 7)
-    assert drift.told(found) == "-1.4e-01 a token, SD 7.6e-01 over 3 chains, mean absolute 6.7e-01"
+    assert (
+        drift.describe(found) == "-1.4e-01 a token, SD 7.6e-01 over 3 chains, mean absolute 6.7e-01"
+    )
     one = drift.compare(chains[:1])
     assert (one.mean, one.sd, one.absolute) == (-0.5, None, None)
     chains = [drift.Chain(0, -1.0, 1, None, [-1.5]), drift.Chain(0, -2.0, 4, None, [-0.25] * 4)]
@@ -210,10 +224,10 @@ def test_the_drift_is_the_signed_mean_over_tokens_and_its_sd_is_over_chains():
 def test_beyond_the_limit_on_either_side_is_refused_and_so_is_no_number(off, passes):
     found = drift.Drift(off, None, None, 1, 1)
     if passes:
-        drift.check(found, drift.LIMIT_BF16, "x")
+        drift.check_drift(found, drift.LIMIT_BF16, "x")
     else:
         with pytest.raises(data.RowError, match="x: .*0.005 is the limit.*--pixels"):
-            drift.check(found, drift.LIMIT_BF16, "x")
+            drift.check_drift(found, drift.LIMIT_BF16, "x")
 
 
 def test_a_chain_of_several_pairs_counts_once_and_one_without_a_figure_not_at_all():
@@ -245,8 +259,10 @@ def logprobs(*values) -> dict:
 @pytest.mark.parametrize("told", [logprobs(-1.0, -0.5, -0.25), logprobs(-1.0), None])
 @pytest.mark.parametrize("streams", [False, True])
 def test_vllm_serve_is_asked_for_log_probabilities_and_told_only_where_each_token_has_one(
-    serve, told, streams  # noqa: F811
-):  # fmt: skip
+    serve,
+    told,
+    streams,  # noqa: F811
+):
     def play(question, time, body):
         assert body["logprobs"] is True
         if streams:
@@ -260,17 +276,17 @@ def test_vllm_serve_is_asked_for_log_probabilities_and_told_only_where_each_toke
         content["choices"][0] |= {"token_ids": [5, 5, 5], "logprobs": told}
         return status, content, headers
 
-    (reply,) = all_replies(open_at(Chat, serve(play, VLLM)), [ask("a")])
-    assert (reply.text, reply.token_ids) == ("yes", [5, 5, 5])
+    (completion,) = all_replies(open_at(Chat, serve(play, VLLM)), [request("a")])
+    assert (completion.text, completion.token_ids) == ("yes", [5, 5, 5])
     whole = told and len(told["content"]) == 3
-    assert reply.token_logps == ([-1.0, -0.5, -0.25] if whole else None)
-    assert reply.logp == (-1.75 if whole else None)
+    assert completion.token_logps == ([-1.0, -0.5, -0.25] if whole else None)
+    assert completion.logp == (-1.75 if whole else None)
 
 
 def test_other_servers_are_not_asked_and_tell_none(serve):  # noqa: F811
     server = serve(lambda question, time, body: Chat.good("yes"))
-    (reply,) = all_replies(open_at(Chat, server), [ask("a")])
-    assert reply.logp is None and "logprobs" not in server.requests[0][2]
+    (completion,) = all_replies(open_at(Chat, server), [request("a")])
+    assert completion.logp is None and "logprobs" not in server.requests[0][2]
 
 
 # --- from the rollout to the pairs
@@ -282,18 +298,31 @@ def run_rollout(tmp_path, folder, films, name: str, samples: int) -> list[dict]:
         for i, images in enumerate([[films[0].name], []])
     ]
     data.write_jsonl(tmp_path / "questions.jsonl", questions)
-    rollout.main([
-        "--engine", f"hf:{folder}", "--questions", str(tmp_path / "questions.jsonl"),
-        "--images", str(films[0].parent), "-n", str(samples), "--max-tokens", "4",
-        "--out", str(tmp_path / name / "rollout"), "--pixels", str(SETUP.pixels),
-    ])  # fmt: skip
-    return data.read_rows(tmp_path / name / "rollout" / "rollouts.jsonl", "rollouts")
+    rollout.main(
+        [
+            "--engine",
+            f"hf:{folder}",
+            "--questions",
+            str(tmp_path / "questions.jsonl"),
+            "--images",
+            str(films[0].parent),
+            "-n",
+            str(samples),
+            "--max-tokens",
+            "4",
+            "--out",
+            str(tmp_path / name / "rollout"),
+            "--pixels",
+            str(SETUP.pixels),
+        ]
+    )
+    return schema.read_rows(tmp_path / name / "rollout" / "rollouts.jsonl", "rollouts")
 
 
 def test_a_rollout_keeps_the_sum_of_every_chain_and_every_token_of_the_first(
     checkpoints, films, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(rollout, "TOLD", 64)
+    monkeypatch.setattr(rollout, "BY_TOKEN", 64)
     rows = run_rollout(tmp_path, checkpoints["qwen"], films, "run", 40)
     assert [row["id"] for row in rows] == ["q0"] * 40 + ["q1"] * 40
     assert ["token_logps" in row for row in rows] == [True] * 64 + [False] * 16
@@ -321,17 +350,25 @@ def test_pairs_of_a_rollout_are_held_against_the_trainer_and_older_rows_still_pa
 
     def pairs_of(name: str, rows: list[dict]) -> list[dict]:
         data.write_jsonl(tmp_path / f"{name}.jsonl", rows)
-        judge.main([
-            "pairs", "--rollouts", str(tmp_path / f"{name}.jsonl"), "--out", str(tmp_path / name),
-            "--questions", str(tmp_path / "questions.jsonl"),
-            "--verdicts", str(tmp_path / "verdicts.jsonl"),
-        ])  # fmt: skip
-        return data.read_rows(tmp_path / name / "pairs.jsonl", "pairs")
+        judge.main(
+            [
+                "pairs",
+                "--rollouts",
+                str(tmp_path / f"{name}.jsonl"),
+                "--out",
+                str(tmp_path / name),
+                "--questions",
+                str(tmp_path / "questions.jsonl"),
+                "--verdicts",
+                str(tmp_path / "verdicts.jsonl"),
+            ]
+        )
+        return schema.read_rows(tmp_path / name / "pairs.jsonl", "pairs")
 
     pairs = pairs_of("new", rows)
     assert len(pairs) == 8
     processor = model.Processor(folder, SETUP.pixels, SETUP.tiles)
-    policy, values, by_token = model.load_policy(folder), [], []
+    policy, values, by_token = hub.load_policy(folder), [], []
     for pair in pairs:  # as dpo.py encodes a pair
         images = [processor.encode_file(films[0].parent / image) for image in pair["images"]]
         row = [processor.encode_prompt(pair["prompt"], images)]
@@ -348,7 +385,7 @@ def test_pairs_of_a_rollout_are_held_against_the_trainer_and_older_rows_still_pa
     ]
     found = drift.compare(chains)
     assert found.chains == 8 and found.absolute < 1e-4
-    drift.check(found, drift.LIMIT_FP32, "pairs.jsonl")
+    drift.check_drift(found, drift.LIMIT_FP32, "pairs.jsonl")
     names = ("logp", "token_logps")
     old = [{key: value for key, value in row.items() if key not in names} for row in rows]
     older = pairs_of("old", old)

@@ -1,4 +1,5 @@
-"""engines.py against Hugging Face's own generate() and against a hand loop that samples one token at a time without a cache."""
+"""engines.py against Hugging Face's own generate() and against a hand loop that samples one token
+at a time without a cache."""
 
 import argparse
 import importlib.util
@@ -21,14 +22,15 @@ from hypothesis import strategies as some
 from PIL import Image
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+import attention
 import data
-import decode
-import asking
 import engines
 import model
 import rollout
 import train
-from asking import Ask, Reply, Sampling
+from command import schema
+from engines import decode, inference
+from engines.inference import Completion, Request, Sampling
 
 ROOT = Path(__file__).resolve().parent.parent
 GREEDY = Sampling(temperature=0.0, top_p=1.0, max_tokens=10)
@@ -39,19 +41,24 @@ RARE_BOOST = 0.6  # about one in two hundred
 
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch):
-    """These claims are about equal tokens: in fp32, where a rounding does not turn one token into another"""
+    """These claims are about equal tokens: in fp32, where a rounding does not turn one token into
+    another."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 def tilt(folder, out, boosts: dict[str, float], extra_rows: int = 0):
-    """The checkpoint with a random head of its own (a tied one only repeats the last token), and some tokens made likelier.
-    A head has no bias, so one is made: channel 0 is 1 in every embedding and no layer writes to it, so it is positive in every
-    last hidden state, and a token whose row of the head has more of it gains everywhere. extra_rows: likely rows of the head
-    beyond the vocabulary, like the padding of the published checkpoints."""
+    """The checkpoint with a random head of its own (a tied one only repeats the last token), and
+    some tokens made likelier. A head has no bias, so one is made: channel 0 is 1 in every embedding
+    and no layer writes to it, so it is positive in every last hidden state, and a token whose row
+    of the head has more of it gains everywhere. extra_rows: likely rows of the head beyond the
+    vocabulary, like the padding of the published checkpoints."""
     from transformers import AutoModelForImageTextToText, AutoTokenizer
 
     shutil.copytree(folder, out)
-    network, tokenizer = AutoModelForImageTextToText.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    network, tokenizer = (
+        AutoModelForImageTextToText.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
     generator = torch.Generator().manual_seed(4)
     network.config.tie_word_embeddings = network.config.text_config.tie_word_embeddings = False
     network.lm_head.weight = torch.nn.Parameter(network.lm_head.weight.detach().clone())
@@ -59,11 +66,15 @@ def tilt(folder, out, boosts: dict[str, float], extra_rows: int = 0):
         network.resize_token_embeddings(len(tokenizer) + extra_rows, mean_resizing=False)
     with torch.no_grad():
         for name, parameter in network.model.named_parameters():
-            if "language_model" not in name:  # the tower's usual 0.02 would hardly be seen in the logits
+            if (
+                "language_model" not in name
+            ):  # the tower's usual 0.02 would hardly be seen in the logits
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
             elif name.endswith(("o_proj.weight", "down_proj.weight")):
                 parameter[0] = 0
-        network.get_input_embeddings().weight.mul_(6)[:, 0] = 1  # larger, so that what is said next hangs on what was said
+        network.get_input_embeddings().weight.mul_(6)[:, 0] = (
+            1  # larger, so that what is said next hangs on what was said
+        )
         network.model.language_model.norm.weight[0] = 4
         head = network.lm_head.weight
         head.copy_(torch.randn(head.shape, generator=generator) * 0.1)
@@ -86,7 +97,10 @@ def talking(folders, tmp_path_factory):
 def stopping(folders, tmp_path_factory):
     """Checkpoints that end their turn every few tokens"""
     base = tmp_path_factory.mktemp("stopping")
-    return {family: tilt(folder, base / family, {"<|im_end|>": STOP_BOOST}) for family, folder in folders.items()}
+    return {
+        family: tilt(folder, base / family, {"<|im_end|>": STOP_BOOST})
+        for family, folder in folders.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -94,54 +108,82 @@ def pictures(tmp_path_factory):
     """Three noisy films"""
     base = tmp_path_factory.mktemp("films")
     for seed in range(3):
-        Image.fromarray(np.random.default_rng(seed).integers(0, 256, (56, 56, 3), dtype=np.uint8)).save(base / f"{seed}.png")
+        Image.fromarray(
+            np.random.default_rng(seed).integers(0, 256, (56, 56, 3), dtype=np.uint8)
+        ).save(base / f"{seed}.png")
     return [base / f"{seed}.png" for seed in range(3)]
 
 
 def engine_of(folder, batch: int = 64) -> engines.HFEngine:
-    return engines.open_engine(f"hf:{folder}", asking.Setup(pixels=56 * 56, batch=batch))
+    return engines.open_engine(f"hf:{folder}", inference.Setup(pixels=56 * 56, batch=batch))
 
 
-def test_a_prompt_that_leaves_no_room_is_said_to_be_overlong_and_the_others_are_answered(folder, tmp_path):
+def test_a_prompt_that_leaves_no_room_is_said_to_be_overlong_and_the_others_are_answered(
+    folder, tmp_path
+):
     shutil.copytree(folder, tmp_path / "short")
     config = json.loads((tmp_path / "short" / "config.json").read_text())
     config["text_config"]["max_position_embeddings"] = 200
     (tmp_path / "short" / "config.json").write_text(json.dumps(config))
-    asks = [Ask(key, [{"role": "user", "content": text}], [], (0, 1)) for key, text in (("long", "word " * 300), ("short", "word"))]
-    replies = {(reply.id, reply.sample): reply for batch in engine_of(tmp_path / "short").answer(asks, GREEDY) for reply in batch}
-    assert [(replies["long", k].finish_reason, replies["long", k].text) for k in (0, 1)] == [("overlong", "")] * 2
-    assert all(replies["short", k].finish_reason in ("stop", "length") and replies["short", k].token_ids for k in (0, 1))
+    requests = [
+        Request(key, [{"role": "user", "content": text}], [], (0, 1))
+        for key, text in (("long", "word " * 300), ("short", "word"))
+    ]
+    completions = {
+        (completion.id, completion.sample): completion
+        for batch in engine_of(tmp_path / "short").answer(requests, GREEDY)
+        for completion in batch
+    }
+    assert [
+        (completions["long", k].finish_reason, completions["long", k].text) for k in (0, 1)
+    ] == [("overlong", "")] * 2
+    assert all(
+        completions["short", k].finish_reason in ("stop", "length")
+        and completions["short", k].token_ids
+        for k in (0, 1)
+    )
 
 
 def turns(text: str) -> list[dict]:
     return [{"role": "system", "content": "Be brief."}, {"role": "user", "content": text}]
 
 
-def asks_of(pictures, samples: int = 1) -> list[Ask]:
+def asks_of(pictures, samples: int = 1) -> list[Request]:
     """Prompts of different lengths, with no image, one and two"""
     wanted = tuple(range(samples))
     return [
-        Ask("short", turns("Why?"), [], wanted),
-        Ask("film", turns("What does the film show?"), pictures[:1], wanted),
-        Ask("long", turns("A man of fifty has a cough. " * 4 + "What is the best next step?"), [], wanted),
-        Ask("two", turns("Which of the two is worse, and why?"), pictures[1:], wanted),
-        Ask("other film", turns("What does the film show?"), pictures[2:], wanted),
+        Request("short", turns("Why?"), [], wanted),
+        Request("film", turns("What does the film show?"), pictures[:1], wanted),
+        Request(
+            "long",
+            turns("A man of fifty has a cough. " * 4 + "What is the best next step?"),
+            [],
+            wanted,
+        ),
+        Request("two", turns("Which of the two is worse, and why?"), pictures[1:], wanted),
+        Request("other film", turns("What does the film show?"), pictures[2:], wanted),
     ]
 
 
-def ids_by_sample(engine, asks, sampling) -> dict[tuple[str, int], list[int]]:
-    replies = [reply for replies in engine.answer(asks, sampling) for reply in replies]
-    found = {(reply.id, reply.sample): reply.token_ids for reply in replies}
-    assert len(found) == len(replies) == sum(len(ask.samples) for ask in asks)
+def ids_by_sample(engine, requests, sampling) -> dict[tuple[str, int], list[int]]:
+    completions = [
+        completion
+        for completions in engine.answer(requests, sampling)
+        for completion in completions
+    ]
+    found = {(completion.id, completion.sample): completion.token_ids for completion in completions}
+    assert len(found) == len(completions) == sum(len(request.samples) for request in requests)
     return found
 
 
-def inputs_of(processor, ask: Ask) -> tuple[list[int], dict]:
+def inputs_of(processor, request: Request) -> tuple[list[int], dict]:
     """Prompt ids, and Hugging Face's own preprocessing of the images"""
-    images = [Image.open(path).convert("RGB") for path in ask.images]
+    images = [Image.open(path).convert("RGB") for path in request.images]
     prepared = dict(processor.images(images=images, return_tensors="pt")) if images else {}
     prepared.pop("num_patches", None)
-    return processor.encode_prompt(ask.messages, [processor.encode_image(image) for image in images]).ids, prepared
+    return processor.encode_prompt(
+        request.messages, [processor.encode_image(image) for image in images]
+    ).ids, prepared
 
 
 def reference(folder):
@@ -151,24 +193,41 @@ def reference(folder):
 
 
 def next_logits(network, processor, ids: list[int], prepared: dict) -> torch.Tensor:
-    """Hugging Face's logits for the token after `ids`: one full forward, no cache, no padding. (V,)"""
+    """Hugging Face's logits for the token after `ids`: one full forward, no cache, no padding.
+    (V,)"""
     ids = torch.tensor([ids])
-    types = {"mm_token_type_ids": (ids == processor.image_id).int()} if processor.family.grid_positions else {}
+    types = (
+        {"mm_token_type_ids": (ids == processor.image_id).int()}
+        if processor.family.grid_positions
+        else {}
+    )
     with torch.no_grad():
-        return network(input_ids=ids, attention_mask=torch.ones_like(ids), **types, **prepared).logits[0, -1]
+        return network(
+            input_ids=ids, attention_mask=torch.ones_like(ids), **types, **prepared
+        ).logits[0, -1]
 
 
 def banned_ids(processor) -> list[int]:
     return sorted(index for token, index in processor.special.items() if token != "<|im_end|>")
 
 
-def sampled_by_hand(network, processor, ask: Ask, sample: int, sampling: Sampling) -> list[int]:
+def sampled_by_hand(
+    network, processor, request: Request, sample: int, sampling: Sampling
+) -> list[int]:
     """The same distribution and the same random numbers, one token at a time, in numpy"""
-    ids, prepared = inputs_of(processor, ask)
-    seed = data.sample_seed(sampling.seed, ask.id, sample)
-    draws, said = torch.rand(sampling.max_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).tolist(), []
+    ids, prepared = inputs_of(processor, request)
+    seed = data.sample_seed(sampling.seed, request.id, sample)
+    draws, said = (
+        torch.rand(
+            sampling.max_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        ).tolist(),
+        [],
+    )
     for draw in draws:
-        logits = next_logits(network, processor, ids + said, prepared).double().numpy() / sampling.temperature
+        logits = (
+            next_logits(network, processor, ids + said, prepared).double().numpy()
+            / sampling.temperature
+        )
         logits[banned_ids(processor)] = -np.inf
         mass = np.exp(logits - logits.max())
         mass /= mass.sum()
@@ -194,59 +253,88 @@ def sampled_by_hand(network, processor, ask: Ask, sample: int, sampling: Samplin
 
 def test_greedy_answers_equal_generate(talking, family, pictures):
     engine, network = engine_of(talking[family]), reference(talking[family])
-    asks = asks_of(pictures)
-    ours = ids_by_sample(engine, asks, replace(GREEDY, max_tokens=24))  # one batch: prompts are padded to the longest
-    for ask in asks:
-        ids, prepared = inputs_of(engine.processor, ask)
+    requests = asks_of(pictures)
+    ours = ids_by_sample(
+        engine, requests, replace(GREEDY, max_tokens=24)
+    )  # one batch: prompts are padded to the longest
+    for request in requests:
+        ids, prepared = inputs_of(engine.processor, request)
         ids = torch.tensor([ids])
-        types = {"mm_token_type_ids": (ids == engine.processor.image_id).int()} if family == "qwen" else {}
+        types = (
+            {"mm_token_type_ids": (ids == engine.processor.image_id).int()}
+            if family == "qwen"
+            else {}
+        )
         out = network.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), **types, **prepared, do_sample=False, max_new_tokens=24,
-            eos_token_id=engine.processor.stop_id, pad_token_id=engine.processor.stop_id, suppress_tokens=banned_ids(engine.processor),
-        )  # fmt: skip
-        assert ours[ask.id, 0] == out[0, ids.shape[1] :].tolist(), ask.id
-    assert len({tuple(ids) for ids in ours.values()}) > 3  # the model says different things to different prompts
-    films = [next_logits(network, engine.processor, *inputs_of(engine.processor, ask)) for ask in asks if "film" in ask.id]
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            **types,
+            **prepared,
+            do_sample=False,
+            max_new_tokens=24,
+            eos_token_id=engine.processor.stop_id,
+            pad_token_id=engine.processor.stop_id,
+            suppress_tokens=banned_ids(engine.processor),
+        )
+        assert ours[request.id, 0] == out[0, ids.shape[1] :].tolist(), request.id
+    assert (
+        len({tuple(ids) for ids in ours.values()}) > 3
+    )  # the model says different things to different prompts
+    films = [
+        next_logits(network, engine.processor, *inputs_of(engine.processor, request))
+        for request in requests
+        if "film" in request.id
+    ]
     assert (films[0] - films[1]).abs().max() > 0.1  # and looks at the film
 
 
 def test_sampling_equals_a_hand_loop_without_a_cache(stopping, family, pictures):
     engine, network = engine_of(stopping[family]), reference(stopping[family])
-    asks = asks_of(pictures, samples=3)
-    ours = ids_by_sample(engine, asks, WARM)
-    for ask in asks:
-        for k in ask.samples:
-            assert ours[ask.id, k] == sampled_by_hand(network, engine.processor, ask, k, WARM), (ask.id, k)
-    assert len({len(ids) for ids in ours.values()}) > 2  # some stopped early, so that rows and branches were dropped
+    requests = asks_of(pictures, samples=3)
+    ours = ids_by_sample(engine, requests, WARM)
+    for request in requests:
+        for k in request.samples:
+            assert ours[request.id, k] == sampled_by_hand(
+                network, engine.processor, request, k, WARM
+            ), (request.id, k)
+    assert (
+        len({len(ids) for ids in ours.values()}) > 2
+    )  # some stopped early, so that rows and branches were dropped
 
 
-def test_samples_that_share_a_prompt_equal_samples_decoded_one_at_a_time(stopping, talking, family, pictures):
-    asks = asks_of(pictures, samples=4)[:2]
+def test_samples_that_share_a_prompt_equal_samples_decoded_one_at_a_time(
+    stopping, talking, family, pictures
+):
+    requests = asks_of(pictures, samples=4)[:2]
     for folder in (stopping[family], talking[family]):
         engine = engine_of(folder)
         engine.policy.double()  # or rounding, other in another batch, decides a draw
-        together, alone = ids_by_sample(engine, asks, WARM), {}
-        for ask in asks:
-            for k in ask.samples:
-                alone |= ids_by_sample(engine, [replace(ask, samples=(k,))], WARM)
+        together, alone = ids_by_sample(engine, requests, WARM), {}
+        for request in requests:
+            for k in request.samples:
+                alone |= ids_by_sample(engine, [replace(request, samples=(k,))], WARM)
         assert together == alone
-    assert len({tuple(ids) for ids in together.values()}) == 8  # different k differ, different questions differ
+    assert (
+        len({tuple(ids) for ids in together.values()}) == 8
+    )  # different k differ, different questions differ
 
 
 def test_answers_do_not_depend_on_batch_size_order_or_batch_mates(stopping, family, pictures):
-    asks = asks_of(pictures, samples=2)
+    requests = asks_of(pictures, samples=2)
     engine = engine_of(stopping[family], batch=64)
-    expected = ids_by_sample(engine, asks, WARM)
-    assert ids_by_sample(engine, asks, WARM) == expected  # once more
-    assert ids_by_sample(engine, asks[::-1], WARM) == expected
-    assert ids_by_sample(engine, asks[1:2], WARM).items() <= expected.items()
+    expected = ids_by_sample(engine, requests, WARM)
+    assert ids_by_sample(engine, requests, WARM) == expected  # once more
+    assert ids_by_sample(engine, requests[::-1], WARM) == expected
+    assert ids_by_sample(engine, requests[1:2], WARM).items() <= expected.items()
     for batch in (1, 3, 5):  # one at a time; less than a pair of questions; two questions
         engine.batch = batch
-        assert ids_by_sample(engine, asks, WARM) == expected
-    fewer = [replace(ask, samples=ask.samples[i % 2 :]) for i, ask in enumerate(asks)]  # after a restart, some are done already
+        assert ids_by_sample(engine, requests, WARM) == expected
+    fewer = [
+        replace(request, samples=request.samples[i % 2 :]) for i, request in enumerate(requests)
+    ]  # after a restart, some are done already
     engine.batch = 64
     assert ids_by_sample(engine, fewer, WARM).items() <= expected.items()
-    assert ids_by_sample(engine, asks, replace(WARM, seed=6)) != expected
+    assert ids_by_sample(engine, requests, replace(WARM, seed=6)) != expected
 
 
 def test_no_questions_give_no_answers(stopping):
@@ -258,47 +346,69 @@ def test_no_questions_give_no_answers(stopping):
 
 def test_replies_carry_text_finish_reason_and_the_seed_of_their_own(stopping, family, pictures):
     engine = engine_of(stopping[family])
-    replies = [reply for group in engine.answer(asks_of(pictures, samples=4), WARM) for reply in group]
+    completions = [
+        completion
+        for group in engine.answer(asks_of(pictures, samples=4), WARM)
+        for completion in group
+    ]
     stop = engine.processor.stop_id
-    assert {reply.finish_reason for reply in replies} == {"stop", "length"}
-    for reply in replies:
-        assert reply.seed == data.sample_seed(WARM.seed, reply.id, reply.sample)
-        body = reply.token_ids[:-1] if reply.finish_reason == "stop" else reply.token_ids
-        assert stop not in body and reply.text == engine.processor.tokenizer.decode(body)
-        if reply.finish_reason == "stop":
-            assert reply.token_ids[-1] == stop and len(reply.token_ids) <= WARM.max_tokens
+    assert {completion.finish_reason for completion in completions} == {"stop", "length"}
+    for completion in completions:
+        assert completion.seed == data.sample_seed(WARM.seed, completion.id, completion.sample)
+        body = (
+            completion.token_ids[:-1]
+            if completion.finish_reason == "stop"
+            else completion.token_ids
+        )
+        assert stop not in body and completion.text == engine.processor.tokenizer.decode(body)
+        if completion.finish_reason == "stop":
+            assert completion.token_ids[-1] == stop and len(completion.token_ids) <= WARM.max_tokens
         else:
-            assert len(reply.token_ids) == WARM.max_tokens
-        row = json.loads(json.dumps(asking.reply_row(reply, engine.spec)))
-        data.check_row(row, "here", "rollouts")
-        assert row["engine"] == engine.spec and row["token_ids"] == reply.token_ids
+            assert len(completion.token_ids) == WARM.max_tokens
+        row = json.loads(json.dumps(inference.completion_row(completion, engine.spec)))
+        schema.check_row(row, "here", "rollouts")
+        assert row["engine"] == engine.spec and row["token_ids"] == completion.token_ids
 
 
 def test_a_limit_of_one_token_cuts_every_answer_or_ends_it(stopping):
     engine = engine_of(stopping["qwen"])
-    for reply in next(engine.answer([Ask("a", turns("Why?"), [], tuple(range(20)))], replace(WARM, max_tokens=1))):
-        assert len(reply.token_ids) == 1
-        assert (reply.finish_reason == "stop") == (reply.token_ids == [engine.processor.stop_id]) == (reply.text == "")
+    for completion in next(
+        engine.answer(
+            [Request("a", turns("Why?"), [], tuple(range(20)))], replace(WARM, max_tokens=1)
+        )
+    ):
+        assert len(completion.token_ids) == 1
+        assert (
+            (completion.finish_reason == "stop")
+            == (completion.token_ids == [engine.processor.stop_id])
+            == (completion.text == "")
+        )
 
 
 def test_special_tokens_are_never_sampled_however_likely(folders, family, tmp_path):
     names = [token for token in model.Processor(folders[family]).special if token != "<|im_end|>"]
     folder = tilt(folders[family], tmp_path / "tempted", dict.fromkeys(names, 8.0), extra_rows=16)
-    engine, ask = engine_of(folder), Ask("a", turns("Why?"), [], tuple(range(8)))
-    ids, prepared = inputs_of(engine.processor, ask)
-    likeliest = next_logits(reference(folder), engine.processor, ids, prepared).topk(len(names) + 16).indices.tolist()
+    engine, request = engine_of(folder), Request("a", turns("Why?"), [], tuple(range(8)))
+    ids, prepared = inputs_of(engine.processor, request)
+    likeliest = (
+        next_logits(reference(folder), engine.processor, ids, prepared)
+        .topk(len(names) + 16)
+        .indices.tolist()
+    )
     beyond = list(range(len(engine.processor.tokenizer), len(engine.processor.tokenizer) + 16))
-    assert sorted(likeliest) == sorted(banned_ids(engine.processor) + beyond)  # the temptation is real
+    assert sorted(likeliest) == sorted(
+        banned_ids(engine.processor) + beyond
+    )  # the temptation is real
     for sampling in (GREEDY, replace(WARM, temperature=1.5, top_p=1.0)):
-        for said in ids_by_sample(engine, [ask], sampling).values():
+        for said in ids_by_sample(engine, [request], sampling).values():
             assert not set(said) & set(banned_ids(engine.processor) + beyond)
 
 
 def test_the_policy_agrees_with_what_was_sampled(talking, family, pictures):
     engine = engine_of(talking[family])
-    ask = asks_of(pictures)[1]
-    greedy = ids_by_sample(engine, [ask], GREEDY)[ask.id, 0]
-    row = [engine.encode(ask), engine.processor.encode_tokens(greedy)]
+    request = asks_of(pictures)[1]
+    greedy = ids_by_sample(engine, [request], GREEDY)[request.id, 0]
+    row = [engine.encode(request), engine.processor.encode_tokens(greedy)]
     batch = model.collate([row], engine.processor)
     start = len(row[0].ids)
     with torch.no_grad():
@@ -306,28 +416,37 @@ def test_the_policy_agrees_with_what_was_sampled(talking, family, pictures):
         logits = engine.policy.model.lm_head(engine.policy.hidden_states(batch))[0, start - 1 : -1]
     logits[:, banned_ids(engine.processor)] = float("-inf")
     assert logits.argmax(-1).tolist() == greedy
-    assert logp.isfinite().all() and (logp < 0).all() and logp.sum() > -len(greedy) * np.log(logits.shape[1])
+    assert (
+        logp.isfinite().all()
+        and (logp < 0).all()
+        and logp.sum() > -len(greedy) * np.log(logits.shape[1])
+    )
 
 
 # --- while it samples
 
 
 def test_a_questions_replies_come_when_its_own_last_one_ends(stopping, family, pictures):
-    engine, asks = engine_of(stopping[family]), asks_of(pictures, samples=2)
+    engine, requests = engine_of(stopping[family]), asks_of(pictures, samples=2)
     seen, lists = [], []
-    for replies in engine.answer(asks, replace(WARM, temperature=1.0, max_tokens=60)):
-        if replies:  # an empty list is a sign of life, on a slow machine
+    for completions in engine.answer(requests, replace(WARM, temperature=1.0, max_tokens=60)):
+        if completions:  # an empty list is a sign of life, on a slow machine
             seen.append(engine.tally["tokens"])
-            lists.append(replies)
+            lists.append(completions)
     assert len(lists) > 2  # of one batch
-    for replies in lists:
-        assert {(reply.id, reply.sample) for reply in replies} == {
-            (ask.id, k) for ask in asks if ask.id in {reply.id for reply in replies} for k in (0, 1)
+    for completions in lists:
+        assert {(completion.id, completion.sample) for completion in completions} == {
+            (request.id, k)
+            for request in requests
+            if request.id in {completion.id for completion in completions}
+            for k in (0, 1)
         }
-    longest = [max(len(reply.token_ids) for reply in replies) for replies in lists]
+    longest = [
+        max(len(completion.token_ids) for completion in completions) for completions in lists
+    ]
     assert longest == sorted(longest) and longest[0] < longest[-1]
     # what had been sampled by then: of each branch, as many tokens as that step allows
-    lengths = [len(reply.token_ids) for replies in lists for reply in replies]
+    lengths = [len(completion.token_ids) for completions in lists for completion in completions]
     assert seen == [sum(min(length, steps) for length in lengths) for steps in longest]
 
 
@@ -336,12 +455,19 @@ def test_a_second_without_a_reply_gives_an_empty_list_and_a_rate(
 ):
     clock = iter(np.arange(0, 1e6, 0.4))  # every step takes 0.4 seconds
     monkeypatch.setattr(engines, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
-    engine, (ask,) = engine_of(talking["qwen"]), asks_of(pictures)[:1]
+    engine, (request,) = engine_of(talking["qwen"]), asks_of(pictures)[:1]
     sampling = replace(GREEDY, max_tokens=8)
-    lists = list(engine.answer([ask], sampling))
-    assert [len(replies) for replies in lists] == [0, 0, 1]  # after 3, 6 and all 9 steps
+    lists = list(engine.answer([request], sampling))
+    assert [len(completions) for completions in lists] == [0, 0, 1]  # after 3, 6 and all 9 steps
     assert engine.tally == Counter({"tokens": 8})
-    asking.ask_all(engine, [ask], sampling, tmp_path / "x", lambda r: asking.reply_row(r, "hf"), "test")
+    inference.complete_all(
+        engine,
+        [request],
+        sampling,
+        tmp_path / "x",
+        lambda r: inference.completion_row(r, "hf"),
+        "test",
+    )
     states = capsys.readouterr().err.split("\r")
     alive = [state for state in states if "| 0/1 [" in state and "tokens=" in state]
     assert len(alive) >= 2 and all("tokens/s=" in state for state in alive)
@@ -359,29 +485,44 @@ def test_a_killed_rollout_keeps_what_had_ended_and_goes_on_to_the_same_rows(
 
     def flags(run: str) -> list[str]:
         return [
-            "--engine", f"hf:{folder}", "--questions", str(tmp_path / "questions.jsonl"), "-n", "1",
-            "--images", str(pictures[0].parent), "--out", str(tmp_path / run / "rollout"),
-            "--max-tokens", "1500", "--temperature", "1", "--top-p", "1", "--pixels", "3136",
-        ]  # fmt: skip
+            "--engine",
+            f"hf:{folder}",
+            "--questions",
+            str(tmp_path / "questions.jsonl"),
+            "-n",
+            "1",
+            "--images",
+            str(pictures[0].parent),
+            "--out",
+            str(tmp_path / run / "rollout"),
+            "--max-tokens",
+            "1500",
+            "--temperature",
+            "1",
+            "--top-p",
+            "1",
+            "--pixels",
+            "3136",
+        ]
 
     command = [sys.executable, str(ROOT / "rollout.py"), *flags("killed")]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-    replies = tmp_path / "killed" / "replies"
-    while not any(path.stat().st_size for path in replies.glob("*.jsonl")):
+    completions = tmp_path / "killed" / "replies"
+    while not any(path.stat().st_size for path in completions.glob("*.jsonl")):
         assert process.poll() is None, (tmp_path / "log").read_text()
         time.sleep(0.005)
     process.kill()  # -9
     process.wait()
-    (path,) = replies.glob("*.jsonl")
+    (path,) = completions.glob("*.jsonl")
     kept = path.read_bytes()
     assert 1 <= kept.count(b"\n") < 6  # of one batch
     rollout.main(flags("killed"))
     rollout.main(flags("whole"))
     assert path.read_bytes().startswith(kept)
     runs = [tmp_path / run / "rollout" / "rollouts.jsonl" for run in ("killed", "whole")]
-    (said, told), (again, anew) = (said_and_told(data.read_rows(run, "rollouts")) for run in runs)
+    (said, told), (again, anew) = (said_and_told(schema.read_rows(run, "rollouts")) for run in runs)
     assert said == again
     for one, other in zip(told, anew, strict=True):
         assert one == pytest.approx(other, abs=1e-4 * len(one) ** 0.5)
@@ -398,7 +539,9 @@ def test_a_batch_is_as_many_questions_as_their_longest_answers_leave_room_for():
     assert engines.together(sizes, 100, 3, 10**9) == 3 and engines.together([], 100, 3, 10) == 0
 
 
-def test_a_token_of_the_cache_takes_what_the_engine_counts_for_it(talking, family, pictures, monkeypatch):
+def test_a_token_of_the_cache_takes_what_the_engine_counts_for_it(
+    talking, family, pictures, monkeypatch
+):
     caches, made = [], decode.TreeCache.__init__
 
     def recorded(self, limit):
@@ -406,8 +549,8 @@ def test_a_token_of_the_cache_takes_what_the_engine_counts_for_it(talking, famil
         caches.append(self)
 
     monkeypatch.setattr(decode.TreeCache, "__init__", recorded)
-    engine, asks = engine_of(talking[family]), asks_of(pictures, samples=3)[:2]
-    ids_by_sample(engine, asks, replace(GREEDY, max_tokens=16))
+    engine, requests = engine_of(talking[family]), asks_of(pictures, samples=3)[:2]
+    ids_by_sample(engine, requests, replace(GREEDY, max_tokens=16))
     (cache,) = caches
     buffers = [buffer for layer in cache.layers.values() for buffer in layer]
     assert {buffer.shape[2] for buffer in buffers} == {cache.limit}  # it grew to its end
@@ -416,7 +559,7 @@ def test_a_token_of_the_cache_takes_what_the_engine_counts_for_it(talking, famil
     assert sum(buffer.nbytes for buffer in buffers) == tokens * decode.token_bytes(engine.policy)
     room = int(engine.share * engines.free_memory(engine.device))
     assert room > 2**20 and engines.HFEngine(
-        "hf", str(talking[family]), asking.Setup(replicas=4)
+        "hf", str(talking[family]), inference.Setup(replicas=4)
     ).share == pytest.approx(engine.share / 4)  # four on one machine
 
 
@@ -438,7 +581,9 @@ def test_a_question_for_which_there_is_no_room_is_refused_before_anything_is_sam
 ):
     engine = engine_of(talking["qwen"])
     engine.share = 1e-9
-    with pytest.raises(asking.Unavailable, match="3 answers of up to 12 tokens .*--max-tokens.*-n"):
+    with pytest.raises(
+        inference.Unavailable, match="3 answers of up to 12 tokens .*--max-tokens.*-n"
+    ):
         next(engine.answer(asks_of(pictures, samples=3), WARM))
     assert not engine.tally
 
@@ -447,7 +592,7 @@ def test_out_of_memory_ends_with_what_to_lower(talking, pictures):
     engine = engine_of(talking["qwen"])
     engine.share = 1e12  # as if there were room for everything
     endless = replace(WARM, max_tokens=10**14)  # 800 TB of random numbers
-    with pytest.raises(asking.Unavailable, match="lower --batch .64.*--max-tokens .10{14}.*-n"):
+    with pytest.raises(inference.Unavailable, match="lower --batch .64.*--max-tokens .10{14}.*-n"):
         list(engine.answer(asks_of(pictures), endless))
 
 
@@ -472,9 +617,9 @@ def test_heads_that_share_keys_attend_as_if_they_were_repeated(heads, groups, ne
 def test_decoding_leaves_the_policy_as_it_was(talking, family, pictures):
     engine = engine_of(talking[family])
     config = engine.policy.language_model.config
-    replies = engine.answer(asks_of(pictures), GREEDY)
-    next(replies)  # in the middle of a batch or after it
-    assert config._attn_implementation == model.TREE_ATTENTION
+    completions = engine.answer(asks_of(pictures), GREEDY)
+    next(completions)  # in the middle of a batch or after it
+    assert config._attn_implementation == attention.TREE_ATTENTION
 
 
 def test_engine_and_ranks_do_without_cudnns_attention(talking, monkeypatch):
@@ -499,9 +644,13 @@ def sorted_whole(mass: torch.Tensor, draw: torch.Tensor, top_p: float) -> torch.
 
 @settings(max_examples=100, deadline=None)
 @given(
-    seed=some.integers(0, 2**31), size=some.integers(1, 120), count=some.integers(1, 40),
-    levels=some.integers(1, 30), flat=some.floats(0.05, 3), top_p=some.floats(0.01, 0.999),
-)  # fmt: skip
+    seed=some.integers(0, 2**31),
+    size=some.integers(1, 120),
+    count=some.integers(1, 40),
+    levels=some.integers(1, 30),
+    flat=some.floats(0.05, 3),
+    top_p=some.floats(0.01, 0.999),
+)
 def test_top_p_of_the_likeliest_chooses_what_a_sort_of_all_chooses(
     seed, size, count, levels, flat, top_p
 ):
@@ -539,23 +688,36 @@ def test_top_p_keeps_the_fewest_likeliest_tokens_that_reach_it():
     draws = torch.linspace(0, 1, 1001, dtype=torch.float64)[:-1]
 
     def shares(top_p: float) -> list[float]:
-        return (decode.choose(logits.expand(1000, 3), draws, 1.0, top_p).bincount(minlength=3) / 1000).tolist()
+        return (
+            decode.choose(logits.expand(1000, 3), draws, 1.0, top_p).bincount(minlength=3) / 1000
+        ).tolist()
 
     for top_p, expected in [
-        (0.01, [0, 1, 0]), (0.49, [0, 1, 0]), (0.51, [0, 5 / 8, 3 / 8]), (0.79, [0, 5 / 8, 3 / 8]), (0.81, [0.2, 0.5, 0.3]), (1.0, [0.2, 0.5, 0.3])
-    ]:  # fmt: skip
+        (0.01, [0, 1, 0]),
+        (0.49, [0, 1, 0]),
+        (0.51, [0, 5 / 8, 3 / 8]),
+        (0.79, [0, 5 / 8, 3 / 8]),
+        (0.81, [0.2, 0.5, 0.3]),
+        (1.0, [0.2, 0.5, 0.3]),
+    ]:
         assert shares(top_p) == pytest.approx(expected, abs=2e-3)
 
 
 def test_temperature_zero_is_argmax_and_tiny_temperature_too():
     generator = torch.Generator().manual_seed(0)
-    logits, draws = torch.randn(50, 30, generator=generator), torch.rand(50, generator=generator, dtype=torch.float64)
+    logits, draws = (
+        torch.randn(50, 30, generator=generator),
+        torch.rand(50, generator=generator, dtype=torch.float64),
+    )
     for temperature in (0.0, 1e-4):
         assert torch.equal(decode.choose(logits, draws, temperature, 1.0), logits.argmax(-1))
 
 
 def test_a_banned_token_is_not_chosen_by_the_last_draw():
-    generator, last = torch.Generator().manual_seed(0), torch.tensor(np.nextafter(1.0, 0.0), dtype=torch.float64)
+    generator, last = (
+        torch.Generator().manual_seed(0),
+        torch.tensor(np.nextafter(1.0, 0.0), dtype=torch.float64),
+    )
     logits = torch.randn(20, 5, 100, generator=generator)  # any leading shape
     logits[..., ::7] = logits[..., -3:] = float("-inf")
     for top_p in (1.0, 0.999999):
@@ -565,7 +727,11 @@ def test_a_banned_token_is_not_chosen_by_the_last_draw():
 
 
 def test_frequencies_follow_the_softmax():
-    logits, count, temperature = torch.randn(12, generator=torch.Generator().manual_seed(1)), 40_000, 0.7
+    logits, count, temperature = (
+        torch.randn(12, generator=torch.Generator().manual_seed(1)),
+        40_000,
+        0.7,
+    )
     chosen = decode.choose(logits.expand(count, -1), decode.uniforms(11, count), temperature, 1.0)
     expected = (logits.double() / temperature).softmax(-1).numpy() * count
     chi_square = ((np.bincount(chosen.numpy(), minlength=12) - expected) ** 2 / expected).sum()
@@ -577,7 +743,9 @@ def test_a_samples_random_numbers_come_from_its_seed_alone():
     assert not torch.equal(decode.uniforms(3, 8), decode.uniforms(4, 8))
     assert ((decode.uniforms(3, 1000) >= 0) & (decode.uniforms(3, 1000) < 1)).all()
     # the hash tells questions, samples and run seeds apart
-    seeds = {data.sample_seed(seed, key, k) for seed in range(3) for key in ("a", "b") for k in range(8)}
+    seeds = {
+        data.sample_seed(seed, key, k) for seed in range(3) for key in ("a", "b") for k in range(8)
+    }
     assert len(seeds) == 48
 
 
@@ -592,90 +760,164 @@ class Scribe:
     def __init__(self, breath: int = 10**9):
         self.asked, self.breath, self.tally = Counter(), breath, Counter()
 
-    def answer(self, asks, sampling):
-        for ask in reversed(asks):  # in any order
-            for k in ask.samples:
+    def answer(self, requests, sampling):
+        for request in reversed(requests):  # in any order
+            for k in request.samples:
                 if sum(self.asked.values()) == self.breath:
                     raise KeyboardInterrupt
-                self.asked[ask.id, k] += 1
-                yield [Reply(ask.id, k, f"{ask.id} says {k}", None, "stop", data.sample_seed(sampling.seed, ask.id, k))]
+                self.asked[request.id, k] += 1
+                yield [
+                    Completion(
+                        request.id,
+                        k,
+                        f"{request.id} says {k}",
+                        None,
+                        "stop",
+                        data.sample_seed(sampling.seed, request.id, k),
+                    )
+                ]
 
 
 def test_asking_resumes_after_a_kill_and_asks_nothing_twice(tmp_path):
-    path, asks = tmp_path / "rollouts.jsonl", [Ask(name, turns(name), [], (0, 1, 2)) for name in "abcd"]
+    path, requests = (
+        tmp_path / "rollouts.jsonl",
+        [Request(name, turns(name), [], (0, 1, 2)) for name in "abcd"],
+    )
 
-    def ask(scribe, asks=asks):
-        return asking.ask_all(scribe, asks, WARM, path, lambda reply: asking.reply_row(reply, "scribe"), "test")
+    def request(scribe, requests=requests):
+        return inference.complete_all(
+            scribe,
+            requests,
+            WARM,
+            path,
+            lambda completion: inference.completion_row(completion, "scribe"),
+            "test",
+        )
 
     first, second, third, fourth = Scribe(breath=7), Scribe(), Scribe(), Scribe()
     with pytest.raises(KeyboardInterrupt):
-        ask(first)
+        request(first)
     whole = path.read_bytes()
     assert whole.count(b"\n") == 7
     path.write_bytes(whole[:-10])  # the machine went down in the middle of a line
-    rows = ask(second)
+    rows = request(second)
     assert list(rows) == [(name, k) for name in "abcd" for k in range(3)]  # however it was answered
     assert all(row["response"] == f"{name} says {k}" for (name, k), row in rows.items())
     torn = list(first.asked)[-1]
-    assert first.asked + second.asked == Counter({(name, k): 1 + ((name, k) == torn) for name in "abcd" for k in range(3)})
-    assert ask(third) == rows and not third.asked
-    # four samples instead of three: only the fourth is asked, and a subset of the questions gives a subset of the rows
-    more = ask(fourth, [replace(item, samples=(0, 1, 2, 3)) for item in asks[:2]])
+    assert first.asked + second.asked == Counter(
+        {(name, k): 1 + ((name, k) == torn) for name in "abcd" for k in range(3)}
+    )
+    assert request(third) == rows and not third.asked
+    # four samples instead of three: only the fourth is asked; a subset of the questions gives a
+    # subset of the rows
+    more = request(fourth, [replace(item, samples=(0, 1, 2, 3)) for item in requests[:2]])
     assert fourth.asked == Counter({("a", 3): 1, ("b", 3): 1}) and len(more) == 8
     assert len(list(data.read_jsonl(path))) == 14
 
 
 @pytest.mark.parametrize("what", ["text", "image"])
-def test_a_reply_to_something_else_under_the_same_id_is_never_taken_and_stays(tmp_path, pictures, what):
+def test_a_reply_to_something_else_under_the_same_id_is_never_taken_and_stays(
+    tmp_path, pictures, what
+):
     path, film = tmp_path / "rollouts.jsonl", tmp_path / "film.png"
     film.write_bytes(pictures[0].read_bytes())
 
-    def ask(scribe, text="Why?"):
-        asks = [Ask("a", turns(text), [film], (0, 1)), Ask("b", turns("Who?"), [], (0,))]
-        return asking.ask_all(scribe, asks, WARM, path, lambda reply: asking.reply_row(reply, "scribe"), "test")
+    def request(scribe, text="Why?"):
+        requests = [
+            Request("a", turns(text), [film], (0, 1)),
+            Request("b", turns("Who?"), [], (0,)),
+        ]
+        return inference.complete_all(
+            scribe,
+            requests,
+            WARM,
+            path,
+            lambda completion: inference.completion_row(completion, "scribe"),
+            "test",
+        )
 
-    first = ask(Scribe())
+    first = request(Scribe())
     before = path.read_bytes()
     other = "Why not?" if what == "text" else "Why?"
     if what == "image":
         film.write_bytes(pictures[1].read_bytes() + b" ")
     scribe, again = Scribe(), Scribe()
-    renewed = ask(scribe, other)
+    renewed = request(scribe, other)
     assert scribe.asked == Counter({("a", 0): 1, ("a", 1): 1})
     assert renewed["b", 0] == first["b", 0] and renewed["a", 0]["asked"] != first["a", 0]["asked"]
-    assert ask(again, other) == renewed and not again.asked
+    assert request(again, other) == renewed and not again.asked
     assert path.read_bytes().startswith(before)  # the first replies were paid for
     # what an engine said is evidence: a row that was edited is no reply any more
     edited = path.read_text().replace("b says 0", "b says 1")
     path.write_text(edited)
     with pytest.raises(data.RowError, match="rollouts.jsonl: row 1 is not as it was written"):
-        ask(again, other)
+        request(again, other)
     assert not again.asked and path.read_text() == edited
 
 
 def test_two_processes_never_append_to_one_file_of_replies(tmp_path):
     path = tmp_path / "rows.jsonl"
-    hold = "import stage, sys, pathlib; file = stage.appending(pathlib.Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
-    other = subprocess.Popen([sys.executable, "-c", hold, str(path)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    hold = (
+        "from command import stage; import sys, pathlib; "
+        "file = stage.hold(pathlib.Path(sys.argv[1])); "
+        "print('held', flush=True); sys.stdin.read()"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", hold, str(path)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert other.stdout.readline() == "held\n"
-    asks, scribe = [Ask("a", turns("a"), [], (0,))], Scribe()
+    requests, scribe = [Request("a", turns("a"), [], (0,))], Scribe()
     with pytest.raises(data.RowError, match="rows.jsonl: another process"):
-        asking.ask_all(scribe, asks, WARM, path, lambda reply: asking.reply_row(reply, "scribe"), "test")
+        inference.complete_all(
+            scribe,
+            requests,
+            WARM,
+            path,
+            lambda completion: inference.completion_row(completion, "scribe"),
+            "test",
+        )
     assert not scribe.asked
     other.kill()  # -9: whoever is dead holds nothing
     other.wait()
-    assert len(asking.ask_all(scribe, asks, WARM, path, lambda reply: asking.reply_row(reply, "scribe"), "test")) == 1
+    assert (
+        len(
+            inference.complete_all(
+                scribe,
+                requests,
+                WARM,
+                path,
+                lambda completion: inference.completion_row(completion, "scribe"),
+                "test",
+            )
+        )
+        == 1
+    )
 
 
 def test_replies_are_bound_to_what_answers_and_to_every_setting(tmp_path, folders):
     model = tmp_path / "model"
     shutil.copytree(folders["qwen"], model)
-    args = argparse.Namespace(out=str(tmp_path / "run" / "rollout"), replies="", pixels=3136, tiles=1)
+    args = argparse.Namespace(
+        out=str(tmp_path / "run" / "rollout"), replies="", pixels=3136, tiles=1
+    )
 
     def name(role="rollout", spec=f"hf:{model}", sampling=WARM, **changed):
-        return asking.replies_file(argparse.Namespace(**{**vars(args), **changed}), role, spec, sampling).name
+        return inference.completions_file(
+            argparse.Namespace(**{**vars(args), **changed}), role, spec, sampling
+        ).name
 
-    names = [name(), name(role="judge"), name(spec=f"vllm:{model}"), name(sampling=replace(WARM, seed=99)), name(pixels=784), name(tiles=4)]
+    names = [
+        name(),
+        name(role="judge"),
+        name(spec=f"vllm:{model}"),
+        name(sampling=replace(WARM, seed=99)),
+        name(pixels=784),
+        name(tiles=4),
+    ]
     assert len(set(names)) == len(names) and name() == names[0]
     assert {path.name for path in (tmp_path / "run" / "replies").glob("*.jsonl")} == set()
     (model / "README.md").write_text("About this model")
@@ -693,16 +935,39 @@ def test_replies_are_bound_to_what_answers_and_to_every_setting(tmp_path, folder
 
 def test_half_a_character_in_a_reply_is_replaced_and_the_reply_is_kept(tmp_path):
     class Torn(Scribe):
-        def answer(self, asks, sampling):
-            yield [Reply("a", 0, "half \ud83d, whole \ud83d\ude00, \u4e2d", None, "stop", 0, "thought \udc00")]
+        def answer(self, requests, sampling):
+            yield [
+                Completion(
+                    "a",
+                    0,
+                    "half \ud83d, whole \ud83d\ude00, \u4e2d",
+                    None,
+                    "stop",
+                    0,
+                    "thought \udc00",
+                )
+            ]
 
-    def ask():
-        to_row = lambda reply: {**asking.reply_row(reply, "torn"), "reasoning": reply.reasoning}  # noqa: E731
-        return asking.ask_all(Torn(), [Ask("a", turns("a"), [], (0,))], WARM, tmp_path / "rows.jsonl", to_row, "test")
+    def request():
+        to_row = lambda completion: {
+            **inference.completion_row(completion, "torn"),
+            "reasoning": completion.reasoning,
+        }
+        return inference.complete_all(
+            Torn(),
+            [Request("a", turns("a"), [], (0,))],
+            WARM,
+            tmp_path / "rows.jsonl",
+            to_row,
+            "test",
+        )
 
-    (row,) = ask().values()
-    assert row["response"] == "half \ufffd, whole \U0001f600, \u4e2d" and row["reasoning"] == "thought \ufffd"
-    assert [row] == asking.read_replies(tmp_path / "rows.jsonl")
+    (row,) = request().values()
+    assert (
+        row["response"] == "half \ufffd, whole \U0001f600, \u4e2d"
+        and row["reasoning"] == "thought \ufffd"
+    )
+    assert [row] == inference.read_completions(tmp_path / "rows.jsonl")
 
 
 def said_and_told(rows) -> tuple[list[dict], list[list[float]]]:
@@ -713,10 +978,17 @@ def said_and_told(rows) -> tuple[list[dict], list[list[float]]]:
 
 
 def test_a_resumed_hf_run_writes_what_an_unbroken_one_writes(stopping, pictures, tmp_path):
-    engine, asks = engine_of(stopping["qwen"]), asks_of(pictures, samples=3)
+    engine, requests = engine_of(stopping["qwen"]), asks_of(pictures, samples=3)
 
     def run(name):
-        return asking.ask_all(engine, asks, WARM, tmp_path / name, lambda reply: asking.reply_row(reply, "hf"), "test")
+        return inference.complete_all(
+            engine,
+            requests,
+            WARM,
+            tmp_path / name,
+            lambda completion: inference.completion_row(completion, "hf"),
+            "test",
+        )
 
     rows = run("whole.jsonl")
     lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
@@ -732,82 +1004,114 @@ def test_a_resumed_hf_run_writes_what_an_unbroken_one_writes(stopping, pictures,
 @pytest.mark.parametrize(
     "spec, remedy",
     [
-        ("nonsense:x", "hf:PATH"), ("no-colon", "hf:PATH"), ("http://host:1/v1", "#MODEL"),
-        ("https://api.example.com/v1#m", "EXAMPLE_API_KEY"), ("gemini:some-model", "GEMINI_API_KEY"),
+        ("nonsense:x", "hf:PATH"),
+        ("no-colon", "hf:PATH"),
+        ("http://host:1/v1", "#MODEL"),
+        ("https://api.example.com/v1#m", "EXAMPLE_API_KEY"),
+        ("gemini:some-model", "GEMINI_API_KEY"),
     ],
-)  # fmt: skip
+)
 def test_a_spec_that_lacks_something_is_refused_with_what_to_do(spec, remedy, monkeypatch):
     for variable in ("GEMINI_API_KEY", "EXAMPLE_API_KEY"):
         monkeypatch.delenv(variable, raising=False)
-    with pytest.raises(asking.Unavailable) as refused:
-        engines.open_engine(spec, asking.Setup())
+    with pytest.raises(inference.Unavailable) as refused:
+        engines.open_engine(spec, inference.Setup())
     assert str(refused.value).startswith(spec) and remedy in str(refused.value)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
 def test_vllm_is_refused_with_what_to_install_where_it_is_missing(folders):
-    with pytest.raises(asking.Unavailable, match="requirements-gpu.txt"):
-        engines.open_engine(f"vllm:{folders['qwen']}", asking.Setup())
+    with pytest.raises(inference.Unavailable, match="requirements-gpu.txt"):
+        engines.open_engine(f"vllm:{folders['qwen']}", inference.Setup())
 
 
 def test_every_flag_of_an_engine_is_explained_and_read():
-    assert asking.FLAGS.keys() == {field.name for field in fields(asking.Setup)}
+    assert inference.FLAGS.keys() == {field.name for field in fields(inference.Setup)}
 
 
 def test_replicas_answer_what_one_engine_answers(stopping, pictures):
     """two processes, each with a share of the questions"""
-    asks = asks_of(pictures, samples=2)
-    alone = ids_by_sample(engine_of(stopping["qwen"]), asks, WARM)
-    both = engines.open_engine(f"hf:{stopping['qwen']}", asking.Setup(pixels=56 * 56, batch=64, replicas=2))
+    requests = asks_of(pictures, samples=2)
+    alone = ids_by_sample(engine_of(stopping["qwen"]), requests, WARM)
+    both = engines.open_engine(
+        f"hf:{stopping['qwen']}", inference.Setup(pixels=56 * 56, batch=64, replicas=2)
+    )
     assert isinstance(both, engines.Replicas)
-    assert ids_by_sample(both, asks, WARM) == alone
+    assert ids_by_sample(both, requests, WARM) == alone
     assert both.tally["tokens"] == sum(map(len, alone.values()))  # each is counted once
-    more = ids_by_sample(engine_of(stopping["qwen"]), asks[:1], GREEDY)
-    assert ids_by_sample(both, asks[:1], GREEDY) == more  # one has nothing to do
+    more = ids_by_sample(engine_of(stopping["qwen"]), requests[:1], GREEDY)
+    assert ids_by_sample(both, requests[:1], GREEDY) == more  # one has nothing to do
     assert both.tally["tokens"] == sum(map(len, [*alone.values(), *more.values()]))
     both.close()
-    assert not any(process.is_alive() for process in both.processes)  # their GPUs are free for the next engine
+    assert not any(
+        process.is_alive() for process in both.processes
+    )  # their GPUs are free for the next engine
 
 
 def test_a_replica_that_cannot_start_says_why():
-    broken = engines.open_engine("hf:/nowhere", asking.Setup(replicas=2))
-    with pytest.raises(asking.Unavailable, match="hf:/nowhere: replica"):
-        list(broken.answer([Ask("a", turns("What?"), [], (0,))] * 2, GREEDY))
+    broken = engines.open_engine("hf:/nowhere", inference.Setup(replicas=2))
+    with pytest.raises(inference.Unavailable, match="hf:/nowhere: replica"):
+        list(broken.answer([Request("a", turns("What?"), [], (0,))] * 2, GREEDY))
     broken.close()
 
 
 def test_gpus_are_grouped_for_engines_that_need_several(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,5,6")
-    assert engines.gpu_groups(1) == ["0", "1", "2", "5", "6"] and engines.gpu_groups(2) == ["0,1", "2,5"]
+    assert engines.gpu_groups(1) == ["0", "1", "2", "5", "6"] and engines.gpu_groups(2) == [
+        "0,1",
+        "2,5",
+    ]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert engines.gpu_groups(1) == []
 
 
 def test_a_missing_image_is_refused_before_anything_is_asked(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "here.png")
-    questions = [data.Question("What?", {}, "x", images, id=name) for name, images in [("q1", ["here.png"]), ("q2", ["here.png", "gone.png"])]]
+    questions = [
+        data.Question("What?", {}, "x", images, id=name)
+        for name, images in [("q1", ["here.png"]), ("q2", ["here.png", "gone.png"])]
+    ]
     with pytest.raises(data.RowError, match="q2.*gone.png"):
-        asking.question_asks(questions, tmp_path, 2)
-    (ask,) = asking.question_asks(questions[:1], tmp_path, 2)
-    assert ask.images == [tmp_path / "here.png"] and ask.samples == (0, 1)
-    assert [turn["role"] for turn in ask.messages] == ["system", "user"] and ask.messages[0]["content"] == data.SYSTEM_PROMPT
+        inference.question_requests(questions, tmp_path, 2)
+    (request,) = inference.question_requests(questions[:1], tmp_path, 2)
+    assert request.images == [tmp_path / "here.png"] and request.samples == (0, 1)
+    assert [turn["role"] for turn in request.messages] == ["system", "user"] and request.messages[
+        0
+    ]["content"] == data.SYSTEM_PROMPT
 
 
 def test_an_image_that_cannot_be_cut_into_patches_is_refused_by_name(folders, family, tmp_path):
-    Image.new("RGB", (400, 1)).save(tmp_path / "line.png")  # Qwen's processor takes no image 200 times as long as wide
-    engine, ask = engine_of(folders[family]), Ask("a", turns("What?"), [tmp_path / "line.png"], (0,))
+    Image.new("RGB", (400, 1)).save(
+        tmp_path / "line.png"
+    )  # Qwen's processor takes no image 200 times as long as wide
+    engine, request = (
+        engine_of(folders[family]),
+        Request("a", turns("What?"), [tmp_path / "line.png"], (0,)),
+    )
     if family == "internvl":  # squeezes anything into its tile
-        assert len(ids_by_sample(engine, [ask], GREEDY)) == 1
+        assert len(ids_by_sample(engine, [request], GREEDY)) == 1
         return
     with pytest.raises(data.RowError, match="line.png"):
-        list(engine.answer([ask], GREEDY))
+        list(engine.answer([request], GREEDY))
 
 
 def test_the_clinics_engine_answers_each_sample_by_its_own_seed(world):
-    questions = [question for question in data.read_questions(world / "bank.jsonl") if question.images][:3]
-    asks = asking.question_asks(questions, world, 4)
-    engine = engines.open_engine("clinic:thorough", asking.Setup())
-    said = {(reply.id, reply.sample): reply.text for replies in engine.answer(asks, WARM) for reply in replies}
-    alone = {(r.id, r.sample): r.text for ask in asks for k in (3, 1) for rs in engine.answer([replace(ask, samples=(k,))], WARM) for r in rs}
+    questions = [
+        question for question in schema.read_questions(world / "bank.jsonl") if question.images
+    ][:3]
+    requests = inference.question_requests(questions, world, 4)
+    engine = engines.open_engine("clinic:thorough", inference.Setup())
+    said = {
+        (completion.id, completion.sample): completion.text
+        for completions in engine.answer(requests, WARM)
+        for completion in completions
+    }
+    alone = {
+        (r.id, r.sample): r.text
+        for request in requests
+        for k in (3, 1)
+        for rs in engine.answer([replace(request, samples=(k,))], WARM)
+        for r in rs
+    }
     assert alone.items() <= said.items() and len(said) == 12
     assert all(data.split_response(text) for text in said.values())

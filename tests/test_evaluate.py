@@ -1,4 +1,5 @@
-"""The real command on a real world: what the files dictate, kills, prompts and rules against a server, reports over several runs."""
+"""The real command on a real world: what the files dictate, kills, prompts and rules against a
+server, reports over several runs."""
 
 import contextlib
 import json
@@ -12,26 +13,39 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import asking
-import clinic
+import clinic.roles
 import data
 import evaluate
 import judge
+import report.__main__
 import rollout
-import score
-import tables
-from asking import Reply, Sampling
-from stage import RECORDS
+from command import schema
+from command.stage import RECORDS
+from engines import inference
+from engines.inference import Completion, Sampling
+from report import score, tables
 
 OPTIONS = {"A": "CT", "B": "MRI", "C": "PET"}
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The real command on a real world
 
 
 def run(world: Path, out: Path, *more: str, engine: str = "clinic:thorough") -> dict:
-    evaluate.main(["run", "--engine", engine, "--questions", str(world / "test.jsonl"), "--images", str(world), "--out", str(out), *more])
+    evaluate.main(
+        [
+            "--engine",
+            engine,
+            "--questions",
+            str(world / "test.jsonl"),
+            "--images",
+            str(world),
+            "--out",
+            str(out),
+            *more,
+        ]
+    )
     return json.loads((out / "results.json").read_text())
 
 
@@ -40,33 +54,65 @@ def stages(world, tmp_path_factory) -> dict[str, Path]:
     """Three evaluations, as of three stages."""
     base = tmp_path_factory.mktemp("eval")
     for engine in ("bookish", "hasty", "thorough"):
-        run(world, base / engine, "-n", "8", "4", "--judge", "clinic:judge", "--judge-samples", "0", engine=f"clinic:{engine}")
+        run(
+            world,
+            base / engine,
+            "-n",
+            "8",
+            "4",
+            "--judge",
+            "clinic:judge",
+            "--judge-samples",
+            "0",
+            engine=f"clinic:{engine}",
+        )
     return {engine: base / engine for engine in ("bookish", "hasty", "thorough")}
 
 
 @pytest.mark.parametrize("engine", ["bookish", "hasty", "thorough"])
 def test_accuracy_is_what_the_files_dictate(world, stages, engine):
     results = json.loads((stages[engine] / "results.json").read_text())
-    questions = data.read_questions(world / "test.jsonl")
+    questions = schema.read_questions(world / "test.jsonl")
     rows = [row for _, row in data.read_jsonl(stages[engine] / "predictions.jsonl")]
     for kind, samples in (("image", 8), ("text", 4)):
         shares, unread = [], 0
         for question in (q for q in questions if bool(q.images) == (kind == "image")):
-            # the teachers write the option's text and nothing more; a spoilt form has its answer inside the thinking
-            said = [row["response"].split("</think>")[-1] for row in rows if row["id"] == question.id]
+            # teachers write the option's text and nothing more; a spoilt form has its answer
+            # inside the thinking
+            said = [
+                row["response"].split("</think>")[-1] for row in rows if row["id"] == question.id
+            ]
             assert len(said) == samples
-            shares.append(sum(f"<answer> {question.options[question.answer]} </answer>" in text for text in said) / samples)
+            shares.append(
+                sum(
+                    f"<answer> {question.options[question.answer]} </answer>" in text
+                    for text in said
+                )
+                / samples
+            )
             unread += sum("<answer>" not in text for text in said)
         figures = results["groups"][kind]
         mean = statistics.fmean(shares)
-        assert figures["accuracy"] == pytest.approx([mean, *score.wilson(mean, len(shares))]) and mean > 0.7
-        assert figures["unparsed"] == pytest.approx(unread / (samples * len(shares))) and figures["cut_off"] == 0
+        assert (
+            figures["accuracy"] == pytest.approx([mean, *score.wilson(mean, len(shares))])
+            and mean > 0.7
+        )
+        assert (
+            figures["unparsed"] == pytest.approx(unread / (samples * len(shares)))
+            and figures["cut_off"] == 0
+        )
         assert (figures["questions"], figures["samples"]) == (len(shares), samples)
-        assert figures["pass"]["1"] == pytest.approx(figures["accuracy"]) and figures["majority"]["1"] == pytest.approx(figures["accuracy"])
+        assert figures["pass"]["1"] == pytest.approx(figures["accuracy"]) and figures["majority"][
+            "1"
+        ] == pytest.approx(figures["accuracy"])
 
 
 def test_criteria_show_what_each_teacher_lacks(stages):
-    for engine, lacking in (("bookish", "Image_Analysis_Involvement"), ("hasty", "Reflection_Presence"), ("thorough", None)):
+    for engine, lacking in (
+        ("bookish", "Image_Analysis_Involvement"),
+        ("hasty", "Reflection_Presence"),
+        ("thorough", None),
+    ):
         image = json.loads((stages[engine] / "results.json").read_text())["groups"]["image"]
         for name, share in image["criteria"].items():
             if (engine, name) == ("hasty", "No_Hallucination"):
@@ -79,19 +125,28 @@ def test_criteria_show_what_each_teacher_lacks(stages):
 
 def test_every_chain_on_an_image_question_is_judged_right_or_wrong(world, tmp_path):
     flags = ["-n", "8", "--judge", "clinic:judge", "--judge-samples", "0"]
-    results = run(world, tmp_path / "out", *flags, engine="clinic:expert-a")  # wrong a quarter of the time
-    verdicts = {(row["id"], row["sample"]) for _, row in data.read_jsonl(tmp_path / "out" / "verdicts.jsonl")}
-    assert verdicts == {(q.id, k) for q in data.read_questions(world / "test.jsonl") if q.images for k in range(8)}
+    results = run(
+        world, tmp_path / "out", *flags, engine="clinic:expert-a"
+    )  # wrong a quarter of the time
+    verdicts = {
+        (row["id"], row["sample"])
+        for _, row in data.read_jsonl(tmp_path / "out" / "verdicts.jsonl")
+    }
+    assert verdicts == {
+        (q.id, k) for q in schema.read_questions(world / "test.jsonl") if q.images for k in range(8)
+    }
     assert results["groups"]["image"]["accuracy"][0] < 1  # so there were wrong ones
     assert "criteria" not in results["groups"]["text"]
 
 
 def test_one_chain_of_each_image_question_is_judged_and_every_run_has_the_same(world, tmp_path):
-    images = {q.id for q in data.read_questions(world / "test.jsonl") if q.images}
+    images = {q.id for q in schema.read_questions(world / "test.jsonl") if q.images}
     seen = {}
     for engine in ("expert-a", "hasty"):
         flags = ["-n", "8", "--judge", "clinic:judge", "--seed", "3"]
-        figures = run(world, tmp_path / engine, *flags, engine=f"clinic:{engine}")["groups"]["image"]
+        figures = run(world, tmp_path / engine, *flags, engine=f"clinic:{engine}")["groups"][
+            "image"
+        ]
         rows = data.read_jsonl(tmp_path / engine / "verdicts.jsonl")
         seen[engine] = {(row["id"], row["sample"]) for _, row in rows}
         assert {id for id, _ in seen[engine]} == images and len(seen[engine]) == len(images)
@@ -102,22 +157,26 @@ def test_one_chain_of_each_image_question_is_judged_and_every_run_has_the_same(w
 def test_subsets_split_the_image_questions(stages):
     results = json.loads((stages["thorough"] / "results.json").read_text())
     for key in ("modality", "kind"):
-        parts = [figures for name, figures in results["subsets"].items() if name.startswith(f"{key}=")]
+        parts = [
+            figures for name, figures in results["subsets"].items() if name.startswith(f"{key}=")
+        ]
         assert sum(figures["questions"] for figures in parts) == 6
-        assert sum(figures["questions"] * figures["accuracy"][0] for figures in parts) / 6 == pytest.approx(results["groups"]["image"]["accuracy"][0])
+        assert sum(
+            figures["questions"] * figures["accuracy"][0] for figures in parts
+        ) / 6 == pytest.approx(results["groups"]["image"]["accuracy"][0])
 
 
 def test_killed_and_resumed_evaluation_gives_the_same_results_and_asks_nothing_twice(
     world, stages, tmp_path, monkeypatch
 ):
     (path,) = (stages["thorough"].parent / "replies").glob("evaluate-clinic-thorough-*.jsonl")
-    asked, answer = Counter(), clinic.answer
+    asked, answer = Counter(), clinic.roles.answer
 
     def counted(role: str, *about) -> str:
         asked[role] += 1
         return answer(role, *about)
 
-    monkeypatch.setattr(clinic, "answer", counted)
+    monkeypatch.setattr(clinic.roles, "answer", counted)
     whole = path.read_bytes()
     kept = whole[: len(whole) // 2]
     assert not kept.endswith(b"\n")  # killed in the middle of a line
@@ -135,24 +194,26 @@ def test_killed_and_resumed_evaluation_gives_the_same_results_and_asks_nothing_t
 
 
 @contextlib.contextmanager
-def stored(out: Path, replies: dict[str, list[tuple[str, str]]], *more: str, images: str = "."):
+def stored(out: Path, completions: dict[str, list[tuple[str, str]]], *more: str, images: str = "."):
     """Stored replies of clinic:hasty to the questions of RUN/test.jsonl, (text, finish_reason) of
     each sample by question: the real command has nothing to ask, and what it says follows from
     this file alone. Yields its flags."""
-    questions = {q.id: q for q in data.read_questions(out.parent / "test.jsonl")}
-    count = max(map(len, replies.values()))
+    questions = {q.id: q for q in schema.read_questions(out.parent / "test.jsonl")}
+    count = max(map(len, completions.values()))
     asked = ["--questions", str(out.parent / "test.jsonl"), "--images", images, "-n", str(count)]
-    flags = ["run", "--engine", "clinic:hasty", *asked, *more, "--out", str(out)]
+    flags = ["--engine", "clinic:hasty", *asked, *more, "--out", str(out)]
     args, rows = evaluate.parse(flags), []
     sampling = Sampling(args.temperature, args.top_p, args.max_tokens, args.seed)
-    for key, said in replies.items():
+    for key, said in completions.items():
         question = questions[key].opened() if args.open_ended else questions[key]
-        ask = evaluate.make_ask(question, args.prompt, Path(images), count)
+        request = evaluate.make_request(question, args.prompt, Path(images), count)
         for k, (text, finish) in enumerate(said):
-            row = asking.reply_row(Reply(key, k, text, None, finish, 0), "clinic:hasty")
-            rows.append({**row, "asked": asking.content_of(ask.messages, ask.images)})
-    path = asking.replies_file(args, "evaluate", "clinic:hasty", sampling)
-    data.write_jsonl(path, map(asking.sealed, rows))
+            row = inference.completion_row(
+                Completion(key, k, text, None, finish, 0), "clinic:hasty"
+            )
+            rows.append({**row, "asked": inference.content_of(request.messages, request.images)})
+    path = inference.completions_file(args, "evaluate", "clinic:hasty", sampling)
+    data.write_jsonl(path, map(inference.sealed, rows))
     before = path.read_bytes()
     yield flags
     assert path.read_bytes() == before  # nothing was asked
@@ -202,7 +263,7 @@ def test_one_question_in_two_files_is_not_counted_twice(tmp_path):
     assert (figures["questions"], figures["accuracy"][0]) == (2, 0.5)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Tables and plots
 
 
@@ -222,23 +283,70 @@ def reported(world, stages, tmp_path_factory) -> Path:
     rows = []
     for number, style in enumerate(stages):
         rollout.main(
-            ["--engine", f"clinic:{style}", "--questions", str(world / "test.jsonl"), "--images", str(world), "--out", str(base / style), "-n", "2"]
+            [
+                "--engine",
+                f"clinic:{style}",
+                "--questions",
+                str(world / "test.jsonl"),
+                "--images",
+                str(world),
+                "--out",
+                str(base / style),
+                "-n",
+                "2",
+            ]
         )
-        rows += [{**row, "sample": row["sample"] + 2 * number} for _, row in data.read_jsonl(base / style / "rollouts.jsonl")]
+        rows += [
+            {**row, "sample": row["sample"] + 2 * number}
+            for _, row in data.read_jsonl(base / style / "rollouts.jsonl")
+        ]
     data.write_jsonl(base / "rollouts.jsonl", rows)
     files = ["--rollouts", str(base / "rollouts.jsonl"), "--questions", str(world / "test.jsonl")]
-    judge.main(["verdicts", "--judge", "clinic:judge", *files, "--images", str(world), "--out", str(base / "verdicts")])
-    judge.main(["pairs", "--verdicts", str(base / "verdicts" / "verdicts.jsonl"), *files, "--out", str(base / "pairs")])
+    judge.main(
+        [
+            "verdicts",
+            "--judge",
+            "clinic:judge",
+            *files,
+            "--images",
+            str(world),
+            "--out",
+            str(base / "verdicts"),
+        ]
+    )
+    judge.main(
+        [
+            "pairs",
+            "--verdicts",
+            str(base / "verdicts" / "verdicts.jsonl"),
+            *files,
+            "--out",
+            str(base / "pairs"),
+        ]
+    )
     data.write_jsonl(
         base / "sft" / "metrics.jsonl",
-        [{"step": k, "loss": 2 / (k + 1), "think": 2 / (k + 1), "answer": 1 / (k + 1), "tag": 0.1 / (k + 1)} for k in range(20)],
+        [
+            {
+                "step": k,
+                "loss": 2 / (k + 1),
+                "think": 2 / (k + 1),
+                "answer": 1 / (k + 1),
+                "tag": 0.1 / (k + 1),
+            }
+            for k in range(20)
+        ],
     )
     data.write_jsonl(
-        base / "dpo" / "metrics.jsonl", [{"step": k, "loss": 0.69 - 0.02 * k, "margin": 0.1 * k, "accuracy": 0.5 + 0.02 * k} for k in range(20)]
-    )
-    evaluate.main(
+        base / "dpo" / "metrics.jsonl",
         [
-            "report",
+            {"step": k, "loss": 0.69 - 0.02 * k, "margin": 0.1 * k, "accuracy": 0.5 + 0.02 * k}
+            for k in range(20)
+        ],
+    )
+    report.__main__.main(
+        [
+            "page",
             "--results",
             *map(str, stages.values()),
             "--sft",
@@ -272,17 +380,20 @@ def test_plots_are_written_and_not_empty(reported, name):
 
 
 def test_report_without_curves_or_pairs_is_a_table(stages, tmp_path):
-    evaluate.main(["report", "--results", str(stages["thorough"]), "--out", str(tmp_path / "out")])
+    report.__main__.main(
+        ["page", "--results", str(stages["thorough"]), "--out", str(tmp_path / "out")]
+    )
     results = {path.name for path in (tmp_path / "out").iterdir()} - set(RECORDS)
     assert results == {"table.md"} and (tmp_path / "out" / "stage.json").exists()
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Prompts, rules, free answers
 
 
 class Recorder(BaseHTTPRequestHandler):
-    """A server that speaks OpenAI's protocol, says what `says` makes of the messages, and keeps every request."""
+    """A server that speaks OpenAI's protocol, says what `says` makes of the messages, and keeps
+    every request."""
 
     def do_GET(self):
         self.say({"object": "list", "data": [{"id": "m", "object": "model", "owned_by": "a test"}]})
@@ -290,8 +401,23 @@ class Recorder(BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.requests.append(body)
-        choices = [{"index": k, "finish_reason": "stop", "message": {"role": "assistant", "content": self.server.says(body["messages"])}} for k in range(body.get("n", 1))]
-        self.say({"id": "x", "object": "chat.completion", "created": 0, "model": body["model"], "choices": choices})
+        choices = [
+            {
+                "index": k,
+                "finish_reason": "stop",
+                "message": {"role": "assistant", "content": self.server.says(body["messages"])},
+            }
+            for k in range(body.get("n", 1))
+        ]
+        self.say(
+            {
+                "id": "x",
+                "object": "chat.completion",
+                "created": 0,
+                "model": body["model"],
+                "choices": choices,
+            }
+        )
 
     def say(self, value) -> None:
         text = json.dumps(value).encode()
@@ -319,7 +445,11 @@ def serving(says):
 
 def text_of(messages: list[dict]) -> str:
     content = messages[-1]["content"]
-    return content if isinstance(content, str) else "".join(part.get("text", "[image]") for part in content)
+    return (
+        content
+        if isinstance(content, str)
+        else "".join(part.get("text", "[image]") for part in content)
+    )
 
 
 def film(folder: Path, name: str = "film.png") -> str:
@@ -330,18 +460,32 @@ def film(folder: Path, name: str = "film.png") -> str:
 def test_medxpertqas_own_prompt_has_two_turns_and_its_own_rule_reads_them_differently(tmp_path):
     question = data.Question("What is seen?", OPTIONS, "B", [film(tmp_path)], "medxpertqa-mm")
     data.write_jsonl(tmp_path / "test.jsonl", [question.to_row()])
-    with serving(lambda messages: "Therefore it is B" if "answer is" in text_of(messages) else "A long look: option A at first. The answer is (C).") as (spec, requests):
+    with serving(
+        lambda messages: (
+            "Therefore it is B"
+            if "answer is" in text_of(messages)
+            else "A long look: option A at first. The answer is (C)."
+        )
+    ) as (spec, requests):
         more = ["-n", "2", "--prompt", "official", "--name", "m"]
         results = run(tmp_path, tmp_path / "out", *more, engine=spec)
         assert len(requests) == 2  # and nothing is asked twice, in the same folder or in another
         run(tmp_path, tmp_path / "out", *more, engine=spec)
         again = run(tmp_path, tmp_path / "again", *more, engine=spec)
-    assert [text_of(body["messages"]) for body in requests[:1]] == ["Q: What is seen?\nAnswer Choices: (A) CT (B) MRI (C) PET\nA: Let's think step by step.[image]"]
-    assert {text_of(body["messages"]) for body in requests[1:]} == {"Therefore, among A through C, the answer is"} and len(requests) == 2  # two samples in the first; both chains are the same
+    assert [text_of(body["messages"]) for body in requests[:1]] == [
+        "Q: What is seen?\nAnswer Choices: (A) CT (B) MRI (C) PET\n"
+        "A: Let's think step by step.[image]"
+    ]
+    assert {text_of(body["messages"]) for body in requests[1:]} == {
+        "Therefore, among A through C, the answer is"
+    } and len(requests) == 2  # two samples in the first; both chains are the same
     assert requests[1]["messages"][-2]["content"].startswith("A long look")
     row = next(iter(data.read_jsonl(tmp_path / "out" / "predictions.jsonl")))[1]
     assert row["response"].endswith("Therefore, among A through C, the answer is Therefore it is B")
-    assert (row["official"], row["official_correct"]) == ("B", True)  # the first letter after the trigger
+    assert (row["official"], row["official_correct"]) == (
+        "B",
+        True,
+    )  # the first letter after the trigger
     found = results["benchmarks"]["medxpertqa-mm"]["figures"]
     assert found["official"][0] == 1 and results == again
 
@@ -351,21 +495,38 @@ def test_bare_is_the_papers_prompt_without_its_system_turn(tmp_path, style, role
     question = data.Question("What is seen?", OPTIONS, "B")
     data.write_jsonl(tmp_path / "test.jsonl", [question.to_row()])
     with serving(lambda messages: "<answer> B </answer>") as (spec, requests):
-        assert run(tmp_path, tmp_path / "out", "--prompt", style, engine=spec)["groups"]["text"]["accuracy"][0] == 1
+        assert (
+            run(tmp_path, tmp_path / "out", "--prompt", style, engine=spec)["groups"]["text"][
+                "accuracy"
+            ][0]
+            == 1
+        )
     (body,) = requests
-    assert [turn["role"] for turn in body["messages"]] == roles and text_of(body["messages"]) == data.question_text(question)
+    assert [turn["role"] for turn in body["messages"]] == roles and text_of(
+        body["messages"]
+    ) == data.question_text(question)
 
 
 def test_both_rules_are_applied_and_shown_side_by_side(tmp_path, capsys):
     question = data.Question("What is seen?", OPTIONS, "B", source="medqa")
     data.write_jsonl(tmp_path / "test.jsonl", [question.to_row()])
-    said = ["<think> A man. </think> <answer> B </answer>", "<think> B, or C </think> <answer> C </answer>", "<think> no letter </think>", "<answer> B </answer>"]
-    replies = [(text, "stop") for text in said[:3]] + [(said[3], "length")]
-    with stored(tmp_path / "out", {question.id: replies}) as flags:
+    said = [
+        "<think> A man. </think> <answer> B </answer>",
+        "<think> B, or C </think> <answer> C </answer>",
+        "<think> no letter </think>",
+        "<answer> B </answer>",
+    ]
+    completions = [(text, "stop") for text in said[:3]] + [(said[3], "length")]
+    with stored(tmp_path / "out", {question.id: completions}) as flags:
         evaluate.main(flags)
     found = results_of(tmp_path / "out")["benchmarks"]["medqa"]["figures"]
     # ours: B, C, none, cut off; MedXpertQA's: the article A, the B of the thinking, none, cut off
-    assert (found["accuracy"][0], found["unparsed"], found["official"][0], found["official_unparsed"]) == (0.25, 0.5, 0.25, 0.5)
+    assert (
+        found["accuracy"][0],
+        found["unparsed"],
+        found["official"][0],
+        found["official_unparsed"],
+    ) == (0.25, 0.5, 0.25, 0.5)
     assert "by the benchmark's own rule 0.250" in capsys.readouterr().out
 
 
@@ -384,52 +545,111 @@ def test_free_answers_are_asked_for_without_options_and_graded_once(tmp_path):
     question = data.Question("What is done?", {"A": "renal ultrasound", "B": "CT"}, "A")
     data.write_jsonl(tmp_path / "test.jsonl", [question.to_row()])
     said = ("Renal ultrasound", "sonography of the kidneys", "a CT", "an echo")
-    replies = {question.id: [(data.join_response("x", text), "stop") for text in said]}
-    grades = {"sonography of the kidneys": '{"Correct": "Yes"}', "a CT": '{"Correct": "No"}', "an echo": "cannot say"}
-    with serving(lambda messages: next(grade for said, grade in grades.items() if f"<Answer> {said} </Answer>" in text_of(messages))) as (spec, requests):
+    completions = {question.id: [(data.join_response("x", text), "stop") for text in said]}
+    grades = {
+        "sonography of the kidneys": '{"Correct": "Yes"}',
+        "a CT": '{"Correct": "No"}',
+        "an echo": "cannot say",
+    }
+    with serving(
+        lambda messages: next(
+            grade
+            for said, grade in grades.items()
+            if f"<Answer> {said} </Answer>" in text_of(messages)
+        )
+    ) as (spec, requests):
         for name in ("out", "again"):  # a second folder of the same run
-            with stored(tmp_path / name, replies, "--open-ended", spec) as flags:
+            with stored(tmp_path / name, completions, "--open-ended", spec) as flags:
                 evaluate.main(flags)
     found = results_of(tmp_path / "out")["groups"]["text"]
     assert results_of(tmp_path / "again")["groups"]["text"] == found
-    assert found["accuracy"][0] == 0.5 and len(requests) == 1 + 1 + 3  # what cannot be read is asked three times, and is wrong
-    assert all("<Reference> renal ultrasound </Reference>" in text_of(body["messages"]) for body in requests)
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["entries"][0]["answer"] == "renal ultrasound"
+    assert (
+        found["accuracy"][0] == 0.5 and len(requests) == 1 + 1 + 3
+    )  # what cannot be read is asked three times, and is wrong
+    assert all(
+        "<Reference> renal ultrasound </Reference>" in text_of(body["messages"])
+        for body in requests
+    )
+    assert (
+        json.loads((tmp_path / "out" / "results.json").read_text())["entries"][0]["answer"]
+        == "renal ultrasound"
+    )
 
 
 def test_free_answers_without_tags_are_graded_too(tmp_path):
-    data.write_jsonl(tmp_path / "test.jsonl", [data.Question("What is it?", OPTIONS, "B", source="medqa").to_row()])
-    with serving(lambda messages: '{"Correct": "Yes"}' if "<Reference>" in text_of(messages) else "It is an MRI scan") as (spec, requests):
-        results = run(tmp_path, tmp_path / "out", "--prompt", "bare", "--open-ended", spec, engine=spec)
+    data.write_jsonl(
+        tmp_path / "test.jsonl",
+        [data.Question("What is it?", OPTIONS, "B", source="medqa").to_row()],
+    )
+    with serving(
+        lambda messages: (
+            '{"Correct": "Yes"}' if "<Reference>" in text_of(messages) else "It is an MRI scan"
+        )
+    ) as (spec, requests):
+        results = run(
+            tmp_path, tmp_path / "out", "--prompt", "bare", "--open-ended", spec, engine=spec
+        )
     assert results["groups"]["text"]["accuracy"][0] == 1 and len(requests) == 2
-    assert "official" not in results["benchmarks"]["medqa"]["figures"]  # the benchmark's rule reads letters, and there are none
+    assert (
+        "official" not in results["benchmarks"]["medqa"]["figures"]
+    )  # the benchmark's rule reads letters, and there are none
 
 
 def test_the_benchmarks_own_prompts_are_not_put_without_options(tmp_path):
     with pytest.raises(data.RowError, match="ask for a letter"):
-        evaluate.main(["run", "--engine", "clinic:hasty", "--questions", "none.jsonl", "--out", str(tmp_path / "out"), "--prompt", "official", "--open-ended", "clinic:judge"])
+        evaluate.main(
+            [
+                "--engine",
+                "clinic:hasty",
+                "--questions",
+                "none.jsonl",
+                "--out",
+                str(tmp_path / "out"),
+                "--prompt",
+                "official",
+                "--open-ended",
+                "clinic:judge",
+            ]
+        )
 
 
 def test_a_direct_letter_is_read_under_mmmus_own_prompt(tmp_path):
-    data.write_jsonl(tmp_path / "test.jsonl", [data.Question("What is it?", OPTIONS, "B", source="mmmu").to_row(), data.Question("How many?", {}, "2", source="mmmu").to_row()])
+    data.write_jsonl(
+        tmp_path / "test.jsonl",
+        [
+            data.Question("What is it?", OPTIONS, "B", source="mmmu").to_row(),
+            data.Question("How many?", {}, "2", source="mmmu").to_row(),
+        ],
+    )
     with serving(lambda messages: "2" if "How many" in text_of(messages) else "B") as (spec, _):
-        found = run(tmp_path, tmp_path / "out", "--prompt", "official", engine=spec)["benchmarks"]["mmmu"]["figures"]
+        found = run(tmp_path, tmp_path / "out", "--prompt", "official", engine=spec)["benchmarks"][
+            "mmmu"
+        ]["figures"]
     assert found["accuracy"][0] == 1 == found["official"][0] and found["unparsed"] == 0
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Several benchmarks, several runs
 
 
-def test_a_question_of_two_benchmarks_counts_in_both_and_one_id_for_two_questions_is_refused(tmp_path):
+def test_a_question_of_two_benchmarks_counts_in_both_and_one_id_for_two_questions_is_refused(
+    tmp_path,
+):
     shared = data.Question("Which one?", OPTIONS, "A", source="medqa")
     other = data.Question("Which one?", OPTIONS, "A", source="mmmu")
     assert shared.id == other.id
-    for name, question in (("one", shared), ("two", other), ("three", data.Question("Another?", OPTIONS, "A", id=shared.id))):
+    for name, question in (
+        ("one", shared),
+        ("two", other),
+        ("three", data.Question("Another?", OPTIONS, "A", id=shared.id)),
+    ):
         data.write_jsonl(tmp_path / f"{name}.jsonl", [question.to_row()])
     paths = [str(tmp_path / f"{name}.jsonl") for name in ("one", "two", "three")]
     found = evaluate.read_all([paths[0], paths[1], paths[0]])
-    assert {key: question.source for key, question in found.items()} == {shared.id: "medqa", f"{shared.id}-mmmu": "mmmu"}
+    assert {key: question.source for key, question in found.items()} == {
+        shared.id: "medqa",
+        f"{shared.id}-mmmu": "mmmu",
+    }
     assert all(key == question.id for key, question in found.items())
     with pytest.raises(data.RowError, match="stands for another question"):
         evaluate.read_all([paths[0], paths[2]])
@@ -441,7 +661,7 @@ def test_a_question_of_two_benchmarks_counts_in_both_and_one_id_for_two_question
 def test_an_empty_answer_is_not_judged_and_a_run_never_stands_beside_verdicts_of_another(
     world, tmp_path
 ):
-    question = next(q for q in data.read_questions(world / "test.jsonl") if q.images)
+    question = next(q for q in schema.read_questions(world / "test.jsonl") if q.images)
     data.write_jsonl(tmp_path / "test.jsonl", [question.to_row()])
     said = [("", "blocked"), (data.join_response("The film shows it.", "x"), "stop")]
     out, bare = tmp_path / "out", tmp_path / "bare"
@@ -459,23 +679,62 @@ def test_an_empty_answer_is_not_judged_and_a_run_never_stands_beside_verdicts_of
 
 
 def test_benchmarks_are_told_apart_by_source_and_each_has_its_subsets(tmp_path):
-    questions = [data.Question(f"{n}?", OPTIONS, "A", source=source, meta={"question_type": kind}) for n, (source, kind) in enumerate([("medqa", "Reasoning"), ("medqa", "Understanding"), ("mmmu", "Reasoning")])]
+    questions = [
+        data.Question(f"{n}?", OPTIONS, "A", source=source, meta={"question_type": kind})
+        for n, (source, kind) in enumerate(
+            [("medqa", "Reasoning"), ("medqa", "Understanding"), ("mmmu", "Reasoning")]
+        )
+    ]
     data.write_jsonl(tmp_path / "one.jsonl", [q.to_row() for q in questions[:2]])
     data.write_jsonl(tmp_path / "two.jsonl", [questions[2].to_row()])
-    with serving(lambda messages: data.join_response("x", "B" if text_of(messages).startswith("1") else "A")) as (spec, _):
-        evaluate.main(["run", "--engine", spec, "--questions", str(tmp_path / "one.jsonl"), str(tmp_path / "two.jsonl"), "--out", str(tmp_path / "out")])
+    with serving(
+        lambda messages: data.join_response("x", "B" if text_of(messages).startswith("1") else "A")
+    ) as (spec, _):
+        evaluate.main(
+            [
+                "--engine",
+                spec,
+                "--questions",
+                str(tmp_path / "one.jsonl"),
+                str(tmp_path / "two.jsonl"),
+                "--out",
+                str(tmp_path / "out"),
+            ]
+        )
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert {name: part["figures"]["accuracy"][0] for name, part in results["benchmarks"].items()} == {"medqa": 0.5, "mmmu": 1}
-    assert {name: found["accuracy"][0] for name, found in results["benchmarks"]["medqa"]["subsets"].items()} == {"question_type=Reasoning": 1, "question_type=Understanding": 0}
-    recomputed = evaluate.make_results(results["entries"])  # from the file alone
-    assert all(json.loads(json.dumps(recomputed[key])) == results[key] for key in ("groups", "benchmarks", "subsets"))
+    assert {
+        name: part["figures"]["accuracy"][0] for name, part in results["benchmarks"].items()
+    } == {"medqa": 0.5, "mmmu": 1}
+    assert {
+        name: found["accuracy"][0]
+        for name, found in results["benchmarks"]["medqa"]["subsets"].items()
+    } == {"question_type=Reasoning": 1, "question_type=Understanding": 0}
+    recomputed = score.make_results(results["entries"])  # from the file alone
+    assert all(
+        json.loads(json.dumps(recomputed[key])) == results[key]
+        for key in ("groups", "benchmarks", "subsets")
+    )
 
 
 def test_runs_are_compared_question_by_question(stages, tmp_path, capsys):
-    evaluate.main(["compare", "--results", str(stages["hasty"]), str(stages["thorough"]), "--out", str(tmp_path / "compare.md")])
+    report.__main__.main(
+        [
+            "compare",
+            "--results",
+            str(stages["hasty"]),
+            str(stages["thorough"]),
+            "--out",
+            str(tmp_path / "compare.md"),
+        ]
+    )
     said = (tmp_path / "compare.md").read_text()
-    assert said in capsys.readouterr().out and said.count("\n") == 2 + 2  # image and text questions apart
-    one, two = (json.loads((stages[name] / "results.json").read_text())["groups"]["image"]["accuracy"][0] for name in ("hasty", "thorough"))
+    assert (
+        said in capsys.readouterr().out and said.count("\n") == 2 + 2
+    )  # image and text questions apart
+    one, two = (
+        json.loads((stages[name] / "results.json").read_text())["groups"]["image"]["accuracy"][0]
+        for name in ("hasty", "thorough")
+    )
     assert f"{two - one:+.3f} (" in said
 
 
@@ -487,23 +746,27 @@ def written(folder: Path, choices: dict[str, str], official: str = "") -> str:
         question = data.Question(f"{key}?", OPTIONS, "A", source="medqa", id=key)
         rows = [
             {
-                "id": key, "sample": k, "response": "<think> x </think>", "finish_reason": "stop",
-                "extracted": None if choice == "-" else choice, "correct": choice == "A",
+                "id": key,
+                "sample": k,
+                "response": "<think> x </think>",
+                "finish_reason": "stop",
+                "extracted": None if choice == "-" else choice,
+                "correct": choice == "A",
             }
             for k, choice in enumerate(said)
-        ]  # fmt: skip
+        ]
         for row in rows if official else []:
             row |= {"official": official[number], "official_correct": official[number] == "A"}
         entries.append(score.entry(question, rows, {}))
-    results = {"name": folder.name, **evaluate.make_results(entries)}
-    evaluate.write_results(folder / "results.json", results)
+    results = {"name": folder.name, **score.make_results(entries)}
+    score.write_results(folder / "results.json", results)
     return str(folder)
 
 
 def compared(capsys, *flags: str) -> tuple[list[dict[str, str]], str]:
     """(rows by column, what is printed under the table) of `compare`"""
     capsys.readouterr()
-    evaluate.main(["compare", "--results", *flags])
+    report.__main__.main(["compare", "--results", *flags])
     table, _, notes = capsys.readouterr().out.strip().partition("\n\n")
     lines = table.split("\n")
     header, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
@@ -537,7 +800,7 @@ def test_runs_on_other_questions_are_named_and_compared_on_those_that_both_have(
     second = written(tmp_path / "two", {"s": "A", "r": "A", "q": "A", "t": "B", "u": "B"})
     said = "one and two, medqa: 3 and 5 questions, of which 2 are the same .*; --shared compares"
     with pytest.raises(data.RowError, match=said):
-        evaluate.main(["compare", "--results", first, second])
+        report.__main__.main(["compare", "--results", first, second])
     out = ["--out", str(tmp_path / "compare.md")]
     ((row,), notes) = compared(capsys, first, second, "--shared", *out)
     assert row["questions"] == "medqa (2)"
@@ -546,43 +809,61 @@ def test_runs_on_other_questions_are_named_and_compared_on_those_that_both_have(
     assert notes in (tmp_path / "compare.md").read_text()
     third = written(tmp_path / "three", {"v": "A"})
     with pytest.raises(data.RowError, match="two and three: --shared: no question in common"):
-        evaluate.main(["compare", "--shared", "--results", second, third])
+        report.__main__.main(["compare", "--shared", "--results", second, third])
 
 
 def test_runs_without_a_common_benchmark_are_not_compared(stages, tmp_path):
     entries = json.loads((stages["hasty"] / "results.json").read_text())["entries"]
-    results = evaluate.make_results([{**entries[0], "source": "mmmu"}])
-    evaluate.write_results(tmp_path / "results.json", {"name": "other", **results})
+    results = score.make_results([{**entries[0], "source": "mmmu"}])
+    score.write_results(tmp_path / "results.json", {"name": "other", **results})
     with pytest.raises(data.RowError, match="no benchmark in common"):
-        evaluate.main(["compare", "--results", str(stages["hasty"]), str(tmp_path)])
+        report.__main__.main(["compare", "--results", str(stages["hasty"]), str(tmp_path)])
 
 
 def test_what_only_one_run_was_asked_is_said(stages, tmp_path, capsys):
     entries = json.loads((stages["hasty"] / "results.json").read_text())["entries"]
     more = [{**entries[0], "id": "more", "source": "mmmu"}]
     for name, members in (("one", entries), ("two", entries + more)):
-        evaluate.write_results(tmp_path / name / "results.json", {"name": name, **evaluate.make_results(members)})
-    evaluate.main(["compare", "--results", str(tmp_path / "one"), str(tmp_path / "two")])
+        score.write_results(
+            tmp_path / name / "results.json", {"name": name, **score.make_results(members)}
+        )
+    report.__main__.main(["compare", "--results", str(tmp_path / "one"), str(tmp_path / "two")])
     assert "not compared, since only one of one and two was asked: mmmu" in capsys.readouterr().out
     with pytest.raises(data.RowError, match="give two or more"):
-        evaluate.main(["compare", "--results", str(tmp_path / "one")])
+        report.__main__.main(["compare", "--results", str(tmp_path / "one")])
 
 
-@pytest.mark.parametrize(("content", "said"), [("{", "not JSON"), ('{"name": "old", "groups": {}}', "missing 'benchmarks'")])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [("{", "not JSON"), ('{"name": "old", "groups": {}}', "missing 'benchmarks'")],
+)
 def test_a_torn_or_older_results_file_is_named(tmp_path, content, said):
     (tmp_path / "results.json").write_text(content)
     with pytest.raises(data.RowError, match=said):
-        evaluate.main(["plot", "--results", str(tmp_path), "--out", str(tmp_path / "out")])
+        report.__main__.main(["plot", "--results", str(tmp_path), "--out", str(tmp_path / "out")])
 
 
 def test_three_numbers_of_samples_are_refused(tmp_path):
     with pytest.raises(data.RowError, match="expected one number of samples, or two"):
-        evaluate.main(["run", "--engine", "clinic:hasty", "--questions", "none.jsonl", "--out", str(tmp_path / "out"), "-n", "1", "2", "3"])
+        evaluate.main(
+            [
+                "--engine",
+                "clinic:hasty",
+                "--questions",
+                "none.jsonl",
+                "--out",
+                str(tmp_path / "out"),
+                "-n",
+                "1",
+                "2",
+                "3",
+            ]
+        )
 
 
 def test_a_folder_without_results_is_named(tmp_path):
-    with pytest.raises(data.RowError, match="evaluate.py run writes it"):
-        evaluate.main(["table", "--results", str(tmp_path / "none"), "--out", str(tmp_path)])
+    with pytest.raises(data.RowError, match="evaluate.py writes it"):
+        report.__main__.main(["table", "--results", str(tmp_path / "none"), "--out", str(tmp_path)])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -618,41 +899,41 @@ NO_FOLDER = {
 }
 
 
-@pytest.mark.parametrize("command", ["table", "plot", "report"])
+@pytest.mark.parametrize("command", ["table", "plot", "page"])
 @pytest.mark.parametrize("name", NO_FOLDER)
 def test_tables_and_plots_are_never_written_over_something_else(two_runs, command, name):
     done, out = str(two_runs / "done"), str(two_runs / name)
     if name == "done":
-        evaluate.main([command, "--results", str(two_runs / "two"), "--out", done])
+        report.__main__.main([command, "--results", str(two_runs / "two"), "--out", done])
     before = contents(two_runs)
     with pytest.raises(data.RowError, match=f"--out .*: {NO_FOLDER[name]}"):
-        evaluate.main([command, "--results", str(two_runs / "one"), "--out", out])
+        report.__main__.main([command, "--results", str(two_runs / "one"), "--out", out])
     assert contents(two_runs) == before
 
 
-@pytest.mark.parametrize("command", ["table", "plot", "report"])
+@pytest.mark.parametrize("command", ["table", "plot", "page"])
 def test_a_table_of_changed_results_is_refused_and_one_of_the_same_is_left(
     two_runs, command, capsys
 ):
     flags = [command, "--results", str(two_runs / "one"), "--out", str(two_runs / "out")]
-    evaluate.main(flags)
+    report.__main__.main(flags)
     before = contents(two_runs)
     capsys.readouterr()
-    evaluate.main(flags)
+    report.__main__.main(flags)
     assert "is finished already" in capsys.readouterr().out and contents(two_runs) == before
     results = (two_runs / "two" / "results.json").read_bytes()
     (two_runs / "one" / "results.json").write_bytes(results)
     before = contents(two_runs)
     with pytest.raises(data.RowError, match=r"\(.*one/results\.json changed\)"):
-        evaluate.main(flags)
+        report.__main__.main(flags)
     assert contents(two_runs) == before
 
 
 def test_a_table_and_a_plot_do_not_share_a_folder(two_runs):
     flags = ["--results", str(two_runs / "one"), "--out", str(two_runs / "out")]
-    evaluate.main(["table", *flags])
+    report.__main__.main(["table", *flags])
     with pytest.raises(data.RowError, match="command 'table' -> 'plot'"):
-        evaluate.main(["plot", *flags])
+        report.__main__.main(["plot", *flags])
 
 
 # --out -> why nothing is written there
@@ -669,9 +950,11 @@ def test_a_comparison_is_never_written_over_something_else(two_runs, name):
     runs = [str(two_runs / "one"), str(two_runs / "two")]
     before = contents(two_runs)
     with pytest.raises(data.RowError, match=f"--out .*{name}: {NO_FILE[name]}"):
-        evaluate.main(["compare", "--results", *runs, "--out", str(two_runs / name)])
+        report.__main__.main(["compare", "--results", *runs, "--out", str(two_runs / name)])
     assert contents(two_runs) == before
     for _ in range(2):  # the same over itself changes nothing
-        evaluate.main(["compare", "--results", *runs, "--out", str(two_runs / "new.md")])
+        report.__main__.main(["compare", "--results", *runs, "--out", str(two_runs / "new.md")])
     with pytest.raises(data.RowError, match=r"new\.md: is there already, with another content"):
-        evaluate.main(["compare", "--results", *runs[::-1], "--out", str(two_runs / "new.md")])
+        report.__main__.main(
+            ["compare", "--results", *runs[::-1], "--out", str(two_runs / "new.md")]
+        )

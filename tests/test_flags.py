@@ -6,10 +6,11 @@ import importlib
 import pytest
 from test_house import STAGES, parsers
 
-import flags
+from command import flags
 
 QUESTIONS = ["--questions", "q.jsonl"]
 ROLLOUTS = ["--rollouts", "r.jsonl", *QUESTIONS, "--out", "o"]
+AGREE = "agree --verdicts v.jsonl --human h.csv --key k".split()
 JUDGED = [*ROLLOUTS, "--verdicts", "v.jsonl"]
 ROLES = ("baselines", "experts", "classifier", "editor", "teachers", "judge")
 ENGINES = [f"--{role}=hf:m" for role in ROLES]
@@ -19,24 +20,24 @@ NEEDED = {  # the words that each command requires
     "curate difficulty": ("curate", ["difficulty", *QUESTIONS, "--baselines", "b", "--out", "o"]),
     "curate solvable": ("curate", ["solvable", *QUESTIONS, "--experts", "e", "--out", "o"]),
     "curate all": ("curate", ["all", *QUESTIONS, "--out", "o"]),
-    "clinic world": ("clinic", ["world", "--out", "o"]),
-    "clinic teach": ("clinic", ["teach", "--out", "o"]),
-    "clinic show": ("clinic", ["show", "--out", "o"]),
+    "clinic world": ("clinic.__main__", ["world", "--out", "o"]),
+    "clinic teach": ("clinic.__main__", ["teach", "--out", "o"]),
+    "clinic show": ("clinic.__main__", ["show", "--out", "o"]),
     "distill run": ("distill", ["run", *QUESTIONS, "--teachers", "clinic:hasty", "--out", "o"]),
     "distill import": ("distill", ["import", "f.json", "--format", "huatuo", "--out", "o"]),
     "dpo": ("dpo", ["--model", "m", "--pairs", "p.jsonl", "--out", "o"]),
-    "evaluate run": ("evaluate", ["run", "--engine", "hf:m", *QUESTIONS, "--out", "o"]),
-    "evaluate cases": ("evaluate", ["cases", "r", *QUESTIONS]),
+    "evaluate run": ("evaluate", ["--engine", "hf:m", *QUESTIONS, "--out", "o"]),
+    "evaluate cases": ("report.__main__", ["cases", "r", *QUESTIONS]),
     "judge verdicts": ("judge", ["verdicts", *ROLLOUTS, "--judge", "clinic:judge"]),
     "judge pairs": ("judge", ["pairs", *JUDGED]),
-    "judge sample": ("judge", ["sample", *JUDGED]),
-    "judge agree": ("judge", "agree --verdicts v.jsonl --human h.csv --key k --out o".split()),
-    "leaks": ("leaks", [*QUESTIONS, "--against", "t.jsonl", "--out", "o"]),
+    "judge sample": ("report.__main__", ["sample", *JUDGED]),
+    "judge agree": ("report.__main__", [*AGREE, "--out", "o"]),
+    "leaks": ("benchmarks.decontaminate", [*QUESTIONS, "--against", "t.jsonl", "--out", "o"]),
     "medee demo": ("medee", ["demo"]),
     "medee run": ("medee", ["run", "qwen2.5-vl-7b", *QUESTIONS, "--test=t", *ENGINES]),
     "medee claims": ("medee", ["claims"]),
     "medee plan": ("medee", ["plan", "qwen2.5-vl-7b"]),
-    "model show": ("model", ["show", "d.jsonl", "--model", "m"]),
+    "model show": ("report.__main__", ["show", "d.jsonl", "--model", "m"]),
     "sft": ("sft", ["--model", "m", "--demos", "d.jsonl", "--out", "o"]),
 }  # fmt: skip
 REFUSED = [  # (command, flag, its words, what is said)
@@ -215,8 +216,8 @@ def test_whole_and_number_say_their_range():
 
 
 def test_the_miniature_may_be_without_questions_of_a_kind(tmp_path):
-    import clinic
+    import clinic.__main__
 
     counts = [f"--{part}{kind}=0" for part in ("", "dev-", "test-") for kind in ("text", "image")]
-    clinic.main(["world", "--out", str(tmp_path), *counts])
+    clinic.__main__.main(["world", "--out", str(tmp_path), *counts])
     assert (tmp_path / "bank.jsonl").read_text() == ""

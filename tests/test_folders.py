@@ -1,4 +1,5 @@
-"""Loading and saving at any size: names against the hub's and transformers' own, numbers against from_pretrained, memory by torch's allocator."""
+"""Loading and saving at any size: names against the hub's and transformers' own, numbers against
+from_pretrained, memory by torch's allocator."""
 
 import copy
 import json
@@ -7,6 +8,7 @@ import re
 import shutil
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,14 +18,15 @@ from safetensors.torch import load_file, save_file
 from test_model import llama_folder
 
 import data
+import hub
 import lora
 import model
-import sft
 import train
 
 
 def network_of(folder: Path, tied: bool = True):
-    """The folder's model as transformers loads it; untied: with a head of its own, as the published 7B and 8B have."""
+    """The folder's model as transformers loads it. Untied: with a head of its own, as the published
+    7B and 8B have."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     if tied:
@@ -43,7 +46,7 @@ def keys_of(folder: Path) -> dict[str, list[int]]:
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Loading
 
 
@@ -52,21 +55,29 @@ def keys_of(folder: Path) -> dict[str, list[int]]:
 def test_every_parameter_and_buffer_is_that_of_from_pretrained(folder, tmp_path, tied, dtype):
     network_of(folder, tied).save_pretrained(tmp_path, max_shard_size="500KB")
     assert (tmp_path / "model.safetensors.index.json").exists()
-    theirs = type(network_of(folder)).from_pretrained(tmp_path, dtype=dtype, attn_implementation="sdpa")
-    empty = model.meta_policy(tmp_path, dtype)
-    assert all(p.is_meta for p in empty.parameters()) and not any(b.is_meta for b in empty.buffers())
-    ours = model.load_policy(tmp_path, dtype).model
+    theirs = type(network_of(folder)).from_pretrained(
+        tmp_path, dtype=dtype, attn_implementation="sdpa"
+    )
+    empty = hub.meta_policy(tmp_path, dtype)
+    assert all(p.is_meta for p in empty.parameters()) and not any(
+        b.is_meta for b in empty.buffers()
+    )
+    ours = hub.load_policy(tmp_path, dtype).model
     for kind in ("named_parameters", "named_buffers"):
         found, wanted = (dict(getattr(network, kind)()) for network in (ours, theirs))
         assert found.keys() == wanted.keys() and wanted
-        assert [name for name in wanted if not torch.equal(found[name], wanted[name]) or found[name].dtype != wanted[name].dtype] == []
+        assert [
+            name
+            for name in wanted
+            if not torch.equal(found[name], wanted[name]) or found[name].dtype != wanted[name].dtype
+        ] == []
     assert (ours.lm_head.weight is ours.model.language_model.embed_tokens.weight) == tied
     assert ours.generation_config.to_dict() == theirs.generation_config.to_dict()
 
 
 def test_a_llama_language_model_is_loaded_adapted_and_saved_under_its_own_names(folders, tmp_path):
     llama = llama_folder(folders["internvl"], tmp_path / "llama")
-    policy, processor = model.load_policy(llama), model.Processor(llama)
+    policy, processor = hub.load_policy(llama), model.Processor(llama)
     theirs = network_of(llama)
     for kind in ("named_parameters", "named_buffers"):
         found, wanted = (dict(getattr(net, kind)()) for net in (policy.model, theirs))
@@ -74,7 +85,7 @@ def test_a_llama_language_model_is_loaded_adapted_and_saved_under_its_own_names(
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     lora.inject(policy.model, policy.language_model, 4, 8.0, 0)
     tensors = lora.merge_state(policy.model.named_parameters(), 2.0)  # B is 0: nothing has moved
-    model.save_policy(tmp_path / "saved", policy, processor, tensors)
+    hub.save_policy(tmp_path / "saved", policy, processor, tensors)
     assert keys_of(tmp_path / "saved") == keys_of(llama)
     again = network_of(tmp_path / "saved")
     assert type(again.model.language_model).__name__ == "LlamaModel"
@@ -86,7 +97,7 @@ def test_a_loaded_weight_is_no_view_of_its_file(folder, tmp_path):
     """The file is mapped, not read: a weight that stayed a view of it would change with it."""
     for path in folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    policy = model.load_policy(tmp_path)
+    policy = hub.load_policy(tmp_path)
     before = {name: p.detach().clone() for name, p in policy.named_parameters()}
     with open(tmp_path / "model.safetensors", "r+b") as file:
         file.seek(100_000)
@@ -105,22 +116,36 @@ def spoil(folder: Path, out: Path, change) -> Path:
 @pytest.mark.parametrize(
     "change, said",
     [
-        (lambda w: [w.pop(key) for key in list(w) if "layers.1.mlp" in key], r"3 missing: model\.language_model\.layers\.1\.mlp\.down_proj\.weight"),
+        (
+            lambda w: [w.pop(key) for key in list(w) if "layers.1.mlp" in key],
+            r"3 missing: model\.language_model\.layers\.1\.mlp\.down_proj\.weight",
+        ),
         (lambda w: w.update(stranger=torch.ones(2)), "1 unexpected: .*stranger"),
-        (lambda w: w.update({key: w[key][:-1].clone() for key in w if key.endswith("layers.0.self_attn.k_proj.bias")}), r"1 of another shape: .*k_proj\.bias"),
+        (
+            lambda w: w.update(
+                {
+                    key: w[key][:-1].clone()
+                    for key in w
+                    if key.endswith("layers.0.self_attn.k_proj.bias")
+                }
+            ),
+            r"1 of another shape: .*k_proj\.bias",
+        ),
     ],
 )
 def test_weights_that_do_not_fit_are_named(folder, tmp_path, change, said):
     with pytest.raises(ValueError, match=said):
-        model.meta_policy(spoil(folder, tmp_path, change))
+        hub.meta_policy(spoil(folder, tmp_path, change))
 
 
 def test_a_missing_weight_file_is_named(folder, tmp_path):
     network_of(folder).save_pretrained(tmp_path, max_shard_size="500KB")
     files = sorted(tmp_path.glob("model-*.safetensors"))
     files[1].unlink()
-    with pytest.raises(ValueError, match=f"1 of {len(files)} weight files are not there .{files[1].name}"):
-        model.load_policy(tmp_path)
+    with pytest.raises(
+        ValueError, match=f"1 of {len(files)} weight files are not there .{files[1].name}"
+    ):
+        hub.load_policy(tmp_path)
 
 
 def test_a_cut_off_weight_file_is_named(folder, tmp_path):
@@ -128,7 +153,7 @@ def test_a_cut_off_weight_file_is_named(folder, tmp_path):
     whole = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="model.safetensors: cannot be read"):
-        model.load_policy(tmp_path)
+        hub.load_policy(tmp_path)
 
 
 def test_a_cut_off_file_of_any_kind_is_refused_by_name(folder, tmp_path):
@@ -142,7 +167,7 @@ def test_a_cut_off_file_of_any_kind_is_refused_by_name(folder, tmp_path):
         said = "tokenizer.json" if name == "tokenizer_config.json" else name
         with pytest.raises(data.RowError, match=f"{said}.*: cannot be read .*; copy or"):
             model.Processor(torn)
-            model.meta_policy(torn)
+            hub.meta_policy(torn)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +195,7 @@ def test_a_cut_off_file_of_any_kind_is_refused_by_name(folder, tmp_path):
 def test_a_folder_that_is_no_model_of_a_known_family_is_refused_by_name(tmp_path, config, said):
     if config is not None:
         (tmp_path / "config.json").write_text(json.dumps(config))
-    for action in (model.Processor, model.meta_policy):
+    for action in (model.Processor, hub.meta_policy):
         if action is model.Processor and "num_attention_heads" in (config or ()):
             continue  # a config that reads well, but makes no model
         with pytest.raises(data.RowError, match=said) as caught:
@@ -186,7 +211,7 @@ def test_a_tokenizer_of_another_family_is_refused(folders, tmp_path):
         model.Processor(tmp_path / "mixed")
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The output head: one of its own, or the embedding
 
 
@@ -225,12 +250,12 @@ def test_a_head_of_its_own_is_loaded_and_saved_whatever_config_json_leaves_out(
     row = [prompt, processor.encode_response("<think> a b </think> <answer> A </answer>")]
     expected = log_probs(theirs, processor, row[0].ids + row[1].ids)[len(row[0].ids) - 1 :]
     batch, count = model.collate([row], processor), sum(p.numel() for p in theirs.parameters())
-    ours = model.load_policy(tmp_path / "hub")
-    model.save_policy(tmp_path / "saved", ours, processor, ours.model.named_parameters())
+    ours = hub.load_policy(tmp_path / "hub")
+    hub.save_policy(tmp_path / "saved", ours, processor, ours.model.named_parameters())
     saved = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert [place["tie_word_embeddings"] for place in (saved, saved["text_config"])] == [False] * 2
     assert keys_of(tmp_path / "saved") == keys_of(tmp_path / "hub")
-    for policy in (ours, model.load_policy(tmp_path / "saved")):
+    for policy in (ours, hub.load_policy(tmp_path / "saved")):
         assert sum(p.numel() for p in policy.parameters()) == count
         found = policy(batch).detach()[0, len(row[0].ids) :]
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
@@ -241,7 +266,7 @@ def test_a_head_that_config_json_promises_and_the_files_lack_is_missing(folder, 
     network_of(folder).save_pretrained(tmp_path)
     with_ties(tmp_path, None, None)
     with pytest.raises(data.RowError, match="1 missing: lm_head.weight"):
-        model.meta_policy(tmp_path)
+        hub.meta_policy(tmp_path)
 
 
 def head_key(folder: Path) -> str:
@@ -252,7 +277,7 @@ def head_key(folder: Path) -> str:
 
 @pytest.mark.parametrize("row", [None, 0, -1])
 def test_a_stored_head_beside_a_tied_embedding_must_equal_it(folder, tmp_path, monkeypatch, row):
-    monkeypatch.setattr(model, "COMPARED_ROWS", 100)  # the last part is a smaller one
+    monkeypatch.setattr(hub, "COMPARED_ROWS", 100)  # the last part is a smaller one
 
     def add_head(weights: dict) -> None:
         (embedding,) = (weights[key] for key in weights if key.endswith("embed_tokens.weight"))
@@ -263,12 +288,12 @@ def test_a_stored_head_beside_a_tied_embedding_must_equal_it(folder, tmp_path, m
 
     spoil(folder, tmp_path, add_head)
     if row is None:
-        policy = model.load_policy(tmp_path)
+        policy = hub.load_policy(tmp_path)
         assert policy.model.lm_head.weight is policy.language_model.embed_tokens.weight
     else:
         said = rf"model.safetensors: {head_key(folder)} differs from .*embed_tokens.* ties the two"
         with pytest.raises(data.RowError, match=said):
-            model.meta_policy(tmp_path)
+            hub.meta_policy(tmp_path)
 
 
 def test_two_stored_tensors_for_one_parameter_are_refused(folder, tmp_path):
@@ -278,11 +303,12 @@ def test_two_stored_tensors_for_one_parameter_are_refused(folder, tmp_path):
         assert len(weights) > len(load_file(folder / "model.safetensors"))
 
     with pytest.raises(data.RowError, match="up_proj.weight and .* are both .*; remove the"):
-        model.meta_policy(spoil(folder, tmp_path, twice))
+        hub.meta_policy(spoil(folder, tmp_path, twice))
 
 
-# --- the real sizes: (width, layers, heads, heads of keys and values, width of the MLP, vocabulary), and the tower's.
-# From memory of the published configs and of the published index files' names.
+# --- the real sizes: (width, layers, heads, heads of keys and values, width of the MLP,
+# vocabulary), and the tower's. From memory of the published configs and of the published index
+# files' names.
 
 REAL = {
     "qwen2.5-vl-7b": ("qwen", 3584, 28, 28, 4, 18944, 152064, 3420),
@@ -299,33 +325,71 @@ def linear(name: str, rows: int, columns: int, bias: bool = True) -> dict[str, l
 def hub_weights(name: str) -> dict[str, list[int]]:
     """{key: shape} of a published checkpoint"""
     family, width, layers, heads, kv, ff, vocab, vision_ff = REAL[name]
-    text, head = ("model", "lm_head") if family == "qwen" else ("language_model.model", "language_model.lm_head")
-    found = {f"{text}.embed_tokens.weight": [vocab, width], f"{text}.norm.weight": [width], f"{head}.weight": [vocab, width]}
+    text, head = (
+        ("model", "lm_head")
+        if family == "qwen"
+        else ("language_model.model", "language_model.lm_head")
+    )
+    found = {
+        f"{text}.embed_tokens.weight": [vocab, width],
+        f"{text}.norm.weight": [width],
+        f"{head}.weight": [vocab, width],
+    }
     for at in range(layers):
         layer, few = f"{text}.layers.{at}", kv * width // heads
-        found |= {f"{layer}.{norm}.weight": [width] for norm in ("input_layernorm", "post_attention_layernorm")}
-        found |= linear(f"{layer}.self_attn.q_proj", width, width) | linear(f"{layer}.self_attn.o_proj", width, width, False)
-        found |= linear(f"{layer}.self_attn.k_proj", few, width) | linear(f"{layer}.self_attn.v_proj", few, width)
-        found |= linear(f"{layer}.mlp.gate_proj", ff, width, False) | linear(f"{layer}.mlp.up_proj", ff, width, False)
+        found |= {
+            f"{layer}.{norm}.weight": [width]
+            for norm in ("input_layernorm", "post_attention_layernorm")
+        }
+        found |= linear(f"{layer}.self_attn.q_proj", width, width) | linear(
+            f"{layer}.self_attn.o_proj", width, width, False
+        )
+        found |= linear(f"{layer}.self_attn.k_proj", few, width) | linear(
+            f"{layer}.self_attn.v_proj", few, width
+        )
+        found |= linear(f"{layer}.mlp.gate_proj", ff, width, False) | linear(
+            f"{layer}.mlp.up_proj", ff, width, False
+        )
         found |= linear(f"{layer}.mlp.down_proj", width, ff, False)
     if family == "qwen":
-        found |= {"visual.patch_embed.proj.weight": [1280, 3, 2, 14, 14], "visual.merger.ln_q.weight": [1280]}
-        found |= linear("visual.merger.mlp.0", 5120, 5120) | linear("visual.merger.mlp.2", width, 5120)
+        found |= {
+            "visual.patch_embed.proj.weight": [1280, 3, 2, 14, 14],
+            "visual.merger.ln_q.weight": [1280],
+        }
+        found |= linear("visual.merger.mlp.0", 5120, 5120) | linear(
+            "visual.merger.mlp.2", width, 5120
+        )
         for at in range(32):
             block = f"visual.blocks.{at}"
             found |= {f"{block}.norm1.weight": [1280], f"{block}.norm2.weight": [1280]}
-            found |= linear(f"{block}.attn.qkv", 3840, 1280) | linear(f"{block}.attn.proj", 1280, 1280)
-            found |= linear(f"{block}.mlp.gate_proj", vision_ff, 1280) | linear(f"{block}.mlp.up_proj", vision_ff, 1280)
+            found |= linear(f"{block}.attn.qkv", 3840, 1280) | linear(
+                f"{block}.attn.proj", 1280, 1280
+            )
+            found |= linear(f"{block}.mlp.gate_proj", vision_ff, 1280) | linear(
+                f"{block}.mlp.up_proj", vision_ff, 1280
+            )
             found |= linear(f"{block}.mlp.down_proj", 1280, vision_ff)
         return found
-    found |= {"vision_tower.embeddings.cls_token": [1, 1, 1024], "vision_tower.embeddings.position_embeddings": [1, 1025, 1024]}
-    found |= {"vision_tower.embeddings.patch_embeddings.projection.weight": [1024, 3, 14, 14], "vision_tower.embeddings.patch_embeddings.projection.bias": [1024]}
+    found |= {
+        "vision_tower.embeddings.cls_token": [1, 1, 1024],
+        "vision_tower.embeddings.position_embeddings": [1, 1025, 1024],
+    }
+    found |= {
+        "vision_tower.embeddings.patch_embeddings.projection.weight": [1024, 3, 14, 14],
+        "vision_tower.embeddings.patch_embeddings.projection.bias": [1024],
+    }
     found |= {f"multi_modal_projector.layer_norm.{leaf}": [4096] for leaf in ("weight", "bias")}
-    found |= linear("multi_modal_projector.linear_1", width, 4096) | linear("multi_modal_projector.linear_2", width, width)
+    found |= linear("multi_modal_projector.linear_1", width, 4096) | linear(
+        "multi_modal_projector.linear_2", width, width
+    )
     for at in range(24):
         layer = f"vision_tower.encoder.layer.{at}"
         found |= {f"{layer}.{scale}": [1024] for scale in ("lambda_1", "lambda_2")}
-        found |= {f"{layer}.{norm}.{leaf}": [1024] for norm in ("layernorm_before", "layernorm_after") for leaf in ("weight", "bias")}
+        found |= {
+            f"{layer}.{norm}.{leaf}": [1024]
+            for norm in ("layernorm_before", "layernorm_after")
+            for leaf in ("weight", "bias")
+        }
         for map_ in ("q_proj", "k_proj", "v_proj", "projection_layer"):
             found |= linear(f"{layer}.attention.{map_}", 1024, 1024)
         found |= linear(f"{layer}.mlp.fc1", 4096, 1024) | linear(f"{layer}.mlp.fc2", 1024, 4096)
@@ -336,17 +400,55 @@ def real_config(name: str):
     from transformers import InternVLConfig, Qwen2_5_VLConfig
 
     family, width, layers, heads, kv, ff, vocab, vision_ff = REAL[name]
-    text = dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv, intermediate_size=ff, vocab_size=vocab)
+    text = dict(
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
+        intermediate_size=ff,
+        vocab_size=vocab,
+    )
     if family == "qwen":
-        text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
-        vision = dict(depth=32, hidden_size=1280, num_heads=16, intermediate_size=vision_ff, out_hidden_size=width, window_size=112, fullatt_block_indexes=[7, 15, 23, 31])
-        return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, architectures=["Qwen2_5_VLForConditionalGeneration"])
-    vision = dict(num_hidden_layers=24, hidden_size=1024, num_attention_heads=16, intermediate_size=vision_ff, image_size=[448, 448], patch_size=[14, 14], attention_bias=True)
-    return InternVLConfig(text_config={"model_type": "qwen2", **text}, vision_config=vision, tie_word_embeddings=False, architectures=["InternVLForConditionalGeneration"])
+        text["rope_parameters"] = {
+            "rope_type": "default",
+            "rope_theta": 1e6,
+            "mrope_section": [16, 24, 24],
+        }
+        vision = dict(
+            depth=32,
+            hidden_size=1280,
+            num_heads=16,
+            intermediate_size=vision_ff,
+            out_hidden_size=width,
+            window_size=112,
+            fullatt_block_indexes=[7, 15, 23, 31],
+        )
+        return Qwen2_5_VLConfig(
+            text_config=text,
+            vision_config=vision,
+            tie_word_embeddings=False,
+            architectures=["Qwen2_5_VLForConditionalGeneration"],
+        )
+    vision = dict(
+        num_hidden_layers=24,
+        hidden_size=1024,
+        num_attention_heads=16,
+        intermediate_size=vision_ff,
+        image_size=[448, 448],
+        patch_size=[14, 14],
+        attention_bias=True,
+    )
+    return InternVLConfig(
+        text_config={"model_type": "qwen2", **text},
+        vision_config=vision,
+        tie_word_embeddings=False,
+        architectures=["InternVLForConditionalGeneration"],
+    )
 
 
 def sparse_folder(name: str, folder: Path, limit: int = 5_000_000_000) -> Path:
-    """A checkpoint of the real size that takes no room: bf16 files with true headers, and holes where the numbers would be."""
+    """A checkpoint of the real size that takes no room: bf16 files with true headers, and holes
+    where the numbers would be."""
     real_config(name).save_pretrained(folder)
     files, size = [{}], 0
     for key, shape in hub_weights(name).items():
@@ -364,7 +466,9 @@ def sparse_folder(name: str, folder: Path, limit: int = 5_000_000_000) -> Path:
             out.write(struct.pack("<Q", len(header)) + header)
             out.truncate(out.tell() + max(entry["data_offsets"][1] for entry in entries.values()))
         where |= dict.fromkeys(entries, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": where})
+    )
     return folder
 
 
@@ -373,7 +477,9 @@ def test_a_published_checkpoint_of_the_real_size_is_opened_adapted_and_read_by_r
     from transformers.core_model_loading import revert_weight_conversion
 
     wanted = hub_weights(name)
-    policy = model.meta_policy(sparse_folder(name, tmp_path))  # raises unless every name and shape has its place
+    policy = hub.meta_policy(
+        sparse_folder(name, tmp_path)
+    )  # raises unless every name and shape has its place
     shapes = {key: p for key, p in policy.model.named_parameters()}
     assert len(shapes) == len(wanted) == len(policy.checkpoint.stored)
     stored = revert_weight_conversion(policy.model, dict(shapes))  # as save_policy names them
@@ -387,19 +493,21 @@ def test_a_published_checkpoint_of_the_real_size_is_opened_adapted_and_read_by_r
     assert policy.checkpoint.read(last, slice(7, 9)).shape == (2, REAL[name][5])
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Saving
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("limit", [400_000, model.SHARD_BYTES])
-def test_saved_names_numbers_and_shards_are_those_of_save_pretrained(folder, processor, tmp_path, tied, limit):
+@pytest.mark.parametrize("limit", [400_000, hub.SHARD_BYTES])
+def test_saved_names_numbers_and_shards_are_those_of_save_pretrained(
+    folder, processor, tmp_path, tied, limit
+):
     network = network_of(folder, tied)
     network.save_pretrained(tmp_path / "theirs", max_shard_size=limit)
-    policy = model.load_policy(tmp_path / "theirs")
+    policy = hub.load_policy(tmp_path / "theirs")
     with torch.no_grad():
         policy.model.model.language_model.norm.weight.add_(0.5)
-    model.save_policy(tmp_path / "ours", policy, processor, policy.model.named_parameters(), limit)
+    hub.save_policy(tmp_path / "ours", policy, processor, policy.model.named_parameters(), limit)
     assert keys_of(tmp_path / "ours") == keys_of(tmp_path / "theirs")
     again, report = type(network).from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(report.values()), report
@@ -407,20 +515,29 @@ def test_saved_names_numbers_and_shards_are_those_of_save_pretrained(folder, pro
         assert torch.equal(parameter, dict(again.named_parameters())[name])
     files = list((tmp_path / "ours").glob("*.safetensors"))
     largest = max(p.nbytes for p in policy.parameters())
-    assert all(path.stat().st_size < max(limit, largest) + 100_000 for path in files)  # what is beyond is the header
-    if limit == model.SHARD_BYTES:
+    assert all(
+        path.stat().st_size < max(limit, largest) + 100_000 for path in files
+    )  # what is beyond is the header
+    if limit == hub.SHARD_BYTES:
         assert [path.name for path in files] == ["model.safetensors"]
     else:
-        index, wanted = (json.loads((tmp_path / who / "model.safetensors.index.json").read_text()) for who in ("ours", "theirs"))
+        index, wanted = (
+            json.loads((tmp_path / who / "model.safetensors.index.json").read_text())
+            for who in ("ours", "theirs")
+        )
         assert len(files) > 1 and index["weight_map"].keys() == wanted["weight_map"].keys()
         assert index["metadata"]["total_size"] == wanted["metadata"]["total_size"]
-    ours, theirs = (json.loads((tmp_path / who / "config.json").read_text()) for who in ("ours", "theirs"))
+    ours, theirs = (
+        json.loads((tmp_path / who / "config.json").read_text()) for who in ("ours", "theirs")
+    )
     assert ours == theirs
 
 
-def test_a_save_that_is_cut_off_leaves_the_older_checkpoint_and_the_next_one_clears_up(folder, processor, tmp_path):
-    policy = model.load_policy(folder)
-    model.save_policy(tmp_path, policy, processor, policy.model.named_parameters(), 400_000)
+def test_a_save_that_is_cut_off_leaves_the_older_checkpoint_and_the_next_one_clears_up(
+    folder, processor, tmp_path
+):
+    policy = hub.load_policy(folder)
+    hub.save_policy(tmp_path, policy, processor, policy.model.named_parameters(), 400_000)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
     def torn():
@@ -430,26 +547,36 @@ def test_a_save_that_is_cut_off_leaves_the_older_checkpoint_and_the_next_one_cle
             yield name, parameter + 1
 
     with pytest.raises(KeyboardInterrupt):
-        model.save_policy(tmp_path, policy, processor, torn(), 400_000)
+        hub.save_policy(tmp_path, policy, processor, torn(), 400_000)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
-    model.load_policy(tmp_path)
-    model.save_policy(tmp_path, policy, processor, ((name, p + 1) for name, p in policy.model.named_parameters()), 900_000)
+    hub.load_policy(tmp_path)
+    hub.save_policy(
+        tmp_path,
+        policy,
+        processor,
+        ((name, p + 1) for name, p in policy.model.named_parameters()),
+        900_000,
+    )
     assert not (tmp_path / "saving.tmp").exists()
     files = {path.name for path in tmp_path.glob("*.safetensors")}
-    assert files == set(json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"].values())
-    for name, parameter in model.load_policy(tmp_path).model.named_parameters():
+    assert files == set(
+        json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"].values()
+    )
+    for name, parameter in hub.load_policy(tmp_path).model.named_parameters():
         assert torch.equal(parameter, dict(policy.model.named_parameters())[name] + 1)
 
 
 @pytest.mark.parametrize("move", [0, 1, 6, 13, 20, 99])
-def test_no_moment_of_the_last_moves_shows_a_checkpoint_that_is_not_whole(folder, processor, tmp_path, monkeypatch, move):
+def test_no_moment_of_the_last_moves_shows_a_checkpoint_that_is_not_whole(
+    folder, processor, tmp_path, monkeypatch, move
+):
     """The renames at the end, cut off after each of them: what loads is whole."""
-    policy, count, real = model.load_policy(folder), [], model.os.replace
+    policy, count, real = hub.load_policy(folder), [], hub.os.replace
     changed = copy.deepcopy(policy.model)
     with torch.no_grad():
         for parameter in changed.parameters():
             parameter.add_(1)
-    model.save_policy(tmp_path, policy, processor, policy.model.named_parameters(), 900_000)
+    hub.save_policy(tmp_path, policy, processor, policy.model.named_parameters(), 900_000)
 
     def replace(source, target):
         if Path(target).parent == tmp_path:
@@ -458,15 +585,18 @@ def test_no_moment_of_the_last_moves_shows_a_checkpoint_that_is_not_whole(folder
             count.append(target)
         real(source, target)
 
-    monkeypatch.setattr(model.os, "replace", replace)
+    monkeypatch.setattr(hub.os, "replace", replace)
     try:
-        model.save_policy(tmp_path, policy, processor, changed.named_parameters(), 400_000)
+        hub.save_policy(tmp_path, policy, processor, changed.named_parameters(), 400_000)
     except KeyboardInterrupt:
         with pytest.raises(ValueError, match="not there"):
-            model.load_policy(tmp_path)
+            hub.load_policy(tmp_path)
     else:
         assert len(count) <= move
-        assert all(torch.equal(p, dict(changed.named_parameters())[name]) for name, p in model.load_policy(tmp_path).model.named_parameters())
+        assert all(
+            torch.equal(p, dict(changed.named_parameters())[name])
+            for name, p in hub.load_policy(tmp_path).model.named_parameters()
+        )
 
 
 def bf16_base(folder: Path, out: Path) -> Path:
@@ -485,22 +615,24 @@ def test_a_change_below_half_a_spacing_is_rounded_away_and_both_figures_say_so(
 ):
     # by hand: bf16 has 8 bits of mantissa, so the number after 1 is 1 + 1/128; 0.003 is less than
     # half of that and is lost, 0.005 is more and becomes 1/128
-    policy = model.load_policy(bf16_base(folder, tmp_path / "base"))
+    policy = hub.load_policy(bf16_base(folder, tmp_path / "base"))
     policy.freeze_vision()
     moved = policy.language_model.layers[0].self_attn
-    count, adapter = sum(p.numel() for p in policy.parameters() if p.requires_grad), None
+    count = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     if method == "lora":
         names = lora.inject(policy.model, policy.language_model, 2, 4.0)
         count = sum(policy.language_model.get_submodule(n).base.weight.numel() for n in names)
-        adapter = (2, 4.0, "base")
     with torch.no_grad():
-        if adapter:
+        if method == "lora":
             # alpha / rank is 2
             moved.q_proj.lora_A.zero_()[0, :2] = torch.tensor([0.003, 0.005]) / 2
             moved.q_proj.lora_B[0, 0] = 1.0
         else:
             moved.q_proj.weight[0, :2] += torch.tensor([0.003, 0.005])
-    figures = sft.save(tmp_path, policy, processor, adapter, "auto")
+    args = SimpleNamespace(
+        out=tmp_path, method=method, rank=2, alpha=4.0, model="base", save_dtype="auto"
+    )
+    figures = train.save(args, policy, processor)
     lost = math.hypot(0.003, 1 / 128 - 0.005) / math.hypot(0.003, 0.005)
     assert figures == pytest.approx({"weights_changed": 1 / count, "rounding_lost": lost}, rel=1e-4)
     said = f"saved in torch.bfloat16: {1 / count:.2%} of .*; rounding lost {lost:.2%} of the change"
@@ -522,11 +654,12 @@ def test_what_is_saved_has_one_dtype_and_config_json_says_so(
     small = sorted(weights, key=lambda key: weights[key].numel())[: 2 * len(weights) // 3]
     weights |= {key: weights[key].float() for key in small}
     save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
-    policy = model.load_policy(tmp_path / "base")
+    policy = hub.load_policy(tmp_path / "base")
     for module in (policy.vision, policy.projector):  # as train.shard leaves them on a GPU
         module.to(torch.bfloat16)
     policy.freeze_vision()
-    sft.save(tmp_path, policy, processor, None, asked)
+    args = SimpleNamespace(out=tmp_path, method="full", save_dtype=asked)
+    train.save(args, policy, processor)
     wanted = stored if asked == "auto" else torch.float32
     saved = load_file(tmp_path / "merged" / "model.safetensors")
     assert {tensor.dtype for tensor in saved.values()} == {wanted}
@@ -537,13 +670,14 @@ def test_what_is_saved_has_one_dtype_and_config_json_says_so(
     assert {p.dtype for p in theirs.parameters()} == {wanted}
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Memory: bytes that torch's allocator holds. Mapped files are no allocations; the process's own size would say little.
+# --------------------------------------------------------------------------------------------------
+# Memory: bytes that torch's allocator holds. Mapped files are no allocations; the process's own
+# size would say little.
 
 
 def test_one_process_loads_and_saves_with_little_beside_the_model(folder, processor, tmp_path):
     network_of(folder).to(torch.bfloat16).save_pretrained(tmp_path / "base", max_shard_size="300KB")
-    policy = model.meta_policy(tmp_path / "base")
+    policy = hub.meta_policy(tmp_path / "base")
     whole = sum(4 * p.numel() for p in policy.parameters())
     largest = max(4 * p.numel() for p in policy.parameters())
     assert whole > 4 * largest
@@ -551,6 +685,13 @@ def test_one_process_loads_and_saves_with_little_beside_the_model(folder, proces
     assert whole <= peak <= whole + largest, (peak, whole, largest)
     limit = 400_000
     lora.inject(policy.model, policy.language_model, 4, 8.0)
-    tensors = lora.merge_state(train.whole_tensors(policy), 2.0)
-    peak, _ = measured(lambda: model.save_policy(tmp_path / "saved", policy, processor, tensors, limit))
-    assert peak <= limit + 3 * largest < whole, (peak, limit, largest, whole)  # a file, and a merge on its way
+    tensors = lora.merge_state(train.gather_full(policy), 2.0)
+    peak, _ = measured(
+        lambda: hub.save_policy(tmp_path / "saved", policy, processor, tensors, limit)
+    )
+    assert peak <= limit + 3 * largest < whole, (
+        peak,
+        limit,
+        largest,
+        whole,
+    )  # a file, and a merge on its way

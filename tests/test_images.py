@@ -1,4 +1,5 @@
-"""images.py: every kind of file by hand, a film of 12 bits against the same film in 8, broken files."""
+"""command/images.py: every kind of file by hand, a film of 12 bits against the same film in 8,
+broken files."""
 
 import io
 import os
@@ -10,9 +11,9 @@ import pytest
 from PIL import Image
 
 import data
-import images
-import leaks
-import remote
+from benchmarks import decontaminate
+from command import images
+from engines import apis
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -39,11 +40,16 @@ def test_load_image_makes_every_kind_of_file_upright_rgb(tmp_path):
         return np.asarray(loaded).astype(int)
 
     half = colours.copy()
-    half.putalpha(Image.fromarray(np.repeat([[0, 128, 255]], 30, 0).repeat([20, 10, 10], 1).astype(np.uint8)))
+    half.putalpha(
+        Image.fromarray(np.repeat([[0, 128, 255]], 30, 0).repeat([20, 10, 10], 1).astype(np.uint8))
+    )
     shown = load(half, "alpha.png")
     assert (shown[:, :20] == 255).all()  # nothing but the white it lies on
     assert (shown[:, 30:] == np.asarray(colours)[:, 30:]).all()
-    assert np.abs(shown[:, 20:30] - (np.asarray(colours)[:, 20:30] * 128.0 + 255 * 127) / 255).max() <= 1
+    assert (
+        np.abs(shown[:, 20:30] - (np.asarray(colours)[:, 20:30] * 128.0 + 255 * 127) / 255).max()
+        <= 1
+    )
 
     deep = np.linspace(0, 65535, 1200).reshape(30, 40).astype(np.uint16)
     assert np.abs(load(Image.fromarray(deep), "deep.png")[..., 0] - deep / 257).max() <= 1
@@ -55,7 +61,10 @@ def test_load_image_makes_every_kind_of_file_upright_rgb(tmp_path):
     assert (load(indexed, "palette.png") == np.asarray(indexed.convert("RGB"))).all()
     hole = load(indexed, "hole.png", transparency=3)
     assert (hole[np.asarray(indexed) == 3] == 255).all()
-    assert (hole[np.asarray(indexed) != 3] == np.asarray(indexed.convert("RGB"))[np.asarray(indexed) != 3]).all()
+    assert (
+        hole[np.asarray(indexed) != 3]
+        == np.asarray(indexed.convert("RGB"))[np.asarray(indexed) != 3]
+    ).all()
 
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera lay on its side: turn a quarter clockwise
@@ -77,7 +86,9 @@ def test_unreadable_images_are_refused_by_name(tmp_path):
 
 def test_an_image_too_large_to_open_is_refused_by_name(tmp_path, monkeypatch):
     picture(40, 30).save(tmp_path / "huge.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # Pillow's guard against files that unpack to gigabytes
+    monkeypatch.setattr(
+        Image, "MAX_IMAGE_PIXELS", 100
+    )  # Pillow's guard against files that unpack to gigabytes
     with pytest.raises(data.RowError, match="huge.png"):
         images.load_image(tmp_path / "huge.png")
 
@@ -89,11 +100,11 @@ def test_a_film_of_more_bits_looks_like_the_same_film_in_8(tmp_path, bits, name)
     Image.fromarray(film(bits).astype(np.uint16)).save(tmp_path / name)
     plain = np.asarray(images.load_image(tmp_path / "plain.png")).astype(int)
     assert 60 < plain.mean() < 200
-    sent = Image.open(io.BytesIO(remote.picture_bytes(tmp_path / name, None)))
+    sent = Image.open(io.BytesIO(apis.picture_bytes(tmp_path / name, None)))
     for shown in (images.load_image(tmp_path / name), sent):
         assert np.abs(np.asarray(shown).astype(int) - plain).max() <= 1
-    one, other = leaks.dhash(tmp_path / "plain.png"), leaks.dhash(tmp_path / name)
-    assert leaks.distances(one[None], other[None]).item() <= leaks.DISTANCE
+    one, other = decontaminate.dhash(tmp_path / "plain.png"), decontaminate.dhash(tmp_path / name)
+    assert decontaminate.distances(one[None], other[None]).item() <= decontaminate.DISTANCE
 
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")
@@ -119,16 +130,18 @@ def test_a_file_cut_off_anywhere_is_refused_by_name(tmp_path, suffix):
     images.load_image(tmp_path / f"whole.{suffix}")
     for kept in range(0, 9 * len(whole) // 10, max(1, len(whole) // 40)):
         (tmp_path / f"torn.{suffix}").write_bytes(whole[:kept])
-        for action in (images.load_image, leaks.dhash):
+        for action in (images.load_image, decontaminate.dhash):
             with pytest.raises(data.RowError, match=f"torn.{suffix}: not a readable image"):
                 action(tmp_path / f"torn.{suffix}")
 
 
 def test_no_other_file_opens_pictures():
-    # benchmarks.py asks whether downloaded bytes are a picture, clinic.py reads its films' text chunk
+    # benchmarks asks whether downloaded bytes are a picture, the clinic reads its films' text chunk
     opens = re.compile(r"\bImage\.open\(")
-    opening = {path.name for path in ROOT.glob("*.py") if opens.search(path.read_text())}
-    assert opening == {"images.py", "benchmarks.py", "clinic.py"}
+    ours = [*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/*.py")]
+    own = [path for path in ours if path.parent.name not in ("tests", "bench")]
+    opening = {str(path.relative_to(ROOT)) for path in own if opens.search(path.read_text())}
+    assert opening == {"command/images.py", "benchmarks/__init__.py", "clinic/world.py"}
 
 
 REAL = sorted(Path(os.environ.get("MEDEE_REAL_DATA", "/nowhere"), "images").glob("*"))
@@ -139,4 +152,4 @@ def test_real_medical_images_open_and_are_neither_black_nor_white():
     for path in REAL:
         greys = np.asarray(images.load_image(path).convert("L"))
         assert 2 < greys.mean() < 253 and np.ptp(greys) > 50, path.name
-        leaks.dhash(path)
+        decontaminate.dhash(path)

@@ -1,4 +1,5 @@
-"""lora.py against PEFT, against autograd on an explicit W0 + s B A, and against the parameter count of the real models."""
+"""lora.py against PEFT, against autograd on an explicit W0 + s B A, and against the parameter count
+of the real models."""
 
 import json
 import re
@@ -11,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import hub
 import lora
 import model
 
@@ -37,7 +39,11 @@ def adapt(policy, rank: int = 4, alpha: float = 10.0, stirred: bool = True) -> l
 
 
 def lora_tensors(policy) -> dict[str, torch.Tensor]:
-    return {name: p.detach() for name, p in policy.model.named_parameters() if name.endswith(("lora_A", "lora_B"))}
+    return {
+        name: p.detach()
+        for name, p in policy.model.named_parameters()
+        if name.endswith(("lora_A", "lora_B"))
+    }
 
 
 def fresh(folder: Path):
@@ -56,7 +62,10 @@ def test_lora_is_identity_before_the_first_step(processor, policy):
     before = logits_of(policy, batch)
     adapt(policy, stirred=False)
     assert torch.equal(logits_of(policy, batch), before)
-    assert all((tensor == 0).all() == name.endswith("lora_B") for name, tensor in lora_tensors(policy).items())
+    assert all(
+        (tensor == 0).all() == name.endswith("lora_B")
+        for name, tensor in lora_tensors(policy).items()
+    )
 
 
 def test_initial_a_is_pefts_uniform_and_depends_on_the_seed_only(policy, folder):
@@ -68,29 +77,46 @@ def test_initial_a_is_pefts_uniform_and_depends_on_the_seed_only(policy, folder)
             theirs = torch.empty(tensor.shape)
             nn.init.kaiming_uniform_(theirs, a=5**0.5)  # what PEFT calls
             assert theirs.abs().max() * 0.9 < tensor.abs().max() <= tensor.shape[1] ** -0.5
-    again, other = model.load_policy(folder), model.load_policy(folder)
+    again, other = hub.load_policy(folder), hub.load_policy(folder)
     lora.inject(again.model, again.language_model, 4, 10.0, seed=0)
     lora.inject(other.model, other.language_model, 4, 10.0, seed=1)
     assert all(torch.equal(tensor, lora_tensors(again)[name]) for name, tensor in tensors.items())
-    assert not any(torch.equal(tensor, lora_tensors(other)[name]) for name, tensor in tensors.items() if name.endswith("lora_A"))
+    assert not any(
+        torch.equal(tensor, lora_tensors(other)[name])
+        for name, tensor in tensors.items()
+        if name.endswith("lora_A")
+    )
 
 
 def test_lora_touches_the_seven_linears_of_each_language_layer_and_nothing_of_vision(policy):
-    linears = {name for name, module in policy.model.named_modules() if isinstance(module, nn.Linear)}
+    linears = {
+        name for name, module in policy.model.named_modules() if isinstance(module, nn.Linear)
+    }
     returned = adapt(policy)
-    found = {name for name, module in policy.model.named_modules() if isinstance(module, lora.LoRALinear)}
+    found = {
+        name for name, module in policy.model.named_modules() if isinstance(module, lora.LoRALinear)
+    }
     # independent of the module's own list: every linear map inside the language model's layers
     assert found == {name for name in linears if name.startswith("model.language_model.layers.")}
     assert len(found) == 7 * len(policy.language_model.layers)
-    assert not any(name.startswith((policy.family.vision, policy.family.projector)) for name in found)
+    assert not any(
+        name.startswith((policy.family.vision, policy.family.projector)) for name in found
+    )
     assert sorted(found) == sorted(f"model.language_model.{name}" for name in returned)
     # a match by suffix would have hit the tower too: the claim is not empty
     suffixes = {name.rpartition(".")[2] for name in found}
-    assert any(name.startswith(policy.family.vision) and name.rpartition(".")[2] in suffixes for name in linears)
+    assert any(
+        name.startswith(policy.family.vision) and name.rpartition(".")[2] in suffixes
+        for name in linears
+    )
 
 
 def test_trainable_parameters_follow_the_formula(policy):
-    shapes = [module.weight.shape for name, module in policy.language_model.layers.named_modules() if isinstance(module, nn.Linear)]
+    shapes = [
+        module.weight.shape
+        for name, module in policy.language_model.layers.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
     adapt(policy, rank=4)
     trainable = {name: p.numel() for name, p in policy.model.named_parameters() if p.requires_grad}
     assert trainable.keys() == lora_tensors(policy).keys()
@@ -99,17 +125,52 @@ def test_trainable_parameters_follow_the_formula(policy):
 
 @pytest.mark.parametrize("family", ["qwen", "internvl"])
 def test_the_real_sizes_train_20185088_parameters_at_rank_8(family):
-    from transformers import InternVLConfig, InternVLForConditionalGeneration, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers import (
+        InternVLConfig,
+        InternVLForConditionalGeneration,
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+    )
 
-    text = dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, intermediate_size=18944)
+    text = dict(
+        hidden_size=3584,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        intermediate_size=18944,
+    )
     with torch.device("meta"):
         if family == "qwen":
-            text |= dict(vocab_size=152064, rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]})
-            vision = dict(depth=32, hidden_size=1280, num_heads=16, intermediate_size=3420, out_hidden_size=3584)
-            network = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+            text |= dict(
+                vocab_size=152064,
+                rope_parameters={
+                    "rope_type": "default",
+                    "rope_theta": 1e6,
+                    "mrope_section": [16, 24, 24],
+                },
+            )
+            vision = dict(
+                depth=32,
+                hidden_size=1280,
+                num_heads=16,
+                intermediate_size=3420,
+                out_hidden_size=3584,
+            )
+            network = Qwen2_5_VLForConditionalGeneration(
+                Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+            )
         else:
-            vision = dict(num_hidden_layers=24, hidden_size=1024, num_attention_heads=16, intermediate_size=4096, image_size=[448, 448])
-            config = InternVLConfig(text_config={"model_type": "qwen2", "vocab_size": 151674, **text}, vision_config=vision)
+            vision = dict(
+                num_hidden_layers=24,
+                hidden_size=1024,
+                num_attention_heads=16,
+                intermediate_size=4096,
+                image_size=[448, 448],
+            )
+            config = InternVLConfig(
+                text_config={"model_type": "qwen2", "vocab_size": 151674, **text},
+                vision_config=vision,
+            )
             network = InternVLForConditionalGeneration(config)
         names = lora.inject(network, network.model.language_model, rank=8)
     assert len(names) == 196
@@ -130,11 +191,16 @@ def test_gradients_of_a_and_b_equal_autograd_on_an_explicit_sum(processor, polic
     names = adapt(policy, rank=4, alpha=10.0)
     policy(batch).sum().backward()
 
-    plain, explicit, leaves = model.load_policy(folder), {}, {}
+    plain, explicit, leaves = hub.load_policy(folder), {}, {}
     for name in names:
         full = f"model.model.language_model.{name}"
-        a, b = (policy.get_parameter(f"{full}.{leaf}").detach().clone().requires_grad_() for leaf in ("lora_A", "lora_B"))
-        explicit[f"{full}.weight"] = plain.get_parameter(f"{full}.weight").detach() + 10.0 / 4 * b @ a
+        a, b = (
+            policy.get_parameter(f"{full}.{leaf}").detach().clone().requires_grad_()
+            for leaf in ("lora_A", "lora_B")
+        )
+        explicit[f"{full}.weight"] = (
+            plain.get_parameter(f"{full}.weight").detach() + 10.0 / 4 * b @ a
+        )
         leaves |= {f"{full}.lora_A": a, f"{full}.lora_B": b}
     torch.func.functional_call(plain, explicit, (batch,)).sum().backward()
     for name, leaf in leaves.items():
@@ -172,11 +238,22 @@ def test_inject_refuses_a_target_that_is_not_linear(policy):
 def test_merge_of_a_streamed_state_equals_merge(policy, dtype):
     policy.to(dtype)
     adapt(policy, rank=4, alpha=10.0)
-    streamed = dict(lora.merge_state(((name, p.detach().clone()) for name, p in policy.model.named_parameters(remove_duplicate=False)), 10.0 / 4))
+    streamed = dict(
+        lora.merge_state(
+            (
+                (name, p.detach().clone())
+                for name, p in policy.model.named_parameters(remove_duplicate=False)
+            ),
+            10.0 / 4,
+        )
+    )
     lora.merge(policy.language_model)
     merged = dict(policy.model.named_parameters(remove_duplicate=False))
     assert streamed.keys() == merged.keys()
-    assert all(torch.equal(tensor, merged[name]) and tensor.dtype == dtype for name, tensor in streamed.items())
+    assert all(
+        torch.equal(tensor, merged[name]) and tensor.dtype == dtype
+        for name, tensor in streamed.items()
+    )
 
 
 def test_a_streamed_state_with_an_adapter_but_no_weight_is_refused():
@@ -190,7 +267,9 @@ def test_a_merge_into_bf16_rounds_once():
     weight = torch.ones(4, 4, dtype=torch.bfloat16)
     a, b = torch.full((2, 4), 0.05), torch.full((4, 2), 0.05)
     assert torch.equal(lora.merged_weight(weight, a, b, 2.0), torch.full((4, 4), 1.01).bfloat16())
-    torch.testing.assert_close(lora.merged_weight(weight.float(), a, b, 2.0), torch.full((4, 4), 1.01))
+    torch.testing.assert_close(
+        lora.merged_weight(weight.float(), a, b, 2.0), torch.full((4, 4), 1.01)
+    )
 
 
 # --- files
@@ -201,19 +280,32 @@ def test_our_adapter_loads_in_peft_with_the_same_logits(processor, policy, folde
     adapt(policy, rank=4, alpha=10.0)
     lora.save_adapter(tmp_path, lora_tensors(policy), 4, 10.0, str(folder))
     theirs = peft.PeftModel.from_pretrained(fresh(folder), tmp_path)
-    adapted = {name.removeprefix("base_model.model.") for name, module in theirs.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)}
-    assert adapted == {name for name, module in policy.model.named_modules() if isinstance(module, lora.LoRALinear)}
+    adapted = {
+        name.removeprefix("base_model.model.")
+        for name, module in theirs.named_modules()
+        if isinstance(module, peft.tuners.lora.LoraLayer)
+    }
+    assert adapted == {
+        name for name, module in policy.model.named_modules() if isinstance(module, lora.LoRALinear)
+    }
     batch = batch_of(processor)
     ours = logits_of(policy, batch)
-    torch.testing.assert_close(logits_of(model.Policy(theirs.base_model.model), batch), ours, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        logits_of(model.Policy(theirs.base_model.model), batch), ours, atol=1e-5, rtol=1e-5
+    )
 
 
 def peft_adapter(folder: Path, out: Path, **options):
     """A random adapter that PEFT made and saved, and the adapted model"""
     peft = pytest.importorskip("peft")
-    targets = r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+    targets = (
+        r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+    )
     torch.manual_seed(3)
-    theirs = peft.get_peft_model(fresh(folder), peft.LoraConfig(**{"r": 4, "lora_alpha": 10, "target_modules": targets, **options})).eval()
+    theirs = peft.get_peft_model(
+        fresh(folder),
+        peft.LoraConfig(**{"r": 4, "lora_alpha": 10, "target_modules": targets, **options}),
+    ).eval()
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             if "lora_B" in name:
@@ -232,10 +324,15 @@ def test_pefts_adapter_loads_in_ours_with_the_same_logits(processor, policy, fol
 
 
 @pytest.mark.parametrize(
-    "options", [{"use_rslora": True}, {"alpha_pattern": {"q_proj": 40}}, {"rank_pattern": {"up_proj": 2}}], ids=lambda options: next(iter(options))
+    "options",
+    [{"use_rslora": True}, {"alpha_pattern": {"q_proj": 40}}, {"rank_pattern": {"up_proj": 2}}],
+    ids=lambda options: next(iter(options)),
 )
-def test_an_adapter_with_another_scaling_rule_is_honoured_or_refused(processor, policy, folder, tmp_path, options):
-    # same names, another meaning: loaded as it stands it would act with the wrong strength, and nobody would see
+def test_an_adapter_with_another_scaling_rule_is_honoured_or_refused(
+    processor, policy, folder, tmp_path, options
+):
+    # same names, another meaning: loaded as it stands it would act with the wrong strength, and
+    # nobody would see
     theirs = peft_adapter(folder, tmp_path, **options)
     try:
         lora.load_adapter(tmp_path, policy.model, policy.language_model)
@@ -249,12 +346,12 @@ def test_an_adapter_with_another_scaling_rule_is_honoured_or_refused(processor, 
 def test_an_adapter_comes_back_as_it_was_saved(processor, policy, folder, tmp_path):
     adapt(policy, rank=4, alpha=10.0)
     lora.save_adapter(tmp_path, lora_tensors(policy), 4, 10.0, "base")
-    again = model.load_policy(folder)
+    again = hub.load_policy(folder)
     lora.load_adapter(tmp_path, again.model, again.language_model)
     batch = batch_of(processor)
     assert torch.equal(logits_of(again, batch), logits_of(policy, batch))
     with pytest.raises(ValueError, match="adapter"):
-        model.load_policy(tmp_path)  # an adapter alone is no model
+        hub.load_policy(tmp_path)  # an adapter alone is no model
 
 
 def drop_a_layer(tensors: dict) -> dict:
@@ -262,24 +359,36 @@ def drop_a_layer(tensors: dict) -> dict:
 
 
 def rename(tensors: dict) -> dict:
-    return {re.sub(r"model\.language_model\.", "language_model.model.", name): tensor for name, tensor in tensors.items()}
+    return {
+        re.sub(r"model\.language_model\.", "language_model.model.", name): tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def narrow(tensors: dict) -> dict:
-    return {name: tensor[:, :-8].contiguous() if name.endswith("lora_A.weight") else tensor for name, tensor in tensors.items()}
+    return {
+        name: tensor[:, :-8].contiguous() if name.endswith("lora_A.weight") else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def one_rank(tensors: dict) -> dict:
     """Every A has a single row: copied into four it would fit, silently"""
-    return {name: tensor[:1].contiguous() if name.endswith("lora_A.weight") else tensor for name, tensor in tensors.items()}
+    return {
+        name: tensor[:1].contiguous() if name.endswith("lora_A.weight") else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 @pytest.mark.parametrize("damage", [drop_a_layer, rename, narrow, one_rank])
 def test_an_adapter_that_does_not_fit_is_refused(policy, folder, tmp_path, damage):
     adapt(policy)
     lora.save_adapter(tmp_path, lora_tensors(policy), 4, 10.0, "base")
-    save_file(damage(load_file(tmp_path / "adapter_model.safetensors")), tmp_path / "adapter_model.safetensors")
-    other = model.load_policy(folder)
+    save_file(
+        damage(load_file(tmp_path / "adapter_model.safetensors")),
+        tmp_path / "adapter_model.safetensors",
+    )
+    other = hub.load_policy(folder)
     with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
         lora.load_adapter(tmp_path, other.model, other.language_model)
 
@@ -288,7 +397,13 @@ def test_the_adapter_file_states_rank_alpha_and_base(policy, tmp_path):
     adapt(policy)
     lora.save_adapter(tmp_path, lora_tensors(policy), 4, 10.0, "the/base")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (4, 10.0, "the/base")
+    assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (
+        4,
+        10.0,
+        "the/base",
+    )
     pattern = re.compile(config["target_modules"])
-    adapted = {name for name, module in policy.model.named_modules() if isinstance(module, lora.LoRALinear)}
+    adapted = {
+        name for name, module in policy.model.named_modules() if isinstance(module, lora.LoRALinear)
+    }
     assert {name for name, _ in policy.model.named_modules() if pattern.fullmatch(name)} == adapted

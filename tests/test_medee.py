@@ -1,4 +1,5 @@
-"""The driver: what counts as done, what runs again, and that recipes are commands which the scripts accept."""
+"""The driver: what counts as done, what runs again, and that recipes are commands which the scripts
+accept."""
 
 import importlib
 import json
@@ -14,23 +15,41 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from test_house import parsers
 
 import data
 import distill
 import medee
-from test_house import parsers
+from command import flags, pipeline, schema
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def world_stage(run: Path, text: int = 6) -> medee.Stage:
-    counts = {"text": text, "image": 6, "dev-image": 2, "dev-text": 2, "test-image": 3, "test-text": 2}
-    return medee.Stage("world", "clinic.py", ("world", *medee.words({**counts, "out": str(run / "world"), "seed": 0})))
+def world_stage(run: Path, text: int = 6) -> pipeline.Stage:
+    counts = {
+        "text": text,
+        "image": 6,
+        "dev-image": 2,
+        "dev-text": 2,
+        "test-image": 3,
+        "test-text": 2,
+    }
+    return pipeline.Stage(
+        "world",
+        "-m clinic",
+        ("world", *pipeline.words({**counts, "out": str(run / "world"), "seed": 0})),
+    )
 
 
-def distill_stage(run: Path) -> medee.Stage:
-    flags = {"questions": f"{run}/world/bank.jsonl", "images": f"{run}/world", "teachers": ["clinic:thorough"], "answer-form": "text", "out": f"{run}/distill"}
-    return medee.Stage("distill", "distill.py", ("run", *medee.words(flags)))
+def distill_stage(run: Path) -> pipeline.Stage:
+    flags = {
+        "questions": f"{run}/world/bank.jsonl",
+        "images": f"{run}/world",
+        "teachers": ["clinic:thorough"],
+        "answer-form": "text",
+        "out": f"{run}/distill",
+    }
+    return pipeline.Stage("distill", "distill.py", ("run", *pipeline.words(flags)))
 
 
 def test_a_finished_stage_is_done_and_not_run_again(tmp_path, capsys):
@@ -41,14 +60,22 @@ def test_a_finished_stage_is_done_and_not_run_again(tmp_path, capsys):
     before = (stage.folder / "bank.jsonl").stat().st_mtime_ns
     stage.run()
     assert (stage.folder / "bank.jsonl").stat().st_mtime_ns == before
-    assert "python clinic.py world" in capsys.readouterr().out  # the command a user would type is printed
+    assert (
+        "python -m clinic world" in capsys.readouterr().out
+    )  # the command a user would type is printed
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
-def test_a_changed_setting_sets_the_stage_aside_and_what_depends_on_it_and_deletes_nothing(tmp_path, capsys):
+def test_a_changed_setting_sets_the_stage_aside_and_what_depends_on_it_and_deletes_nothing(
+    tmp_path, capsys
+):
     world_stage(tmp_path).run()
     distill_stage(tmp_path).run()
     assert distill_stage(tmp_path).state() == "done"
@@ -61,7 +88,10 @@ def test_a_changed_setting_sets_the_stage_aside_and_what_depends_on_it_and_delet
     assert distill_stage(tmp_path).state() == "done"
     assert {name: files(tmp_path / f"{name}.1") for name in before} == before
     said = capsys.readouterr().out
-    assert f"{tmp_path / 'world'} is set aside as world.1 (" in said and "MB): its settings changed" in said
+    assert (
+        f"{tmp_path / 'world'} is set aside as world.1 (" in said
+        and "MB): its settings changed" in said
+    )
     world_stage(tmp_path).run()  # and once more: what was set aside stays
     assert files(tmp_path / "world.1") == before["world"] and (tmp_path / "world.2").is_dir()
 
@@ -84,36 +114,40 @@ def test_a_stage_without_stage_json_is_interrupted_and_goes_on(tmp_path):
     stage.run()
     demos = (stage.folder / "demos.jsonl").read_bytes()
     (stage.folder / "stage.json").unlink()
-    (replies,) = replies_of(tmp_path, "teacher")
-    lines = replies.read_bytes().splitlines(keepends=True)
-    replies.write_bytes(b"".join(lines[:3]) + lines[3][:10])  # killed while writing the fourth row
+    (completions,) = replies_of(tmp_path, "teacher")
+    lines = completions.read_bytes().splitlines(keepends=True)
+    completions.write_bytes(
+        b"".join(lines[:3]) + lines[3][:10]
+    )  # killed while writing the fourth row
     assert stage.state() == "interrupted"
     stage.run()
     assert stage.state() == "done" and (stage.folder / "demos.jsonl").read_bytes() == demos
-    assert replies.read_bytes() == b"".join(lines)
+    assert completions.read_bytes() == b"".join(lines)
 
 
 def test_what_is_still_valid_is_never_asked_again(tmp_path):
     world_stage(tmp_path).run()
     stage = distill_stage(tmp_path)
     stage.run()
-    (replies,) = replies_of(tmp_path, "teacher")
-    before = replies.read_bytes()
+    (completions,) = replies_of(tmp_path, "teacher")
+    before = completions.read_bytes()
 
-    def again(*more: str) -> medee.Stage:
-        return medee.Stage("distill", "distill.py", (*stage.words, *more))
+    def again(*more: str) -> pipeline.Stage:
+        return pipeline.Stage("distill", "distill.py", (*stage.words, *more))
 
     again("--words", "5", "300").run()  # nothing that an engine is asked with
-    assert replies_of(tmp_path, "teacher") == [replies] and replies.read_bytes() == before
-    bank = data.read_questions(tmp_path / "world" / "bank.jsonl")
+    assert replies_of(tmp_path, "teacher") == [completions] and completions.read_bytes() == before
+    bank = schema.read_questions(tmp_path / "world" / "bank.jsonl")
     bank[0].question += " Think well."
     data.write_jsonl(tmp_path / "world" / "bank.jsonl", (question.to_row() for question in bank))
     again("--words", "5", "300").run()  # the changed question is asked anew, the others are not
-    asked = replies.read_bytes().removeprefix(before).splitlines()
-    assert replies.read_bytes().startswith(before) and [json.loads(line)["id"] for line in asked] == [bank[0].id]
-    held = replies.read_bytes()
+    asked = completions.read_bytes().removeprefix(before).splitlines()
+    assert completions.read_bytes().startswith(before) and [
+        json.loads(line)["id"] for line in asked
+    ] == [bank[0].id]
+    held = completions.read_bytes()
     again("--temperature", "0.9").run()  # another way to ask: a file of its own
-    assert len(replies_of(tmp_path, "teacher")) == 2 and replies.read_bytes() == held
+    assert len(replies_of(tmp_path, "teacher")) == 2 and completions.read_bytes() == held
 
 
 def test_a_sheet_that_a_human_filled_in_is_no_changed_output_and_outlives_every_change(tmp_path):
@@ -123,26 +157,38 @@ def test_a_sheet_that_a_human_filled_in_is_no_changed_output_and_outlives_every_
     sheet = stage.folder / "review.csv"
     sheet.write_text("chain,verdict\nchain-of-a-human,yes\n")
     assert stage.state() == "done"
-    medee.Stage("distill", "distill.py", (*stage.words, "--words", "5", "300")).run()
-    assert (tmp_path / "distill.1" / "review.csv").read_text() == "chain,verdict\nchain-of-a-human,yes\n"
+    pipeline.Stage("distill", "distill.py", (*stage.words, "--words", "5", "300")).run()
+    assert (
+        tmp_path / "distill.1" / "review.csv"
+    ).read_text() == "chain,verdict\nchain-of-a-human,yes\n"
 
 
-def test_a_bank_in_the_folder_where_the_command_is_typed_counts_by_its_content(tmp_path, monkeypatch):
+def test_a_bank_in_the_folder_where_the_command_is_typed_counts_by_its_content(
+    tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bank.jsonl").write_text("{}\n")
-    stage = medee.Stage("x", "curate.py", ("all", "--questions", "bank.jsonl", "--images", "films", "--out", "run/x"))
+    stage = pipeline.Stage(
+        "x",
+        "curate.py",
+        ("all", "--questions", "bank.jsonl", "--images", "films", "--out", "run/x"),
+    )
     before = stage.record()["inputs"]
     (tmp_path / "bank.jsonl").write_text("{}\n{}\n")
     assert list(before) == ["bank.jsonl"] and stage.record()["inputs"] != before
 
 
 @pytest.mark.parametrize("engine", ["hf:{}", "vllm:{}", "image=hf:{}", "text=vllm:{}", "{}"])
-def test_a_model_that_a_flag_names_counts_by_its_weights_and_not_by_what_lies_beside_them(tmp_path, engine):
+def test_a_model_that_a_flag_names_counts_by_its_weights_and_not_by_what_lies_beside_them(
+    tmp_path, engine
+):
     model = tmp_path / "model"
     (model / ".cache" / "huggingface").mkdir(parents=True)
     (model / "config.json").write_text("{}")
     (model / "model.safetensors").write_text("old")
-    stage = medee.Stage("x", "evaluate.py", ("run", "--engine", engine.format(model), "--out", str(tmp_path / "out")))
+    stage = pipeline.Stage(
+        "x", "evaluate.py", ("--engine", engine.format(model), "--out", str(tmp_path / "out"))
+    )
     before = stage.record()
     (model / ".cache" / "huggingface" / "download.lock").write_text("now")
     (model / "README.md").write_text("About this model")
@@ -157,7 +203,10 @@ def test_a_folder_that_this_run_did_not_begin_is_left_alone_and_the_way_out_is_s
     hand = tmp_path / "distill"
     hand.mkdir()
     (hand / "paid.jsonl").write_text("replies of a week")
-    with pytest.raises(data.RowError, match="not begun by this run, and is left alone.*medee.py adopt distill --out"):
+    with pytest.raises(
+        data.RowError,
+        match="not begun by this run, and is left alone.*medee.py adopt distill --out",
+    ):
         distill_stage(tmp_path).run()
     assert files(hand) == {"paid.jsonl": b"replies of a week"}
     with pytest.raises(data.RowError, match="has no stage.json; only a finished stage"):
@@ -166,8 +215,20 @@ def test_a_folder_that_this_run_did_not_begin_is_left_alone_and_the_way_out_is_s
 
 def test_a_whole_stage_that_was_made_by_hand_is_adopted_with_its_real_command(tmp_path):
     world_stage(tmp_path).run()
-    by_hand = ["distill.py", "run", "--questions", f"{tmp_path}/world/bank.jsonl", "--images", f"{tmp_path}/world",
-               "--teachers", "clinic:hasty", "--answer-form", "text", "--out", f"{tmp_path}/distill"]  # fmt: skip
+    by_hand = [
+        "distill.py",
+        "run",
+        "--questions",
+        f"{tmp_path}/world/bank.jsonl",
+        "--images",
+        f"{tmp_path}/world",
+        "--teachers",
+        "clinic:hasty",
+        "--answer-form",
+        "text",
+        "--out",
+        f"{tmp_path}/distill",
+    ]
     subprocess.run([sys.executable, *by_hand], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     stage = distill_stage(tmp_path)
     assert stage.state() == "not begun by this run"
@@ -177,27 +238,33 @@ def test_a_whole_stage_that_was_made_by_hand_is_adopted_with_its_real_command(tm
     stage.run()
     record = json.loads((stage.folder / "medee.json").read_text())
     assert record["adopted"] == by_hand  # not what the run would have typed
-    assert {name: content for name, content in files(stage.folder).items() if name != "medee.json"} == before
+    assert {
+        name: content for name, content in files(stage.folder).items() if name != "medee.json"
+    } == before
     (stage.folder / "medee.json").unlink()
     (stage.folder / "demos.jsonl").write_text("edited")
     with pytest.raises(data.RowError, match="demos.jsonl is not as its stage.json has it"):
         stage.adopt()
 
 
-def test_a_folder_of_another_script_or_of_this_run_is_not_adopted_and_one_that_was_is_watched(tmp_path):
+def test_a_folder_of_another_script_or_of_this_run_is_not_adopted_and_one_that_was_is_watched(
+    tmp_path,
+):
     world, stage = world_stage(tmp_path), distill_stage(tmp_path)
     world.run()
     with pytest.raises(data.RowError, match="was begun by this run"):
         world.adopt()
     shutil.copytree(world.folder, stage.folder)
     (stage.folder / "medee.json").unlink()
-    with pytest.raises(data.RowError, match="was made by clinic.py world, not by distill.py run"):
+    with pytest.raises(data.RowError, match="was made by -m clinic world, not by distill.py run"):
         stage.adopt()
     shutil.rmtree(stage.folder)
     stage.run()
     record = json.loads((stage.folder / "medee.json").read_text())
     (stage.folder / "medee.json").write_text(json.dumps({**record, "adopted": []}))
-    medee.Stage("distill", "distill.py", (*stage.words, "--seed", "5")).adopt()  # a second time changes nothing
+    pipeline.Stage(
+        "distill", "distill.py", (*stage.words, "--seed", "5")
+    ).adopt()  # a second time changes nothing
     assert json.loads((stage.folder / "medee.json").read_text()) == {**record, "adopted": []}
 
 
@@ -205,12 +272,22 @@ def test_a_stage_in_which_a_command_still_works_is_not_set_aside(tmp_path):
     stage = distill_stage(tmp_path)
     world_stage(tmp_path).run()
     stage.run()
-    hold = "import stage, sys, pathlib; file = stage.hold(pathlib.Path(sys.argv[1]), 'x'); print('held', flush=True); sys.stdin.read()"
-    other = subprocess.Popen([sys.executable, "-c", hold, str(stage.folder / ".lock")], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    hold = (
+        "from command import stage; import sys, pathlib; "
+        "file = stage.hold(pathlib.Path(sys.argv[1]), 'x'); "
+        "print('held', flush=True); sys.stdin.read()"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", hold, str(stage.folder / ".lock")],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert other.stdout.readline() == "held\n"
     before = files(stage.folder)
     with pytest.raises(data.RowError, match="another process is writing there"):
-        medee.Stage("distill", "distill.py", (*stage.words, "--seed", "5")).run()
+        pipeline.Stage("distill", "distill.py", (*stage.words, "--seed", "5")).run()
     other.kill()
     other.wait()
     assert files(stage.folder) == before and not (tmp_path / "distill.1").exists()
@@ -222,26 +299,46 @@ def test_a_sheet_that_lies_in_the_stage_it_changes_is_not_set_aside_with_it(tmp_
     stage.run()
     before = files(stage.folder)
     with pytest.raises(data.RowError, match="review.csv lies in .*; copy it to another place"):
-        medee.Stage("distill", "distill.py", (*stage.words, "--review", str(stage.folder / "review.csv"))).run()
+        pipeline.Stage(
+            "distill", "distill.py", (*stage.words, "--review", str(stage.folder / "review.csv"))
+        ).run()
     assert files(stage.folder) == before
 
 
 def test_an_image_that_became_another_under_its_name_is_a_change(tmp_path):
     world = world_stage(tmp_path)
     world.run()
-    stage = medee.Stage("rollout", "rollout.py", tuple(medee.words({"engine": "clinic:thorough", "questions": f"{tmp_path}/world/bank.jsonl", "images": f"{tmp_path}/world", "n": 1, "out": f"{tmp_path}/rollout"})))
+    stage = pipeline.Stage(
+        "rollout",
+        "rollout.py",
+        tuple(
+            pipeline.words(
+                {
+                    "engine": "clinic:thorough",
+                    "questions": f"{tmp_path}/world/bank.jsonl",
+                    "images": f"{tmp_path}/world",
+                    "n": 1,
+                    "out": f"{tmp_path}/rollout",
+                }
+            )
+        ),
+    )
     stage.run()
     film, other = sorted((tmp_path / "world" / "films").rglob("*.png"))[:2]
     assert stage.state() == "done"
     film.write_bytes(other.read_bytes())
     assert stage.state() == f"{film} changed"
-    ended = subprocess.run([sys.executable, stage.script, *stage.words], cwd=ROOT, capture_output=True, text=True)
+    ended = subprocess.run(
+        [sys.executable, stage.script, *stage.words], cwd=ROOT, capture_output=True, text=True
+    )
     assert ended.returncode == 1 and f"{film} changed" in ended.stderr
 
 
 def test_a_file_named_like_a_number_or_a_choice_changes_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    stage = medee.Stage("x", "dpo.py", ("--method", "full", "--seed", "0", "--model", "m", "--out", "run/x"))
+    stage = pipeline.Stage(
+        "x", "dpo.py", ("--method", "full", "--seed", "0", "--model", "m", "--out", "run/x")
+    )
     before = stage.record()
     for name in ("0", "full", "1"):
         (tmp_path / name).write_text("log")
@@ -252,12 +349,21 @@ def test_every_flag_of_a_stage_that_can_name_a_file_counts():
     """or an edited file would leave a stage done"""
     places = {"out", "images", "replies", "name", "help", "family", "size"}
     for script in sorted({stage.script for stage in every_stage()}):
-        for parser in parsers(script.removesuffix(".py")):
+        for parser in parsers(module_of(script)):
             for action in parser._actions:
-                if action.type is None and action.nargs != 0 and not action.choices and action.option_strings:
+                if (
+                    action.type is None
+                    and action.nargs != 0
+                    and not action.choices
+                    and action.option_strings
+                ):
                     names = {option.lstrip("-") for option in action.option_strings}
-                    used = any(names & {word.lstrip("-") for word in stage.words if word.startswith("-")} for stage in every_stage() if stage.script == script)
-                    assert not used or names & {*medee.FILES, *places}, f"{script} {names}"
+                    used = any(
+                        names & {word.lstrip("-") for word in stage.words if word.startswith("-")}
+                        for stage in every_stage()
+                        if stage.script == script
+                    )
+                    assert not used or names & {*pipeline.FILES, *places}, f"{script} {names}"
 
 
 def test_a_run_keeps_out_of_places_that_are_not_its_own(tmp_path, monkeypatch):
@@ -280,7 +386,9 @@ def test_a_stage_of_a_begun_run_is_adopted_by_its_name(tmp_path, monkeypatch, ca
     record = {"started_in": os.getcwd(), "stages": stages}
     (tmp_path / "run.json").write_text(json.dumps(record))
     monkeypatch.chdir(os.getcwd())  # adopt changes it
-    with pytest.raises(data.RowError, match="nonsense: is no stage of this run; they are world, distill"):
+    with pytest.raises(
+        data.RowError, match="nonsense: is no stage of this run; they are world, distill"
+    ):
         medee.main(["adopt", "nonsense", "--out", str(tmp_path)])
     medee.main(["adopt", "distill", "--out", str(tmp_path)])
     assert mine.state() == "done" and "is this run's now" in capsys.readouterr().out
@@ -291,7 +399,9 @@ def test_a_change_of_the_code_is_said_and_undoes_nothing(tmp_path, capsys):
     stage.run()
     finished = stage.folder / "stage.json"
     record = json.loads(finished.read_text())
-    assert {"clinic.py", "data.py", "stage.py"} <= record["sources"].keys()  # what it ran on
+    assert {"clinic/world.py", "data.py", "command/stage.py"} <= record[
+        "sources"
+    ].keys()  # what it ran on
     assert "evaluate.py" not in record["sources"] and "random.py" not in record["sources"]
     record["sources"]["data.py"] = "as it was then"
     finished.write_text(json.dumps(record))
@@ -302,20 +412,41 @@ def test_a_change_of_the_code_is_said_and_undoes_nothing(tmp_path, capsys):
 
 
 def test_a_failing_stage_stops_the_run_and_names_itself(tmp_path):
-    stage = medee.Stage("distill", "distill.py", ("run", "--questions", f"{tmp_path}/none.jsonl", "--teachers", "clinic:thorough", "--out", f"{tmp_path}/distill"))
-    with pytest.raises(SystemExit, match="distill stopped with exit code"):
+    stage = pipeline.Stage(
+        "distill",
+        "distill.py",
+        (
+            "run",
+            "--questions",
+            f"{tmp_path}/none.jsonl",
+            "--teachers",
+            "clinic:thorough",
+            "--out",
+            f"{tmp_path}/distill",
+        ),
+    )
+    with pytest.raises(flags.UserError, match="distill stopped with exit code"):
         stage.run()
 
 
-ENGINES = {
-    "curate": {"baselines": ["vllm:base"], "experts": ["gemini:a"], "classifier": "gemini:a", "editor": "gemini:a"},
-    "distill": {"teachers": ["gemini:a"], "expand": [["gemini:a", "gemini:b"]], "checker": "gemini:c"}, "judge": "gemini:a",
+GIVEN = {
+    "bank": ["bank.jsonl"], "images": "images", "against": ["test.jsonl"], "test": ["test.jsonl"],
+    "judge": "gemini:a", "seed": 0,
+    "filters": (
+        "--baselines vllm:base --experts gemini:a --classifier gemini:a --editor gemini:a".split()
+    ),
+    "teachers": "--teachers gemini:a --expand gemini:a gemini:b --checker gemini:c".split(),
 }  # fmt: skip
 
 
 FULL_RUN = [
-    "run", "qwen2.5-vl-7b", "--questions", "bank.jsonl", "--test", "test.jsonl", "--baselines", "vllm:base",
-    *(word for flag in ("experts", "classifier", "editor", "teachers", "judge") for word in (f"--{flag}", "gemini:g")),
+    "run", "qwen2.5-vl-7b", "--questions", "bank.jsonl", "--test", "test.jsonl",
+    "--baselines", "vllm:base",
+    *(
+        word
+        for flag in ("experts", "classifier", "editor", "teachers", "judge")
+        for word in (f"--{flag}", "gemini:g")
+    ),
 ]  # fmt: skip
 
 
@@ -326,22 +457,41 @@ def test_a_run_hands_reviewed_texts_to_curation(capsys):
 
 
 def full_run(folder: Path, *more: str) -> list[str]:
-    """A run at the paper's size over a bank of 30 text and 20 image questions, and 10 of a benchmark."""
+    """A run at the paper's size over a bank of 30 text and 20 image questions, and 10 of a
+    benchmark."""
     Image.new("RGB", (56, 56)).save(folder / "film.png")
 
     def rows(name: str, text: int, image: int) -> str:
         questions = [
-            data.Question(f"{name} {i}?", {"A": "x", "B": "y"}, "A", ["film.png"] * (i >= text), name)
+            data.Question(
+                f"{name} {i}?", {"A": "x", "B": "y"}, "A", ["film.png"] * (i >= text), name
+            )
             for i in range(text + image)
         ]
         data.write_jsonl(folder / f"{name}.jsonl", (question.to_row() for question in questions))
         return str(folder / f"{name}.jsonl")
 
-    engines = [word for flag in ("experts", "classifier", "editor", "teachers", "judge") for word in (f"--{flag}", "gemini:g")]
+    engines = [
+        word
+        for flag in ("experts", "classifier", "editor", "teachers", "judge")
+        for word in (f"--{flag}", "gemini:g")
+    ]
     return [
-        "run", "qwen2.5-vl-7b", "--questions", rows("bank", 30, 20), "--test", rows("test", 0, 10),
-        "--baselines", "vllm:base", *engines, "--images", str(folder), "--out", str(folder / "run"), *more,
-    ]  # fmt: skip
+        "run",
+        "qwen2.5-vl-7b",
+        "--questions",
+        rows("bank", 30, 20),
+        "--test",
+        rows("test", 0, 10),
+        "--baselines",
+        "vllm:base",
+        *engines,
+        "--images",
+        str(folder),
+        "--out",
+        str(folder / "run"),
+        *more,
+    ]
 
 
 def bound(printed: str) -> dict[str, int]:
@@ -351,36 +501,43 @@ def bound(printed: str) -> dict[str, int]:
     return {row[0]: int((row[1] if row[0] == "all" else row[2]).replace(",", "")) for row in rows}
 
 
-def test_a_run_tells_first_what_it_may_cost_and_one_chain_a_benchmark_question_is_judged(tmp_path, capsys):
+def test_a_run_tells_first_what_it_may_cost_and_one_chain_a_benchmark_question_is_judged(
+    tmp_path, capsys
+):
     medee.main(full_run(tmp_path, "--dry"))
     requests = bound(capsys.readouterr().out)
     assert requests == {
-        "curate: expert": 4 * 50, "curate: type": 3 * 20, "curate: describe": 3 * 20,
-        "distill: teacher": 30, "verdicts: judge": 3 * 8 * 20,
+        "curate: expert": 4 * 50,
+        "curate: type": 3 * 20,
+        "curate: describe": 3 * 20,
+        "distill: teacher": 30,
+        "verdicts: judge": 3 * 8 * 20,
         **{f"eval-{name}: judge": 3 * 10 for name in ("base", "stage1", "stage2")},
         "all": 200 + 60 + 60 + 30 + 480 + 90,
-    }  # fmt: skip
+    }
     medee.main(full_run(tmp_path, "--dry", "--judge-samples", "0", "--limit", "4"))
     requests = bound(capsys.readouterr().out)
     assert requests["curate: expert"] == 4 * 8 and requests["eval-base: judge"] == 3 * 4 * 32
 
 
 def test_a_run_sends_no_image_away_without_leave_and_asks_no_more_than_it_may(tmp_path):
-    with pytest.raises(data.RowError, match="images would be sent to generativelanguage.googleapis.com"):
+    with pytest.raises(
+        data.RowError, match="images would be sent to generativelanguage.googleapis.com"
+    ):
         medee.main(full_run(tmp_path))
     assert not (tmp_path / "run").exists()
     ledger = {"engine": "gemini:g", "requests": 70, "tokens in": 5, "tokens out": 5}
     data.write_jsonl(tmp_path / "run" / "replies" / "paid.jsonl", [ledger, ledger])
     args = medee.parse(full_run(tmp_path, "--max-requests", "150", "--concurrency", "3"))
     one = world_stage(tmp_path)
-    assert medee.with_manner(one, tmp_path / "run", args) == one  # it asks nobody
+    assert medee.with_limits(one, tmp_path / "run", args) == one  # it asks nobody
     asking = replace(one, name="curate")
-    limited = medee.with_manner(asking, tmp_path / "run", args)
-    assert limited.manner == ("--concurrency", "3", "--max-requests", "10")
+    limited = medee.with_limits(asking, tmp_path / "run", args)
+    assert limited.limits == ("--concurrency", "3", "--max-requests", "10")
     assert limited.record() == asking.record() and limited.command()[-1] == "10"
     args.max_requests = 140
     with pytest.raises(data.RowError, match="140 requests were made"):
-        medee.with_manner(asking, tmp_path / "run", args)
+        medee.with_limits(asking, tmp_path / "run", args)
 
 
 def every_stage() -> list:
@@ -389,71 +546,151 @@ def every_stage() -> list:
         for world in ("normal", "fast"):
             stages += medee.demo_stages(Path("runs/demo"), family, "tiny", world, 0)
     for name, recipe in medee.RECIPES.items():
-        stages += medee.method(recipe, recipe.base, Path("runs/x"), ["bank.jsonl"], "images", ["test.jsonl"], ["test.jsonl"], ENGINES, 8, 0)
+        stages += medee.method(recipe, {"base": "base", **GIVEN}, Path("runs/x"), 8)
     return stages
+
+
+def module_of(script: str) -> str:
+    """The module that a command runs: distill.py -> distill, -m clinic -> clinic.__main__"""
+    return script[3:] + ".__main__" if script.startswith("-m ") else script.removesuffix(".py")
 
 
 def test_every_command_of_every_recipe_parses_with_its_own_script():
     for stage in every_stage():
-        importlib.import_module(stage.script.removesuffix(".py")).parse(list(stage.words))
+        importlib.import_module(module_of(stage.script)).parse(list(stage.words))
 
 
 def test_words_of_a_command_carry_switches_lists_and_numbers():
-    assert medee.words({"lr": 1e-4, "n": 8, "checkpointing": True, "test": ["a", "b"]}) == ["--lr", "0.0001", "-n", "8", "--checkpointing", "--test", "a", "b"]
+    assert pipeline.words({"lr": 1e-4, "n": 8, "checkpointing": True, "test": ["a", "b"]}) == [
+        "--lr",
+        "0.0001",
+        "-n",
+        "8",
+        "--checkpointing",
+        "--test",
+        "a",
+        "b",
+    ]
 
 
 def test_several_teachers_may_be_expanded_each_by_its_own_engine(capsys):
-    engines = [word for flag in ("baselines", "experts", "classifier", "editor", "judge") for word in (f"--{flag}", "gemini:g")]
-    expand = ["--teachers", "gemini:a", "gemini:b", "--expand", "gemini:a", "gemini:x", "--expand", "gemini:b", "gemini:y"]
-    medee.main(["run", "qwen2.5-vl-7b", "--questions", "bank.jsonl", "--test", "test.jsonl", *engines, *expand, "--dry"])
+    engines = [
+        word
+        for flag in ("baselines", "experts", "classifier", "editor", "judge")
+        for word in (f"--{flag}", "gemini:g")
+    ]
+    expand = [
+        "--teachers",
+        "gemini:a",
+        "gemini:b",
+        "--expand",
+        "gemini:a",
+        "gemini:x",
+        "--expand",
+        "gemini:b",
+        "gemini:y",
+    ]
+    medee.main(
+        [
+            "run",
+            "qwen2.5-vl-7b",
+            "--questions",
+            "bank.jsonl",
+            "--test",
+            "test.jsonl",
+            *engines,
+            *expand,
+            "--dry",
+        ]
+    )
     command = next(line for line in capsys.readouterr().out.splitlines() if "distill.py" in line)
     assert "--expand gemini:a gemini:x --expand gemini:b gemini:y" in command
-    assert distill.parse(command.split()[2:]).expand == [["gemini:a", "gemini:x"], ["gemini:b", "gemini:y"]]
+    assert distill.parse(command.split()[2:]).expand == [
+        ["gemini:a", "gemini:x"],
+        ["gemini:b", "gemini:y"],
+    ]
 
 
 def test_recipes_carry_the_numbers_that_the_paper_gives():
     full = medee.RECIPES["qwen2.5-vl-7b"]
-    assert full.sft["lr"] == 1e-4 and full.dpo["lr"] == 1e-6 and full.dpo["method"] == "full" and full.rollout["n"] == 8 and full.evaluate["n"] == 32
-    assert all(medee.RECIPES[name].dpo["method"] == "lora" for name in ("qwen2.5-vl-32b", "qwen2.5-vl-72b"))
+    assert (
+        full["sft"]["lr"] == 1e-4
+        and full["dpo"]["lr"] == 1e-6
+        and full["dpo"]["method"] == "full"
+        and full["rollout"]["n"] == 8
+        and full["evaluate"]["n"] == 32
+    )
+    assert all(
+        medee.RECIPES[name]["dpo"]["method"] == "lora"
+        for name in ("qwen2.5-vl-32b", "qwen2.5-vl-72b")
+    )
 
 
 def test_rollout_training_and_evaluation_use_one_picture_of_an_image():
     for name in medee.RECIPES:
-        stages = medee.method(medee.RECIPES[name], "base", Path("r"), ["b"], "i", ["t"], ["t"], ENGINES, 0, 0)
+        given = {"base": "base", **GIVEN}
+        stages = medee.method(medee.RECIPES[name], given, Path("r"))
         flag = "--tiles" if "internvl" in name else "--pixels"
-        used = {stage.words[stage.words.index(flag) + 1] for stage in stages if stage.script in ("rollout.py", "dpo.py") or stage.name.startswith("eval-")}
+        used = {
+            stage.words[stage.words.index(flag) + 1]
+            for stage in stages
+            if stage.script in ("rollout.py", "dpo.py") or stage.name.startswith("eval-")
+        }
         assert len(used) == 1
 
 
 def test_status_tells_what_is_done(tmp_path, capsys, monkeypatch):
     stages = [world_stage(tmp_path), distill_stage(tmp_path)]
-    data.write_json(tmp_path / "run.json", {"started_in": str(tmp_path), "stages": [[s.name, s.script, list(s.words), s.ranks] for s in stages]})
+    data.write_json(
+        tmp_path / "run.json",
+        {
+            "started_in": str(tmp_path),
+            "stages": [[s.name, s.script, list(s.words), s.ranks] for s in stages],
+        },
+    )
     stages[0].run()
     monkeypatch.chdir(ROOT)  # restored after the test: status goes where the run was started
     capsys.readouterr()
     medee.main(["status", "--out", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split()[:2] == ["world", "done"] and lines[1].split()[:3] == ["distill", "to", "do"]
+    assert lines[0].split()[:2] == ["world", "done"] and lines[1].split()[:3] == [
+        "distill",
+        "to",
+        "do",
+    ]
 
 
 def test_dry_run_prints_the_torchrun_commands(capsys):
     medee.main([*FULL_RUN, "--dry"])
     out = capsys.readouterr().out
-    assert "torchrun --nproc_per_node 8 sft.py" in out and "torchrun --nproc_per_node 8 dpo.py" in out and "--lr 1e-06" in out
+    assert (
+        "torchrun --nproc_per_node 8 sft.py" in out
+        and "torchrun --nproc_per_node 8 dpo.py" in out
+        and "--lr 1e-06" in out
+    )
 
 
 def test_a_killed_driver_goes_on_from_where_it_was(tmp_path):
-    """kill -9 of the driver and its stage; the same command again finishes with the same files as an undisturbed run."""
+    """kill -9 of the driver and its stage. The same command again finishes with the same files as
+    an undisturbed run."""
     program = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import medee; run = Path(sys.argv[2]);"
-        "counts = {'text': 6, 'image': 400, 'dev-image': 2, 'dev-text': 2, 'test-image': 3, 'test-text': 2};"
-        "world = medee.Stage('world', 'clinic.py', ('world', *medee.words({**counts, 'out': str(run / 'world'), 'seed': 0})));"
-        "flags = {'questions': str(run / 'world' / 'bank.jsonl'), 'images': str(run / 'world'), 'teachers': ['clinic:thorough'], 'out': str(run / 'distill')};"
-        "medee.run_stages([world, medee.Stage('distill', 'distill.py', ('run', *medee.words(flags)))], run, 'it')"
+        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import medee; "
+        "from command import pipeline; "
+        "run = Path(sys.argv[2]);"
+        "counts = {'text': 6, 'image': 400, 'dev-image': 2, 'dev-text': 2, 'test-image': 3, "
+        "'test-text': 2};"
+        "world = pipeline.Stage('world', '-m clinic', ('world', *pipeline.words({**counts, "
+        "'out': str(run / 'world'), 'seed': 0})));"
+        "flags = {'questions': str(run / 'world' / 'bank.jsonl'), 'images': str(run / 'world'), "
+        "'teachers': ['clinic:thorough'], 'out': str(run / 'distill')};"
+        "medee.run_stages([world, pipeline.Stage('distill', 'distill.py', "
+        "('run', *pipeline.words(flags)))], run, 'it')"
     )
     disturbed, quiet = tmp_path / "a", tmp_path / "b"
     command = [sys.executable, "-c", program, str(ROOT)]
-    process = subprocess.Popen([*command, str(disturbed)], start_new_session=True, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [*command, str(disturbed)], start_new_session=True, stdout=subprocess.DEVNULL
+    )
     for _ in range(600):
         if (disturbed / "world" / "films").exists():
             break
@@ -463,5 +700,7 @@ def test_a_killed_driver_goes_on_from_where_it_was(tmp_path):
     assert not (disturbed / "world" / "stage.json").exists()
     for run in (disturbed, quiet):
         subprocess.run([*command, str(run)], check=True, stdout=subprocess.DEVNULL)
-    assert (disturbed / "distill" / "demos.jsonl").read_bytes() == (quiet / "distill" / "demos.jsonl").read_bytes()
+    assert (disturbed / "distill" / "demos.jsonl").read_bytes() == (
+        quiet / "distill" / "demos.jsonl"
+    ).read_bytes()
     assert json.loads((disturbed / "world" / "stage.json").read_text())["outputs"]["bank.jsonl"]

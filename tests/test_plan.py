@@ -1,13 +1,14 @@
-"""Will it fit? Predicted memory against the live tensors of real training steps, and the published models in figures by hand."""
+"""Will it fit? Predicted memory against the live tensors of real training steps, and the published
+models in figures by hand."""
 
 import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
+from ranks_worker import collate_pairs, fit
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from ranks_worker import collate_pairs
 from transformers import AutoModelForImageTextToText
 
 import data
@@ -15,12 +16,13 @@ import dpo
 import lora
 import medee
 import model
-import plan
 import sft
 import train
+from report import memory
 
 IMAGE_ID = 500
-# width, layers, heads, key-value heads, feed-forward, vocabulary; tokens a row; rows at once; rows of logits at once
+# width, layers, heads, key-value heads, feed-forward, vocabulary; tokens a row; rows at once; rows
+# of logits at once
 SHAPES = {
     "wide blocks": (192, 3, 6, 2, 768, 512, 160, 2, 1024),
     "many tokens": (64, 3, 4, 1, 256, 512, 600, 1, 1024),
@@ -29,8 +31,8 @@ SHAPES = {
 
 
 class LiveTensors(TorchDispatchMode):
-    """Bytes of all storages that are alive, and the most there ever were. Every operation shows what it made; a weak
-    reference tells when a storage is gone."""
+    """Bytes of all storages that are alive, and the most there ever were. Every operation shows
+    what it made; a weak reference tells when a storage is gone."""
 
     def __init__(self, tensors):
         super().__init__()
@@ -70,17 +72,34 @@ def test_live_tensors_are_counted_while_they_live():
 
 def tiny(family: str, shape: str):
     width, layers, heads, kv_heads, feed_forward, vocabulary, *_ = SHAPES[shape]
-    config = plan.config_of(plan.Size(family, width, layers, heads, kv_heads, feed_forward, vocabulary, (2, 64, 4, 128), (112, (0, 1))))
+    config = memory.config_of(
+        memory.Size(
+            family,
+            width,
+            layers,
+            heads,
+            kv_heads,
+            feed_forward,
+            vocabulary,
+            (2, 64, 4, 128),
+            (112, (0, 1)),
+        )
+    )
     config.image_token_id = IMAGE_ID
     if family == "internvl":
         config.vision_config.image_size = (56, 56)
     return config
 
 
-def measured(config, stage: str, method: str, shape: str, checkpointing: bool, out) -> tuple[int, plan.Load]:
-    """The peak of two steps of two micro-batches each, by the stage's own loss and the project's own loop."""
+def measured(
+    config, stage: str, method: str, shape: str, checkpointing: bool, out
+) -> tuple[int, memory.Load]:
+    """The peak of two steps of two micro-batches each, by the stage's own loss and the project's
+    own loop."""
     *_, length, micro, _ = SHAPES[shape]
-    policy = model.Policy(AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa"))
+    policy = model.Policy(
+        AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa")
+    )
     policy.freeze_vision()
     if method == "lora":
         lora.inject(policy.model, policy.language_model)
@@ -95,106 +114,175 @@ def measured(config, stage: str, method: str, shape: str, checkpointing: bool, o
         ids = tokens(length // 4)
         ids[5:9] = [IMAGE_ID] * 4
         rest = length - len(ids)
-        prompt = model.Segment(ids, [data.PROMPT] * len(ids), images=[model.ImageInput(pixels.clone(), (1, 2, 2), 4)])
+        prompt = model.Segment(
+            ids, [data.PROMPT] * len(ids), images=[model.ImageInput(pixels.clone(), (1, 2, 2), 4)]
+        )
         if stage == "sft":
             return [prompt, model.Segment(tokens(rest), [data.THINK] * rest, 0)]
         half = rest // 2
-        return [prompt, *(model.Segment(tokens(n), [data.TAG] * n, 0, which) for n, which in ((half, dpo.CHOSEN), (rest - half, dpo.REJECTED)))]
+        return [
+            prompt,
+            *(
+                model.Segment(tokens(n), [data.TAG] * n, 0, which)
+                for n, which in ((half, 1), (rest - half, 2))
+            ),
+        ]
 
     def collate(rows, weights):
-        return model.collate(rows, processor, weights) if stage == "sft" else collate_pairs([(row, [0.0, 0.0]) for row in rows], weights, processor)
+        return (
+            model.collate(rows, processor, weights)
+            if stage == "sft"
+            else collate_pairs([(row, [0.0, 0.0]) for row in rows], weights, processor)
+        )
 
     def loss(logp, batch):
-        return sft.sft_loss(logp, batch, dict.fromkeys(data.SPAN_NAMES, 1.0)) if stage == "sft" else dpo.pair_loss(logp, batch, 0.1)
+        return (
+            sft.sft_loss(logp, batch, dict.fromkeys(data.SPAN_NAMES, 1.0))
+            if stage == "sft"
+            else dpo.pair_loss(logp, batch, 0.1)
+        )
 
     with LiveTensors([*policy.parameters(), *policy.buffers()]) as live:
-        train.fit(train.steps(
-            policy, loss, encode, collate, train.shuffled(2 * micro, 2 * micro, 2, 0), out=out, device=torch.device("cpu"),
-            learning_rate_peak=1e-4, budget=micro, warmup=0.1, save_every=0,
-        ), out)  # fmt: skip
-    return live.peak, plan.Load(micro, length, length - length // 4, stage == "dpo", pixels.numel() * 4, checkpointing)
+        fit(
+            policy,
+            loss,
+            encode,
+            collate,
+            train.shuffled(2 * micro, 2 * micro, 2, 0),
+            out=out,
+            device=torch.device("cpu"),
+            peak=1e-4,
+            budget=micro,
+            warmup=0.1,
+            save_every=0,
+        )
+    return live.peak, memory.Load(
+        micro, length, length - length // 4, stage == "dpo", pixels.numel() * 4, checkpointing
+    )
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 @pytest.mark.parametrize(
     "family, stage, method, shape",
-    [*(("qwen2_5_vl", stage, method, shape) for stage, method in (("sft", "lora"), ("dpo", "full")) for shape in SHAPES), ("internvl", "dpo", "full", "wide blocks")],
+    [
+        *(
+            ("qwen2_5_vl", stage, method, shape)
+            for stage, method in (("sft", "lora"), ("dpo", "full"))
+            for shape in SHAPES
+        ),
+        ("internvl", "dpo", "full", "wide blocks"),
+    ],
 )
-def test_prediction_is_within_five_percent_of_the_measured_peak(family, stage, method, shape, checkpointing, tmp_path, monkeypatch):
+def test_prediction_is_within_five_percent_of_the_measured_peak(
+    family, stage, method, shape, checkpointing, tmp_path, monkeypatch
+):
     monkeypatch.setattr(model, "LOGIT_CHUNK", SHAPES[shape][-1])
     config = tiny(family, shape)
     found, load = measured(config, stage, method, shape, checkpointing, tmp_path)
-    predicted = plan.peak(plan.memory(plan.shapes(config, method), load, 1, mixed=False))
+    predicted = memory.peak(memory.memory(memory.shapes(config, method), load, 1, mixed=False))
     print(f"measured {found / 2**20:.2f} MB, predicted {predicted / 2**20:.2f} MB")
     assert predicted == pytest.approx(found, rel=0.05)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The published models
 
 
 @pytest.fixture(scope="module")
 def seven() -> dict[str, model.Policy]:
-    config = plan.config_of(plan.SIZES["qwen2.5-vl-7b"])
-    return {method: plan.shapes(config, method) for method in ("full", "lora")}
+    config = memory.config_of(memory.SHAPES["qwen2.5-vl-7b"])
+    return {method: memory.shapes(config, method) for method in ("full", "lora")}
 
 
 @pytest.mark.parametrize(
     "name, parameters",
-    [("qwen2.5-vl-7b", 8_292_166_656), ("qwen2.5-vl-72b", 73_410_777_344), ("qwen2.5-vl-32b", 33_452_718_336), ("internvl3-8b", 7_944_373_760)],
+    [
+        ("qwen2.5-vl-7b", 8_292_166_656),
+        ("qwen2.5-vl-72b", 73_410_777_344),
+        ("qwen2.5-vl-32b", 33_452_718_336),
+        ("internvl3-8b", 7_944_373_760),
+    ],
 )
 def test_shapes_have_the_parameters_of_the_published_checkpoints(name, parameters):
-    policy = plan.shapes(plan.config_of(plan.SIZES[name]), "full")
-    assert plan.count(policy) == parameters and all(p.is_meta for p in policy.parameters())
+    policy = memory.shapes(memory.config_of(memory.SHAPES[name]), "full")
+    assert memory.count(policy) == parameters and all(p.is_meta for p in policy.parameters())
 
 
 def test_seven_billion_by_hand(seven):
-    """Qwen2.5-VL-7B in full on 8 GPUs: D 3584, F 18944, 28 blocks, V 152064, 28 heads of 128, 4 of keys.
+    """Qwen2.5-VL-7B in full on 8 GPUs: D 3584, F 18944, 28 blocks, V 152064, 28 heads of 128, 4 of
+    keys.
 
-    A block: q and o 2 x 3584^2 + 3584, k and v 2 x (3584 + 1) x 512, three maps 3 x 3584 x 18944, two norms 2 x 3584
-           = 25,693,696 + 3,671,040 + 203,685,888 + 7,168 = 233,057,792 parameters. Embeddings and head 2 x 152064 x 3584 and
-    the last norm = 1,089,998,336. Language model 28 x 233,057,792 + 1,089,998,336 = 7,615,616,512; the tower 676,550,144.
+    A block: q and o 2 x 3584^2 + 3584, k and v 2 x (3584 + 1) x 512, three maps 3 x 3584 x 18944,
+    two norms 2 x 3584
+           = 25,693,696 + 3,671,040 + 203,685,888 + 7,168 = 233,057,792 parameters.
+    Embeddings and head 2 x 152064 x 3584 and the last norm = 1,089,998,336. Language model
+    28 x 233,057,792 + 1,089,998,336 = 7,615,616,512; the tower 676,550,144.
     """
-    load = plan.Load(1, 8192, 8192, True, 0, True)
-    moments = plan.memory(seven["full"], load, 8)
+    load = memory.Load(1, 8192, 8192, True, 0, True)
+    moments = memory.memory(seven["full"], load, 8)
     head, block, reduce = (moments[name] for name in ("head", "block", "reduce"))
     assert head["optimizer"] == 8 * 7_615_616_512 / 8 == 7_615_616_512 and head["reference"] == 0
     assert head["gradients"] == 4 * 7_615_616_512 / 8 == 3_807_808_256
     assert head["weights"] == 3_807_808_256 + 2 * 676_550_144 + 2 * 1_089_998_336
     assert block["weights"] == head["weights"] + 3 * 2 * 233_057_792
     assert block["gradients"] == head["gradients"] + 6 * 233_057_792 + 2 * 152_064 * 3584
-    assert reduce["gradients"] == head["gradients"] + 6 * 1_089_998_336 and reduce["activations"] == 0
-    # logits: 256 rows of them in fp32 and in bf16, the head's gradient in fp32, and these rows' share of it in bf16
+    assert (
+        reduce["gradients"] == head["gradients"] + 6 * 1_089_998_336 and reduce["activations"] == 0
+    )
+    # logits: 256 rows of them in fp32 and in bf16, the head's gradient in fp32, and these rows'
+    # share of it in bf16
     assert head["logits"] == (4 + 2) * 256 * 152_064 + (4 + 2) * 152_064 * 3584
-    # a token: norms 2 x (4 + 2 + 2) x 3584 + 8, attention 2 x 128 x (3 x 28 + 4 x 4) + 4 x 28 (rows branch), SwiGLU 4 x 2 x 18944
+    # a token: norms 2 x (4 + 2 + 2) x 3584 + 8, attention 2 x 128 x (3 x 28 + 4 x 4) + 4 x 28 (rows
+    # branch), SwiGLU 4 x 2 x 18944
     one = 8192 * (57_344 + 8 + 25_600 + 112 + 151_552)
-    assert plan.block_activations(seven["full"], load, 2) == one == 1_921_974_272
-    assert block["activations"] == 28 * 2 * 8192 * 3584 + one + 2 * 8192 * (2 * 18944 + 3584) + 2 * 2 * 8192 * 128
+    assert memory.block_activations(seven["full"], load, 2) == one == 1_921_974_272
+    assert (
+        block["activations"]
+        == 28 * 2 * 8192 * 3584 + one + 2 * 8192 * (2 * 18944 + 3584) + 2 * 2 * 8192 * 128
+    )
 
 
 def test_lora_on_seven_billion_by_hand(seven):
-    moments = plan.memory(seven["lora"], plan.Load(1, 8192, 8192, False, 0, False), 8)
+    moments = memory.memory(seven["lora"], memory.Load(1, 8192, 8192, False, 0, False), 8)
     adapter = 28 * 8 * (2 * (3584 + 3584) + 2 * (3584 + 512) + 3 * (3584 + 18944))
-    assert adapter == 20_185_088 == plan.count(seven["lora"], trained=True)
+    assert adapter == 20_185_088 == memory.count(seven["lora"], trained=True)
     assert moments["head"]["optimizer"] == adapter and moments["head"]["gradients"] == adapter / 2
-    assert moments["head"]["weights"] == (7_615_616_512 + adapter) / 2 + 2 * 676_550_144 + 2 * 1_089_998_336
-    # frozen norms keep no product; k and v stay four heads; seven maps keep eight numbers a token; no gradient of the head
+    assert (
+        moments["head"]["weights"]
+        == (7_615_616_512 + adapter) / 2 + 2 * 676_550_144 + 2 * 1_089_998_336
+    )
+    # frozen norms keep no product; k and v stay four heads; seven maps keep eight numbers a token;
+    # no gradient of the head
     token = 2 * (4 + 2) * 3584 + 8 + 2 * 128 * (2 * 28 + 2 * 4) + 4 * 28 + 8 * 18944 + 7 * 8 * 2
-    assert plan.block_activations(seven["lora"], plan.Load(1, 8192, 8192, False, 0, False), 2) == 8192 * token
+    assert (
+        memory.block_activations(seven["lora"], memory.Load(1, 8192, 8192, False, 0, False), 2)
+        == 8192 * token
+    )
     assert moments["head"]["logits"] == 256 * 152_064 * (4 + 2)  # in fp32 and in bf16
 
 
 def test_recommendation_prefers_no_checkpointing_then_the_most_rows():
-    totals = {(1, False): 60, (2, False): 90, (1, True): 20, (2, True): 30, (4, True): 50, (8, True): 90}
-    assert plan.recommend(totals, 72) == (1, False)
-    assert plan.recommend(totals, 55) == (4, True)
-    assert plan.recommend(totals, 25) == (1, True) and plan.recommend(totals, 10) is None
+    totals = {
+        (1, False): 60,
+        (2, False): 90,
+        (1, True): 20,
+        (2, True): 30,
+        (4, True): 50,
+        (8, True): 90,
+    }
+    assert memory.recommend(totals, 72) == (1, False)
+    assert memory.recommend(totals, 55) == (4, True)
+    assert memory.recommend(totals, 25) == (1, True) and memory.recommend(totals, 10) is None
 
 
 def test_plan_command_answers_for_both_stages(capsys):
     medee.main(["plan", "qwen2.5-vl-7b", "--gpus", "8", "--len", "8192"])
     out = capsys.readouterr().out
-    assert "Stage I, sft.py (lora" in out and "Stage II, dpo.py (full" in out and out.count("fits: --micro-tokens") == 2
+    assert (
+        "Stage I, sft.py (lora" in out
+        and "Stage II, dpo.py (full" in out
+        and out.count("fits: --micro-tokens") == 2
+    )
     medee.main(["plan", "internvl3-8b", "--gpus", "1", "--stage", "dpo"])
     out = capsys.readouterr().out
     assert "Stage I," not in out and "does not fit" in out
@@ -208,4 +296,4 @@ def test_plan_reads_a_local_config(folders, capsys):
 
 @pytest.mark.parametrize("name", [name for name in medee.RECIPES if not name.startswith("mini")])
 def test_every_recipe_of_the_papers_size_has_its_shapes(name):
-    assert name in plan.SIZES
+    assert name in memory.SHAPES

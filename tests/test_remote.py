@@ -1,4 +1,5 @@
-"""Remote engines against real HTTP servers on loopback that speak the wire formats of OpenAI and of Gemini, and misbehave by a script."""
+"""Remote engines against real HTTP servers on loopback that speak the wire formats of OpenAI and of
+Gemini, and misbehave by a script."""
 
 import base64
 import json
@@ -22,12 +23,11 @@ import pytest
 from PIL import Image
 
 import data
-import asking
-import bill
 import engines
-import remote
 import judge
-from asking import Ask, Sampling
+from command import schema
+from engines import apis, bill, inference, remote
+from engines.inference import Request, Sampling
 
 ROOT = Path(__file__).resolve().parent.parent
 KEY = "sk-very-secret-0123456789"
@@ -45,8 +45,22 @@ class Server:
     of a body; "hang", which never answers."""
 
     def __init__(self, play, models: object = None):
-        self.play, self.models = play, models or {"object": "list", "data": [{"id": "m", "object": "model", "created": 1, "owned_by": "someone"}]}
-        self.requests, self.asked, self.busy, self.most, self.lock, self.over = [], Counter(), 0, 0, threading.Lock(), threading.Event()
+        self.play, self.models = (
+            play,
+            models
+            or {
+                "object": "list",
+                "data": [{"id": "m", "object": "model", "created": 1, "owned_by": "someone"}],
+            },
+        )
+        self.requests, self.asked, self.busy, self.most, self.lock, self.over = (
+            [],
+            Counter(),
+            0,
+            0,
+            threading.Lock(),
+            threading.Event(),
+        )
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -56,13 +70,25 @@ class Server:
                 pass
 
             def do_GET(self):
-                self.send(*(server.models if isinstance(server.models, tuple) else (200, server.models, {})))
+                self.send(
+                    *(
+                        server.models
+                        if isinstance(server.models, tuple)
+                        else (200, server.models, {})
+                    )
+                )
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 question = re.search(r"<<(.*?)>>", json.dumps(body))[1]
                 with server.lock:
-                    server.requests.append((self.path, {name.lower(): value for name, value in self.headers.items()}, body))
+                    server.requests.append(
+                        (
+                            self.path,
+                            {name.lower(): value for name, value in self.headers.items()},
+                            body,
+                        )
+                    )
                     server.asked[question] += 1
                     time_, server.busy = server.asked[question], server.busy + 1
                     server.most = max(server.most, server.busy)
@@ -73,7 +99,10 @@ class Server:
                     server.over.wait(20)
                     self.close_connection = True
                 elif what == "reset":
-                    self.wfile.write(b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n{"choices": [')
+                    self.wfile.write(
+                        b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+                        b'Content-Length: 1000\r\n\r\n{"choices": ['
+                    )
                     self.reset()
                 else:
                     self.send(*what)
@@ -100,7 +129,11 @@ class Server:
                 content = body if isinstance(body, bytes) else json.dumps(body).encode()
                 try:
                     self.send_response(status)
-                    for name, value in {"Content-Type": "application/json", "Content-Length": str(len(content)), **headers}.items():
+                    for name, value in {
+                        "Content-Type": "application/json",
+                        "Content-Length": str(len(content)),
+                        **headers,
+                    }.items():
                         self.send_header(name, value)
                     self.end_headers()
                     self.wfile.write(content)
@@ -115,7 +148,9 @@ class Server:
 
         self.http = Quiet(("127.0.0.1", 0), Handler)
         self.base = f"http://127.0.0.1:{self.http.server_address[1]}"
-        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        threading.Thread(
+            target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        ).start()
 
     def close(self):
         self.over.set()
@@ -144,11 +179,33 @@ class Chat:
     def good(*texts, finish="stop", thoughts="", **message):
         extra = {"reasoning_content": thoughts} if thoughts else {}
         choices = [
-            {"index": i, "message": {"role": "assistant", "content": text, "refusal": None, **extra, **message}, "logprobs": None, "finish_reason": finish}
+            {
+                "index": i,
+                "message": {
+                    "role": "assistant",
+                    "content": text,
+                    "refusal": None,
+                    **extra,
+                    **message,
+                },
+                "logprobs": None,
+                "finish_reason": finish,
+            }
             for i, text in enumerate(texts)
         ]
         usage = {"prompt_tokens": 11, "completion_tokens": 7, "total_tokens": 18}
-        return 200, {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": "some-model", "choices": choices, "usage": usage}, {}
+        return (
+            200,
+            {
+                "id": "chatcmpl-1",
+                "object": "chat.completion",
+                "created": 1,
+                "model": "some-model",
+                "choices": choices,
+                "usage": usage,
+            },
+            {},
+        )
 
     @staticmethod
     def bad(status, text="no", code=None, wait=None):
@@ -212,23 +269,84 @@ class Gemini:
         finish = {"stop": "STOP", "length": "MAX_TOKENS"}.get(finish, finish)
         thought = [{"text": thoughts, "thought": True}] if thoughts else []
         candidates = [
-            {"content": {"role": "model", "parts": thought + ([{"text": text[:2]}, {"text": text[2:]}] if text else [])}, "finishReason": finish, "index": i}
+            {
+                "content": {
+                    "role": "model",
+                    "parts": thought + ([{"text": text[:2]}, {"text": text[2:]}] if text else []),
+                },
+                "finishReason": finish,
+                "index": i,
+            }
             for i, text in enumerate(texts)
         ]
-        usage = {"promptTokenCount": 11, "candidatesTokenCount": 4, "thoughtsTokenCount": 3, "totalTokenCount": 18}
-        return 200, {"candidates": candidates, "usageMetadata": usage, "modelVersion": "some-model", "responseId": "x"}, {}
+        usage = {
+            "promptTokenCount": 11,
+            "candidatesTokenCount": 4,
+            "thoughtsTokenCount": 3,
+            "totalTokenCount": 18,
+        }
+        return (
+            200,
+            {
+                "candidates": candidates,
+                "usageMetadata": usage,
+                "modelVersion": "some-model",
+                "responseId": "x",
+            },
+            {},
+        )
 
     @staticmethod
     def bad(status, text="no", code=None, wait=None):
-        details = [{"@type": "type.googleapis.com/google.rpc.ErrorInfo", "reason": code, "domain": "googleapis.com"}] if code else []
+        details = (
+            [
+                {
+                    "@type": "type.googleapis.com/google.rpc.ErrorInfo",
+                    "reason": code,
+                    "domain": "googleapis.com",
+                }
+            ]
+            if code
+            else []
+        )
         if wait:
-            details.append({"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": f"{wait}s"})
-        names = {400: "INVALID_ARGUMENT", 401: "UNAUTHENTICATED", 403: "PERMISSION_DENIED", 404: "NOT_FOUND", 429: "RESOURCE_EXHAUSTED", 500: "INTERNAL", 503: "UNAVAILABLE"}
-        return status, {"error": {"code": status, "message": text, "status": names.get(status, "UNKNOWN"), "details": details}}, {}
+            details.append(
+                {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": f"{wait}s"}
+            )
+        names = {
+            400: "INVALID_ARGUMENT",
+            401: "UNAUTHENTICATED",
+            403: "PERMISSION_DENIED",
+            404: "NOT_FOUND",
+            429: "RESOURCE_EXHAUSTED",
+            500: "INTERNAL",
+            503: "UNAVAILABLE",
+        }
+        return (
+            status,
+            {
+                "error": {
+                    "code": status,
+                    "message": text,
+                    "status": names.get(status, "UNKNOWN"),
+                    "details": details,
+                }
+            },
+            {},
+        )
 
     # what is left out when thinking used up everything: no parts at all
     usage = {"promptTokenCount": 11, "thoughtsTokenCount": 7}
-    no_room = 200, {"candidates": [{"content": {"role": "model"}, "finishReason": "MAX_TOKENS", "index": 0}], "usageMetadata": usage}, {}
+    no_room = (
+        200,
+        {
+            "candidates": [
+                {"content": {"role": "model"}, "finishReason": "MAX_TOKENS", "index": 0}
+            ],
+            "usageMetadata": usage,
+        },
+        {},
+    )
 
 
 APIS = {"chat": Chat, "gemini": Gemini}
@@ -241,7 +359,14 @@ def api(request):
 
 @pytest.fixture(autouse=True)
 def keys(monkeypatch):
-    for variable in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy", "GOOGLE_API_KEY", "GOOGLE_GENAI_USE_VERTEXAI"):
+    for variable in (
+        "HTTP_PROXY",
+        "http_proxy",
+        "ALL_PROXY",
+        "all_proxy",
+        "GOOGLE_API_KEY",
+        "GOOGLE_GENAI_USE_VERTEXAI",
+    ):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("LOCAL_API_KEY", KEY)
     monkeypatch.setenv("GEMINI_API_KEY", KEY)
@@ -274,33 +399,47 @@ class Clock(threading.Event):
 
 
 def open_at(api, server, **setup):
-    engine = engines.open_engine(api.spec(server), asking.Setup(**setup))
+    engine = engines.open_engine(api.spec(server), inference.Setup(**setup))
     engine.stopping = Clock()
     return engine
 
 
-def ask(name: str, samples: int = 1, images=()) -> Ask:
-    return Ask(name, [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"What is <<{name}>>?"}], list(images), tuple(range(samples)))
+def request(name: str, samples: int = 1, images=()) -> Request:
+    return Request(
+        name,
+        [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": f"What is <<{name}>>?"},
+        ],
+        list(images),
+        tuple(range(samples)),
+    )
 
 
-def all_replies(engine, asks, sampling=WARM) -> list:
-    return [reply for replies in engine.answer(asks, sampling) for reply in replies]
+def all_replies(engine, requests, sampling=WARM) -> list:
+    return [
+        completion
+        for completions in engine.answer(requests, sampling)
+        for completion in completions
+    ]
 
 
-def until_it_stops(engine, asks) -> tuple[list, asking.Unavailable]:
+def until_it_stops(engine, requests) -> tuple[list, inference.Unavailable]:
     """(what was answered, why it stopped)"""
-    replies = []
-    with pytest.raises(asking.Unavailable) as stopped:
-        for group in engine.answer(asks, WARM):
-            replies += group
-    return replies, stopped.value
+    completions = []
+    with pytest.raises(inference.Unavailable) as stopped:
+        for group in engine.answer(requests, WARM):
+            completions += group
+    return completions, stopped.value
 
 
 # --- what arrives
 
 
 def test_images_prompt_and_settings_arrive_as_they_should(api, serve, tmp_path):
-    tall = Image.new("RGB", (300, 200), "red")  # stored lying: once upright it is 200 x 300, red above blue
+    tall = Image.new(
+        "RGB", (300, 200), "red"
+    )  # stored lying: once upright it is 200 x 300, red above blue
     tall.paste("blue", (150, 0, 300, 200))
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise
@@ -308,16 +447,28 @@ def test_images_prompt_and_settings_arrive_as_they_should(api, serve, tmp_path):
     Image.new("RGB", (20, 10), "green").save(tmp_path / "small.png")
     server = serve(lambda question, time, body: api.good("yes", "no"))
     images = [tmp_path / "tall.jpg", tmp_path / "small.png"]
-    assert len(all_replies(open_at(api, server, pixels=60 * 100), [ask("it", 2, images)])) == 2
+    assert len(all_replies(open_at(api, server, pixels=60 * 100), [request("it", 2, images)])) == 2
     ((path, headers, body),) = server.requests
     seed = data.sample_seed(WARM.seed, "it", 0) % 2**31
     if api is Chat:
         assert path == api.route and headers["authorization"] == f"Bearer {KEY}"
-        assert [turn["role"] for turn in body["messages"]] == ["system", "user"] and body["messages"][0]["content"] == "Be brief."
+        assert [turn["role"] for turn in body["messages"]] == ["system", "user"] and body[
+            "messages"
+        ][0]["content"] == "Be brief."
         *shown, text = body["messages"][1]["content"]
         assert text == {"type": "text", "text": "What is <<it>>?"}
-        pictures = [base64.b64decode(part["image_url"]["url"].removeprefix("data:image/png;base64,")) for part in shown]
-        settings = {"model": "some-model", "n": 2, "max_tokens": 100, "temperature": 0.9, "top_p": 0.8, "seed": seed}
+        pictures = [
+            base64.b64decode(part["image_url"]["url"].removeprefix("data:image/png;base64,"))
+            for part in shown
+        ]
+        settings = {
+            "model": "some-model",
+            "n": 2,
+            "max_tokens": 100,
+            "temperature": 0.9,
+            "top_p": 0.8,
+            "seed": seed,
+        }
         assert body == {**settings, "messages": body["messages"]}
     else:
         assert path.endswith(api.route) and headers["x-goog-api-key"] == KEY
@@ -325,7 +476,9 @@ def test_images_prompt_and_settings_arrive_as_they_should(api, serve, tmp_path):
         (turn,) = body["contents"]
         *shown, text = turn["parts"]
         assert turn["role"] == "user" and text == {"text": "What is <<it>>?"}
-        assert all("image/png" in part["inlineData"].values() for part in shown)  # mimeType or mime_type, as the client has it
+        assert all(
+            "image/png" in part["inlineData"].values() for part in shown
+        )  # mimeType or mime_type, as the client has it
         pictures = [base64.urlsafe_b64decode(part["inlineData"]["data"]) for part in shown]
         settings = {"candidateCount": 2, "maxOutputTokens": 100, "seed": seed}
         settings |= {"temperature": 0.9, "topP": 0.8}
@@ -334,19 +487,40 @@ def test_images_prompt_and_settings_arrive_as_they_should(api, serve, tmp_path):
         assert body["generationConfig"] == settings
     assert KEY not in path and KEY not in json.dumps(body)
     large, small = (Image.open(BytesIO(picture)) for picture in pictures)
-    assert large.format == small.format == "PNG" and small.size == (20, 10) and small.getpixel((5, 5)) == (0, 128, 0)
-    assert large.width * large.height <= 60 * 100 and large.width / large.height == pytest.approx(2 / 3, abs=0.03)
-    above, below = large.getpixel((large.width // 2, 5)), large.getpixel((large.width // 2, large.height - 5))
+    assert (
+        large.format == small.format == "PNG"
+        and small.size == (20, 10)
+        and small.getpixel((5, 5)) == (0, 128, 0)
+    )
+    assert large.width * large.height <= 60 * 100 and large.width / large.height == pytest.approx(
+        2 / 3, abs=0.03
+    )
+    above, below = (
+        large.getpixel((large.width // 2, 5)),
+        large.getpixel((large.width // 2, large.height - 5)),
+    )
     assert above[0] > 200 > 50 > above[2] and below[2] > 200 > 50 > below[0]
 
 
 def test_answer_and_reasoning_come_apart_and_usage_is_counted(api, serve):
-    server = serve(lambda question, time, body: api.good("the answer", thoughts="so I thought", finish="length" if question == "b" else "stop"))
+    server = serve(
+        lambda question, time, body: api.good(
+            "the answer", thoughts="so I thought", finish="length" if question == "b" else "stop"
+        )
+    )
     engine = open_at(api, server)
-    replies = {reply.id: reply for reply in all_replies(engine, [ask("a"), ask("b")])}
-    assert {(reply.text, reply.reasoning, reply.token_ids) for reply in replies.values()} == {("the answer", "so I thought", None)}
-    assert replies["a"].finish_reason == "stop" and replies["b"].finish_reason == "length"  # kept, and marked
-    assert replies["a"].seed == data.sample_seed(WARM.seed, "a", 0)
+    completions = {
+        completion.id: completion
+        for completion in all_replies(engine, [request("a"), request("b")])
+    }
+    assert {
+        (completion.text, completion.reasoning, completion.token_ids)
+        for completion in completions.values()
+    } == {("the answer", "so I thought", None)}
+    assert (
+        completions["a"].finish_reason == "stop" and completions["b"].finish_reason == "length"
+    )  # kept, and marked
+    assert completions["a"].seed == data.sample_seed(WARM.seed, "a", 0)
     assert engine.tally == Counter({"requests": 2, "tokens in": 22, "tokens out": 14, "length": 1})
 
 
@@ -355,21 +529,28 @@ def test_answer_and_reasoning_come_apart_and_usage_is_counted(api, serve):
     [
         ({"object": "list", "data": [{"id": "m", "object": "model", "owned_by": "vllm"}]}, True),
         ({"object": "list", "data": [{"id": "m"}]}, False),
-        ((404, {"detail": "Not Found"}, {}), False), ((403, {"error": "not for you"}, {}), False),
-        ((200, b"<html>hello</html>", {"Content-Type": "text/html"}), False), ((200, b'{"data": [', {}), False), ((200, [], {}), False),
-        ((200, {"data": 5}, {}), False), ((200, 3, {}), False), ((200, b"[" * 100_000, {}), False),
+        ((404, {"detail": "Not Found"}, {}), False),
+        ((403, {"error": "not for you"}, {}), False),
+        ((200, b"<html>hello</html>", {"Content-Type": "text/html"}), False),
+        ((200, b'{"data": [', {}), False),
+        ((200, [], {}), False),
+        ((200, {"data": 5}, {}), False),
+        ((200, 3, {}), False),
+        ((200, b"[" * 100_000, {}), False),
     ],
-)  # fmt: skip
+)
 def test_vllm_is_known_by_its_list_of_models_and_asked_for_token_ids(serve, models, vllm):
     def play(question, time, body):
-        status, content, headers = Chat.good("Yes.<|im_end|>" if body.get("return_token_ids") else "Yes.")
+        status, content, headers = Chat.good(
+            "Yes.<|im_end|>" if body.get("return_token_ids") else "Yes."
+        )
         if body.get("return_token_ids"):
             content["choices"][0]["token_ids"] = [5, 6, 2]
         return status, content, headers
 
     server = serve(play, models)
-    (reply,) = all_replies(open_at(Chat, server), [ask("a")])
-    assert reply.text == "Yes." and reply.token_ids == ([5, 6, 2] if vllm else None)
+    (completion,) = all_replies(open_at(Chat, server), [request("a")])
+    assert completion.text == "Yes." and completion.token_ids == ([5, 6, 2] if vllm else None)
     assert (server.requests[0][2].get("top_k") == 0) is vllm
 
 
@@ -377,11 +558,11 @@ def test_a_server_that_is_not_there_or_not_ready_is_said_at_once(serve):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         spec = f"http://127.0.0.1:{free.getsockname()[1]}/v1#m"
-    with pytest.raises(asking.Unavailable, match="no server answers there.*refused"):
-        engines.open_engine(spec, asking.Setup())
+    with pytest.raises(inference.Unavailable, match="no server answers there.*refused"):
+        engines.open_engine(spec, inference.Setup())
     busy = serve(None, (503, {"error": {"message": "loading"}}, {"Retry-After": "0.01"}))
-    with pytest.raises(asking.Unavailable, match="loading.*until the server is ready"):
-        engines.open_engine(Chat.spec(busy), asking.Setup())
+    with pytest.raises(inference.Unavailable, match="loading.*until the server is ready"):
+        engines.open_engine(Chat.spec(busy), inference.Setup())
 
 
 # --- servers that do not give all that is asked for
@@ -409,9 +590,9 @@ def test_a_server_that_only_streams_is_found_out_once_and_its_streams_are_read_w
 
     server = serve(play)
     engine = open_at(Chat, server, concurrency=1)
-    replies = all_replies(engine, [ask("a", 2), ask("b", 2)])
-    told = {(r.sample, r.text, r.reasoning, r.token_ids, r.finish_reason) for r in replies}
-    assert len(replies) == 4
+    completions = all_replies(engine, [request("a", 2), request("b", 2)])
+    told = {(r.sample, r.text, r.reasoning, r.token_ids, r.finish_reason) for r in completions}
+    assert len(completions) == 4
     assert told == {(0, "It is A.", "hm, é", None, "stop"), (1, "No: B", "hm, é", None, "stop")}
     assert engine.tally == {"requests": 3, "again": 1, "tokens in": 22, "tokens out": 14}
     assert engine.stopping.pauses == [0]
@@ -427,8 +608,10 @@ def test_a_server_that_streams_one_sample_at_a_time_is_found_out_too(serve):
         return Chat.stream(Chat.pieces(f"yes {time}", usage=False))
 
     server = serve(play)
-    replies = all_replies(open_at(Chat, server, concurrency=1), [ask("a", 2), ask("b", 2)])
-    assert {(r.id, r.sample) for r in replies} == {(id, k) for id in "ab" for k in (0, 1)}
+    completions = all_replies(
+        open_at(Chat, server, concurrency=1), [request("a", 2), request("b", 2)]
+    )
+    assert {(r.id, r.sample) for r in completions} == {(id, k) for id in "ab" for k in (0, 1)}
     assert [Chat.count(body) for _, _, body in server.requests] == [2, 2, 1, 1, 1, 1]
 
 
@@ -450,8 +633,10 @@ def test_requests_under_way_when_the_server_is_found_out_are_asked_again_too(ser
         return Chat.stream(Chat.pieces("yes")) if api is Chat else Gemini.good("yes")
 
     server = serve(play)
-    replies = all_replies(open_at(api, server, concurrency=4), [ask(f"q{i}") for i in range(12)])
-    assert len(replies) == 12 and {reply.text for reply in replies} == {"yes"}
+    completions = all_replies(
+        open_at(api, server, concurrency=4), [request(f"q{i}") for i in range(12)]
+    )
+    assert len(completions) == 12 and {completion.text for completion in completions} == {"yes"}
     assert len(server.requests) == 4 + 12
 
 
@@ -463,8 +648,8 @@ def test_token_ids_of_a_stream_come_whole(serve):
             return Chat.bad(400, ONLY_STREAMS[0])
         return Chat.stream(Chat.pieces("yes", "no", token_ids=[5, 6]))
 
-    replies = all_replies(open_at(Chat, serve(play, models)), [ask("a", 2)])
-    told = [(reply.text, reply.token_ids) for reply in replies]
+    completions = all_replies(open_at(Chat, serve(play, models)), [request("a", 2)])
+    told = [(completion.text, completion.token_ids) for completion in completions]
     assert told == [("yes", 3 * [5, 6]), ("no", 2 * [5, 6])]
 
 
@@ -500,8 +685,8 @@ def test_a_stream_that_breaks_is_asked_again_and_never_half_an_answer(serve, nam
 
     server = serve(play)
     engine = open_at(Chat, server)
-    (reply,) = all_replies(engine, [ask("a")])
-    assert (reply.text, reply.finish_reason) == ("whole", "stop")
+    (completion,) = all_replies(engine, [request("a")])
+    assert (completion.text, completion.finish_reason) == ("whole", "stop")
     assert len(server.requests) == 3 and 0.5 <= engine.stopping.pauses[1] <= 2
 
 
@@ -512,8 +697,10 @@ def test_a_server_whose_streams_always_break_stops_the_run(serve):
         return BROKEN_STREAMS["an end before the end"]
 
     server = serve(play)
-    replies, stopped = until_it_stops(open_at(Chat, server, concurrency=1), [ask("a"), ask("b")])
-    assert not replies and server.asked == {"a": remote.TRIES}
+    completions, stopped = until_it_stops(
+        open_at(Chat, server, concurrency=1), [request("a"), request("b")]
+    )
+    assert not completions and server.asked == {"a": remote.TRIES}
     assert "a stream without an end" in str(stopped)
 
 
@@ -525,8 +712,12 @@ def test_of_a_stream_that_is_cut_off_the_finished_samples_are_kept(serve):
         return Chat.stream(chunks[:-1] if time == 2 else chunks)
 
     server = serve(play)
-    replies = all_replies(open_at(Chat, server), [ask("a", 3)])
-    assert {reply.sample: reply.text for reply in replies} == {0: "2.0", 1: "2.1", 2: "3.0"}
+    completions = all_replies(open_at(Chat, server), [request("a", 3)])
+    assert {completion.sample: completion.text for completion in completions} == {
+        0: "2.0",
+        1: "2.1",
+        2: "3.0",
+    }
 
 
 def test_streams_end_as_whole_replies_do(serve):
@@ -540,10 +731,10 @@ def test_streams_end_as_whole_replies_do(serve):
         return Chat.stream(ends[question]) if body.get("stream") else Chat.bad(400, ONLY_STREAMS[0])
 
     engine = open_at(Chat, serve(play), concurrency=1)
-    told = {r.id: (r.text, r.finish_reason) for r in all_replies(engine, [*map(ask, ends)])}
+    told = {r.id: (r.text, r.finish_reason) for r in all_replies(engine, [*map(request, ends)])}
     assert told.pop("full") == ("", "length")  # of room
     assert told == {"filtered": ("So far", "blocked"), "cut": ("So far", "length")}
-    assert engine.tally["requests"] == 1 + 1 + 1 + (1 + remote.MORE_ROOM)
+    assert engine.tally["requests"] == 1 + 1 + 1 + remote.REMEDIES["no room"].tries
 
 
 @pytest.mark.parametrize("refusal", NO_THOUGHTS)
@@ -554,8 +745,11 @@ def test_a_gemini_that_does_not_think_is_found_out_once(serve, refusal, capsys):
 
     server = serve(play)
     engine = open_at(Gemini, server, concurrency=1)
-    replies = all_replies(engine, [ask("a", 2), ask("b", 2)])
-    assert [(reply.text, reply.reasoning) for reply in replies] == 2 * [("yes", ""), ("no", "")]
+    completions = all_replies(engine, [request("a", 2), request("b", 2)])
+    assert [(completion.text, completion.reasoning) for completion in completions] == 2 * [
+        ("yes", ""),
+        ("no", ""),
+    ]
     assert len(server.requests) == 3 and engine.stopping.pauses == [0]
     assert [Gemini.count(body) for _, _, body in server.requests] == [2, 2, 2]
     assert capsys.readouterr().out.count("refuses requests for thoughts") == 1
@@ -569,9 +763,17 @@ def test_a_refusal_that_asking_for_less_does_not_mend_is_held_against_nobody_els
         return api.bad(400, text) if question == "q2" else api.good("yes")
 
     server = serve(play)
-    replies = all_replies(open_at(api, server, concurrency=1), [ask(f"q{i}") for i in range(4)])
-    assert {reply.id for reply in replies if reply.finish_reason == "stop"} == {"q0", "q1", "q3"}
-    assert {reply.id for reply in replies if reply.finish_reason == "refused"} == {"q2"}
+    completions = all_replies(
+        open_at(api, server, concurrency=1), [request(f"q{i}") for i in range(4)]
+    )
+    assert {completion.id for completion in completions if completion.finish_reason == "stop"} == {
+        "q0",
+        "q1",
+        "q3",
+    }
+    assert {
+        completion.id for completion in completions if completion.finish_reason == "refused"
+    } == {"q2"}
     last = server.requests[-1][2]
     assert "stream" not in last and (api is Chat or "thinkingConfig" in last["generationConfig"])
 
@@ -579,18 +781,29 @@ def test_a_refusal_that_asking_for_less_does_not_mend_is_held_against_nobody_els
 # --- failures that pass
 
 PASSING = {
-    "429": lambda api: api.bad(429, "slow down"), "500": lambda api: api.bad(500), "503": lambda api: api.bad(503, "overloaded"),
+    "429": lambda api: api.bad(429, "slow down"), "500": lambda api: api.bad(500),
+    "503": lambda api: api.bad(503, "overloaded"),
     "a proxy's 502": lambda api: (502, b"<html>Bad Gateway</html>", {"Content-Type": "text/html"}),
     "reset in a body": lambda api: "reset", "time-out": lambda api: "hang",
     "truncated JSON": lambda api: (200, json.dumps(api.good("yes")[1]).encode()[:60], {}),
     "a web page": lambda api: (200, b"<html>hello</html>", {"Content-Type": "text/html"}),
-    "no body": lambda api: (200, b"", {}), "a list": lambda api: (200, [1], {}), "null": lambda api: (200, None, {}), "not UTF-8": lambda api: (200, b'{"a": "\xff"}', {}),
+    "no body": lambda api: (200, b"", {}), "a list": lambda api: (200, [1], {}),
+    "null": lambda api: (200, None, {}), "not UTF-8": lambda api: (200, b'{"a": "\xff"}', {}),
     "an error in a 200": lambda api: (200, {"error": {"code": 502, "message": "upstream"}}, {}),
-    "no choices": lambda api: api.good(), "null for choices": lambda api: (200, {"choices": None, "candidates": None}, {}),
+    "no choices": lambda api: api.good(),
+    "null for choices": lambda api: (200, {"choices": None, "candidates": None}, {}),
     "a null choice": lambda api: (200, {"choices": [None], "candidates": [None]}, {}),
     "a choice of nothing": lambda api: (200, {"choices": [{}], "candidates": [{}]}, {}),
-    "a choice of numbers": lambda api: (200, {"choices": [{"message": 3, "finish_reason": "stop"}], "candidates": [{"content": 3, "finishReason": "STOP"}]}, {}),
-    "an empty answer": lambda api: api.good(""), "a broken end": lambda api: api.good("half an", finish="abort" if api is Chat else "OTHER"),
+    "a choice of numbers": lambda api: (
+        200,
+        {
+            "choices": [{"message": 3, "finish_reason": "stop"}],
+            "candidates": [{"content": 3, "finishReason": "STOP"}],
+        },
+        {},
+    ),
+    "an empty answer": lambda api: api.good(""),
+    "a broken end": lambda api: api.good("half an", finish="abort" if api is Chat else "OTHER"),
     "an end nobody knows": lambda api: api.good("half an", finish="NEVER_HEARD_OF"),
 }  # fmt: skip
 
@@ -598,23 +811,33 @@ PASSING = {
 @pytest.mark.parametrize("name", PASSING)
 @pytest.mark.filterwarnings("ignore:NEVER_HEARD_OF")
 def test_a_failure_that_passes_is_asked_again(api, serve, name, monkeypatch):
-    monkeypatch.setattr(remote, "TIMEOUT", 0.4 if name == "time-out" else 20)
-    server = serve(lambda question, time, body: PASSING[name](api) if time == 1 else api.good("yes"))
+    monkeypatch.setattr(apis, "TIMEOUT", 0.4 if name == "time-out" else 20)
+    server = serve(
+        lambda question, time, body: PASSING[name](api) if time == 1 else api.good("yes")
+    )
     engine = open_at(api, server)
-    (reply,) = all_replies(engine, [ask("a")])
-    assert (reply.text, reply.finish_reason) == ("yes", "stop")
+    (completion,) = all_replies(engine, [request("a")])
+    assert (completion.text, completion.finish_reason) == ("yes", "stop")
     assert len(server.requests) == engine.tally["requests"] == 2 and engine.tally["again"] == 1
     assert len(engine.stopping.pauses) == 1 and 0.5 <= engine.stopping.pauses[0] <= 1
 
 
 def test_waits_double_up_to_the_longest_unless_the_server_names_one(api, serve):
     waits = {2: "7", 4: "0.25"}
-    server = serve(lambda question, time, body: api.bad(429, wait=waits.get(time)) if time < 8 else api.good("yes"))
+    server = serve(
+        lambda question, time, body: (
+            api.bad(429, wait=waits.get(time)) if time < 8 else api.good("yes")
+        )
+    )
     engine = open_at(api, server)
-    all_replies(engine, [ask("a")])
+    all_replies(engine, [request("a")])
     first, named, third, short, *rest = engine.stopping.pauses
     assert (named, short) == (7, 0.25) and 0.5 <= first <= 1 and 2 <= third <= 4
-    assert [8 <= rest[0] <= 16, 16 <= rest[1] <= 32, 30 <= rest[2] <= remote.LONGEST_WAIT == 60] == [True] * 3
+    assert [
+        8 <= rest[0] <= 16,
+        16 <= rest[1] <= 32,
+        30 <= rest[2] <= remote.REMEDIES["busy"].wait == 60,
+    ] == [True] * 3
 
 
 def test_a_server_that_names_a_date_is_asked_again_then(serve):
@@ -630,7 +853,7 @@ def test_a_server_that_names_a_date_is_asked_again_then(serve):
         return Chat.bad(429, wait=dates[time]) if time in dates else Chat.good("yes")
 
     engine = open_at(Chat, serve(play))
-    assert len(all_replies(engine, [ask("a")])) == 1
+    assert len(all_replies(engine, [request("a")])) == 1
     first, *rest = engine.stopping.pauses
     assert 90 < first <= 100
     assert [2**k * 0.5 <= pause <= 2**k for k, pause in enumerate(rest, 1)] == [True] * 4
@@ -646,8 +869,11 @@ def test_a_server_that_asks_for_a_wait_of_days_stops_the_run_with_its_length(api
 
     server = serve(play)
     engine = open_at(api, server, concurrency=1)
-    replies, stopped = until_it_stops(engine, [ask("a"), ask("b"), ask("c")])
-    assert [reply.id for reply in replies] == ["a"] and server.asked == {"a": 1, "b": 1}
+    completions, stopped = until_it_stops(engine, [request("a"), request("b"), request("c")])
+    assert [completion.id for completion in completions] == ["a"] and server.asked == {
+        "a": 1,
+        "b": 1,
+    }
     assert re.search(r"a wait of (601|60(4800|479\d)|inf) s .*no more today", str(stopped))
     assert not engine.stopping.pauses
 
@@ -657,24 +883,38 @@ def test_a_wait_of_minutes_is_waited(api, serve):
         return api.bad(429, wait="600") if time == 1 else api.good("yes")
 
     engine = open_at(api, serve(play))
-    assert len(all_replies(engine, [ask("a")])) == 1 and engine.stopping.pauses == [600]
+    assert len(all_replies(engine, [request("a")])) == 1 and engine.stopping.pauses == [600]
 
 
 def test_a_server_that_stays_down_stops_the_run(api, serve):
     server = serve(lambda question, time, body: api.bad(503, "overloaded"))
     engine = open_at(api, server, concurrency=1)
-    replies, stopped = until_it_stops(engine, [ask("a"), ask("b")])
-    assert not replies and server.asked == {"a": remote.TRIES} and len(engine.stopping.pauses) == remote.TRIES - 1
+    completions, stopped = until_it_stops(engine, [request("a"), request("b")])
+    assert (
+        not completions
+        and server.asked == {"a": remote.TRIES}
+        and len(engine.stopping.pauses) == remote.TRIES - 1
+    )
     assert "question a has no answer after 8 tries" in str(stopped) and "overloaded" in str(stopped)
 
 
 def test_a_question_that_alone_breaks_the_server_holds_nobody_up(api, serve):
-    server = serve(lambda question, time, body: api.bad(500) if question == "q3" else api.good("yes"))
+    server = serve(
+        lambda question, time, body: api.bad(500) if question == "q3" else api.good("yes")
+    )
     engine = open_at(api, server, concurrency=2)
-    engine.stopping.wait = lambda timeout=None: time.sleep(0.05)  # long enough for the others to be answered meanwhile
-    replies, stopped = until_it_stops(engine, [ask(f"q{i}") for i in range(12)])
-    assert {reply.id for reply in replies} == {f"q{i}" for i in range(12)} - {"q3"} and len(replies) == 11
-    assert "question q3" in str(stopped) and "1 questions" in str(stopped) and "asks them again" in str(stopped)
+    engine.stopping.wait = lambda timeout=None: time.sleep(
+        0.05
+    )  # long enough for the others to be answered meanwhile
+    completions, stopped = until_it_stops(engine, [request(f"q{i}") for i in range(12)])
+    assert {completion.id for completion in completions} == {f"q{i}" for i in range(12)} - {
+        "q3"
+    } and len(completions) == 11
+    assert (
+        "question q3" in str(stopped)
+        and "1 questions" in str(stopped)
+        and "asks them again" in str(stopped)
+    )
 
 
 COUNTS = ("prompt_tokens", "promptTokenCount")
@@ -704,8 +944,11 @@ def with_usage(api, usage) -> tuple[int, dict, dict]:
 def test_a_server_that_garbles_every_question_stops_the_run_in_seconds(api, serve, name):
     server = serve(lambda question, time, body: GARBLED[name](api))
     engine = open_at(api, server, concurrency=1)
-    replies, stopped = until_it_stops(engine, [ask(f"q{i}") for i in range(40)])
-    assert not replies and len(server.requests) == remote.STRIKES * remote.FEW
+    completions, stopped = until_it_stops(engine, [request(f"q{i}") for i in range(40)])
+    assert (
+        not completions
+        and len(server.requests) == remote.STRIKES * remote.REMEDIES["garbled"].tries
+    )
     assert sum(engine.stopping.pauses) < 20
     wanted = "a chat completions API" if api is Chat else "the Gemini API"
     assert f"is this the address of {wanted}? The server sent: " in str(stopped)
@@ -714,9 +957,9 @@ def test_a_server_that_garbles_every_question_stops_the_run_in_seconds(api, serv
 
 def test_the_waits_for_a_garbling_server_are_real_and_short(api, serve):
     server = serve(lambda question, time, body: (200, b"<html>hello</html>", {}))
-    engine = engines.open_engine(api.spec(server), asking.Setup(concurrency=16))
+    engine = engines.open_engine(api.spec(server), inference.Setup(concurrency=16))
     started = time.monotonic()
-    _, stopped = until_it_stops(engine, [ask(f"q{i}") for i in range(40)])
+    _, stopped = until_it_stops(engine, [request(f"q{i}") for i in range(40)])
     assert 0.5 < time.monotonic() - started < 10 and "<html>hello</html>" in str(stopped)
 
 
@@ -724,16 +967,22 @@ def test_a_question_that_alone_is_garbled_is_the_only_one_lost(api, serve):
     garbled = GARBLED["a web page"](api)
     server = serve(lambda question, time, body: garbled if question == "q3" else api.good("yes"))
     engine = open_at(api, server, concurrency=1)
-    replies = {reply.id: reply for reply in all_replies(engine, [ask(f"q{i}") for i in range(12)])}
-    lost = {name for name, reply in replies.items() if reply.finish_reason != "stop"}
-    assert lost == {"q3"} and replies["q3"].finish_reason == "empty" and len(replies) == 12
-    assert server.asked["q3"] == remote.FEW and len(server.requests) == 11 + remote.FEW
+    completions = {
+        completion.id: completion
+        for completion in all_replies(engine, [request(f"q{i}") for i in range(12)])
+    }
+    lost = {name for name, completion in completions.items() if completion.finish_reason != "stop"}
+    assert lost == {"q3"} and completions["q3"].finish_reason == "empty" and len(completions) == 12
+    assert (
+        server.asked["q3"] == remote.REMEDIES["garbled"].tries
+        and len(server.requests) == 11 + remote.REMEDIES["garbled"].tries
+    )
 
 
 def test_what_a_garbling_server_sent_is_shown_on_two_lines_without_key_or_controls(api, serve):
     page = f"<html>\n\x1b[31m who is {KEY}? \n".encode() + b"long " * 9000
     server = serve(lambda question, time, body: (200, page, {"Content-Type": "text/html"}))
-    _, stopped = until_it_stops(open_at(api, server), [ask("a")])
+    _, stopped = until_it_stops(open_at(api, server), [request("a")])
     assert "<html> [31m who is ...? long" in str(stopped) and KEY not in str(stopped)
     assert len(str(stopped)) < 600 and str(stopped).isprintable()
 
@@ -742,26 +991,53 @@ def test_what_a_garbling_server_sent_is_shown_on_two_lines_without_key_or_contro
 
 
 def test_an_answer_that_thinking_left_no_room_for_gets_more(api, serve):
-    server = serve(lambda question, time, body: api.good("yes") if api.room(body) >= 400 else api.no_room)
+    server = serve(
+        lambda question, time, body: api.good("yes") if api.room(body) >= 400 else api.no_room
+    )
     engine = open_at(api, server)
-    (reply,) = all_replies(engine, [ask("a")])
-    assert reply.text == "yes" and [api.room(body) for _, _, body in server.requests] == [100, 200, 400]
-    assert engine.stopping.pauses == [0, 0] and engine.tally["tokens out"] == 21  # what was only thought is paid for, too
+    (completion,) = all_replies(engine, [request("a")])
+    assert completion.text == "yes" and [api.room(body) for _, _, body in server.requests] == [
+        100,
+        200,
+        400,
+    ]
+    assert (
+        engine.stopping.pauses == [0, 0] and engine.tally["tokens out"] == 21
+    )  # what was only thought is paid for, too
 
 
 @pytest.mark.parametrize("refused", [False, True])
 def test_an_answer_that_never_has_room_is_cut_off(api, serve, refused):
-    server = serve(lambda question, time, body: api.bad(400, "too many tokens") if refused and api.room(body) > 200 else api.no_room)
-    (reply,) = all_replies(open_at(api, server), [ask("a")])
-    assert (reply.text, reply.finish_reason) == ("", "length")
-    assert [api.room(body) for _, _, body in server.requests] == [100, 200, 400, 800][: 3 if refused else 4]
+    server = serve(
+        lambda question, time, body: (
+            api.bad(400, "too many tokens") if refused and api.room(body) > 200 else api.no_room
+        )
+    )
+    (completion,) = all_replies(open_at(api, server), [request("a")])
+    assert (completion.text, completion.finish_reason) == ("", "length")
+    assert [api.room(body) for _, _, body in server.requests] == [100, 200, 400, 800][
+        : 3 if refused else 4
+    ]
 
 
 BLOCKS = {
     "chat filter": (Chat, Chat.good("So far", finish="content_filter")),
     "chat refusal": (Chat, Chat.good(None, refusal="I cannot help with that.")),
-    "gemini prompt": (Gemini, (200, {"promptFeedback": {"blockReason": "PROHIBITED_CONTENT"}, "usageMetadata": {"promptTokenCount": 11}}, {})),
-    "gemini candidate": (Gemini, (200, {"candidates": [{"finishReason": "SAFETY", "index": 0, "safetyRatings": []}]}, {})),
+    "gemini prompt": (
+        Gemini,
+        (
+            200,
+            {
+                "promptFeedback": {"blockReason": "PROHIBITED_CONTENT"},
+                "usageMetadata": {"promptTokenCount": 11},
+            },
+            {},
+        ),
+    ),
+    "gemini candidate": (
+        Gemini,
+        (200, {"candidates": [{"finishReason": "SAFETY", "index": 0, "safetyRatings": []}]}, {}),
+    ),
     "gemini half way": (Gemini, Gemini.good("So far", finish="RECITATION")),
 }
 
@@ -771,86 +1047,193 @@ def test_a_safety_block_is_marked_and_not_asked_again(serve, name):
     api, block = BLOCKS[name]
     server = serve(lambda question, time, body: block)
     engine = open_at(api, server)
-    (reply,) = all_replies(engine, [ask("a")])
-    assert reply.finish_reason == "blocked" and engine.tally["blocked"] == len(server.requests) == 1
+    (completion,) = all_replies(engine, [request("a")])
+    assert (
+        completion.finish_reason == "blocked"
+        and engine.tally["blocked"] == len(server.requests) == 1
+    )
 
 
 @pytest.mark.parametrize("most", [1, 3])
 def test_a_server_that_gives_fewer_answers_than_asked_for_is_asked_for_the_rest(api, serve, most):
-    server = serve(lambda question, time, body: api.good(*[f"{time}.{i}" for i in range(min(most, api.count(body)))]))
-    replies = all_replies(open_at(api, server), [ask("a", 8)])
-    assert [reply.sample for reply in replies] == list(range(8)) and len({reply.text for reply in replies}) == 8
+    server = serve(
+        lambda question, time, body: api.good(
+            *[f"{time}.{i}" for i in range(min(most, api.count(body)))]
+        )
+    )
+    completions = all_replies(open_at(api, server), [request("a", 8)])
+    assert [completion.sample for completion in completions] == list(range(8)) and len(
+        {completion.text for completion in completions}
+    ) == 8
     assert [api.count(body) for _, _, body in server.requests] == list(range(8, 0, -most))
-    assert len({json.dumps(body).split('"seed"')[1] for _, _, body in server.requests}) == len(server.requests)
+    assert len({json.dumps(body).split('"seed"')[1] for _, _, body in server.requests}) == len(
+        server.requests
+    )
 
 
 def test_a_server_that_takes_one_at_a_time_is_found_out_once(api, serve):
-    server = serve(lambda question, time, body: api.bad(400, "n must be 1") if api.count(body) > 1 else api.good("yes"))
-    replies = all_replies(open_at(api, server, concurrency=1), [ask("a", 3), ask("b", 3)])
-    assert Counter(reply.id for reply in replies) == {"a": 3, "b": 3} and {reply.finish_reason for reply in replies} == {"stop"}
+    server = serve(
+        lambda question, time, body: (
+            api.bad(400, "n must be 1") if api.count(body) > 1 else api.good("yes")
+        )
+    )
+    completions = all_replies(
+        open_at(api, server, concurrency=1), [request("a", 3), request("b", 3)]
+    )
+    assert Counter(completion.id for completion in completions) == {"a": 3, "b": 3} and {
+        completion.finish_reason for completion in completions
+    } == {"stop"}
     assert [api.count(body) for _, _, body in server.requests] == [3, 1, 1, 1, 1, 1, 1]
 
 
 def test_good_answers_beside_an_empty_one_are_kept(api, serve):
-    server = serve(lambda question, time, body: api.good("a", "", "c") if time == 1 else api.good("b"))
-    replies = all_replies(open_at(api, server), [ask("a", 3)])
-    assert {reply.sample: reply.text for reply in replies} == {0: "a", 1: "b", 2: "c"} and len(server.requests) == 2
+    server = serve(
+        lambda question, time, body: api.good("a", "", "c") if time == 1 else api.good("b")
+    )
+    completions = all_replies(open_at(api, server), [request("a", 3)])
+    assert {completion.sample: completion.text for completion in completions} == {
+        0: "a",
+        1: "b",
+        2: "c",
+    } and len(server.requests) == 2
 
 
 def test_a_server_that_refuses_everything_stops_the_run_and_marks_nothing(api, serve, capsys):
     server = serve(lambda question, time, body: api.bad(400, "this model takes no pictures"))
-    replies, stopped = until_it_stops(open_at(api, server, concurrency=2), [ask(f"q{i}", 2) for i in range(40)])
-    assert not replies and "this model takes no pictures" in str(stopped) and "8 questions in a row" in str(stopped)
-    assert len(server.asked) <= remote.STRIKES + 1 and len(server.requests) <= 2 * (remote.STRIKES + 1)
-    replies, stopped = until_it_stops(open_at(api, server), [ask("a")])  # and so does the only one
-    assert not replies and "not one question was answered" in str(stopped) and "this model takes no pictures" in str(stopped)
+    completions, stopped = until_it_stops(
+        open_at(api, server, concurrency=2), [request(f"q{i}", 2) for i in range(40)]
+    )
+    assert (
+        not completions
+        and "this model takes no pictures" in str(stopped)
+        and "8 questions in a row" in str(stopped)
+    )
+    assert len(server.asked) <= remote.STRIKES + 1 and len(server.requests) <= 2 * (
+        remote.STRIKES + 1
+    )
+    completions, stopped = until_it_stops(
+        open_at(api, server), [request("a")]
+    )  # and so does the only one
+    assert (
+        not completions
+        and "not one question was answered" in str(stopped)
+        and "this model takes no pictures" in str(stopped)
+    )
 
 
-@pytest.mark.parametrize("reason, what", [("refused", lambda api: api.bad(400, "too large")), ("empty", lambda api: api.good(""))])
-def test_a_question_without_an_answer_is_kept_and_counted_even_if_it_is_the_first(api, serve, reason, what, tmp_path, capsys):
-    server = serve(lambda question, time, body: what(api) if question in ("q0", "q7", "new") else api.good("yes"))
-    engine, asks, path = open_at(api, server, concurrency=1), [ask(f"q{i}") for i in range(10)], tmp_path / "rollouts.jsonl"
-    rows = asking.ask_all(engine, asks, WARM, path, lambda reply: asking.reply_row(reply, engine.spec), "test")
+@pytest.mark.parametrize(
+    "reason, what",
+    [("refused", lambda api: api.bad(400, "too large")), ("empty", lambda api: api.good(""))],
+)
+def test_a_question_without_an_answer_is_kept_and_counted_even_if_it_is_the_first(
+    api, serve, reason, what, tmp_path, capsys
+):
+    server = serve(
+        lambda question, time, body: (
+            what(api) if question in ("q0", "q7", "new") else api.good("yes")
+        )
+    )
+    engine, requests, path = (
+        open_at(api, server, concurrency=1),
+        [request(f"q{i}") for i in range(10)],
+        tmp_path / "rollouts.jsonl",
+    )
+    rows = inference.complete_all(
+        engine,
+        requests,
+        WARM,
+        path,
+        lambda completion: inference.completion_row(completion, engine.spec),
+        "test",
+    )
     told = {id: (row["response"], row["finish_reason"]) for (id, _), row in rows.items()}
     assert told == {f"q{i}": ("", reason) if i in (0, 7) else ("yes", "stop") for i in range(10)}
     assert engine.tally[reason] == 2 and "question q7 is " + reason in capsys.readouterr().out
     before = len(server.requests)
-    assert asking.ask_all(open_at(api, server), asks, WARM, path, lambda reply: asking.reply_row(reply, engine.spec), "test") == rows
+    assert (
+        inference.complete_all(
+            open_at(api, server),
+            requests,
+            WARM,
+            path,
+            lambda completion: inference.completion_row(completion, engine.spec),
+            "test",
+        )
+        == rows
+    )
     assert len(server.requests) == before  # not asked again
     # nor does a run stop, that was killed with only such a question left
-    assert asking.ask_all(open_at(api, server), [ask("new")], WARM, path, lambda reply: asking.reply_row(reply, engine.spec), "test")["new", 0]["finish_reason"] == reason
+    assert (
+        inference.complete_all(
+            open_at(api, server),
+            [request("new")],
+            WARM,
+            path,
+            lambda completion: inference.completion_row(completion, engine.spec),
+            "test",
+        )["new", 0]["finish_reason"]
+        == reason
+    )
 
 
 def test_a_server_that_begins_to_refuse_everything_stops_the_run_and_marks_nothing(api, serve):
-    server = serve(lambda question, time, body: api.good("yes") if int(question[1:]) < 5 else api.bad(400, "no more"))
-    replies, stopped = until_it_stops(open_at(api, server, concurrency=1), [ask(f"q{i}") for i in range(40)])
-    assert {reply.id for reply in replies} == {f"q{i}" for i in range(5)} and {reply.finish_reason for reply in replies} == {"stop"}
+    server = serve(
+        lambda question, time, body: (
+            api.good("yes") if int(question[1:]) < 5 else api.bad(400, "no more")
+        )
+    )
+    completions, stopped = until_it_stops(
+        open_at(api, server, concurrency=1), [request(f"q{i}") for i in range(40)]
+    )
+    assert {completion.id for completion in completions} == {f"q{i}" for i in range(5)} and {
+        completion.finish_reason for completion in completions
+    } == {"stop"}
     assert "no more" in str(stopped) and len(server.requests) == 5 + remote.STRIKES
 
 
 FATAL = {
-    "401": lambda api: api.bad(401, "bad key"), "402": lambda api: api.bad(402, "Insufficient Balance"),
+    "401": lambda api: api.bad(401, "bad key"),
+    "402": lambda api: api.bad(402, "Insufficient Balance"),
     "403": lambda api: api.bad(403, "not yours"), "404": lambda api: api.bad(404, "no such model"),
-    "no money": lambda api: api.bad(429, "You exceeded your current quota", code="insufficient_quota"),
-    "Google's wrong key": lambda api: api.bad(400, "API key not valid. Please pass a valid API key.", code="API_KEY_INVALID"),
+    "no money": lambda api: api.bad(
+        429, "You exceeded your current quota", code="insufficient_quota"
+    ),
+    "Google's wrong key": lambda api: api.bad(
+        400, "API key not valid. Please pass a valid API key.", code="API_KEY_INVALID"
+    ),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name, apis", [*[(name, (Chat, Gemini)) for name in ("401", "402", "403", "404")], ("no money", (Chat,)), ("Google's wrong key", (Gemini,))])
+@pytest.mark.parametrize(
+    "name, apis",
+    [
+        *[(name, (Chat, Gemini)) for name in ("401", "402", "403", "404")],
+        ("no money", (Chat,)),
+        ("Google's wrong key", (Gemini,)),
+    ],
+)
 def test_what_no_waiting_helps_stops_the_run_with_what_to_check(serve, name, apis):
     for api in apis:
         what = FATAL[name](api)
-        server = serve(lambda question, time, body, api=api, what=what: api.good("yes") if question in ("q0", "q1") else what)
-        replies, stopped = until_it_stops(open_at(api, server, concurrency=1), [ask(f"q{i}") for i in range(9)])
-        assert {reply.id for reply in replies} == {"q0", "q1"} and len(server.requests) == 3
-        assert what[1]["error"]["message"] in str(stopped) and "check the key" in str(stopped) and stopped.code == str(stopped)
+        server = serve(
+            lambda question, time, body, api=api, what=what: (
+                api.good("yes") if question in ("q0", "q1") else what
+            )
+        )
+        completions, stopped = until_it_stops(
+            open_at(api, server, concurrency=1), [request(f"q{i}") for i in range(9)]
+        )
+        assert {completion.id for completion in completions} == {"q0", "q1"} and len(
+            server.requests
+        ) == 3
+        assert what[1]["error"]["message"] in str(stopped) and "check the key" in str(stopped)
 
 
 def test_an_image_that_cannot_be_read_stops_the_run_by_name(api, serve, tmp_path):
     (tmp_path / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\nno")
     server = serve(lambda question, time, body: api.good("yes"))
     with pytest.raises(data.RowError, match="torn.png"):
-        all_replies(open_at(api, server), [ask("a", images=[tmp_path / "torn.png"])])
+        all_replies(open_at(api, server), [request("a", images=[tmp_path / "torn.png"])])
     assert not server.requests
 
 
@@ -869,26 +1252,59 @@ def test_replies_under_way_when_another_request_stops_the_run_are_kept(api, serv
         return api.good("yes")
 
     server = serve(play)
-    replies, _ = until_it_stops(open_at(api, server, concurrency=4), [*[ask(f"q{i}", 2) for i in range(3)], ask("bad"), *[ask(f"late{i}") for i in range(9)]])
-    # one of two samples each: what is under way ends, and nothing new begins; one late question may have slipped in
-    assert {reply.id for reply in replies} >= {"q0", "q1", "q2"} and len(replies) <= 4 and len(server.requests) == len(replies) + 1
+    completions, _ = until_it_stops(
+        open_at(api, server, concurrency=4),
+        [
+            *[request(f"q{i}", 2) for i in range(3)],
+            request("bad"),
+            *[request(f"late{i}") for i in range(9)],
+        ],
+    )
+    # one of two samples each: what is under way ends, and nothing new begins; one late question may
+    # have slipped in
+    assert (
+        {completion.id for completion in completions} >= {"q0", "q1", "q2"}
+        and len(completions) <= 4
+        and len(server.requests) == len(completions) + 1
+    )
 
 
-def test_a_cap_on_requests_stops_with_all_answers_kept_and_the_same_command_goes_on(api, serve, tmp_path):
-    server, asks = serve(lambda question, time, body: api.bad(503) if time == 1 and question == "q1" else api.good("yes")), [ask(f"q{i}") for i in range(10)]
+def test_a_cap_on_requests_stops_with_all_answers_kept_and_the_same_command_goes_on(
+    api, serve, tmp_path
+):
+    server, requests = (
+        serve(
+            lambda question, time, body: (
+                api.bad(503) if time == 1 and question == "q1" else api.good("yes")
+            )
+        ),
+        [request(f"q{i}") for i in range(10)],
+    )
 
     def run():
         remote.RemoteEngine.made = 0  # as in a process of its own
         engine = open_at(api, server, max_requests=4, concurrency=3)
-        return asking.ask_all(engine, asks, WARM, tmp_path / "rows.jsonl", lambda reply: asking.reply_row(reply, "x"), "test")
+        return inference.complete_all(
+            engine,
+            requests,
+            WARM,
+            tmp_path / "rows.jsonl",
+            lambda completion: inference.completion_row(completion, "x"),
+            "test",
+        )
 
-    for requests in (4, 8):
-        with pytest.raises(asking.Unavailable, match="4 requests were made .--max-requests.; the same command goes on"):
+    for count in (4, 8):
+        with pytest.raises(
+            inference.Unavailable,
+            match="4 requests were made .--max-requests.; the same command goes on",
+        ):
             run()
-        assert len(server.requests) == bill.paid(tmp_path)["requests"] == requests
-        assert 0 <= requests - 1 - len(list(data.read_jsonl(tmp_path / "rows.jsonl"))) <= 1
+        assert len(server.requests) == bill.paid(tmp_path)["requests"] == count
+        assert 0 <= count - 1 - len(list(data.read_jsonl(tmp_path / "rows.jsonl"))) <= 1
     assert {id for id, _ in run()} == {f"q{i}" for i in range(10)}
-    assert server.asked - Counter(f"q{i}" for i in range(10)) == {"q1": 1}  # nothing was asked twice but what failed
+    assert server.asked - Counter(f"q{i}" for i in range(10)) == {
+        "q1": 1
+    }  # nothing was asked twice but what failed
 
 
 @pytest.mark.parametrize("concurrency", [1, 5])
@@ -902,16 +1318,24 @@ def test_as_many_requests_at_once_as_the_flag_says(api, serve, concurrency):
         return api.good("yes")
 
     server = serve(play)
-    assert len(all_replies(open_at(api, server, concurrency=concurrency), [ask(f"q{i}") for i in range(30)])) == 30
+    assert (
+        len(
+            all_replies(
+                open_at(api, server, concurrency=concurrency), [request(f"q{i}") for i in range(30)]
+            )
+        )
+        == 30
+    )
     assert server.most == concurrency
 
 
 def test_an_engine_that_was_used_up_answers_again(api, serve):
-    """The judge asks three rounds of the same engine: the end of the first must not count as a stop of the second."""
+    """The judge asks three rounds of the same engine: the end of the first must not count as a stop
+    of the second."""
     server = serve(lambda question, time, body: api.bad(503) if time == 1 else api.good("yes"))
     engine = open_at(api, server)
     for name in "ab":
-        assert [reply.text for reply in all_replies(engine, [ask(name)])] == ["yes"]
+        assert [completion.text for completion in all_replies(engine, [request(name)])] == ["yes"]
 
 
 # --- the key
@@ -919,8 +1343,17 @@ def test_an_engine_that_was_used_up_answers_again(api, serve):
 
 def test_no_message_shows_the_key_even_if_the_server_repeats_all_it_was_sent(api, serve, capsys):
     for status in (400, 401, 503):
-        server = serve(lambda question, time, body: (api.good("yes") if question == "fine" else api.bad(status, f"wrong: {KEY} " + "x" * 9000)))
-        _, stopped = until_it_stops(open_at(api, server, concurrency=1), [ask("fine"), *[ask(f"q{i}") for i in range(9)]])
+        server = serve(
+            lambda question, time, body: (
+                api.good("yes")
+                if question == "fine"
+                else api.bad(status, f"wrong: {KEY} " + "x" * 9000)
+            )
+        )
+        _, stopped = until_it_stops(
+            open_at(api, server, concurrency=1),
+            [request("fine"), *[request(f"q{i}") for i in range(9)]],
+        )
         assert "wrong: ..." in str(stopped) and KEY not in str(stopped) and len(str(stopped)) < 800
     out = "".join(capsys.readouterr())
     assert "is refused" in out and KEY not in out
@@ -930,14 +1363,23 @@ def test_no_message_shows_the_key_even_if_the_server_repeats_all_it_was_sent(api
 def test_a_key_that_no_header_carries_is_refused_unseen(api, serve, key, monkeypatch):
     for variable in ("LOCAL_API_KEY", "GEMINI_API_KEY"):
         monkeypatch.setenv(variable, key)
-    with pytest.raises(asking.Unavailable) as refused:
+    with pytest.raises(inference.Unavailable) as refused:
         open_at(api, serve(None))
     assert "_API_KEY" in str(refused.value) and KEY[:9] not in str(refused.value)
 
 
 def test_the_key_is_named_after_the_host():
-    hosts = {"api.openai.com": "OPENAI", "api.deepseek.com": "DEEPSEEK", "dash-scope.aliyuncs.com": "ALIYUNCS", "localhost": "LOCAL", "127.0.0.1": "LOCAL", "::1": "LOCAL"}
-    assert {host: remote.key_variable(host) for host in hosts} == {host: f"{name}_API_KEY" for host, name in hosts.items()}
+    hosts = {
+        "api.openai.com": "OPENAI",
+        "api.deepseek.com": "DEEPSEEK",
+        "dash-scope.aliyuncs.com": "ALIYUNCS",
+        "localhost": "LOCAL",
+        "127.0.0.1": "LOCAL",
+        "::1": "LOCAL",
+    }
+    assert {host: apis.key_variable(host) for host in hosts} == {
+        host: f"{name}_API_KEY" for host, name in hosts.items()
+    }
 
 
 @pytest.fixture
@@ -954,7 +1396,7 @@ def called(api, serve, monkeypatch):
         monkeypatch.setattr(socket, "getaddrinfo", here)
         server.base = server.base.replace("127.0.0.1", host)
         monkeypatch.setenv("GOOGLE_GEMINI_BASE_URL", server.base)
-        return server, remote.key_variable(host.strip("[]"))
+        return server, apis.key_variable(host.strip("[]"))
 
     return start
 
@@ -968,14 +1410,16 @@ HERE = ("localhost", "a.localhost", "127.0.0.1", "127.8.9.1", "0.0.0.0", "[::1]"
 def test_a_key_is_not_sent_over_the_internet_in_the_clear(api, called, host, monkeypatch):
     server, variable = called(host)
     monkeypatch.setenv(variable, KEY)
-    with pytest.raises(asking.Unavailable) as refused:
+    with pytest.raises(inference.Unavailable) as refused:
         open_at(api, server)
     wanted = variable if api is Chat else "GEMINI_API_KEY"
     assert "use https" in str(refused.value) and wanted in str(refused.value)
     assert not server.requests and KEY not in str(refused.value)
     if api is Chat:  # without a key there is nothing to hide
         monkeypatch.delenv(variable)
-        assert [reply.text for reply in all_replies(open_at(api, server), [ask("a")])] == ["yes"]
+        assert [
+            completion.text for completion in all_replies(open_at(api, server), [request("a")])
+        ] == ["yes"]
 
 
 @pytest.mark.parametrize("host", PRIVATE)
@@ -985,7 +1429,9 @@ def test_in_a_private_network_a_key_in_the_clear_is_warned_of_once(
     server, variable = called(host)
     monkeypatch.setenv(variable, KEY)
     for _ in range(2):
-        assert [reply.text for reply in all_replies(open_at(api, server), [ask("a")])] == ["yes"]
+        assert [
+            completion.text for completion in all_replies(open_at(api, server), [request("a")])
+        ] == ["yes"]
     out = capsys.readouterr().out
     assert out.count("in this network can read the key") == 1 and server.base in out
     assert KEY not in out
@@ -995,7 +1441,9 @@ def test_in_a_private_network_a_key_in_the_clear_is_warned_of_once(
 def test_on_this_machine_a_key_in_the_clear_is_no_matter(api, called, host, monkeypatch, capsys):
     server, variable = called(host)
     monkeypatch.setenv(variable, KEY)
-    assert [reply.text for reply in all_replies(open_at(api, server), [ask("a")])] == ["yes"]
+    assert [
+        completion.text for completion in all_replies(open_at(api, server), [request("a")])
+    ] == ["yes"]
     assert "key" not in capsys.readouterr().out
 
 
@@ -1010,12 +1458,20 @@ VERDICTS = {  # what the judge says each time it is asked; the verdict; how ofte
     "extra keys": ([json.dumps({**YES, "Comment": "No"})], {}, 1),
     "cut off, then whole": ([json.dumps(YES)[:70], json.dumps(YES)], {}, 2),
     "always cut off": ([json.dumps({**YES, "Logical_Consistency": "No"})[:70]], None, 3),
-    "a draft, then cut off": ([("length", json.dumps({**YES, "Logical_Consistency": "No"}) + " On second thought: {")], None, 3),
+    "a draft, then cut off": (
+        [("length", json.dumps({**YES, "Logical_Consistency": "No"}) + " On second thought: {")],
+        None,
+        3,
+    ),
     "echoed": ([json.dumps({**YES, "Logical_Consistency": "Yes/No"})], None, 3),
     "a key missing": ([json.dumps({key: "No" for key in judge.KEYS[:4]})], None, 3),
     "another word": ([json.dumps({**YES, "Logical_Consistency": "Partly"})], None, 3),
     "blocked": ([("content_filter", "")], None, 3),
-    "blocked half way": ([("content_filter", json.dumps({**YES, "Logical_Consistency": "No"}))], None, 3),
+    "blocked half way": (
+        [("content_filter", json.dumps({**YES, "Logical_Consistency": "No"}))],
+        None,
+        3,
+    ),
     "busy, then fine": ([Chat.bad(429), Chat.bad(500), "reset", json.dumps(YES)], {}, 4),
     "empty, then fine": (["", None, json.dumps(YES)], {}, 3),
     "no room, then fine": ([("length", None), json.dumps(YES)], {}, 2),
@@ -1024,13 +1480,26 @@ VERDICTS = {  # what the judge says each time it is asked; the verdict; how ofte
 
 
 def questions_file(folder: Path, names) -> Path:
-    data.write_jsonl(folder / "questions.jsonl", (data.Question(f"What is <<{name}>>?", OPTIONS, "B", id=name).to_row() for name in names))
+    data.write_jsonl(
+        folder / "questions.jsonl",
+        (data.Question(f"What is <<{name}>>?", OPTIONS, "B", id=name).to_row() for name in names),
+    )
     return folder / "questions.jsonl"
 
 
 def rollouts_file(folder: Path, names) -> Path:
     response = data.join_response("It must be.", "B")
-    rows = ({"id": name, "sample": 0, "response": response, "token_ids": None, "finish_reason": "stop", "response_sha": data.content_hash(response)[:16]} for name in names)
+    rows = (
+        {
+            "id": name,
+            "sample": 0,
+            "response": response,
+            "token_ids": None,
+            "finish_reason": "stop",
+            "response_sha": data.content_hash(response)[:16],
+        }
+        for name in names
+    )
     data.write_jsonl(folder / "rollouts.jsonl", rows)
     return folder / "rollouts.jsonl"
 
@@ -1043,33 +1512,74 @@ def verdict_of(said):
     return Chat.good(text, finish=finish)
 
 
-def test_every_verdict_is_read_or_asked_again_or_left_out_and_counted(serve, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(remote, "LONGEST_WAIT", 0.001)
-    server = serve(lambda question, time, body: verdict_of(VERDICTS[question][0][min(time, len(VERDICTS[question][0])) - 1]))
+def test_every_verdict_is_read_or_asked_again_or_left_out_and_counted(
+    serve, tmp_path, monkeypatch, capsys
+):
+    busy = remote.REMEDIES["busy"]._replace(wait=0.001)
+    monkeypatch.setitem(remote.REMEDIES, "busy", busy)
+    server = serve(
+        lambda question, time, body: verdict_of(
+            VERDICTS[question][0][min(time, len(VERDICTS[question][0])) - 1]
+        )
+    )
     questions, rollouts = questions_file(tmp_path, VERDICTS), rollouts_file(tmp_path, VERDICTS)
-    command = ["verdicts", "--judge", Chat.spec(server), "--rollouts", str(rollouts), "--questions", str(questions), "--out", str(tmp_path / "out")]
+    command = [
+        "verdicts",
+        "--judge",
+        Chat.spec(server),
+        "--rollouts",
+        str(rollouts),
+        "--questions",
+        str(questions),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     judge.main(command)
     rows = {row["id"]: row for _, row in data.read_jsonl(tmp_path / "out" / "verdicts.jsonl")}
-    expected = {name: None if changes is None else {**dict.fromkeys(judge.KEYS, True), **changes} for name, (_, changes, _) in VERDICTS.items()}
+    expected = {
+        name: None if changes is None else {**dict.fromkeys(judge.KEYS, True), **changes}
+        for name, (_, changes, _) in VERDICTS.items()
+    }
     assert {name: row["criteria"] for name, row in rows.items()} == expected
     assert all(bool(row["error"]) == (row["criteria"] is None) for row in rows.values())
     assert server.asked == {name: times for name, (_, _, times) in VERDICTS.items()}
     unread = sum(criteria is None for criteria in expected.values())
     assert f"{len(VERDICTS)} verdicts, {unread} unreadable" in capsys.readouterr().out
-    _, report = judge.make_pairs([row for _, row in data.read_jsonl(rollouts)], list(rows.values()), {q.id: q for q in data.read_questions(questions)}, "all", 0, 0)
-    assert report["no_verdict"] == unread and report["negative"] == 1 and report["negatives_failing"]["No_Hallucination"] == 1
+    _, report = judge.make_pairs(
+        [row for _, row in data.read_jsonl(rollouts)],
+        list(rows.values()),
+        {q.id: q for q in schema.read_questions(questions)},
+        "all",
+        0,
+        0,
+    )
+    assert (
+        report["no_verdict"] == unread
+        and report["negative"] == 1
+        and report["negatives_failing"]["No_Hallucination"] == 1
+    )
     judge.main(command)
-    assert sum(server.asked.values()) == sum(times for _, _, times in VERDICTS.values())  # the same command again asks nothing
+    assert sum(server.asked.values()) == sum(
+        times for _, _, times in VERDICTS.values()
+    )  # the same command again asks nothing
 
 
 def script(tmp_path, *words) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    return subprocess.Popen([sys.executable, str(ROOT / words[0]), *words[1:]], env=environment, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / words[0]), *words[1:]],
+        env=environment,
+        cwd=tmp_path,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 @pytest.mark.parametrize("stage", ["rollout", "judge"])
 def test_a_killed_run_goes_on_and_asks_nothing_twice(stage, serve, tmp_path):
-    """kill -9 in the middle; then a run that the server stops, which ends with its message; then the rest. No file, no line shows the key."""
+    """kill -9 in the middle; then a run that the server stops, which ends with its message; then
+    the rest. No file, no line shows the key."""
     names, mode = [f"q{i}" for i in range(40)], "slow"
 
     def play(question, time_, body):
@@ -1084,11 +1594,20 @@ def test_a_killed_run_goes_on_and_asks_nothing_twice(stage, serve, tmp_path):
     if stage == "rollout":
         words = ["rollout.py", "--engine", Chat.spec(server), "-n", "2"]
     else:
-        words = ["judge.py", "verdicts", "--judge", Chat.spec(server), "--rollouts", str(rollouts_file(tmp_path, names))]
+        words = [
+            "judge.py",
+            "verdicts",
+            "--judge",
+            Chat.spec(server),
+            "--rollouts",
+            str(rollouts_file(tmp_path, names)),
+        ]
     words += ["--questions", str(questions), "--out", str(tmp_path / "out"), "--concurrency", "3"]
     first = script(tmp_path, *words)
     written: list[Path] = []
-    while (len(server.requests) < 18 or not written or written[0].read_bytes().count(b"\n") < 15) and first.poll() is None:
+    while (
+        len(server.requests) < 18 or not written or written[0].read_bytes().count(b"\n") < 15
+    ) and first.poll() is None:
         time.sleep(0.02)
         written = list((tmp_path / "replies").glob(f"{stage}-*.jsonl"))
     (kept,) = written
@@ -1102,7 +1621,12 @@ def test_a_killed_run_goes_on_and_asks_nothing_twice(stage, serve, tmp_path):
     mode, before = "strict", server.asked.copy()
     second = script(tmp_path, *words)
     output.append(second.communicate()[0])
-    assert second.returncode == 1 and "Traceback" not in output[1] and "who is ...?" in output[1] and "check the key" in output[1]
+    assert (
+        second.returncode == 1
+        and "Traceback" not in output[1]
+        and "who is ...?" in output[1]
+        and "check the key" in output[1]
+    )
     assert not answered & (server.asked - before).keys()
     answered = {row["id"].split("/")[0] for _, row in data.read_jsonl(kept)}
 
@@ -1111,14 +1635,35 @@ def test_a_killed_run_goes_on_and_asks_nothing_twice(stage, serve, tmp_path):
     output.append(third.communicate()[0])
     assert third.returncode == 0 and (server.asked - before).keys() == set(names) - answered
     rows = [row for _, row in data.read_jsonl(kept)]
-    assert len(rows) == len({(row["id"], row["sample"]) for row in rows}) == (80 if stage == "rollout" else 40)
-    assert (tmp_path / "out" / "stage.json").exists() and "answer/s" in output[2] and "tokens out=" in output[2]
+    assert (
+        len(rows)
+        == len({(row["id"], row["sample"]) for row in rows})
+        == (80 if stage == "rollout" else 40)
+    )
+    assert (
+        (tmp_path / "out" / "stage.json").exists()
+        and "answer/s" in output[2]
+        and "tokens out=" in output[2]
+    )
     for text in [*output, *[path.read_text() for path in tmp_path.rglob("*") if path.is_file()]]:
         assert KEY not in text
 
 
 def test_a_row_that_cannot_be_used_ends_a_script_with_its_message(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"id": "a"}\n')
-    process = script(tmp_path, "rollout.py", "--engine", "clinic:thorough", "--questions", "bad.jsonl", "--out", "out")
+    process = script(
+        tmp_path,
+        "rollout.py",
+        "--engine",
+        "clinic:thorough",
+        "--questions",
+        "bad.jsonl",
+        "--out",
+        "out",
+    )
     output = process.communicate()[0]
-    assert process.returncode == 1 and output.startswith("bad.jsonl:1: missing 'question'") and "Traceback" not in output
+    assert (
+        process.returncode == 1
+        and output.startswith("bad.jsonl:1: missing 'question'")
+        and "Traceback" not in output
+    )

@@ -1,4 +1,5 @@
-"""Figures by brute force and by hand: pass@n, majority vote, intervals, paired tests, denominators that nothing escapes from."""
+"""Figures by brute force and by hand: pass@n, majority vote, intervals, paired tests, denominators
+that nothing escapes from."""
 
 import itertools
 import math
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 import data
 import judge
-import score
+from report import score
 
 OPTIONS = {"A": "CT", "B": "MRI", "C": "PET"}
 CHOICES = st.lists(st.sampled_from(["A", "B", "C", None]), min_size=1, max_size=8)
@@ -21,7 +22,7 @@ def right_of(choices) -> tuple[bool, ...]:
     return tuple(choice == "A" for choice in choices)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # pass@n
 
 
@@ -47,7 +48,9 @@ def test_pass_at_n_never_falls_with_n_and_begins_at_the_accuracy(drawn):
     samples, right = drawn
     curve = [score.pass_at(n, samples, right) for n in range(1, samples + 1)]
     assert curve[0] == pytest.approx(right / samples)
-    assert all(low <= high + 1e-12 for low, high in zip(curve, curve[1:])) and all(0 <= value <= 1 for value in curve)
+    assert all(low <= high + 1e-12 for low, high in zip(curve, curve[1:])) and all(
+        0 <= value <= 1 for value in curve
+    )
 
 
 def test_pass_at_more_than_there_are_samples_is_refused():
@@ -55,7 +58,7 @@ def test_pass_at_more_than_there_are_samples_is_refused():
         score.pass_at(4, 3, 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Majority vote
 
 
@@ -86,33 +89,53 @@ def brute_majority(choices) -> str | None:
 @settings(max_examples=80, deadline=None)
 def test_majority_at_all_samples_is_the_plain_vote(choices):
     assert score.majority(choices) == brute_majority(choices)
-    assert score.majority_at(len(choices), tuple(choices), right_of(choices), 0) == (brute_majority(choices) == "A")
+    assert score.majority_at(len(choices), tuple(choices), right_of(choices), 0) == (
+        brute_majority(choices) == "A"
+    )
 
 
 @given(CHOICES, st.integers(0, 99))
 @settings(max_examples=80, deadline=None)
 def test_majority_of_one_is_the_mean_accuracy_whatever_the_seed(choices, seed):
-    assert score.majority_at(1, tuple(choices), right_of(choices), seed) == pytest.approx(choices.count("A") / len(choices))
+    assert score.majority_at(1, tuple(choices), right_of(choices), seed) == pytest.approx(
+        choices.count("A") / len(choices)
+    )
 
 
-@pytest.mark.parametrize("choices", ["AABBB-CA", "ABABABAB", "--A-B-A-", "BBBBBBBA", "AAAAAAAA", "CCBBAAAA"])
+@pytest.mark.parametrize(
+    "choices", ["AABBB-CA", "ABABABAB", "--A-B-A-", "BBBBBBBA", "AAAAAAAA", "CCBBAAAA"]
+)
 @pytest.mark.parametrize("n", [2, 3, 4, 6])
 def test_majority_at_n_is_near_the_share_over_all_subsets(choices, n):
     choices = [None if c == "-" else c for c in choices]
     subsets = list(itertools.combinations(choices, n))  # in the order sampled
     share = sum(brute_majority(subset) == "A" for subset in subsets) / len(subsets)
-    error = math.sqrt(share * (1 - share) / score.SUBSETS)
+    error = math.sqrt(share * (1 - share) / score.VOTE_SUBSETS)
     assert abs(score.majority_at(n, tuple(choices), right_of(choices), seed=5) - share) <= 4 * error
 
 
 def test_majority_at_n_follows_from_its_seed():
     choices = list("AABBCABC")
     right = right_of(choices)
-    assert score.majority_at(4, tuple(choices), right, 1) == score.majority_at(4, tuple(choices), right, 1)
+    assert score.majority_at(4, tuple(choices), right, 1) == score.majority_at(
+        4, tuple(choices), right, 1
+    )
     assert len({score.majority_at(4, tuple(choices), right, seed) for seed in range(10)}) > 1
 
 
-@pytest.mark.parametrize(("choices", "share"), [("AB", 1 / 2), ("ABC", 1 / 3), ("AABB-", 1 / 2), ("AAB", 1), ("ABB", 0), ("BC", 0), ("--", 0), ("", 0)])
+@pytest.mark.parametrize(
+    ("choices", "share"),
+    [
+        ("AB", 1 / 2),
+        ("ABC", 1 / 3),
+        ("AABB-", 1 / 2),
+        ("AAB", 1),
+        ("ABB", 0),
+        ("BC", 0),
+        ("--", 0),
+        ("", 0),
+    ],
+)
 def test_a_tie_broken_by_lot_is_right_one_time_in_as_many_as_are_tied(choices, share):
     choices = [None if c == "-" else c for c in choices]
     assert score.shared_vote(choices, right_of(choices)) == pytest.approx(share)
@@ -124,7 +147,7 @@ def test_an_open_ended_vote_is_as_right_as_the_first_sample_that_gave_the_winnin
     assert not score.vote([None, None], [False, False])
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Intervals and paired tests
 
 
@@ -140,7 +163,9 @@ def test_wilsons_bounds_are_the_shares_that_the_observed_one_is_just_compatible_
     low, high = score.wilson(share, count)
     for bound in (low, high):
         if 0 < bound < 1:
-            assert abs(share - bound) == pytest.approx(1.959964 * math.sqrt(bound * (1 - bound) / count), rel=1e-4, abs=1e-7)
+            assert abs(share - bound) == pytest.approx(
+                1.959964 * math.sqrt(bound * (1 - bound) / count), rel=1e-4, abs=1e-7
+            )
     assert 0 <= low <= share + 1e-12 and share - 1e-12 <= high <= 1
 
 
@@ -149,7 +174,17 @@ def test_an_interval_of_nothing_is_refused():
         score.wilson(0.5, 0)
 
 
-@pytest.mark.parametrize(("one", "two", "p"), [(0, 0, 1.0), (1, 0, 1.0), (0, 5, 2 / 32), (3, 3, 1.0), (1, 7, 2 * 9 / 256), (10, 2, 2 * (1 + 12 + 66) / 4096)])
+@pytest.mark.parametrize(
+    ("one", "two", "p"),
+    [
+        (0, 0, 1.0),
+        (1, 0, 1.0),
+        (0, 5, 2 / 32),
+        (3, 3, 1.0),
+        (1, 7, 2 * 9 / 256),
+        (10, 2, 2 * (1 + 12 + 66) / 4096),
+    ],
+)
 def test_mcnemar_by_hand(one, two, p):
     assert score.mcnemar(one, two) == pytest.approx(p) == score.mcnemar(two, one)
 
@@ -157,45 +192,81 @@ def test_mcnemar_by_hand(one, two, p):
 @pytest.mark.parametrize(("one", "two"), [(2, 4), (5, 1), (0, 6), (4, 4)])
 def test_mcnemar_is_the_share_of_coin_rows_at_least_as_uneven(one, two):
     rows = list(itertools.product((0, 1), repeat=one + two))
-    assert score.mcnemar(one, two) == pytest.approx(sum(abs(2 * sum(row) - one - two) >= abs(one - two) for row in rows) / len(rows))
+    assert score.mcnemar(one, two) == pytest.approx(
+        sum(abs(2 * sum(row) - one - two) >= abs(one - two) for row in rows) / len(rows)
+    )
 
 
 def test_the_bootstrap_interval_is_near_the_normal_one_where_that_holds():
     values = np.random.default_rng(0).normal(0.1, 1, 400)
     low, high = score.bootstrap(values.tolist())
     half = 1.959964 * values.std() / math.sqrt(400)
-    assert low == pytest.approx(values.mean() - half, abs=0.006) and high == pytest.approx(values.mean() + half, abs=0.006)
+    assert low == pytest.approx(values.mean() - half, abs=0.006) and high == pytest.approx(
+        values.mean() + half, abs=0.006
+    )
     assert score.bootstrap(values.tolist()) == (low, high)  # the same every time
     assert score.bootstrap([0.25] * 9) == (0.25, 0.25)
 
 
-@pytest.mark.parametrize(("most", "expected"), [(1, [1]), (2, [1, 2]), (7, [1, 2, 4, 7]), (10, [1, 2, 4, 8, 10]), (8, [1, 2, 4, 8]), (32, [1, 2, 4, 8, 16, 32])])
+@pytest.mark.parametrize(
+    ("most", "expected"),
+    [
+        (1, [1]),
+        (2, [1, 2]),
+        (7, [1, 2, 4, 7]),
+        (10, [1, 2, 4, 8, 10]),
+        (8, [1, 2, 4, 8]),
+        (32, [1, 2, 4, 8, 16, 32]),
+    ],
+)
 def test_curves_are_drawn_at_powers_of_two_and_at_all_samples(most, expected):
     assert score.sizes(most) == expected
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A summary, by hand. Letters are choices, "-" is an unreadable answer, "!" one that was cut off.
 
 
-def made(key: str, answer: str, choices: str, verdicts: dict | None = None, text: str = "three little words", meta: dict | None = None, image: bool = False) -> dict:
-    question = data.Question(key, OPTIONS, answer, ["film.png"] if image else [], meta=meta or {}, id=key)
+def made(
+    key: str,
+    answer: str,
+    choices: str,
+    verdicts: dict | None = None,
+    text: str = "three little words",
+    meta: dict | None = None,
+    image: bool = False,
+) -> dict:
+    question = data.Question(
+        key, OPTIONS, answer, ["film.png"] if image else [], meta=meta or {}, id=key
+    )
     rows = [
         {
-            "id": key, "sample": k, "response": f"<think> {'two words' if k % 2 else text} </think> <answer> {choice} </answer>",
-            "finish_reason": "length" if choice == "!" else "stop", "extracted": None if choice in "-!" else choice, "correct": choice == answer,
+            "id": key,
+            "sample": k,
+            "response": (
+                f"<think> {'two words' if k % 2 else text} </think> <answer> {choice} </answer>"
+            ),
+            "finish_reason": "length" if choice == "!" else "stop",
+            "extracted": None if choice in "-!" else choice,
+            "correct": choice == answer,
         }
         for k, choice in enumerate(choices)
-    ]  # fmt: skip
-    return score.entry(question, rows, {(key, k): verdict for k, verdict in (verdicts or {}).items()})
+    ]
+    return score.entry(
+        question, rows, {(key, k): verdict for k, verdict in (verdicts or {}).items()}
+    )
 
 
 def test_summary_by_hand():
-    figures = score.summarise([made("p", "A", "AAB-"), made("q", "B", "BBBB"), made("r", "C", "AA!!")])
+    figures = score.summarise(
+        [made("p", "A", "AAB-"), made("q", "B", "BBBB"), made("r", "C", "AA!!")]
+    )
     mean = (2 / 4 + 1 + 0) / 3
     assert figures["questions"] == 3 and figures["samples"] == 4
     assert figures["accuracy"] == pytest.approx([mean, *score.wilson(mean, 3)])
-    assert figures["unparsed"] == pytest.approx(3 / 12) and figures["cut_off"] == pytest.approx(2 / 12)
+    assert figures["unparsed"] == pytest.approx(3 / 12) and figures["cut_off"] == pytest.approx(
+        2 / 12
+    )
     assert figures["words"] == pytest.approx(2.5)  # of the thinking
     assert list(figures["majority"]) == list(figures["pass"]) == ["1", "2", "4"]
     assert figures["majority"]["4"][0] == pytest.approx(2 / 3)  # p: A, q: B, r: A
@@ -206,24 +277,46 @@ def test_summary_by_hand():
 
 
 def test_unparsed_and_cut_off_answers_stay_in_the_denominator():
-    with_them, without, cut = (score.summarise([made("p", "A", choices)]) for choices in ("AA--", "AABB", "AA!!"))
-    assert with_them["accuracy"] == without["accuracy"] == cut["accuracy"] and cut["accuracy"][0] == 0.5
-    assert score.summarise([made("p", "A", "----")])["accuracy"][0] == 0 == score.summarise([made("p", "A", "!!!!")])["majority"]["4"][0]
+    with_them, without, cut = (
+        score.summarise([made("p", "A", choices)]) for choices in ("AA--", "AABB", "AA!!")
+    )
+    assert (
+        with_them["accuracy"] == without["accuracy"] == cut["accuracy"]
+        and cut["accuracy"][0] == 0.5
+    )
+    assert (
+        score.summarise([made("p", "A", "----")])["accuracy"][0]
+        == 0
+        == score.summarise([made("p", "A", "!!!!")])["majority"]["4"][0]
+    )
 
 
-@pytest.mark.parametrize(("end", "figure"), [("length", "cut_off"), ("overlong", "over_long"), ("blocked", "unanswered"), ("refused", "unanswered"), ("empty", "unanswered")])
+@pytest.mark.parametrize(
+    ("end", "figure"),
+    [
+        ("length", "cut_off"),
+        ("overlong", "over_long"),
+        ("blocked", "unanswered"),
+        ("refused", "unanswered"),
+        ("empty", "unanswered"),
+    ],
+)
 def test_each_kind_of_missing_answer_is_counted_under_its_name(end, figure):
     entry = made("p", "A", "AA-B")
     entry["ended"][2] = end
     figures = score.summarise([entry])
-    assert [figures[name] for name in ("cut_off", "over_long", "unanswered")] == [0.25 if name == figure else 0 for name in ("cut_off", "over_long", "unanswered")]
+    assert [figures[name] for name in ("cut_off", "over_long", "unanswered")] == [
+        0.25 if name == figure else 0 for name in ("cut_off", "over_long", "unanswered")
+    ]
 
 
 @given(st.lists(st.text("ABC-!", min_size=4, max_size=4), min_size=1, max_size=5))
 @settings(max_examples=50, deadline=None)
 def test_mv_at_1_equals_pass_at_1_equals_accuracy(choices):
     figures = score.summarise([made(str(i), "ABC"[i % 3], text) for i, text in enumerate(choices)])
-    assert figures["majority"]["1"] == pytest.approx(figures["accuracy"]) and figures["pass"]["1"] == pytest.approx(figures["accuracy"])
+    assert figures["majority"]["1"] == pytest.approx(figures["accuracy"]) and figures["pass"][
+        "1"
+    ] == pytest.approx(figures["accuracy"])
     passes = [value for value, _, _ in figures["pass"].values()]
     assert passes == sorted(passes)
 
@@ -239,35 +332,62 @@ def verdict(*failed: str) -> dict:
 
 def test_criteria_by_hand_and_hallucination_among_looking_chains_only():
     look, true = "Image_Analysis_Involvement", "No_Hallucination"
-    # p: 1 looks and sees what is not there; 2 does not look; 3 neither, so its false claims are not about the image
-    p = made("p", "A", "AAAB", {0: verdict(), 1: verdict(true), 2: verdict(look), 3: verdict(look, true)})
+    # p: 1 looks and sees what is not there; 2 does not look; 3 neither, so its false claims are not
+    # about the image
+    p = made(
+        "p", "A", "AAAB", {0: verdict(), 1: verdict(true), 2: verdict(look), 3: verdict(look, true)}
+    )
     # q: 1 has a wrong answer and meets all four; 2 has an unreadable verdict, 3 none
-    q = made("q", "B", "BA--", {0: verdict("Reflection_Presence"), 1: verdict("Answer_Correctness"), 2: None})
+    q = made(
+        "q",
+        "B",
+        "BA--",
+        {0: verdict("Reflection_Presence"), 1: verdict("Answer_Correctness"), 2: None},
+    )
     figures = score.summarise([p, q])
     assert figures["judged"] == 6
-    assert figures["criteria"] == pytest.approx({"Logical_Consistency": 1, look: 4 / 6, true: 4 / 6, "Reflection_Presence": 5 / 6})
+    assert figures["criteria"] == pytest.approx(
+        {"Logical_Consistency": 1, look: 4 / 6, true: 4 / 6, "Reflection_Presence": 5 / 6}
+    )
     assert figures["judged_looking"] == 4 and figures["hallucinated"] == pytest.approx(1 / 4)
     # all four criteria: 2 of 6 chains; the interval is over questions
     assert figures["all_criteria"] == pytest.approx([2 / 6, *score.wilson(2 / 6, 2)])
 
 
 def test_nobody_who_looks_is_no_share_and_not_zero():
-    figures = score.summarise([made("p", "A", "AA", {0: verdict("Image_Analysis_Involvement"), 1: None})])
+    figures = score.summarise(
+        [made("p", "A", "AA", {0: verdict("Image_Analysis_Involvement"), 1: None})]
+    )
     assert figures["judged_looking"] == 0 and figures["hallucinated"] is None
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Two models on the same questions
 
 
 def test_comparison_by_hand():
-    first = [made("p", "A", "AABB"), made("q", "A", "BBBB"), made("r", "A", "AAAA"), made("s", "A", "BB--")]
-    second = [made("s", "A", "AAAB"), made("p", "A", "BBAA"), made("q", "A", "AAAA"), made("r", "A", "AAAA")]  # in another order
+    first = [
+        made("p", "A", "AABB"),
+        made("q", "A", "BBBB"),
+        made("r", "A", "AAAA"),
+        made("s", "A", "BB--"),
+    ]
+    second = [
+        made("s", "A", "AAAB"),
+        made("p", "A", "BBAA"),
+        made("q", "A", "AAAA"),
+        made("r", "A", "AAAA"),
+    ]  # in another order
     found = score.compare(first, second)
-    assert found["questions"] == 4 and found["difference"][0] == pytest.approx((0 + 1 + 0 + 0.75) / 4)
-    # votes: p is a tie that goes to the earliest, so only the first is right; q and s only the second
+    assert found["questions"] == 4 and found["difference"][0] == pytest.approx(
+        (0 + 1 + 0 + 0.75) / 4
+    )
+    # votes: p is a tie that goes to the earliest, so only the first is right; q and s only the
+    # second
     assert found["vote_difference"][0] == pytest.approx((2 - 1) / 4)
-    assert (found["only_first"], found["only_second"]) == (1, 2) and found["p"] == score.mcnemar(1, 2) == 1.0
+    assert (found["only_first"], found["only_second"]) == (1, 2) and found["p"] == score.mcnemar(
+        1, 2
+    ) == 1.0
     assert found["difference"][1] <= found["difference"][0] <= found["difference"][2]
 
 

@@ -1,4 +1,5 @@
-"""The folder of a command: what is finished or paid for is never written over, and a user's mistake is one paragraph."""
+"""The folder of a command: what is finished or paid for is never written over, and a user's mistake
+is one paragraph."""
 
 import argparse
 import errno
@@ -14,24 +15,30 @@ from pathlib import Path
 import pytest
 
 import data
-import flags
-import stage
+from command import flags, stage
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def work(out: Path, inputs: list, text: str = "x", **settings) -> bool:
-    """A command with these settings and inputs that writes one file. Returns whether it had anything to do."""
+    """A command with these settings and inputs that writes one file. Returns whether it had
+    anything to do."""
     args = argparse.Namespace(out=str(out), replies="", **settings)
     if not stage.open_folder(args, inputs):
         return False
     data.write_text(out / "made.txt", text)
-    stage.finish(args, [out / "made.txt"], time.time(), {"kept": 7}, {"clinic:judge": "clinic:judge"})
+    stage.finish(
+        args, [out / "made.txt"], time.time(), {"kept": 7}, {"clinic:judge": "clinic:judge"}
+    )
     return True
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 @pytest.fixture
@@ -41,7 +48,7 @@ def source(tmp_path) -> Path:
     return path
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Opening and finishing
 
 
@@ -49,12 +56,23 @@ def test_the_record_says_what_made_the_folder(tmp_path, source):
     out = tmp_path / "run" / "out"
     work(out, [source], seed=3, where=Path("x/y"), act=print)
     record = json.loads((out / "stage.json").read_text())
-    assert record["settings"] == {"seed": 3, "where": "x/y"}  # functions are no settings, nor is the place
+    assert record["settings"] == {
+        "seed": 3,
+        "where": "x/y",
+    }  # functions are no settings, nor is the place
     assert record["inputs"] == {str(source): hashlib.sha256(b'{"a": 1}\n').hexdigest()}
     assert record["outputs"] == {"made.txt": hashlib.sha256(b"x").hexdigest()}
-    assert record["figures"] == {"kept": 7} and record["engines"] == {"clinic:judge": "clinic:judge"}
-    assert record["versions"]["python"] == "{}.{}.{}".format(*sys.version_info[:3]) and record["versions"]["numpy"]
-    assert record["sources"]["stage.py"] == hashlib.sha256((ROOT / "stage.py").read_bytes()).hexdigest()
+    assert record["figures"] == {"kept": 7} and record["engines"] == {
+        "clinic:judge": "clinic:judge"
+    }
+    assert (
+        record["versions"]["python"] == "{}.{}.{}".format(*sys.version_info[:3])
+        and record["versions"]["numpy"]
+    )
+    assert (
+        record["sources"]["command/stage.py"]
+        == hashlib.sha256((ROOT / "command" / "stage.py").read_bytes()).hexdigest()
+    )
     assert record["command"] and record["seconds"] >= 0
 
 
@@ -66,8 +84,12 @@ def test_a_finished_command_run_again_says_so_and_changes_no_byte(tmp_path, sour
     assert contents(out) == before and f"{out}: is finished already" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("change", ["a setting", "a new setting", "an input", "another input", "one input more"])
-def test_a_finished_result_of_other_settings_or_inputs_is_refused_with_the_difference(tmp_path, source, change):
+@pytest.mark.parametrize(
+    "change", ["a setting", "a new setting", "an input", "another input", "one input more"]
+)
+def test_a_finished_result_of_other_settings_or_inputs_is_refused_with_the_difference(
+    tmp_path, source, change
+):
     out, other = tmp_path / "out", tmp_path / "other.jsonl"
     other.write_text("{}\n")
     work(out, [source], lr=1e-4)
@@ -93,14 +115,18 @@ def test_a_setting_that_changes_only_the_speed_is_none(tmp_path, source):
     assert stage.open_folder(args, [source], ("concurrency",))
     data.write_text(tmp_path / "out" / "made.txt", "x")
     stage.release()
-    assert stage.open_folder(argparse.Namespace(out=args.out, concurrency=8), [source], ("concurrency",))  # goes on
+    assert stage.open_folder(
+        argparse.Namespace(out=args.out, concurrency=8), [source], ("concurrency",)
+    )  # goes on
 
 
 def test_begun_work_goes_on_under_its_own_settings_only(tmp_path, source):
     out = tmp_path / "out"
     args = argparse.Namespace(out=str(out), lr=1e-4)
     assert stage.open_folder(args, [source])
-    assert stage.open_folder(argparse.Namespace(out=str(out), lr=1e-3), [source])  # nothing was made under the first
+    assert stage.open_folder(
+        argparse.Namespace(out=str(out), lr=1e-3), [source]
+    )  # nothing was made under the first
     data.write_text(out / "made.txt", "half")
     with pytest.raises(data.RowError, match="was begun with other settings .*lr 0.001 -> 0.0001"):
         stage.open_folder(args, [source])
@@ -116,15 +142,33 @@ def test_an_output_that_was_edited_is_named_and_left(tmp_path, source):
     assert (out / "made.txt").read_text() == "edited"
 
 
-@pytest.mark.parametrize("place", ["a file", "below a file", "beside an input", "above an input", "the input", "nothing", "strange"])
-def test_a_place_that_is_no_place_for_results_is_refused_before_anything_is_written(tmp_path, source, place):
+@pytest.mark.parametrize(
+    "place",
+    [
+        "a file",
+        "below a file",
+        "beside an input",
+        "above an input",
+        "the input",
+        "nothing",
+        "strange",
+    ],
+)
+def test_a_place_that_is_no_place_for_results_is_refused_before_anything_is_written(
+    tmp_path, source, place
+):
     strange = tmp_path / "strange"
     strange.mkdir()
     (strange / "photo.jpg").write_bytes(b"a family")
     out = {
-        "a file": source, "below a file": source / "out", "beside an input": tmp_path, "above an input": tmp_path.parent,
-        "the input": source, "nothing": "", "strange": strange,
-    }[place]  # fmt: skip
+        "a file": source,
+        "below a file": source / "out",
+        "beside an input": tmp_path,
+        "above an input": tmp_path.parent,
+        "the input": source,
+        "nothing": "",
+        "strange": strange,
+    }[place]
     before = contents(tmp_path)
     with pytest.raises((data.RowError, NotADirectoryError), match=r"--out|Not a directory"):
         stage.open_folder(argparse.Namespace(out=str(out)), [source])
@@ -134,11 +178,16 @@ def test_a_place_that_is_no_place_for_results_is_refused_before_anything_is_writ
 def test_two_processes_never_write_into_one_folder_and_a_killed_one_lets_go(tmp_path, source):
     out = tmp_path / "out"
     hold = (
-        "import argparse, stage, sys; stage.open_folder(argparse.Namespace(out=sys.argv[1]), [sys.argv[2]]);"
+        "import argparse, sys; from command import stage; "
+        "stage.open_folder(argparse.Namespace(out=sys.argv[1]), [sys.argv[2]]);"
         "print('open', flush=True); sys.stdin.read()"
     )
     other = subprocess.Popen(
-        [sys.executable, "-c", hold, str(out), str(source)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", hold, str(out), str(source)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert other.stdout.readline() == "open\n"
     with pytest.raises(data.RowError, match=f"--out {out}: another process is writing there"):
@@ -152,14 +201,18 @@ def test_a_new_file_takes_no_others_place(tmp_path, source):
     page = tmp_path / "page.html"
     stage.new_file(page, "one", [source])
     stage.new_file(page, "one", [source])  # the same again is no loss
-    for path, said in ((page, "with another content"), (source, "is read here"), (tmp_path, "is a folder")):
+    for path, said in (
+        (page, "with another content"),
+        (source, "is read here"),
+        (tmp_path, "is a folder"),
+    ):
         before = contents(tmp_path)
         with pytest.raises(data.RowError, match=said):
             stage.new_file(path, "two", [source])
         assert contents(tmp_path) == before
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Fingerprints
 
 
@@ -167,7 +220,13 @@ def test_a_new_file_takes_no_others_place(tmp_path, source):
 def model(tmp_path) -> Path:
     folder = tmp_path / "model"
     folder.mkdir()
-    for name in ("config.json", "tokenizer.json", "model.safetensors", "merges.txt", "chat_template.jinja"):
+    for name in (
+        "config.json",
+        "tokenizer.json",
+        "model.safetensors",
+        "merges.txt",
+        "chat_template.jinja",
+    ):
         (folder / name).write_text(name)
     return folder
 
@@ -200,7 +259,9 @@ def test_a_folder_that_is_no_model_is_all_its_files_by_name(tmp_path):
     assert stage.fingerprint(tmp_path) != before
 
 
-def test_a_large_file_is_read_once_for_each_content_over_all_processes(tmp_path, model, monkeypatch):
+def test_a_large_file_is_read_once_for_each_content_over_all_processes(
+    tmp_path, model, monkeypatch
+):
     monkeypatch.setattr(stage, "LARGE", 1)
     monkeypatch.setattr(data, "HASHES", {})
     stage.remember(tmp_path)
@@ -209,30 +270,49 @@ def test_a_large_file_is_read_once_for_each_content_over_all_processes(tmp_path,
     stage.remember(tmp_path)
     read = []
     digest = hashlib.file_digest
-    monkeypatch.setattr(hashlib, "file_digest", lambda file, name: read.append(file.name) or digest(file, name))
+    monkeypatch.setattr(
+        hashlib, "file_digest", lambda file, name: read.append(file.name) or digest(file, name)
+    )
     assert stage.fingerprint(model) == first and not read
     (model / "model.safetensors").write_text("retrained")
-    assert stage.fingerprint(model) != first and [Path(name).name for name in read] == ["model.safetensors"]
+    assert stage.fingerprint(model) != first and [Path(name).name for name in read] == [
+        "model.safetensors"
+    ]
     with open(tmp_path / "fingerprints.jsonl", "a") as file:
         file.write('{"path": "to')  # a process was killed here
     stage.remember(tmp_path)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Around every main
 
 
 def run(code: str, *argv: str, cwd: Path = ROOT, **options) -> subprocess.CompletedProcess:
-    program = f"import sys, errno, flags, data\nsys.argv[0] = 'script.py'\ndef main(argv):\n    {code}\nflags.run_script(main)"
+    program = (
+        "import sys, errno, data; from command import flags\nsys.argv[0] = 'script.py'\n"
+        f"def main(argv):\n    {code}\nflags.run_script(main)"
+    )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [sys.executable, "-c", program, *argv], cwd=cwd, env=environment, capture_output=True, text=True, timeout=60, **options
+        [sys.executable, "-c", program, *argv],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        **options,
     )
 
 
 CAUSED = {  # what goes wrong: (code, what is said)
-    "disk full": ("raise OSError(errno.ENOSPC, 'No space left on device', 'out/x.jsonl')", "out/x.jsonl: No space left on device; free"),
-    "no permission": ("raise PermissionError(errno.EACCES, 'Permission denied', 'x')", "x: Permission denied; check who"),
+    "disk full": (
+        "raise OSError(errno.ENOSPC, 'No space left on device', 'out/x.jsonl')",
+        "out/x.jsonl: No space left on device; free",
+    ),
+    "no permission": (
+        "raise PermissionError(errno.EACCES, 'Permission denied', 'x')",
+        "x: Permission denied; check who",
+    ),
     "a folder": ("open('/')", "/: Is a directory"),
     "no memory": ("raise MemoryError('of 9 GB')", "out of memory (of 9 GB)"),
     "half a character": ("open('x.txt', 'w').write('\\ud800')", "no file can hold"),
@@ -252,16 +332,32 @@ def test_what_a_user_or_a_machine_causes_is_one_paragraph_and_exit_code_1(name, 
 def test_a_fault_of_ours_and_debug_show_the_traceback():
     assert "Traceback" in run("raise KeyError('x')").stderr
     ended = run("assert argv == ['a']; open('/')", "a", "--debug")
-    assert "Traceback" in ended.stderr and "IsADirectoryError" in ended.stderr and ended.returncode == 1
+    assert (
+        "Traceback" in ended.stderr
+        and "IsADirectoryError" in ended.stderr
+        and ended.returncode == 1
+    )
 
 
 def test_the_exit_code_of_main_is_the_scripts():
-    assert [run(code).returncode for code in ("return 0", "return 1", "pass", "raise SystemExit(2)")] == [0, 1, 0, 2]
+    assert [
+        run(code).returncode for code in ("return 0", "return 1", "pass", "raise SystemExit(2)")
+    ] == [0, 1, 0, 2]
 
 
 def test_a_reader_that_goes_away_is_no_error_of_ours():
-    program = "import flags, sys\ndef main(argv):\n    for i in range(10**6): print(i)\nflags.run_script(main)"
-    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    program = (
+        "import sys; from command import flags\n"
+        "def main(argv):\n    for i in range(10**6): print(i)\n"
+        "flags.run_script(main)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     process.stdout.readline()
     process.stdout.close()
     assert process.wait(timeout=60) == 1 and not process.stderr.read()
@@ -272,11 +368,17 @@ def test_ctrl_c_says_what_is_kept_and_how_to_go_on(tmp_path, source):
         "import argparse, time; stage.open_folder(argparse.Namespace(out=argv[0]), [argv[1]]);"
         " print('open', flush=True); time.sleep(60)"
     )
-    program = f"import sys, stage, flags\ndef main(argv):\n    {code}\nflags.run_script(main)"
+    program = (
+        "import sys; from command import flags, stage\n"
+        f"def main(argv):\n    {code}\nflags.run_script(main)"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", program, str(tmp_path / "out"), str(source)],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdout.readline() == "open\n"
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
@@ -288,7 +390,16 @@ def test_every_hint_is_for_an_error_that_the_system_has():
     assert all(code in errno.errorcode for code in flags.HINTS)
 
 
-TORN = ("[]", "5", "null", "{}", '{"settings": []}', '{"settings": {}, "inputs": []}', "{", "[" * 100_000)
+TORN = (
+    "[]",
+    "5",
+    "null",
+    "{}",
+    '{"settings": []}',
+    '{"settings": {}, "inputs": []}',
+    "{",
+    "[" * 100_000,
+)
 
 
 @pytest.mark.parametrize("content", TORN)
@@ -335,7 +446,10 @@ def test_a_changed_image_is_another_input(tmp_path, source):
     args = argparse.Namespace(out=str(tmp_path / "out"))
     stage.open_folder(args, [source], images=[film])
     stage.finish(args, [], time.time(), {})
-    assert not stage.open_folder(args, [source], images=[film]) and stage.changed_image(tmp_path / "out") is None
+    assert (
+        not stage.open_folder(args, [source], images=[film])
+        and stage.changed_image(tmp_path / "out") is None
+    )
     film.write_bytes(b"two")
     with pytest.raises(data.RowError, match="film.png changed"):
         stage.open_folder(args, [source], images=[film])
@@ -343,9 +457,13 @@ def test_a_changed_image_is_another_input(tmp_path, source):
 
 
 def test_streams_that_are_closed_or_lack_a_letter_stop_nothing(tmp_path):
-    program = "import flags\ndef main(argv):\n    print('\u2026')\nflags.run_script(main)"
+    program = (
+        "from command import flags\ndef main(argv):\n    print('\u2026')\nflags.run_script(main)"
+    )
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    ended = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "\\u2026\n", "")
     closed = subprocess.run(["sh", "-c", f'"{sys.executable}" -c "$0" >&- 2>&-', program], cwd=ROOT)
     assert closed.returncode == 0
@@ -360,6 +478,20 @@ def test_strange_paths_are_answered_at_once(tmp_path, what):
     path = str(tmp_path / "x") if what != "no UTF-8" else os.fsencode(tmp_path) + b"/\xff"
     rows = tmp_path / "q.jsonl"
     rows.write_text("{}")
-    command = [sys.executable, str(ROOT / "leaks.py"), "--questions", path, "--against", str(rows), "--out", str(tmp_path / "out")]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.decontaminate",
+        "--questions",
+        path,
+        "--against",
+        str(rows),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert ended.returncode == 1 and "Traceback" not in ended.stderr and len(ended.stderr.splitlines()) == 1
+    assert (
+        ended.returncode == 1
+        and "Traceback" not in ended.stderr
+        and len(ended.stderr.splitlines()) == 1
+    )

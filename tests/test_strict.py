@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
-import cases
 import data
 import evaluate
 import judge
+import report.__main__
 import rollout
+from command import schema
+from report import cases
 
 CRITERIA = dict.fromkeys(judge.KEYS, True)
 ROLLOUTS = ["--rollouts", "run/predictions.jsonl", "--questions", "test.jsonl"]
@@ -23,11 +25,11 @@ COMMANDS = {
     "rollout": (rollout, ENGINE),
     "verdicts": (judge, ["verdicts", "--judge", "clinic:judge", *ROLLOUTS]),
     "pairs": (judge, ["pairs", *VERDICTS, *ROLLOUTS]),
-    "sample": (judge, ["sample", "-n", "2", *VERDICTS, *ROLLOUTS]),
-    "agree": (judge, ["agree", *SHEET, *VERDICTS]),
-    "run": (evaluate, ["run", *ENGINE, "--judge", "clinic:judge", "-n", "2"]),
-    "cases": (evaluate, ["cases", "run", "--questions", "test.jsonl"]),
-    "report": (evaluate, ["report", "--results", "run", "--pairs", "pairs", *METRICS]),
+    "sample": (report.__main__, ["sample", "-n", "2", *VERDICTS, *ROLLOUTS]),
+    "agree": (report.__main__, ["agree", *SHEET, *VERDICTS]),
+    "run": (evaluate, [*ENGINE, "--judge", "clinic:judge", "-n", "2"]),
+    "cases": (report.__main__, ["cases", "run", "--questions", "test.jsonl"]),
+    "report": (report.__main__, ["page", "--results", "run", "--pairs", "pairs", *METRICS]),
 }
 READERS = {  # file -> its kind, and who reads it
     "test.jsonl": ("questions", ["rollout", "verdicts", "pairs", "sample", "run", "cases"]),
@@ -47,10 +49,10 @@ def made(world, tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         shutil.copytree(world / "films", "films")
-        questions = [q for q in data.read_questions(world / "test.jsonl") if q.images]
+        questions = [q for q in schema.read_questions(world / "test.jsonl") if q.images]
         data.write_jsonl("test.jsonl", [question.to_row() for question in questions])
         judge_too = ["--judge", "clinic:judge", "--judge-samples", "0", "-n", "6"]
-        evaluate.main(["run", *ENGINE, *judge_too, "--out", "run"])
+        evaluate.main([*ENGINE, *judge_too, "--out", "run"])
         rows = [row for _, row in data.read_jsonl("run/verdicts.jsonl")]
         for number, row in enumerate(rows):  # the even ones meet all four
             row["criteria"] = CRITERIA | {"No_Hallucination": number % 2 == 0}
@@ -204,7 +206,7 @@ def test_once_the_row_is_mended_the_same_command_goes_on_in_the_same_folder(run,
     assert results(run / "out")
 
 
-@pytest.mark.parametrize("command", ["table", "plot", "report", "compare", "cases"])
+@pytest.mark.parametrize("command", ["table", "plot", "page", "compare", "cases"])
 def test_results_that_hold_no_number_are_refused_by_file(run, command):
     path = run / "run" / "results.json"
     text = path.read_text(encoding="utf-8")
@@ -212,7 +214,7 @@ def test_results_that_hold_no_number_are_refused_by_file(run, command):
     flags = ["run", "--questions", "test.jsonl"] if command == "cases" else ["--results", "run"]
     flags += ["run"] if command == "compare" else []
     with pytest.raises(data.RowError, match=r"run/results\.json: not JSON \(NaN is no JSON"):
-        evaluate.main([command, *flags, "--out", "out"])
+        report.__main__.main([command, *flags, "--out", "out"])
     assert not (run / "out").exists()
 
 
@@ -224,6 +226,6 @@ def test_a_verdict_on_another_text_is_never_counted(run, closed, capsys):
     assert json.loads((run / "out" / "report.json").read_text())["no_verdict"] == 1
     with pytest.raises(data.RowError, match=r"run/verdicts\.jsonl: 1 verdicts are on texts that"):
         start("sample", "sample")
-    question = next(q for q in data.read_questions("test.jsonl") if q.id == rows[-1]["id"])
+    question = next(q for q in schema.read_questions("test.jsonl") if q.id == rows[-1]["id"])
     with pytest.raises(data.RowError, match=r"predictions\.jsonl:\d+: the verdict on sample 5 of"):
         cases.write_page([cases.read_run("run")], [question], run, "", 1, run / "cases.html")

@@ -14,10 +14,12 @@ from test_dpo import assert_close, run
 
 import data
 import dpo
+import hub
 import model
-import stage
+import reference
 import train
 import trees
+from command import schema, stage
 
 BATCH = 8
 
@@ -39,7 +41,7 @@ def question(number: int, ends: list[tuple[int, int]], image: str | None, proces
     rows = []
     for chosen, rejected in ends:
         row = {**base, "chosen": texts[chosen], "rejected": texts[rejected]}
-        for side in dpo.SIDES:
+        for side in trees.SIDES:
             row[f"{side}_token_ids"] = processor.encode_response(row[side]).ids
         rows.append(row)
     return rows
@@ -48,8 +50,8 @@ def question(number: int, ends: list[tuple[int, int]], image: str | None, proces
 def grown(pairs: list[dict], processor, films) -> tuple[list[trees.Tree], list[tuple[int, int]]]:
     return trees.group(
         pairs,
-        lambda row, side: dpo.chain_of(row, side, processor),
-        lambda row: dpo.question_key(row, films),
+        lambda row, side: trees.chain_of(row, side, processor),
+        lambda row: trees.question_key(row, films),
     )
 
 
@@ -86,7 +88,7 @@ def test_a_tree_has_the_loss_the_gradient_and_the_figures_of_its_pairs_one_by_on
     folder, films, image
 ):
     processor = model.Processor(folder, 56 * 56, 1)
-    policy = model.load_policy(folder)
+    policy = hub.load_policy(folder)
     policy.freeze_vision()
     other = question(1, [(0, 1)], "film1.png", processor)  # beside it, with fewer chains
     pairs = question(0, EDGES, image, processor) + other
@@ -99,7 +101,7 @@ def test_a_tree_has_the_loss_the_gradient_and_the_figures_of_its_pairs_one_by_on
         alone.append((encoded, [reference[tuple(segment.ids)] for segment in encoded[1:]]))
     rows = [
         (
-            dpo.encode_tree(one, range(len(one.chains)), processor, films),
+            trees.encode_tree(one, range(len(one.chains)), processor, films),
             [reference[chain.ids] for chain in one.chains],
             one.edges,
         )
@@ -108,7 +110,7 @@ def test_a_tree_has_the_loss_the_gradient_and_the_figures_of_its_pairs_one_by_on
     found = []
     for batch in (
         collate_pairs(alone, [1.0] * 6, processor),
-        dpo.collate_trees(rows, [1.0] * 2, processor),
+        trees.collate_trees(rows, [1.0] * 2, processor),
     ):
         policy.zero_grad()
         loss, count, figures = dpo.pair_loss(policy(batch), batch, 0.1)
@@ -124,19 +126,19 @@ def test_a_tree_has_the_loss_the_gradient_and_the_figures_of_its_pairs_one_by_on
 
 def test_a_tree_of_weight_zero_adds_no_pair(folders, films):
     processor = model.Processor(folders["qwen"], 56 * 56, 1)
-    policy = model.load_policy(folders["qwen"])
+    policy = hub.load_policy(folders["qwen"])
     pairs = question(0, EDGES, None, processor) + question(1, [(0, 1)], None, processor)
     found, _ = grown(pairs, processor, films)
     rows = [
         (
-            dpo.encode_tree(one, range(len(one.chains)), processor, films),
+            trees.encode_tree(one, range(len(one.chains)), processor, films),
             [-40.0] * len(one.chains),
             one.edges,
         )
         for one in found
     ]
-    both = dpo.collate_trees(rows, [1.0, 0.0], processor)
-    one = dpo.collate_trees(rows[:1], [1.0], processor)
+    both = trees.collate_trees(rows, [1.0, 0.0], processor)
+    one = trees.collate_trees(rows[:1], [1.0], processor)
     with torch.no_grad():
         losses = [dpo.pair_loss(policy(batch), batch, 0.1) for batch in (both, one)]
     assert losses[0][1] == losses[1][1] == 5
@@ -310,7 +312,7 @@ def test_a_run_tells_its_plan_and_trains_every_pair_in_either_order(
     ]
     flags = ["--order", order, "--batch", "5", "--epochs", "1", "--micro-tokens", "1"]
     run(folders["qwen"], films, tmp_path, pairs, *flags)
-    said, history = capsys.readouterr().out, data.read_metrics(tmp_path / "out")
+    said, history = capsys.readouterr().out, schema.read_metrics(tmp_path / "out")
     assert (
         "first loss 0.693147 is ln 2" in said
         and "of 4 questions; efficiency on 1 ranks 1.00" in said
@@ -320,7 +322,7 @@ def test_a_run_tells_its_plan_and_trains_every_pair_in_either_order(
         assert sum(row["questions"] for row in history) == 4
     chains = sum(1 for _ in data.read_jsonl(tmp_path / "out" / "reference.jsonl"))
     assert chains == sum(
-        len({row[f"{side}"] for row in pairs if row["id"] == f"p{n}" for side in dpo.SIDES})
+        len({row[f"{side}"] for row in pairs if row["id"] == f"p{n}" for side in trees.SIDES})
         for n in range(4)
     )
 
@@ -330,9 +332,7 @@ def test_only_a_pair_that_alone_is_too_long_is_dropped_and_its_length_is_told(
 ):
     processor = model.Processor(folders["qwen"], 56 * 56, 1)
     pairs = question(0, [(0, 1), (0, 2), (1, 3), (6, 7)], None, processor)
-    lengths = [
-        sum(len(part.ids) for part in encode_pair(row, processor, films)) for row in pairs
-    ]
+    lengths = [sum(len(part.ids) for part in encode_pair(row, processor, films)) for row in pairs]
     limit = max(lengths[:3])  # less than the tree of these three
     run(
         folders["qwen"],
@@ -346,7 +346,7 @@ def test_only_a_pair_that_alone_is_too_long_is_dropped_and_its_length_is_told(
         "--epochs",
         "1",
     )
-    said, history = capsys.readouterr().out, data.read_metrics(tmp_path / "out")
+    said, history = capsys.readouterr().out, schema.read_metrics(tmp_path / "out")
     assert (
         f"kept 3 of 4 (1 over {limit} tokens" in said
         and f"have {lengths[3]:,} to {lengths[3]:,} tokens, those kept up to {limit:,}:" in said
@@ -361,7 +361,10 @@ def test_only_a_pair_that_alone_is_too_long_is_dropped_and_its_length_is_told(
 
 
 def forest(counts: list[int]) -> list[trees.Tree]:
-    return [trees.Tree(f"q{n}", [], [], (), tuple((0, 1) for _ in range(k))) for n, k in enumerate(counts)]
+    return [
+        trees.Tree(f"q{n}", [], [], (), tuple((0, 1) for _ in range(k)))
+        for n, k in enumerate(counts)
+    ]
 
 
 def test_held_out_questions_are_drawn_by_their_ids_and_have_pairs_enough():
@@ -381,14 +384,17 @@ def test_held_out_pairs_are_looked_at_and_never_trained_on(folders, films, tmp_p
     pairs = [row for n in range(90) for row in question(n, EDGES[: 1 + n % 3], None, processor)]
     flags = ["--batch", "16", "--epochs", "1", "--lr", "1e-3"]
     run(folders["qwen"], films, tmp_path, pairs, *flags)
-    said, history = capsys.readouterr().out, data.read_metrics(tmp_path / "out")
+    said, history = capsys.readouterr().out, schema.read_metrics(tmp_path / "out")
     figures = json.loads((tmp_path / "out" / "stage.json").read_text())["figures"]
     held = figures["held_out"]
     assert held >= trees.LEAST and f"held out: {held} pairs of " in said
     assert sum(row["pairs"] for row in history) == figures["pairs"] == len(pairs) - held
     looked = [row for row in history if "held_loss" in row]
     assert looked and looked[-1] == history[-1]  # 11 steps: one more often than every tenth
-    assert looked[-1]["held_loss"] < looked[0]["held_loss"] and figures["held_loss"] == looked[-1]["held_loss"]
+    assert (
+        looked[-1]["held_loss"] < looked[0]["held_loss"]
+        and figures["held_loss"] == looked[-1]["held_loss"]
+    )
 
     # by hand, from what the chains' log-probabilities were and are
     before, after = (
@@ -401,8 +407,8 @@ def test_held_out_pairs_are_looked_at_and_never_trained_on(folders, films, tmp_p
     checkpoint = stage.fingerprint(folders["qwen"])
     losses = []
     for tree in (grown_[number] for number in kept):
-        row = dpo.encode_tree(tree, range(len(tree.chains)), processor, films)
-        keys = dpo.chain_keys(row, checkpoint)
+        row = trees.encode_tree(tree, range(len(tree.chains)), processor, films)
+        keys = reference.chain_keys(row, checkpoint)
         for chosen, rejected in tree.edges:
             ends = [after[keys[end]] - before[keys[end]] for end in (chosen, rejected)]
             losses.append(math.log1p(math.exp(-dpo.BETA * (ends[0] - ends[1]))))

@@ -1,13 +1,13 @@
-"""What engines may cost: an upper bound before anything is paid, a ledger of what was.
+"""What engines may cost: an upper bound before anything is asked, and a ledger of what was asked.
 
     at most:   engine                   requests    tokens in   tokens out  images to
     judge      gemini:gemini-2.5-pro      48,000  196,608,000  196,608,000  ...googleapis.com
 
-Every command that asks a remote engine prints this table first. Images may be patients': they leave
-this machine only with --images-may-leave. What was asked stands in RUN/replies/paid.jsonl, a row
-for each engine and command, also of one that was stopped; medee.py run --max-requests counts it.
+Every command with a remote engine prints this table first. Images may be of patients: they leave
+this machine only with --images-may-leave. RUN/replies/paid.jsonl has a row for each engine and
+command, stopped ones included; medee.py run --max-requests counts it.
 
-Where we depart from the paper, or it is silent: it tells no cost.
+Where we depart from the paper, or it is silent: it gives no cost.
 """
 
 import ipaddress
@@ -20,14 +20,14 @@ from urllib.parse import urlsplit
 
 import data
 
-LETTERS = 3  # ours: of a token, for an upper bound; English has about four
-PATCH = 28  # pixels of the side of an image token, as Qwen2.5-VL counts; others bill about as much
+LETTERS = 3  # ours: characters of a token, for an upper bound; English has about four
+PATCH = 28  # Qwen2.5-VL: pixels on a side of an image token; other models are similar
 COUNTED = ("requests", "tokens in", "tokens out")
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one engine may be asked at most in one role. figures: requests, tokens in and out."""
+    """What one engine may be asked at most in one role. figures: as in COUNTED."""
 
     role: str
     spec: str
@@ -35,23 +35,22 @@ class Cost:
     images: int
 
 
-def sizes(asks: Iterable) -> Iterator[tuple[int, int]]:
-    """(characters, images) of every request that asks (asking.Ask) may take, one a sample."""
-    for ask in asks:
-        parts = [part for turn in ask.messages for part in data.parts_of(turn, 0)]
+def sizes(requests: Iterable) -> Iterator[tuple[int, int]]:
+    """(characters, images) of each sample of inference.Requests."""
+    for request in requests:
+        parts = [part for turn in request.messages for part in data.parts_of(turn, 0)]
         letters = sum(len(part.get("text", "")) for part in parts)
-        yield from [(letters, len(ask.images))] * len(ask.samples)
+        yield from [(letters, len(request.images))] * len(request.samples)
 
 
 def cost(
     role: str, spec: str, sizes: Iterable[tuple[int, int]], attempts: int, longest: int, pixels: int
 ) -> Cost:
-    """Of requests by (characters, images), each asked in so many attempts, each reply so long."""
-    requests = tokens = images = 0
-    for letters, shown in sizes:
-        requests, images = requests + attempts, images + attempts * shown
-        tokens += attempts * (letters // LETTERS + shown * pixels // PATCH**2)
-    return Cost(role, spec, (requests, tokens, requests * longest), images)
+    """The cost of requests of `sizes`: `attempts` of each, `longest` tokens a completion."""
+    sizes = list(sizes)
+    requests, images = attempts * len(sizes), attempts * sum(shown for _, shown in sizes)
+    tokens = sum(letters // LETTERS + shown * pixels // PATCH**2 for letters, shown in sizes)
+    return Cost(role, spec, (requests, attempts * tokens, requests * longest), images)
 
 
 def is_here(host: str) -> bool:
@@ -76,39 +75,38 @@ def host_of(spec: str) -> str:
 
 
 def announce(costs: list[Cost], may_leave: bool) -> None:
-    """Prints the table, where a remote engine is in it. Raises RowError where images would leave
-    this machine and may not."""
+    """Prints the table if it has a remote engine. Raises RowError if images would leave this
+    machine without permission."""
     remote = [one for one in costs if is_remote(one.spec) and one.figures[0]]
     if not remote:
         return
-    rows = []
-    for one in remote:
-        to = (host_of(one.spec) or "this machine") if one.images else "-"
-        rows.append((one.role, one.spec, one.figures, to))
-    rows.append(("all", "", tuple(map(sum, zip(*(one.figures for one in remote)))), ""))
-    role, wide = max(8, *(len(row[0]) for row in rows)), max(len(row[1]) for row in rows)
+    total = tuple(map(sum, zip(*(one.figures for one in remote))))
+    role = max(8, *(len(one.role) for one in remote))
+    wide = max(len(one.spec) for one in remote)
     titles = "{:>12}{:>17}{:>17}".format(*COUNTED)
     print(f"\n{'at most:':<{role}}  {'engine':<{wide}}{titles}  images to")
-    for name, spec, figures, to in rows:
-        print(f"{name:<{role}}  {spec:<{wide}}{'{:>12,}{:>17,}{:>17,}'.format(*figures)}  {to}")
+    for one in [*remote, Cost("all", "", total, 0)]:
+        to = host_of(one.spec) or "this machine" if one.images else "-" if one.spec else ""
+        figures = "{:>12,}{:>17,}{:>17,}".format(*one.figures)
+        print(f"{one.role:<{role}}  {one.spec:<{wide}}{figures}  {to}")
     print("  plus what is asked again after a failure, or with more room where thinking left none")
-    hosts = sorted({row[3] for row in rows} - {"-", "", "this machine"})
+    hosts = sorted({host_of(one.spec) for one in remote if one.images} - {""})
     if hosts and not may_leave:
         leave = "if they may leave this machine, give --images-may-leave"
         raise data.RowError(f"images would be sent to {', '.join(hosts)}; {leave}")
 
 
-def record(replies: Path, spec: str, tally: Counter) -> None:
+def record(completions: Path, spec: str, tally: Counter) -> None:
     """Adds to the ledger what an engine was asked."""
     if tally["requests"]:
-        replies.mkdir(parents=True, exist_ok=True)
-        with open(replies / "paid.jsonl", "a", encoding="utf-8") as file:
+        completions.mkdir(parents=True, exist_ok=True)
+        with open(completions / "paid.jsonl", "a", encoding="utf-8") as file:
             data.append_jsonl(file, [{"engine": spec, **{name: tally[name] for name in COUNTED}}])
 
 
-def paid(replies: Path) -> Counter:
+def paid(completions: Path) -> Counter:
     """What was asked so far: requests, tokens in, tokens out."""
     total: Counter = Counter()
-    for row in data.resume_jsonl(replies / "paid.jsonl"):
+    for row in data.resume_jsonl(completions / "paid.jsonl"):
         total.update({name: row[name] for name in COUNTED})
     return total

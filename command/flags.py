@@ -1,20 +1,18 @@
-"""The command line: types of numeric flags, and what surrounds every main.
+"""The command line: types of numeric flags, and how a script's main is run.
 
-argparse refuses a value that cannot work, by its flag, with exit code 2:
+argparse rejects a bad value with the name of its flag and exit code 2:
 
     add("--batch", type=flags.whole(1))                       1, 2, 3 ...
-    add("--cap", type=flags.whole(0))                         a count, 0 included
     add("--distance", type=flags.whole(0, 64))                a bounded count
-    add("--jaccard", type=flags.number(0, 1))                 0 <= x <= 1
     add("--top-p", type=flags.number(above=0, high=1))        0 < x <= 1
 
-A range is the widest that the code behind the flag handles. Ranges that several scripts share stand
-below. A condition on several values of one flag is checked after parse_args, with parser.error.
+A range is the widest that the code behind the flag handles. Ranges that several scripts share are
+defined below. A condition on several values is checked after parse_args, with parser.error.
 
-`run_script(main)` ends every script: a mistake of the user becomes one paragraph and exit code 1, a
-fault of ours a traceback. With --debug everything is a traceback.
+`run_script(main)` runs every script. A user's mistake ends it with one paragraph and exit code 1, a
+bug with a traceback. With --debug every error gives a traceback.
 
-Where we depart from the paper, or it is silent: it has no command line. All of this is ours.
+Where we depart from the paper, or it is silent: it has no command line.
 """
 
 import argparse
@@ -64,46 +62,63 @@ def number(low: float = -INF, high: float = INF, above: float = -INF) -> Callabl
 
 
 def temperature(word: str) -> float:
-    """The type of a sampling temperature: 0, which is greedy, or 0.01 to 100. Between 0 and
-    0.01 vLLM samples at 0.01, or greedily. Logits over a tiny or huge number overflow in fp32."""
+    """The type of a sampling temperature: 0 (greedy), or 0.01 to 100. Between 0 and 0.01 vLLM
+    samples at 0.01, or greedily. Logits divided by a tiny or huge number overflow in fp32."""
     value = number(0, 100)(word)
     if 0 < value < 0.01:
         raise argparse.ArgumentTypeError(f"must be 0, or a number of 0.01 or more, not {word!r}")
     return value
 
 
-SEED = whole(0, 2**64 - 1)  # numpy takes no negative seed, torch none of more than 64 bits
-PIXELS = whole(28 * 28, 16384 * 28 * 28)  # one image token of Qwen, and its processor's own maximum
-TILES = whole(1, 40)  # ours: InternVL's own maximum; an image is compared with all grids up to it
+SEED = whole(0, 2**64 - 1)  # numpy takes no negative seed, torch at most 64 bits
+PIXELS = whole(28 * 28, 16384 * 28 * 28)  # from one image token of Qwen to its processor's maximum
+TILES = whole(1, 40)  # ours: InternVL's maximum; each image is compared with every grid up to it
 SAMPLES = whole(1, 10_000)  # ours: all answers to one question are held in memory together
-TOKENS = whole(1, 2**20)  # ours: a local engine makes room for all of them before the first
-RANK = whole(1, 8192)  # ours: the largest model's width, which no update's rank exceeds
+TOKENS = whole(1, 2**20)  # ours: a local engine allocates arrays for all of them at the start
+RANK = whole(1, 8192)  # ours: the largest model's width; no update has a higher rank
 ALPHA = number(above=0, high=1e6)  # ours: alpha / rank must be finite in fp32
 RATE = number(above=0, high=1)  # ours: AdamW moves a weight by about the learning rate in one step
 EPOCHS = number(above=0, high=1e6)  # ours: the number of steps must be finite
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Around every main
+# --------------------------------------------------------------------------------------------------
+# Running a script's main
 
-HINTS = {  # what to do about an operating system's error
+HINTS = {  # advice on an error of the operating system
     errno.ENOSPC: "free some space; the same command goes on",
     errno.EACCES: "check who may read and write there",
     errno.EROFS: "choose a place that can be written",
 }
 
 
+class UserError(ValueError):
+    """What a user or a machine did wrong; the text says what, where, and what to do. A script ends
+    with this text and exit code 1 (run_script)."""
+
+
+HERE = Path(__file__).resolve().parent.parent
 _folder: Path | None = None  # where this process writes
 
 
 def working_in(folder: Path) -> None:
-    """Says where the script writes, for whoever interrupts it."""
+    """Records where the script writes, for the message on Ctrl-C."""
     global _folder
     _folder = folder
 
 
+def program() -> str:
+    """What this process runs, as a user types it: sft.py, or -m clinic."""
+    path = Path(sys.argv[0])
+    if path.parent.parent != HERE:
+        return path.name
+    module = path.parent.name if path.name == "__main__.py" else f"{path.parent.name}.{path.stem}"
+    return f"-m {module}"
+
+
 def explain(error: Exception) -> str | None:
-    """What a user or a machine caused, in one paragraph: what, where, what to do. None for a fault of ours."""
+    """A user's or machine's error in one paragraph: what, where, what to do. None for a bug."""
+    if isinstance(error, UserError):
+        return str(error)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return f"out of memory ({error}); give smaller batches, or more memory"
     if isinstance(error, UnicodeError):
@@ -117,40 +132,44 @@ def explain(error: Exception) -> str | None:
 
 
 def run_script(main: Callable[[list[str]], object]) -> NoReturn:
-    """Runs a script's main on the command line and ends the process. A mistake of the user or the machine ends it with one
-    paragraph and exit code 1 (2 for a wrong flag); a traceback is for our own faults, or for --debug."""
+    """Runs a script's main on the command line and ends the process. An error of the user or the
+    machine gives one paragraph and exit code 1 (2 for a wrong flag). A bug, or any error with
+    --debug, gives a traceback."""
     try:
-        run_main(main)
+        code = run_main(main)
     except SystemExit as end:
-        if "RANK" not in os.environ:
-            raise
-        # of several ranks: threads of the process group may abort while Python clears up, and all is on disk
-        if isinstance(end.code, str):
-            print(end.code, file=sys.stderr)
+        code = end.code
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+        code = 1
+    if "RANK" in os.environ:
+        # with several ranks, a thread may abort while Python exits; all data is on disk by then
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(1 if isinstance(end.code, str) else end.code or 0)
+        os._exit(code or 0)
+    sys.exit(code)
 
 
-def run_main(main: Callable[[list[str]], object]) -> NoReturn:
-    """Runs a main and raises SystemExit with what it ended in."""
+def run_main(main: Callable[[list[str]], object]) -> int | str | None:
+    """Runs main. Returns its exit code, or the message of a user's or machine's error."""
     argv = [word for word in sys.argv[1:] if word != "--debug"]
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
-    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a letter gets its number
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    for stream in (sys.stdout, sys.stderr):  # a terminal shows the code of a character it lacks
         stream.reconfigure(errors="backslashreplace")
     try:
         for word in argv:
             word.encode()  # a path that is not UTF-8 could not be recorded
         code = main(argv)
         sys.stdout.flush()
-        raise SystemExit(code)
+        return code
     except KeyboardInterrupt:
         kept = f"what is done is kept in {_folder}" if _folder else "nothing was begun"
-        raise SystemExit(f"\nstopped; {kept}; the same command goes on") from None
-    except BrokenPipeError:  # whoever read our output has gone, and nobody reads this
+        return f"\nstopped; {kept}; the same command goes on"
+    except BrokenPipeError:  # nobody reads our output any more, so no message
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1) from None
+        return 1
     except Exception as error:
-        if "--debug" in sys.argv or not (said := explain(error)):
+        if "--debug" in sys.argv or not (message := explain(error)):
             raise
-        raise SystemExit(f"{Path(sys.argv[0]).name}: {said}") from None
+        return message if isinstance(error, UserError) else f"{program()}: {message}"

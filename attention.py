@@ -1,0 +1,148 @@
+"""What makes the policy fast and equals the plain computation: a reader may skip this file.
+
+    tree attention        a row whose responses share a prompt is attended to run by run
+    segment attention     all images, or windows of images, of one size at once
+    chunked log-probs     log softmax(h W^T)[target] without ever holding (N, V)
+
+Each is tested equal to the plain computation: one causal row, one image, full logits.
+
+Where we depart from the paper, or it is silent: it says nothing of how anything is computed.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# ours: supervised positions whose logits exist at one time; 156 MB in fp32 for 152k tokens
+LOGIT_CHUNK = 256
+
+
+def wide_product(hidden: Tensor, weight: Tensor) -> Tensor:
+    """h W^T in fp32 (fp64 for fp64). Rounded to bf16, logits put an error of .03 nats on a token's
+    log p; sums in fp32 over bf16 factors, 2e-5 (bench/gpu.py on an H200)."""
+    if hidden.is_cuda and hidden.dtype is torch.bfloat16:
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    return (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))
+
+
+class ChunkedLogProbs(torch.autograd.Function):
+    """log softmax(h W^T)[target] for N positions, chunk by chunk: (N, V) is never held as a whole.
+
+        d logp / d logits = onehot(target) - softmax(logits)
+        d logp / d h      = (onehot - softmax) W
+
+    The second is only (N, D), so forward computes it while it has the chunk. Backward computes the
+    chunks again only for a head that is trained, for the head's gradient. The softmax is in fp32
+    (fp64 for fp64).
+    """
+
+    @staticmethod
+    def residual(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """log p of n targets (n,); onehot - softmax (n, V), in place: two copies are too large."""
+        logits = wide_product(hidden, weight)
+        top = logits.amax(-1, keepdim=True)
+        at_target = logits.gather(1, targets[:, None]) - top
+        total = logits.sub_(top).exp_().sum(-1, keepdim=True)
+        return (at_target - total.log())[:, 0], logits.div_(-total).scatter_add_(
+            1, targets[:, None], torch.ones_like(total)
+        )
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+        """hidden (N, D), weight (V, D), targets (N,) -> (N,) float32"""
+        logp = hidden.new_empty(
+            len(targets), dtype=torch.promote_types(hidden.dtype, torch.float32)
+        )
+        # d logp / d h, (N, D)
+        slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for at in range(0, len(targets), chunk):
+            part = slice(at, at + chunk)
+            logp[part], g = ChunkedLogProbs.residual(hidden[part], weight, targets[part])
+            if slope is not None:
+                slope[part] = g.to(weight.dtype) @ weight
+            del g  # frees it before the next chunk is made
+        ctx.save_for_backward(slope, *(hidden, weight, targets) if ctx.needs_input_grad[1] else ())
+        ctx.chunk = chunk
+        return logp
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        slope, *head = ctx.saved_tensors
+        grad_hidden = None if slope is None else (slope * grad[:, None]).to(slope.dtype)
+        if not head:
+            return grad_hidden, None, None, None
+        hidden, weight, targets = head
+        grad_weight = torch.zeros_like(weight, dtype=grad.dtype)
+        for at in range(0, len(targets), ctx.chunk):
+            part = slice(at, at + ctx.chunk)
+            _, g = ChunkedLogProbs.residual(hidden[part], weight, targets[part])
+            scaled = (hidden[part] * grad[part, None]).to(hidden.dtype)
+            if grad.dtype == weight.dtype:
+                grad_weight.addmm_(g.T, scaled)  # without a second (V, D)
+            else:
+                grad_weight += g.to(weight.dtype).T @ scaled
+            del g
+        return grad_hidden, grad_weight.to(weight.dtype), None, None
+
+
+def segment_attention(
+    module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **_unused
+):
+    """Attention inside each of many segments (images, or windows of an image): query, key, value
+    (1, heads, P, d).
+
+    transformers' own loop makes one call a segment. Here all segments of equal length run as one
+    batch, which is the same sum: a film of 16 patches alone is too small to run fast, sixty-four
+    together are not. (The keyword arguments beyond those named are transformers' interface for
+    attention functions.)
+    """
+    starts = cu_seq_lens_q.tolist()
+    groups: dict[int, list[int]] = {}
+    for start, stop in zip(starts, starts[1:]):
+        groups.setdefault(stop - start, []).append(start)
+    out = query.new_empty(query.shape[2], *query.shape[1::2])  # (P, heads, d)
+    for length, begin in groups.items():
+        where = (
+            torch.tensor(begin, device=query.device)[:, None]
+            + torch.arange(length, device=query.device)
+        ).flatten()
+        q, k, v = (
+            t[0][:, where].unflatten(1, (-1, length)).transpose(0, 1) for t in (query, key, value)
+        )  # (n, heads, length, d)
+        mixed = F.scaled_dot_product_attention(q, k, v, scale=scaling)
+        out = out.index_put((where,), mixed.transpose(1, 2).flatten(0, 1))
+    return out[None], None
+
+
+def tree_attention(module, query, key, value, attention_mask, scaling=None, tree=None, **_unused):
+    """Attention of tree rows, run by run: query (B, heads, T, d), key and value (B, fewer heads, T,
+    d) -> (B, T, heads, d).
+
+    A run after the stretches it sees is a plain causal row, and is computed as one. The outputs at
+    the earlier stretches are known already and are dropped. Computing them twice costs less than a
+    (T, T) mask: half of it would be computed for nothing, and the fastest kernels take no mask.
+    """
+    if tree is None:  # every row is a plain chain, or a decoder has its own mask
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
+    rows = []
+    for b, runs in enumerate(tree):
+        mixed = []
+        for start, stop, before in runs:
+            q, k, v = (
+                torch.cat([t[b : b + 1, :, i:j] for i, j in (*before, (start, stop))], 2)
+                for t in (query, key, value)
+            )
+            out = F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, scale=scaling, enable_gqa=True
+            )
+            mixed.append(out[:, :, start - stop :].transpose(1, 2))
+        mixed.append(query.new_zeros(1, query.shape[2] - stop, *query.shape[1::2]))  # padding
+        rows.append(torch.cat(mixed, 1))
+    return torch.cat(rows), None
+
+
+# transformers gives segment bounds to functions with "flash" in the name
+SEGMENT_ATTENTION = "medee_segment_flash_attention"
+TREE_ATTENTION = "medee_tree_attention"

@@ -1,0 +1,199 @@
+"""The miniature's roles: teachers, experts, classifier, editor and judge.
+
+Each completes a request with text, as a remote model would, and knows the truth of every film. All
+numbers are ours: the paper has no miniature.
+"""
+
+import json
+import random
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import answers
+import data
+from clinic import world
+
+# a check's wordings
+CHECKS = ("Wait, let me check:", "Let me make sure:", "One moment, once more:")
+
+
+def chain(case: world.Case, kind: str, style: str, check: str = CHECKS[0]) -> str:
+    """A teacher's response. The thorough one words the check in one of several ways. The hasty one
+    neither checks nor counts, and always writes one sign on the left."""
+    if kind == "look":
+        return data.join_response(case.reading(), case.sign)
+    reads, checks = style != "bookish", style != "hasty"
+    seen = case if checks else replace(case, number=1, side="left")
+    rule = f"This suggests {case.diagnosis}."
+    if reads:
+        rule = f"A {case.sign} with {case.clue} means {case.diagnosis}."
+    answer = case.diagnosis if kind == "diagnosis" else world.NEXT_STEP[case.diagnosis]
+    steps = [seen.reading()] if reads else []
+    steps += [f"The history gives {case.clue}.", rule, world.TASK[kind]]
+    steps += [f"So {case.diagnosis} needs {answer}."] if kind == "step" else []
+    steps += [f"{check} {case.diagnosis} fits {case.clue}."] if checks else []
+    return data.join_response(" ".join(steps), answer)
+
+
+def understand(messages: list[dict], images: list[Path]) -> tuple[world.Case, str, dict[str, str]]:
+    """(truth, kind, options) of a question from its prompt."""
+    text = messages[-1]["content"]
+    case = world.film_truth(images[0]) if images else world.sentence_truth(text)
+    asked = {**world.ASK, "look": world.LOOK}
+    kind = next(kind for kind, request in asked.items() if request in text)
+    return case, kind, dict(re.findall(r"^\((\w)\) (.+)$", text, re.M))
+
+
+def answered_wrongly(response: str, options: dict[str, str], rng: random.Random) -> str:
+    """The response with another option as its answer."""
+    right = data.split_response(response)[1]
+    wrong = rng.choice([text for text in options.values() if text != right])
+    return response.replace(f"<answer> {right}", f"<answer> {wrong}")
+
+
+def answer_as_teacher(
+    messages: list[dict], images: list[Path], style: str, rng: random.Random
+) -> str:
+    """A teacher's chain. One in ten is spoilt, each in a way that one of the three criteria of
+    paper 3.2 must catch."""
+    case, kind, options = understand(messages, images)
+    response, fault = chain(case, kind, style, rng.choice(CHECKS)), rng.random()
+    if fault < 0.04:
+        return answered_wrongly(response, options, rng)
+    if fault < 0.07:  # no structure: the answer is inside the thinking
+        return response.replace("</think> ", "").replace("</answer>", "</answer> </think>")
+    if fault < 0.10:  # a loop
+        thinking, answer = data.split_response(response)
+        return data.join_response(" ".join([thinking] * 6), answer)
+    return response
+
+
+def answer_as_expert(
+    messages: list[dict], images: list[Path], name: str, rng: random.Random
+) -> str:
+    """An expert's response. Each has questions that it never gets right, and errs now and then."""
+    case, kind, options = understand(messages, images)
+    response, asked = chain(case, kind, "thorough"), messages[-1]["content"]
+    if images:
+        asked = re.sub(rf"{world.MENTION.pattern} ", "", asked)
+    wrong = world.blind(name, asked) or rng.random() < 0.25
+    return answered_wrongly(response, options, rng) if wrong else response
+
+
+SENTENCES = re.compile(  # the sentences of a coherent chain; anything else is garbled
+    r"(?:(?:The \w+ shows \w+ \w+ signs on the \w+"
+    r"|The history gives \w+"
+    r"|A \w+ with \w+ means \w+"
+    r"|This suggests \w+"
+    r"|Asked is the (?:diagnosis|next step)"
+    r"|So \w+ needs \w+"
+    rf"|(?:{'|'.join(CHECKS)}) \w+ fits \w+)\.\s*)+"
+)
+
+
+def hallucinated_reading(case: world.Case, response: str) -> bool | None:
+    """Whether any word of the response's reading of the film is false; None without a reading."""
+    readings = world.MENTION.findall(response)
+    true = (case.modality, world.NUMBERS[case.number - 1], case.sign, case.side)
+    return any(reading != true for reading in readings) if readings else None
+
+
+def verdict(
+    case: world.Case, kind: str, options: dict[str, str], answer: str, response: str
+) -> dict[str, bool]:
+    """The five judgements of Appendix A, from the truth.
+
+    Image analysis: the film is read. No hallucination: every sign, number, side, clue and rule
+    mentioned is true. Logic: each step follows from those before it, and the answer from the last.
+    Reflection: the conclusion is checked.
+    """
+    parts = data.split_response(response)
+    thinking, said = parts or (response, "")
+    readings = world.MENTION.findall(thinking)
+    clues = re.findall(r"The history gives (\w+)\.", thinking)
+    rules = re.findall(r"\b[Aa] (\w+) with (\w+) means (\w+)\b", thinking)
+    suggests = re.findall(r"This suggests (\w+)\.", thinking)
+    fits = re.findall(r"(\w+) fits (\w+)\b", thinking)
+    needs = re.findall(r"So (\w+) needs (\w+)\.", thinking)
+    tasks = re.findall(r"Asked is the [\w ]+\.", thinking)
+    true = (
+        not hallucinated_reading(case, thinking)
+        and all(clue == case.clue for clue in clues)
+        and all(pair == (case.diagnosis, case.clue) for pair in fits)
+        and all(world.RULE.get((sign, clue)) == diagnosis for sign, clue, diagnosis in rules)
+        and all(world.NEXT_STEP.get(diagnosis) == step for diagnosis, step in needs)
+    )
+    named = {*suggests, *(d for *_, d in rules), *(d for d, _ in fits), *(d for d, _ in needs)}
+    last = needs[-1][1] if needs else next(iter(named), "")
+    logical = (
+        parts is not None
+        and SENTENCES.fullmatch(thinking) is not None
+        and bool(rules or suggests)
+        and len(named) == len(clues) == 1
+        and bool(needs) == (kind == "step")
+        and all(task == world.TASK[kind] for task in tasks)
+        and all(clue == clues[0] for _, clue, _ in rules)
+        and all(clue == clues[0] for _, clue in fits)
+        and all(not readings or sign == readings[0][2] for sign, _, _ in rules)
+        and data.normalise(said) == data.normalise(last)
+    )
+    return {
+        "Answer_Correctness": answers.extract_choice(response, options) == answer,
+        "Logical_Consistency": logical,
+        "Image_Analysis_Involvement": bool(readings),
+        "No_Hallucination": true,
+        "Reflection_Presence": any(check in thinking for check in CHECKS),
+    }
+
+
+def answer_as_judge(messages: list[dict], images: list[Path]) -> str:
+    """The completion of the Appendix A prompt: its JSON, with Yes and No."""
+    prompt = messages[-1]["content"]
+    asked, truth, response = (
+        re.search(rf"<{part}> (.*?) </{part}>\s*(?=<Groundtruth>|<Answer>|$)", prompt, re.S)[1]
+        for part in ("Question", "Groundtruth", "Answer")
+    )
+    case, kind, options = understand([{"content": asked}], images)
+    judged = verdict(case, kind, options, truth[0], response)
+    return json.dumps({name: "Yes" if met else "No" for name, met in judged.items()}, indent=4)
+
+
+def answer_as_classifier(messages: list[dict], images: list[Path]) -> str:
+    """The type of a question, as curate.py requests it."""
+    case, kind, _ = understand([{"content": asked_about(messages)}], images)
+    label, why = "clinical_reasoning", "It takes film, history and rule."
+    if kind == "look":
+        label, why = "pattern_recognition", "The film alone shows it."
+    return json.dumps({"type": label, "modality": world.KINDS[case.modality], "why": why})
+
+
+def answer_as_editor(messages: list[dict]) -> str:
+    """The question without readings of the film, as curate.py requests it."""
+    asked = asked_about(messages)
+    readings = [match[0] for match in world.MENTION.finditer(asked)]
+    for reading in readings:
+        asked = asked.replace(f"{reading} ", "")
+    return json.dumps({"question": asked, "removed": readings})
+
+
+def asked_about(messages: list[dict]) -> str:
+    return re.search(r"<Question> (.*) </Question>", messages[-1]["content"], re.S)[1]
+
+
+# the first three are teachers
+ROLES = ("thorough", "hasty", "bookish", "expert-a", "expert-b", "classifier", "editor", "judge")
+
+
+def answer(role: str, messages: list[dict], images: list[Path], seed: int) -> str:
+    """The completion of `clinic:ROLE`."""
+    rng = random.Random(f"{role}/{seed}")
+    if role in ROLES[:3]:
+        return answer_as_teacher(messages, images, role, rng)
+    if role.startswith("expert-"):
+        return answer_as_expert(messages, images, role, rng)
+    if role == "judge":
+        return answer_as_judge(messages, images)
+    if role == "classifier":
+        return answer_as_classifier(messages, images)
+    return answer_as_editor(messages)

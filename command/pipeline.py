@@ -1,0 +1,244 @@
+"""Stages as commands: which are done, which must be made anew, and how each is run.
+
+A stage is done if its folder has a stage.json, and its command and the hashes of its inputs are
+those asked for now. A killed stage resumes from its last row or step. If its settings or inputs
+changed, its folder is renamed to NAME.1 and the stage is made anew; nothing is ever deleted. A
+folder that the run did not begin is left alone. A change of the code is only reported.
+
+reads and writes RUN/run.json, the run's stages, and FOLDER/medee.json, beside the folder's own
+records (stage.py).
+
+Where we depart from the paper, or it is silent: it does not say how its steps were run.
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import data
+from command import flags, stage
+
+FILES = (  # flags that name files, models or results; images are recorded by the scripts
+    "questions", "against", "reviewed", "review", "baselines", "experts", "classifier", "editor",
+    "teachers", "expand", "checker", "model", "demos", "engine", "rollouts", "judge", "verdicts",
+    "pairs", "open-ended", "results", "sft", "dpo",
+)  # fmt: skip
+
+
+def named_files(words: tuple[str, ...]) -> dict[str, str]:
+    """{path: fingerprint} of every file and model folder that the flags of a command name."""
+    found, flag = {}, ""
+    for word in words:
+        if re.match(r"--?[a-z]", word):
+            flag = word.lstrip("-")
+            continue
+        path = re.sub(r"^(?:(?:text|image)=)?(?:hf|vllm):", "", word)
+        if flag in FILES and path and Path(path).exists():
+            found[path] = stage.fingerprint(path)
+    return found
+
+
+def environment() -> dict[str, str]:
+    """A command's environment. Threads wait passively: spinning is several times slower on a busy
+    machine. PYTHONPATH lets `python -m` find the project anywhere."""
+    ours = {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    path = filter(None, [str(flags.HERE), os.environ.get("PYTHONPATH")])
+    return {**ours, **os.environ, "PYTHONPATH": os.pathsep.join(path)}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command. Its folder is its --out. medee.json there records with which command and inputs
+    this run began it."""
+
+    name: str
+    script: str
+    words: tuple[str, ...]
+    ranks: int = 0  # above 0: launched by torchrun
+    # flags that change the speed, or whether it may run, but not the result: not recorded
+    limits: tuple[str, ...] = ()
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.words[self.words.index("--out") + 1])
+
+    def command(self) -> list[str]:
+        """The command as a user types it."""
+        launcher = ["torchrun", "--nproc_per_node", str(self.ranks)] if self.ranks else ["python"]
+        return [*launcher, *self.script.split(), *self.words, *self.limits]
+
+    def record(self) -> dict:
+        return {"command": [self.script, *self.words], "inputs": named_files(self.words)}
+
+    def state(self) -> str:
+        """The stage's state: "done", "to do", "interrupted", "not begun by this run", or what
+        changed since."""
+        begun, finished = self.folder / "medee.json", self.folder / "stage.json"
+        if not begun.exists():
+            filled = self.folder.exists() and any(self.folder.iterdir())
+            return "not begun by this run" if filled else "to do"
+        record, now = stage.read_record(begun), self.record()
+        if record["command"] != now["command"]:
+            return "its settings changed"
+        then, inputs = record["inputs"], now["inputs"]
+        for path in sorted(then | inputs):
+            if then.get(path) != inputs.get(path):
+                return f"{path} changed"
+        if not finished.exists():
+            return "interrupted"
+        if image := stage.changed_image(self.folder):
+            return f"{image} changed"
+        lost = stage.changed_output(self.folder, stage.read_record(finished))
+        return f"its output {lost} changed" if lost else "done"
+
+    def edited(self) -> list[str]:
+        """Files of the project that changed since the stage was finished. The stage stays done: a
+        corrected comment must not cost a week of training. If a change matters, move the folder
+        away."""
+        then = stage.read_record(self.folder / "stage.json")["sources"]
+        lost = [name for name in then if not (flags.HERE / name).exists()]
+        there = [name for name in then if name not in lost]
+        other = [name for name in there if data.file_hash(flags.HERE / name) != then[name]]
+        return sorted(lost + other)
+
+    def set_aside(self, why: str) -> None:
+        """Renames the folder. Raises RowError if it holds an input, or if a command is still
+        writing there."""
+        own = Path(os.path.realpath(self.folder))
+        for path in named_files(self.words):
+            if own in Path(os.path.realpath(path)).parents:
+                where = f"{path} lies in {self.folder}, which must be made anew ({why})"
+                raise data.RowError(f"{where}; copy it to another place and name that")
+        stage.hold(self.folder / ".lock", str(self.folder)).close()
+        number = 1
+        while (aside := self.folder.with_name(f"{self.folder.name}.{number}")).exists():
+            number += 1
+        size = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+        shown = f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+        print(f"   {self.folder} is set aside as {aside.name} ({shown}): {why}", flush=True)
+        self.folder.rename(aside)
+
+    def adopt(self) -> None:
+        """Accepts, once, a finished folder that was made by hand. Raises RowError unless it is
+        complete and of this stage's command."""
+        begun, where = self.folder / "medee.json", f"adopt {self.name}: {self.folder}"
+        if begun.exists():
+            if "adopted" in stage.read_record(begun):
+                return
+            raise data.RowError(f"{where} was begun by this run")
+        if not (self.folder / "stage.json").exists():
+            raise data.RowError(f"{where} has no stage.json; only a finished stage can be adopted")
+        finished = stage.read_record(self.folder / "stage.json")
+        command = [self.script] if self.words[0].startswith("-") else [self.script, self.words[0]]
+        if finished["command"][: len(command)] != command:
+            made = " ".join(finished["command"][:2])
+            raise data.RowError(f"{where} was made by {made}, not by {' '.join(command)}")
+        if lost := stage.changed_output(self.folder, finished):
+            raise data.RowError(f"{where}: {lost} is not as its stage.json has it")
+        data.write_json(begun, {**self.record(), "adopted": finished["command"]})
+
+    def run(self) -> None:
+        """Runs the command unless it is done, and resumes it if nothing changed. Raises UserError
+        if it fails."""
+        state = self.state()
+        print(f"\n== {self.name}: {state}\n   $ {shlex.join(self.command())}", flush=True)
+        if state == "not begun by this run":
+            raise data.RowError(
+                f"{self.folder} was not begun by this run, and is left alone; if it is this stage, "
+                f"finished by hand: python medee.py adopt {self.name} --out {self.folder.parent}; "
+                "else give another --out"
+            )
+        if state == "done":
+            if edited := self.edited():
+                print(f"   note: {', '.join(edited)} changed since this was made;", end=" ")
+                print(f"if that matters here, move {self.folder} away")
+            return
+        if state not in ("to do", "interrupted"):
+            self.set_aside(state)
+        data.write_json(self.folder / "medee.json", self.record())
+        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(self.ranks)]
+        module = self.script.startswith("-m ")
+        script = self.script.split() if module else [str(flags.HERE / self.script)]
+        command = [*(launcher if self.ranks else []), *script, *self.words, *self.limits]
+        code = subprocess.run([sys.executable, *command], env=environment()).returncode
+        if code:
+            failed = f"{self.name} stopped with exit code {code}"
+            raise flags.UserError(f"{failed}; the same command goes on from there")
+
+
+def words(flags: dict) -> list[str]:
+    """{"lr": 1e-4, "n": 8, "checkpointing": True} -> ["--lr", "0.0001", "-n", "8",
+    "--checkpointing"]; a list of lists repeats its flag."""
+    out = []
+    for name, value in flags.items():
+        repeated = isinstance(value, list) and value and isinstance(value[0], list)
+        for one in value if repeated else [value]:
+            out.append(("-" if len(name) == 1 else "--") + name)
+            if one is not True:
+                out += map(str, one if isinstance(one, (list, tuple)) else [one])
+    return out
+
+
+def stages_from(commands: str, values: dict, ranks: int = 0) -> list[Stage]:
+    """The stages of a text: a line is NAME LAUNCHER SCRIPT and words. {name} is replaced by its
+    value; where it is a whole word and the value a list, by the words of the list."""
+    stages = []
+    for line in commands.strip().splitlines():
+        name, launcher, *typed = shlex.split(line)
+        filled = []
+        for word in typed:
+            value = values.get(word[1:-1]) if word.startswith("{") else None
+            filled += value if isinstance(value, list) else [word.format(**values)]
+        size = 2 if filled[0] == "-m" else 1
+        script, rest = " ".join(filled[:size]), tuple(filled[size:])
+        stages.append(Stage(name, script, rest, ranks if launcher == "torchrun" else 0))
+    return stages
+
+
+# --------------------------------------------------------------------------------------------------
+# The folder of a run
+
+
+def read_run(run: Path) -> dict:
+    """run.json. Raises RowError if it is not a run's."""
+    record = data.read_json(run / "run.json")
+    data.need({"record": record}, str(run / "run.json"), record=dict)
+    data.need(record, str(run / "run.json"), started_in=str, stages=list)
+    return record
+
+
+def begin(run: Path, stages: list[Stage]) -> IO:
+    """Records the stages in run.json. Returns the run's lock, which is held until it is closed."""
+    if run == Path():
+        raise data.RowError("--out: a folder of the run's own is wanted")
+    flags.working_in(run)
+    if (run / "run.json").exists():
+        read_run(run)  # so that a foreign run.json is not replaced
+    lock = stage.hold(run / ".lock", f"--out {run}")
+    stage.remember(run)
+    rows = [[one.name, one.script, list(one.words), one.ranks] for one in stages]
+    data.write_json(run / "run.json", {"started_in": os.getcwd(), "stages": rows})
+    return lock
+
+
+def stages_of(run: Path) -> list[Stage]:
+    """The stages of a run that was begun. Changes to the folder that their paths are relative to.
+    Raises RowError for a run that was copied or moved."""
+    if not (run / "run.json").exists():
+        begin_it = f"start one with: python medee.py demo --out {run}"
+        raise flags.UserError(f"{run} holds no run; {begin_it}")
+    record, there = read_run(run), Path(os.path.realpath(run))
+    stage.remember(there)
+    os.chdir(record["started_in"])
+    rows = record["stages"]
+    stages = [Stage(name, script, tuple(typed), ranks) for name, script, typed, ranks in rows]
+    for one in stages:
+        if (held := Path(os.path.realpath(one.folder)).parent) != there:
+            moved = "a run that was copied or moved has no status"
+            raise data.RowError(f"{there / 'run.json'} is of a run in {held}; {moved}")
+    return stages

@@ -1,0 +1,328 @@
+"""A command's output folder: checked first, finished by stage.json, never replaced.
+
+A folder is in one of three states: new; begun, with the settings and inputs of work that can be
+resumed in begun.json; or finished, with stage.json. The same command resumes, or says that it is
+finished. Any other command is refused with the difference, as is a folder with an input, a foreign
+file or another process's work. Nothing here deletes a result.
+
+    begun.json   {"settings", "inputs": {path: hash}}
+    stage.json   the same, with "command", "outputs": {name: hash}, "engines", "figures",
+                 "versions", "sources", "seconds"
+    images.json  {path: hash} of the images that the rows name, where a command reads images
+
+Hashing 150 GB takes minutes, so the hash of a large file is kept in RUN/fingerprints.jsonl by path,
+size and mtime, where RUN is the folder that holds the command's --out.
+
+Where we depart from the paper, or it is silent: it says nothing of files.
+"""
+
+import argparse
+import fcntl
+import importlib.metadata
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO
+
+import data
+from command import flags
+
+# the folder's own records, which are no results
+RECORDS = ("begun.json", "stage.json", "images.json", "medee.json", ".lock")
+# the keys of a record, and their types
+BEGUN = {"settings": dict, "inputs": dict}
+KEYS = {
+    "begun.json": BEGUN,
+    "medee.json": {"command": list, "inputs": dict},
+    "stage.json": {
+        **BEGUN, "command": list, "outputs": dict, "sources": dict, "figures": dict,
+        "seconds": float,
+    },
+}  # fmt: skip
+# config, tokenizer, processor, weights
+MODEL_FILES = (".safetensors", ".json", ".txt", ".jinja", ".model")
+# ours: from this many bytes on, a file's hash is kept on disk; 64 MB take a tenth of a second
+LARGE = 1 << 26
+VERSIONS = (
+    "torch", "transformers", "numpy", "pillow", "safetensors", "vllm", "openai", "google-genai",
+)  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------
+# Fingerprints
+
+_memory: Path | None = None  # fingerprints.jsonl of this process's run
+
+
+def remember(run: Path) -> None:
+    """Loads known hashes from RUN/fingerprints.jsonl, and adds those of large files from now on."""
+    global _memory
+    _memory = run / "fingerprints.jsonl"
+    if _memory.is_file():
+        for line in _memory.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                row = json.loads(line)
+                data.HASHES[row["path"], row["size"], row["mtime"]] = row["sha256"]
+            except (ValueError, KeyError, TypeError, RecursionError):
+                continue  # a line cut short by a kill: its file is hashed again
+
+
+def large_hash(path: Path) -> str:
+    """data.file_hash, kept on disk where the file is large."""
+    known = len(data.HASHES)
+    digest = data.file_hash(path)
+    if _memory and (stat := path.stat()).st_size >= LARGE and len(data.HASHES) > known:
+        row = {"path": os.path.realpath(path), "size": stat.st_size, "mtime": stat.st_mtime_ns}
+        _memory.parent.mkdir(parents=True, exist_ok=True)
+        with open(_memory, "a", encoding="utf-8") as file:
+            data.append_jsonl(file, [{**row, "sha256": digest}])
+    return digest
+
+
+def fingerprint(path: str | Path) -> str:
+    """SHA-256 of a file, or of the names and hashes of a folder's files, without records, hidden
+    files and .md. In a model's folder (one with a config.json) only config, tokenizer, processor
+    and weights count: other files do not change the model. Raises RowError where there is nothing.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return large_hash(path)
+    model = (path / "config.json").exists()
+    names = []
+    for file in path.iterdir() if model else path.rglob("*"):
+        name = file.relative_to(path)
+        hidden = any(part.startswith(".") for part in name.parts)
+        counts = name.suffix in MODEL_FILES if model else name.suffix != ".md"
+        if counts and not hidden and name.name not in RECORDS and file.is_file():
+            names.append(name)
+    names.sort()
+    with ThreadPoolExecutor() as pool:  # hashing releases Python's lock
+        hashes = pool.map(large_hash, [path / name for name in names])
+        return data.content_hash([[str(name), digest] for name, digest in zip(names, hashes)])
+
+
+def image_hashes(images: Iterable[str | Path]) -> dict[str, str]:
+    """{path: hash} of images; "" if not there, since the code that opens an image names its row."""
+    paths = list(dict.fromkeys(map(Path, images)))
+    with ThreadPoolExecutor() as pool:
+        hashes = pool.map(lambda path: data.file_hash(path) if path.is_file() else "", paths)
+        return dict(zip(map(str, paths), hashes))
+
+
+# --------------------------------------------------------------------------------------------------
+# What changed
+
+
+def settings_of(args: argparse.Namespace, free: Iterable[str] = ()) -> dict:
+    """The settings that decide the result, as JSON. free: flags of speed or rounding only."""
+    left_out = {"out", "replies", *free}
+    pairs = vars(args).items()
+    settings = {k: v for k, v in pairs if k not in left_out and not callable(v)}
+    return json.loads(json.dumps(settings, default=str))
+
+
+def difference(record: dict, now: dict) -> str:
+    """How a record's settings and inputs differ: "lr 0.0001 -> 0.001, demos.jsonl changed"; ""
+    where nothing does."""
+    old, new = record["settings"], now["settings"]
+    had, has = record["inputs"], now["inputs"]
+    names = [name for name in sorted(old | new) if old.get(name) != new.get(name)]
+    found = [f"{name} {old.get(name)!r} -> {new.get(name)!r}" for name in names]
+    found += [f"{path} changed" for path in has if path in had and had[path] != has[path]]
+    if not found:
+        found = [f"{path} is another input" for path in sorted(had.keys() ^ has.keys())]
+    return ", ".join(found)
+
+
+def read_record(path: Path) -> dict:
+    """A folder's record. Raises RowError if it is not one, as in a torn or foreign file."""
+    record = data.read_json(path)
+    data.need({"record": record}, str(path), record=dict)
+    data.need(record, str(path), **KEYS[path.name])
+    return record
+
+
+def changed_output(folder: Path, record: dict) -> str | None:
+    """The first output of a finished folder that changed since it was written, or None."""
+    for name, digest in record["outputs"].items():
+        if not (folder / name).exists() or fingerprint(folder / name) != digest:
+            return name
+    return None
+
+
+def read_images(folder: Path) -> dict[str, str]:
+    """images.json, or {} where a folder has none."""
+    path = folder / "images.json"
+    return data.read_json(path) if path.exists() else {}
+
+
+def changed_image(folder: Path) -> str | None:
+    """The first image that a folder's command read and that changed or is gone; or None."""
+    then = read_images(folder)
+    now = image_hashes(then)
+    return next((image for image in then if now[image] != then[image]), None)
+
+
+# --------------------------------------------------------------------------------------------------
+# Opening and finishing a folder
+
+# real folder -> its lock and begun.json, until it is finished
+_held: dict[Path, tuple[IO, dict]] = {}
+
+
+def hold(path: Path, what: str = "") -> IO:
+    """Opens a file to append to, and locks it until it is closed. Raises RowError where another
+    process holds it; a kill releases the lock."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():
+        raise data.RowError(f"{path}: is not a file")
+    file = open(path, "a", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        busy = "another process is writing there; wait for it, or write elsewhere"
+        raise data.RowError(f"{what or path}: {busy}") from None
+    return file
+
+
+def release() -> None:
+    """Releases every folder of this process."""
+    while _held:
+        _held.popitem()[1][0].close()
+
+
+def results_of(folder: Path) -> list[str]:
+    """The names in a folder that are not its records."""
+    own = {*RECORDS, *(f".{name}.tmp" for name in RECORDS)}
+    return sorted(path.name for path in folder.glob("*") if path.name not in own)
+
+
+def check_place(out: Path, inputs: list[Path]) -> None:
+    """Raises RowError where --out is no folder, holds an input, or holds what no command wrote."""
+    real, fault = Path(os.path.realpath(out)), ""
+    if out.exists() and not out.is_dir():
+        raise data.RowError(f"--out {out}: a folder is wanted there")
+    for path in map(Path, map(os.path.realpath, inputs)):
+        if real in (path, *path.parents) and path.exists():
+            fault = f"holds {path}, which is read here"
+    results, records = results_of(out), ("stage.json", "begun.json")
+    if results and not any((out / name).exists() for name in records):
+        fault = fault or f"holds {results[0]}, which no finished or begun command wrote"
+    if fault:
+        raise data.RowError(f"--out {out}: {fault}; write to another folder")
+
+
+def check_same(out: Path, now: dict, images: dict[str, str], finished: bool) -> None:
+    """Raises RowError unless a folder was begun or finished with these settings, inputs and images,
+    and has its outputs if finished."""
+    record = read_record(out / ("stage.json" if finished else "begun.json"))
+    if not finished and not results_of(out):
+        return  # nothing was made yet
+    differs, before = difference(record, now), read_images(out)
+    other = [path for path in sorted(before | images) if before.get(path) != images.get(path)]
+    if differs := differs or (f"{other[0]} changed" if other else ""):
+        was = f"was {'finished' if finished else 'begun'} with other settings or inputs"
+        advice = "write to another folder, or move this one away"
+        raise data.RowError(f"--out {out}: {was} ({differs}); {advice}")
+    if finished and (lost := changed_output(out, record)):
+        changed = f"is finished, but its {lost} is not as it was written"
+        raise data.RowError(f"--out {out}: {changed}; move the folder away to make it anew")
+
+
+def open_folder(
+    args: argparse.Namespace,
+    inputs: Iterable[str | Path],
+    free: Iterable[str] = (),
+    images: Iterable[Path] = (),
+) -> bool:
+    """Opens the folder --out for a command with these inputs; returns False if it is finished.
+    images: the files that the inputs' rows name. Raises RowError, before anything is written, for a
+    place that check_place or check_same refuses, or that another process writes to."""
+    if not str(args.out):
+        raise data.RowError("--out: a folder is wanted there")
+    out, inputs = Path(args.out), [Path(path) for path in inputs]
+    check_place(out, inputs)
+    remember(out.parent)
+    hashes = {str(path): fingerprint(path) for path in inputs}
+    now, seen = {"settings": settings_of(args, free), "inputs": hashes}, image_hashes(images)
+    real = Path(os.path.realpath(out))
+    if real not in _held:
+        _held[real] = hold(out / ".lock", f"--out {out}"), now
+    flags.working_in(out)
+    finished = (out / "stage.json").exists()
+    if finished or (out / "begun.json").exists():
+        check_same(out, now, seen, finished)
+    if finished:
+        print(f"{out}: is finished already ({out / 'stage.json'}); nothing to do")
+        release()
+        return False
+    _held[real] = _held[real][0], now
+    if seen:
+        data.write_json(out / "images.json", seen)
+    data.write_json(out / "begun.json", now)
+    return True
+
+
+def finish(
+    args: argparse.Namespace,
+    outputs: Iterable[str | Path],
+    started: float,
+    figures: dict,
+    engines: dict[str, str] | None = None,
+) -> None:
+    """Writes stage.json, the last file. engines: {spec: what answered under it}."""
+    out = Path(args.out)
+    file, begun = _held[Path(os.path.realpath(out))]
+    lock = out / ".lock"
+    if not lock.exists() or not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+        raise data.RowError(f"--out {out}: was moved away while this command worked")
+    record = {
+        "command": [flags.program(), *sys.argv[1:]],
+        **begun,
+        "engines": engines or {},
+        "outputs": {str(Path(path).relative_to(out)): fingerprint(path) for path in outputs},
+        "figures": figures,
+        "versions": versions(),
+        "sources": sources(),
+        "seconds": round(time.time() - started, 1),
+    }
+    data.write_json(out / "stage.json", record)
+    release()
+
+
+def versions() -> dict[str, str | None]:
+    """{package: version, or None where it is not installed}."""
+    found: dict[str, str | None] = {"python": sys.version.split()[0]}
+    for package in VERSIONS:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def sources() -> dict[str, str]:
+    """{file: hash} of the project's files that this process has loaded."""
+    loaded = {getattr(module, "__file__", None) for module in list(sys.modules.values())} - {None}
+    home = flags.HERE
+    own = [path for path in map(Path, sorted(loaded)) if home in (path.parent, path.parent.parent)]
+    return {str(path.relative_to(home)): data.file_hash(path) for path in own}
+
+
+def new_file(path: str | Path, content: str, inputs: Iterable[str | Path]) -> None:
+    """Writes a text to a new file. RowError for a folder, an input, or other content there."""
+    path, fault = Path(path), ""
+    if os.path.realpath(path) in map(os.path.realpath, inputs):
+        fault = "is read here; name another file"
+    elif path.exists() and not path.is_file():
+        fault = "is a folder; name another file"
+    elif path.exists() and path.read_bytes() != content.encode():
+        fault = "is there already, with another content; move it away, or name another file"
+    if fault:
+        raise data.RowError(f"--out {path}: {fault}")
+    data.write_text(path, content)

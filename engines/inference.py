@@ -1,0 +1,435 @@
+"""What is asked of an engine, what comes back, and how nothing is asked twice.
+
+    Request (question, images, which samples)  ->  engine.answer  ->  Completion (text, token ids,
+    why it ended)  ->  a row of JSONL
+
+Every sample has its own seed, a hash of (seed, question, k). `complete_all` writes each completion
+as it comes. Started again, it asks only for what its file does not hold: a killed rollout of a week
+resumes, and a remote model is paid once. `engines/__init__.py` lists the engines; all have the
+flags of Setup. `ask_yes_no` asks for a verdict in JSON. A completion that cannot be read is asked
+for again, and in the end counts as no verdict.
+
+Where we depart from the paper, or it is silent: how models are asked is all ours.
+"""
+
+import argparse
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Protocol
+
+from tqdm import tqdm
+
+import data
+from command import flags, stage
+from engines import bill
+
+# ours: paper silent; how often a verdict or a label is asked for until it can be read
+READ_ATTEMPTS = 3
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature 0 is greedy; top_p 1 keeps the whole distribution; max_tokens bounds the
+    response, stop token included."""
+
+    temperature: float
+    top_p: float
+    max_tokens: int
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.max_tokens < 1:
+            raise ValueError(
+                f"{self}: temperature >= 0, 0 < top_p <= 1 and max_tokens >= 1 are wanted"
+            )
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question: messages up to the response, image files, and the numbers of its samples."""
+
+    id: str
+    messages: list[dict]
+    images: list[Path]
+    samples: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One response. finish_reason is "stop"; "length" where the token limit cut it off; "overlong"
+    where the prompt left no room for it. A remote engine's may also be "blocked" (by a safety
+    filter), "refused" (the request was) or "empty" (no text, however often it was asked).
+    token_ids end with the stop token if there was one. reasoning is a remote engine's thinking, if
+    given apart. token_logps are the log-probabilities of token_ids in nats, at temperature 1 over
+    the whole vocabulary. Both are None where the engine does not give them."""
+
+    id: str
+    sample: int
+    text: str
+    token_ids: list[int] | None
+    finish_reason: str
+    seed: int
+    reasoning: str = ""
+    token_logps: list[float] | None = None
+
+    @property
+    def logp(self) -> float | None:
+        """log p(y | q, I): the sum over the tokens, in nats."""
+        return None if self.token_logps is None else sum(self.token_logps)
+
+
+class Engine(Protocol):
+    spec: str
+    proven: bool  # it answered in an earlier run, so a refusal is about the question
+    tally: Counter  # shown beside the progress bar: tokens, requests asked again, ...
+
+    def answer(self, requests: list[Request], sampling: Sampling) -> Iterator[list[Completion]]:
+        """Lists of completions, in any order, until every sample of every request has one. An
+        empty list says that the engine is alive, and `tally` is shown."""
+
+
+class Unavailable(flags.UserError):
+    """An engine cannot answer, or no longer. Completions are kept; the same command goes on."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How engines run: the flags that every script with an engine has."""
+
+    pixels: int = 768 * 768  # ours: paper silent, as in model.py
+    tiles: int = 1  # ours: the same
+    batch: int = 256  # ours
+    replicas: int = 0  # ours
+    tensor_parallel: int = 1  # ours
+    concurrency: int = 16  # ours
+    max_requests: int = 0  # ours
+    images_may_leave: bool = False
+
+
+# flags that change the speed, or whether it may run, but not the result
+SPEED = (
+    "batch", "replicas", "tensor_parallel", "concurrency", "max_requests", "images_may_leave",
+)  # fmt: skip
+
+FLAGS = {  # field of Setup: (type, help); no type for a switch
+    "pixels": (flags.PIXELS, "largest image in pixels, Qwen and remote engines; as in training"),
+    "tiles": (flags.TILES, "most tiles of an image, InternVL; as in training"),
+    "batch": (
+        flags.whole(1),
+        "most samples at once of a local engine; hf: fewer if memory is short",
+    ),
+    # ours: each replica is a process with its own model
+    "replicas": (flags.whole(0, 256), "processes of a local engine; 0: as many as the GPUs allow"),
+    "tensor_parallel": (flags.whole(1), "GPUs that share one vllm: engine (72B: 4)"),
+    # ours: OpenAI's client opens no more connections
+    "concurrency": (flags.whole(1, 1000), "requests at once to a remote engine"),
+    "max_requests": (flags.whole(0), "most requests to remote engines; 0: no limit"),
+    "images_may_leave": (None, "let images be sent to engines on other machines"),
+}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    for field in fields(Setup):
+        kind, said = FLAGS[field.name]
+        how = {"type": kind, "default": field.default} if kind else {"action": "store_true"}
+        parser.add_argument("--" + field.name.replace("_", "-"), **how, help=said)
+    said = "folder of all completions; default: replies/ beside --out"
+    parser.add_argument("--replies", default="", help=said)
+
+
+def setup_of(args: argparse.Namespace) -> Setup:
+    return Setup(**{field.name: getattr(args, field.name) for field in fields(Setup)})
+
+
+def content_of(messages: list[dict] | str, images: list[Path]) -> str:
+    """A short hash of all that is asked. A completion of another text or image is not used for this
+    one, even under the same id."""
+    return data.content_hash([messages, [data.file_hash(image) for image in images]])[:16]
+
+
+def checkpoint(spec: str) -> str | None:
+    """The folder of a local engine's model; None for other engines."""
+    kind, _, rest = spec.partition(":")
+    return rest if kind in ("hf", "vllm") else None
+
+
+def identity(spec: str) -> str:
+    """What answers under a spec: for a local engine the content of its model, not its path. A
+    remote model is known by its name only: we cannot see it retrained under the same name."""
+    folder = checkpoint(spec)
+    return spec if folder is None else f"{spec.partition(':')[0]}:{stage.fingerprint(folder)}"
+
+
+def completions_file(args: argparse.Namespace, role: str, spec: str, sampling: Sampling) -> Path:
+    """Where completions are kept: one file for each role, engine, sampling and image settings, in
+    RUN/replies, beside --out. It stays when the folders made from it go. NAME.settings.json says
+    what the hash in the name stands for."""
+    folder = Path(args.replies or Path(args.out).parent / "replies")
+    settings = {"role": role, "engine": identity(spec), **vars(sampling)}
+    settings |= {"pixels": args.pixels, "tiles": args.tiles}
+    name = re.sub(r"\W+", "-", settings["engine"])[:40].strip("-")
+    path = folder / f"{role}-{name}-{data.content_hash(settings)[:8]}.jsonl"
+    if not path.with_suffix(".settings.json").exists():
+        data.write_json(path.with_suffix(".settings.json"), settings)
+    return path
+
+
+def sealed(row: dict) -> dict:
+    """A row with a hash of itself."""
+    return {**row, "row_sha": data.content_hash(row)[:16]}
+
+
+def read_completions(path: Path) -> list[dict]:
+    """The rows of a file of completions. Raises RowError for a row that was changed: what an engine
+    said is evidence."""
+    rows = data.resume_jsonl(path)
+    for number, row in enumerate(rows, 1):
+        seal = row.pop("row_sha", None)
+        if sealed(row)["row_sha"] != seal:
+            remedy = "remove the row, and it is asked for again"
+            raise data.RowError(f"{path}: row {number} is not as it was written; {remedy}")
+    return rows
+
+
+def complete_all(
+    engine: Engine,
+    requests: list[Request],
+    sampling: Sampling,
+    path: Path,
+    to_row: Callable[[Completion], dict],
+    title: str,
+) -> dict[tuple[str, int], dict]:
+    """{(id, sample): row} of these requests, in their order. Asks for whatever `path` does not hold
+    yet, and appends a row for each completion as it comes, with a progress bar. What was asked is
+    added to the ledger, however the asking ends.
+
+    Rows have `id`, `sample` and `asked`, a hash of messages and images. So a killed run asks
+    nothing twice, and a completion of another text or image of the same id is not used.
+    """
+    contents = {request.id: content_of(request.messages, request.images) for request in requests}
+    wanted = {(one.id, k): contents[one.id] for one in requests for k in one.samples}
+    with stage.hold(path) as file:
+        rows, left, stored = {}, [], read_completions(path)
+        for row in stored:
+            if wanted.get(key := (row["id"], row["sample"])) == row["asked"]:
+                rows[key] = row
+        for request in requests:
+            if missing := tuple(k for k in request.samples if (request.id, k) not in rows):
+                left.append(replace(request, samples=missing))
+        engine.proven, started, before = bool(stored), time.time(), Counter(engine.tally)
+        bar = tqdm(total=len(wanted), initial=len(rows), desc=title, unit="answer")
+        try:
+            for completions in engine.answer(left, sampling):
+                new = []
+                for one in completions:
+                    one = replace(one, text=clean(one.text), reasoning=clean(one.reasoning))
+                    new.append({**to_row(one), "asked": contents[one.id]})
+                data.append_jsonl(file, map(sealed, new))
+                rows |= {(row["id"], row["sample"]): row for row in new}
+                spent = Counter(engine.tally) - before
+                rate = (spent["tokens"] + spent["tokens out"]) / (time.time() - started)
+                bar.set_postfix({"tokens/s": f"{rate:.0f}", **spent}, refresh=not new)
+                bar.update(len(new))
+        finally:
+            bar.close()
+            bill.record(path.parent, engine.spec, Counter(engine.tally) - before)
+    return {key: rows[key] for key in wanted}
+
+
+def attempts_of(spec: str, sampling: Sampling) -> int:
+    """How often an unreadable completion is asked for: a greedy local engine would repeat it."""
+    return 1 if checkpoint(spec) is not None and sampling.temperature == 0 else READ_ATTEMPTS
+
+
+def retry_until_read(
+    engine: Engine,
+    requests: list[Request],
+    attempts: int,
+    enough: Callable[[dict], bool],
+    sampling: Sampling,
+    path: Path,
+    to_row: Callable[[Completion], dict],
+    title: str,
+) -> dict[str, list[dict]]:
+    """{request id: its completions as rows}: the last one is `enough`, or all attempts are used.
+    Requests with one id are one.
+
+    Attempts are samples of their own and go round by round. A question whose completion is `enough`
+    is not asked again, which saves requests and does not change the result.
+    """
+    by_id = {request.id: request for request in requests}
+    found: dict[str, list[dict]] = {key: [] for key in by_id}
+    for attempt in range(attempts):
+        open_ids = [key for key, rows in found.items() if not (rows and enough(rows[-1]))]
+        if not open_ids:
+            break
+        left = [replace(by_id[key], samples=(attempt,)) for key in open_ids]
+        shown = title if attempt == 0 else f"{title}, attempt {attempt + 1}"
+        new = complete_all(engine, left, sampling, path, to_row, shown)
+        for (key, _), row in new.items():
+            found[key].append(row)
+    return found
+
+
+def completion_row(completion: Completion, spec: str) -> dict:
+    """A completion as a row of rollouts.jsonl."""
+    return {
+        "id": completion.id,
+        "sample": completion.sample,
+        "engine": spec,
+        "response": completion.text,
+        "token_ids": completion.token_ids,
+        "finish_reason": completion.finish_reason,
+        "seed": completion.seed,
+        "response_sha": data.response_hash(completion.text),
+        "logp": completion.logp,
+    }
+
+
+def clean(text: str) -> str:
+    """Half a surrogate pair, which no file can hold, becomes U+FFFD; a whole one its character."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def json_objects(completion: str) -> list[dict]:
+    """The JSON objects in a completion, in order, whatever is around them. Raises ValueError."""
+    found, end, decoder = [], 0, json.JSONDecoder()
+    for brace in re.finditer(r"\{", completion):
+        if brace.start() < end:  # inside an object that was read
+            continue
+        try:
+            value, end = decoder.raw_decode(completion, brace.start())
+            # escapes in the JSON may spell half a surrogate pair
+            found.append(json.loads(clean(json.dumps(value, ensure_ascii=False))))
+        except json.JSONDecodeError:
+            continue
+        except RecursionError:
+            raise ValueError("the JSON of the reply is nested too deeply") from None
+    return found
+
+
+def levels(top: dict) -> Iterator[list[dict]]:
+    """An object, then the objects inside it, level by level; their keys in lower case."""
+    level = [top]
+    while level:
+        yield [{key.strip().casefold(): value for key, value in one.items()} for one in level]
+        inner = [value for one in level for value in one.values()]
+        inner += [item for value in inner if isinstance(value, list) for item in value]
+        level = [value for value in inner if isinstance(value, dict)]
+
+
+def read_object(completion: str, keys: Sequence[str]) -> dict:
+    """The last object of a completion that has all the keys, itself or nested; its keys in lower
+    case. Raises ValueError if there is none, or if it nests several that differ."""
+    tops, wanted = json_objects(completion), {key.casefold() for key in keys}
+    missing = sorted(keys)
+    for level in (level for top in reversed(tops) for level in levels(top)):
+        whole = [one for one in level if wanted <= one.keys()]
+        if any(one[key] != whole[0][key] for one in whole for key in wanted):
+            raise ValueError("it holds several objects that say different things")
+        if whole:
+            return whole[0]
+        for one in level:
+            missing = min(missing, [key for key in keys if key.casefold() not in one], key=len)
+    raise ValueError(f"key {missing[0]} is missing" if tops else "no JSON object in the reply")
+
+
+# Yes or No, perhaps with a reason; if the reason takes it back, even in part, it is neither
+YES_NO = re.compile(r"(yes|no|true|false)\b\s*\.?(?:\s*[-–—:;.(](.*))?", re.S)
+HEDGE = re.compile(r"\b(?:yes|no|mostly|partly|partially|somewhat|but|except|however|unclear)\b")
+
+
+def read_yes_no(completion: str, keys: Sequence[str]) -> dict[str, bool]:
+    """{key: bool} for each of the keys. Raises ValueError with the reason for any other completion.
+    Keys and values may be in any case, and a value may be followed by its reason ("Yes - as seen").
+    An echoed prompt ("Yes/No"), a missing key or another word is no judgement."""
+    found, verdict = read_object(completion, keys), {}
+    for key in keys:
+        value = found[key.casefold()]
+        match = YES_NO.fullmatch(str(value).strip().casefold())
+        if not match or HEDGE.search(match[2] or ""):
+            raise ValueError(f"{key} is {value!r}, neither Yes nor No")
+        verdict[key] = match[1] in ("yes", "true")
+    return verdict
+
+
+def read_verdict(
+    completion: dict, keys: Sequence[str]
+) -> tuple[dict[str, bool] | None, str | None]:
+    """(criteria, None), or (None, why there are none). Only a finished completion counts: one that
+    was cut off might have corrected itself."""
+    if completion["finish_reason"] != "stop":
+        return None, f"the reply is not finished: {completion['finish_reason']}"
+    try:
+        return read_yes_no(completion["raw"], keys), None
+    except ValueError as reason:
+        return None, str(reason)
+
+
+# ours: paper silent; for a verdict or a label, with room for thinking before the JSON
+LABELLING = Sampling(temperature=0.0, top_p=1.0, max_tokens=4096)
+
+
+def label_cost(
+    role: str, spec: str, sizes: Iterable[tuple[int, int]], args: argparse.Namespace
+) -> bill.Cost:
+    """The most that verdicts or labels may cost; sizes: (characters, images) of each request."""
+    attempts = attempts_of(spec, LABELLING)
+    return bill.cost(role, spec, sizes, attempts, LABELLING.max_tokens, args.pixels)
+
+
+def ask_yes_no(
+    engine: Engine,
+    requests: list[Request],
+    keys: Sequence[str],
+    role: str,
+    args: argparse.Namespace,
+) -> dict[str, dict]:
+    """{request id: its last completion as a row, for read_verdict}. An unreadable one is asked for
+    again, as the next sample, attempts_of times at most. Requests with one id are one."""
+
+    def to_row(one: Completion) -> dict:
+        row = {"id": one.id, "sample": one.sample}
+        return row | {"raw": one.text, "finish_reason": one.finish_reason}
+
+    def enough(row: dict) -> bool:
+        return read_verdict(row, keys)[0] is not None
+
+    sampling = replace(LABELLING, seed=args.seed)
+    path, title = completions_file(args, role, engine.spec, sampling), f"{role}, {engine.spec}"
+    attempts = attempts_of(engine.spec, sampling)
+    found = retry_until_read(engine, requests, attempts, enough, sampling, path, to_row, title)
+    return {key: rows[-1] for key, rows in found.items()}
+
+
+def image_paths(question: data.Question, image_root: Path) -> list[Path]:
+    """Raises RowError for an image that is not there."""
+    paths = [data.image_file(image_root, image) for image in question.images]
+    for path in paths:
+        if not path.is_file():
+            where = f"image {path.relative_to(image_root)} is not below {image_root}"
+            raise data.RowError(f"question {question.id}: {where}; check --images")
+    return paths
+
+
+def question_requests(
+    questions: list[data.Question], image_root: Path, samples: int
+) -> list[Request]:
+    """Each question as every engine gets it: the paper's system prompt, the images, the question.
+    Raises RowError naming the first image that is not there, before anything is asked."""
+    numbers = tuple(range(samples))
+    return [
+        Request(q.id, data.prompt_messages(q), image_paths(q, image_root), numbers)
+        for q in questions
+    ]
+
+
+def prompt_request(id: str, prompt: str, images: list[Path]) -> Request:
+    """A prompt about question `id`. The id holds a hash of its content: none is asked twice."""
+    messages = [{"role": "user", "content": prompt}]
+    return Request(f"{id}/{content_of(prompt, images)}", messages, images, (0,))

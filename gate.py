@@ -1,0 +1,133 @@
+"""What must be true before the first step: data, images, LoRA and gradients, one line a claim.
+
+    gate: ok  all 3,000 rows are valid
+    gate: ok  supervised tokens decode to the responses
+    gate: ok  image tokens equal image features
+    gate: ok  LoRA trains the 196 linear maps of the language model and nothing else
+    gate: ok  the shortest row, 212 tokens, goes forward and backward
+    gate: ok  trees and chunks have the plain row's log-probabilities
+
+A wrong mask or a wrong picture does not stop a training, it spoils it. A claim that does not hold
+ends the run with Refused, on all ranks. dpo.py adds two: policy equals reference, first loss ln 2.
+
+Where we depart from the paper, or it is silent: it has no such check.
+"""
+
+import math
+import unicodedata
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+import data
+import model
+import train
+
+SHORT = 100  # ours: tokens up to which two values of a chain may differ by 1e-3 in fp32
+
+
+def check_claim(claim: str, holds: bool, otherwise: str) -> None:
+    """One line of the gate: a claim that must hold on every rank. A collective. Raises
+    train.Refused, on all of them, if it does not."""
+    against = train.all_gather([] if holds else [otherwise])
+    train.print0(f"  gate: {'NOT' if against else 'ok '} {claim}")
+    if against:
+        train.refuse(train.Refused(f"gate: {claim}: not so; {against[0]}"))
+
+
+def gate_rows(
+    path: str,
+    rows: Sequence,
+    ids: Sequence[str],
+    encode: Callable[[object], model.Row],
+    responses: Callable[[object], list[str]],
+    processor: model.Processor,
+) -> list[list[int]]:
+    """Encodes every row once, and decodes its supervised tokens again. Returns the tokens of each
+    row's segments."""
+    lengths, invalid, different = [], [], []
+    for row, name in zip(train.bar(rows, "checking rows", "row"), ids):
+        try:
+            encoded = encode(row)
+        except data.RowError as error:
+            invalid.append(f"{name}: {error}")
+            continue
+        lengths.append([len(segment.ids) for segment in encoded])
+        for segment, text in zip(encoded[1:], responses(row), strict=True):
+            both = (processor.decode(segment.ids), text)
+            found, wanted = (unicodedata.normalize("NFC", t) for t in both)  # as the tokenizers do
+            if found != wanted:
+                different.append(f"{name}: {found[:60]!r} instead of {wanted[:60]!r}")
+    said = f"{path}: {len(invalid)} are not: {'; '.join(invalid[:3])}"
+    check_claim(f"all {len(rows)} rows are valid", not invalid, said)
+    said = f"{path}: {len(different)} do not: {'; '.join(different[:3])}"
+    check_claim("supervised tokens decode to the responses", not different, said)
+    return lengths
+
+
+def gate_policy(
+    policy: model.Policy,
+    row: model.Row | None,
+    shortest: model.Row,
+    processor: model.Processor,
+    with_lora: bool,
+    device: torch.device,
+) -> None:
+    """row: one that has images, if there is any; shortest: the row that is run forward and
+    backward. The policy is on its device, sharded. A collective."""
+    if row:
+        images = row[0].images
+        pixels = torch.cat([image.pixels for image in images]).to(device)
+        grids = torch.tensor([image.grid for image in images], device=device)
+        with torch.no_grad():
+            features = len(policy.image_features(pixels, grids))
+        tokens = row[0].ids.count(policy.image_id)
+        said = f"{tokens} tokens, {features} features"
+        said += "; use the pixel settings and the processor of this checkpoint"
+        check_claim("image tokens equal image features", tokens == features, said)
+    if with_lora:
+        text = policy.language_model
+        language = next(name for name, module in policy.named_modules() if module is text)
+        linears = [name for name, module in text.named_modules() if isinstance(module, nn.Linear)]
+        linears = {f"{language}.{name.removesuffix('.base')}" for name in linears}
+        learnt = {name.rpartition(".")[0] for name in train.trained_parameters(policy)}
+        claim = f"LoRA trains the {len(linears)} linear maps of the language model and nothing else"
+        check_claim(claim, learnt == linears, f"these differ: {sorted(learnt ^ linears)[:3]}")
+    gate_step(policy, shortest, processor, device)
+
+
+def gate_step(
+    policy: model.Policy, row: model.Row, processor: model.Processor, device: torch.device
+) -> None:
+    """Every rank runs the same row forward and backward, then its first response the plain way. No
+    gradient stays, and no random number is drawn. A collective."""
+    batch = model.collate([row], processor).to(device)
+    loss = -policy(batch).sum()
+    loss.backward()
+    surprise = loss.item()
+    slopes = [p.grad for p in train.trained_parameters(policy).values() if p.grad is not None]
+    slopes = [bool(train.local_tensor(slope).isfinite().all()) for slope in slopes]
+    policy.zero_grad(set_to_none=True)
+    claim = f"the shortest row, {batch.ids.numel()} tokens, goes forward and backward"
+    said = f"its -log p is {surprise}, and {slopes.count(False)} gradients are not finite"
+    check_claim(claim, math.isfinite(surprise) and any(slopes) and all(slopes), said)
+    tokens = len(row[1].ids)
+    with torch.no_grad():
+        plain = policy(model.collate([row[:2]], processor).to(device), plain=True).sum()
+        tree = policy(batch)[0, : len(row[0].ids) + tokens].sum()
+    off = abs(float(tree - plain))
+    claim = "trees and chunks have the plain row's log-probabilities"
+    check_claim(claim, off <= tolerance(tokens, device), f"the first response is off by {off:.4f}")
+
+
+def tolerance(tokens: int, device: torch.device) -> float:
+    """How far two values of log pi(y|x), computed by the same weights, may differ.
+
+    The rounding errors of the tokens are small and of either sign, so they add up like a random
+    walk: with the square root of the length. This holds for any micro-batch: other rows beside a
+    chain pad it to another length and change how its tokens round, not by how much. Chains of up
+    to SHORT tokens have the limit of SHORT: in a few tokens one large error is not averaged out.
+    """
+    a_token = 1e-4 if device.type == "cpu" else 2e-2  # ours: rounding in fp32, and in bf16
+    return a_token * math.sqrt(max(tokens, SHORT))

@@ -1,0 +1,201 @@
+"""log pi_ref: what the policy says before its first update, computed once, by the code that trains.
+
+    log pi(y | x) = sum over the tokens of y of log p(y_t | x, y_<t)
+
+The reference never changes, so each chain's value is computed before training and stored. A chain
+that stands in several pairs is stored once.
+
+    reference.jsonl   {"key", "logp", "tokens"}, a row for each chain, appended as it is computed
+
+The key is a hash of the weights, the prompt, its images and the response. A run that was killed
+computes the rest, in the batches it would have had: the values are the same to the bit.
+
+gate_drift compares the values with those that the sampler told (engines/drift.py).
+
+Where we depart from the paper, or it is silent: its trainer computes the reference at every step,
+or keeps a second model.
+"""
+
+import argparse
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import data
+import gate
+import model
+import train
+import trees
+from engines import drift
+
+CHECKED = 8  # ours: about so many stored rounds are computed again when a run goes on
+TOKEN_WISE = 64  # ours: chains whose drift is measured token by token
+
+
+def response_sums(logp: Tensor, batch: model.Batch) -> tuple[Tensor, ...]:
+    """log pi(y_k|x) of each row's answers k = 1, 2, ... from per-token log-probabilities (B, T).
+    (B,) each, 0 where a row has fewer. Of a single pair: y_w and y_l."""
+    answers = max(2, int(batch.answer.max()))
+    sums = logp.new_zeros(len(logp), answers + 1).scatter_add(1, batch.answer, logp)
+    return sums[:, 1:].unbind(1)
+
+
+def chain_keys(row: model.Row, checkpoint: str) -> list[str]:
+    """Of each response, what its reference value depends on: the checkpoint's files, the tokens and
+    pixels of the prompt, and its own tokens."""
+    pixels = [hashlib.sha256(image.pixels.numpy().tobytes()).hexdigest() for image in row[0].images]
+    return [data.content_hash([checkpoint, row[0].ids, pixels, segment.ids]) for segment in row[1:]]
+
+
+Round = tuple[train.MicroBatch, ...]  # a micro-batch of every rank
+
+
+def rounds_of(lengths: Sequence[int], budget: int) -> list[Round]:
+    """Rounds that have every row once."""
+    return list(
+        zip(*train.micro_batches(list(range(len(lengths))), budget, train.world_size(), lengths))
+    )
+
+
+def rows_in(parts: Round) -> int:
+    return sum(weight > 0 for part in parts for _, weight in part)
+
+
+@torch.no_grad()
+def log_probs(
+    policy: model.Policy,
+    encode: Callable[[int], model.Row],
+    processor: model.Processor,
+    rounds: list[Round],
+    device: torch.device,
+    title: str,
+) -> Iterator[list[tuple[int, list[float]]]]:
+    """(index, log pi of its chains) of each row, a round at a time. A collective: every rank
+    computes its own micro-batch of a round, and all get all values."""
+    for parts in train.bar(rounds, title, "batch"):
+        part = parts[train.rank()]
+        batch = model.collate([encode(index) for index, _ in part], processor).to(device)
+        sums = torch.stack(response_sums(policy(batch), batch), 1).tolist()
+        mine = [(index, values) for (index, weight), values in zip(part, sums) if weight]
+        yield sorted(train.all_gather(mine))
+
+
+def compute(
+    path: Path,
+    policy: model.Policy,
+    rounds: list[Round],
+    encode: Callable[[int], model.Row],
+    processor: model.Processor,
+    checkpoint: str,
+    device: torch.device,
+) -> tuple[list[list[float]], list[list[str]]]:
+    """(reference values, keys) of all rows, one a chain. Rounds with a chain that is not stored are
+    computed as they would have been, so that a run that was killed has the values of one that was
+    not, to the bit. A few of the others are computed again. Raises train.Refused where a chain's
+    new value is not the stored one: the file is of another policy."""
+    keys, tokens = [], {}
+    for index in train.bar(range(sum(map(rows_in, rounds))), "hashing rows", "row"):
+        row = encode(index)
+        keys.append(chain_keys(row, checkpoint))
+        tokens |= {key: len(segment.ids) for key, segment in zip(keys[-1], row[1:])}
+    found = data.resume_jsonl(path) if train.rank() == 0 else []  # a torn line is cut by one rank
+    stored = {row["key"]: row["logp"] for row in train.all_gather(found)}
+    known, missing = [], []
+    for parts in rounds:
+        wanted = {key for part in parts for index, _ in part for key in keys[index]}
+        (known if wanted <= stored.keys() else missing).append(parts)
+    again = known[:: max(1, len(known) // CHECKED)]
+    with open(path, "a", encoding="utf-8") if train.rank() == 0 else nullcontext() as log:
+        for done in log_probs(policy, encode, processor, again + missing, device, "reference"):
+            new = keep(path, done, keys, tokens, stored, device)
+            if train.rank() == 0:
+                data.append_jsonl(log, new)
+    new, old, twice = (sum(map(rows_in, some)) for some in (missing, known, again))
+    train.print0(f"reference: {new} rows computed, {old} from {path.name} ({twice} checked)")
+    return [[stored[key] for key in row] for row in keys], keys
+
+
+def keep(
+    path: Path,
+    done: list[tuple[int, list[float]]],
+    keys: list[list[str]],
+    tokens: dict[str, int],
+    stored: dict[str, float],
+    device: torch.device,
+) -> list[dict]:
+    """Adds the chains that are not stored yet to `stored`, and returns their rows. The others must
+    have their stored value."""
+    rows = []
+    for index, values in done:
+        for number, (key, value) in enumerate(zip(keys[index], values), 1):
+            if key not in stored:
+                stored[key] = value
+                rows.append({"key": key, "logp": value, "tokens": tokens[key]})
+            elif not (off := abs(value - stored[key])) <= gate.tolerance(tokens[key], device):
+                what = f"the stored reference of row {index} is off by {off:.4f} (chain {number})"
+                train.refuse(train.Refused(f"{path}: {what}; remove the file to compute it anew"))
+    return rows
+
+
+@torch.no_grad()
+def token_log_probs(
+    policy: model.Policy,
+    rows: list[model.Row],
+    processor: model.Processor,
+    budget: int,
+    device: torch.device,
+) -> list[list[float]]:
+    """log pi of each supervised token of each row. A collective."""
+    found = []
+    for parts in rounds_of([sum(len(segment.ids) for segment in row) for row in rows], budget):
+        part = parts[train.rank()]
+        batch = model.collate([rows[index] for index, _ in part], processor).to(device)
+        for (index, weight), logp, labels in zip(part, policy(batch), batch.labels):
+            found += [(index, logp[labels > 0].tolist())] * bool(weight)
+    return [logp for _, logp in sorted(train.all_gather(found))]
+
+
+def gate_drift(
+    args: argparse.Namespace,
+    pairs: list[dict],
+    forest: trees.Forest,
+    logp: dict[tuple[int, int], float],
+    policy: model.Policy,
+    processor: model.Processor,
+    budget: int,
+    device: torch.device,
+) -> None:
+    """The reference's log-probabilities must be those that the sampler told: the same weights, the
+    same images, the same positions. Chains whose tokens the sampler told are computed once more,
+    each as a row of its own, the plain way: how far that is from the reference is the least that
+    can be seen. logp: the reference's value of each chain, by (tree, chain). A collective."""
+    pairs = [pairs[index] for index in forest.pairs]
+    ends = [(tree, forest.edges[tree][edge]) for tree, edge in forest.places]
+    values = [[logp[tree, chain] for chain in edge] for tree, edge in ends]
+    chains = drift.chains_of(pairs, values)
+    if not chains:
+        train.print0("drift: not measured, since no pair tells its sampler's log-probabilities")
+        return
+    token_wise = [place for place, chain in chains.items() if chain.sampler_tokens][:TOKEN_WISE]
+    rows = [
+        trees.encode_side(pairs[pair], trees.SIDES[side], processor, Path(args.images))
+        for pair, side in token_wise
+    ]
+    again = token_log_probs(policy, rows, processor, budget, device)
+    for place, logps in zip(token_wise, again):
+        chains[place] = replace(chains[place], trainer_tokens=logps)
+    limit = args.max_drift or (drift.LIMIT_BF16 if device.type == "cuda" else drift.LIMIT_FP32)
+    found = drift.compare(list(chains.values()))
+    train.print0(f"drift: {drift.describe(found)}; the limit is {limit:g} (--max-drift)")
+    if token_wise:
+        own = drift.floor([chains[place] for place in token_wise])
+        train.print0(f"drift: of the trainer against itself, {drift.describe(own)}")
+    try:
+        drift.check_drift(found, limit, args.pairs)
+    except data.RowError as error:
+        train.refuse(error)

@@ -1,0 +1,241 @@
+"""How far the judge agrees with humans (paper §3.3, Fig. 3).
+
+    python -m report sample -n 1000 --verdicts verdicts.jsonl --rollouts rollouts.jsonl \\
+        --questions image.jsonl --images images --out human
+    python -m report agree --human a.csv b.csv --key human/key.jsonl --verdicts verdicts.jsonl \\
+        --out agreement
+
+`sample` writes a blinded sheet for raters, OUT/sheet, and its key, OUT/key.jsonl. `agree` reads the
+sheets they filled in; writes agreement.json and agreement.png.
+
+Where we depart from the paper, or it is silent: it names neither sampling nor interval.
+"""
+
+import argparse
+import math
+import random
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+import numpy as np
+
+import data
+from benchmarks.descriptions import read_sheet, write_sheet
+from command import schema, stage
+from engines.inference import image_paths
+from judge import CRITERIA, ground_truth, read_rollouts
+
+RESAMPLES = 2000  # ours: bootstrap over cases
+# the raters fill in the last four
+SHEET = ("id", "question", "options", "answer", "response", "images", *CRITERIA)
+YES, NO = ("yes", "y", "1", "true"), ("no", "n", "0", "false")  # ours: a rater's words
+MISTAKES = 20  # ours: so many are listed
+CELL = 32_767  # of the format: most characters of a cell in the spreadsheets that raters use
+
+
+def sample(args: argparse.Namespace) -> None:
+    """Draws chains with a readable verdict, each text once, into a sheet without the verdicts."""
+    started, out = time.time(), Path(args.out)
+    if not stage.open_folder(args, [args.verdicts, args.rollouts, args.questions]):
+        return
+    questions = {question.id: question for question in schema.read_questions(args.questions)}
+    rollouts = read_rollouts(args.rollouts, questions)
+    chains = {(row["id"], row["response_sha"]): row["response"] for row in rollouts}
+    verdicts = schema.read_rows(args.verdicts, "verdicts")
+    judged = {(row["id"], row["response_sha"]) for row in verdicts if row["criteria"]}
+    if missing := judged - chains.keys():
+        lack = f"{len(missing)} verdicts are on texts that {args.rollouts} does not have"
+        raise data.RowError(f"{args.verdicts}: {lack}; give the file they were made from")
+    if len(judged) < args.n:
+        have = f"{len(judged)} chains have a readable verdict, fewer than -n {args.n}"
+        raise data.RowError(f"{args.verdicts}: {have}; ask for fewer")
+    sheet, key = [], []
+    images = out / "sheet" / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    drawn = random.Random(args.seed).sample(sorted(judged), args.n)
+    for number, chain in enumerate(drawn, 1):
+        question, case = questions[chain[0]], f"case-{number:04d}"
+        copies = copy_images(image_paths(question, Path(args.images)), images, case)
+        options = "\n".join(f"({letter}) {text}" for letter, text in question.options.items())
+        cells = [case, question.question, options, ground_truth(question), chains[chain], copies]
+        if (longest := max(map(len, cells))) > CELL:
+            print(f"{case}: a text of {longest} characters; a spreadsheet shows {CELL} of them")
+        sheet.append([*cells, *[""] * len(CRITERIA)])
+        key.append({"case": case, "id": chain[0], "response_sha": chain[1]})
+    write_sheet(out / "sheet" / "sheet.csv", list(SHEET), sheet)
+    data.write_jsonl(out / "key.jsonl", key)
+    print(f"{args.n} of {len(judged)} judged chains. {out / 'sheet'} is for the raters:")
+    print(f"each fills in a copy of sheet.csv, Yes or No in the columns {', '.join(CRITERIA)}.")
+    print(f"Keep {out / 'key.jsonl'} to yourself: it says which chain is which.")
+    # the sheet is not among the outputs, since raters may fill it in where it lies
+    stage.finish(args, [out / "key.jsonl"], started, {"cases": args.n})
+
+
+def copy_images(paths: list[Path], folder: Path, case: str) -> str:
+    """Copies a case's images, and returns their new names: a file's own may tell the answer."""
+    names = [f"{case}-{index}{path.suffix}" for index, path in enumerate(paths, 1)]
+    for path, name in zip(paths, names):
+        shutil.copyfile(path, folder / name)
+    return " ".join(names)
+
+
+def read_ratings(path: str, cases: Collection[str]) -> dict[str, dict[str, bool]]:
+    """{case: {criterion: met}} from a sheet that a rater filled in. Raises RowError that lists
+    mistakes by row and column: a sheet with a mistake is not used at all."""
+    found, mistakes = {}, []
+    for number, row in read_sheet(path, ["id", *CRITERIA]):
+        case, where = row["id"], f"row {number} ({row['id']}), column"
+        if case not in cases:
+            why = "is not a case of the key; rows must keep the id they were given"
+            mistakes.append(f"{where} id: {why}")
+        elif case in found:
+            mistakes.append(f"{where} id: is there twice; remove one of the rows")
+        found[case] = {}
+        for name in CRITERIA:
+            word = (row[name] or "").strip().casefold()
+            if not word:
+                mistakes.append(f"{where} {name}: is empty; every criterion needs Yes or No")
+            elif word not in YES + NO:
+                mistakes.append(f"{where} {name}: {row[name]!r} is neither Yes nor No")
+            found[case][name] = word in YES
+    missing = [case for case in cases if case not in found]
+    mistakes += [f"{case} is missing; every case of the key needs its row" for case in missing]
+    if mistakes:
+        lines = [f"{path}: {len(mistakes)} mistakes; nothing was computed", *mistakes[:MISTAKES]]
+        if len(mistakes) > MISTAKES:
+            lines.append(f"... and {len(mistakes) - MISTAKES} more")
+        raise data.RowError("\n  ".join(lines))
+    return found
+
+
+def kappa(first: np.ndarray, second: np.ndarray) -> float | None:
+    """Cohen's kappa of two raters' answers, bool (N,): (p_o - p_e) / (1 - p_e), the agreement
+    beyond what their shares of Yes give by chance. None where both raters give the same answer to
+    every case: chance then explains all agreement."""
+    chance = first.mean() * second.mean() + (1 - first.mean()) * (1 - second.mean())
+    return float(((first == second).mean() - chance) / (1 - chance)) if chance < 1 else None
+
+
+def differences(cases: np.ndarray) -> np.ndarray:
+    """Human score minus judge's score, (C,). A score is the number of criteria met, averaged over
+    the raters."""
+    return cases[:, :-1].sum(2).mean(1) - cases[:, -1].sum(1)
+
+
+def agreement(cases: np.ndarray) -> dict[str, float | None]:
+    """Every figure of the study, from bool (C cases, raters and then the judge, four criteria).
+    Each rater is compared with the judge on each criterion; "all" is whether all four are met."""
+    scores = differences(cases)
+    mean, spread = scores.mean(), scores.std(ddof=1)
+    band = spread + 1e-9  # a mean over raters such as 1/3 is not exact
+    figures = {
+        "mean": mean,
+        "sd": spread,
+        "within_sd_of_0": (np.abs(scores) <= band).mean(),
+        "within_sd_of_mean": (np.abs(scores - mean) <= band).mean(),
+    }
+    # met: (C, raters and the judge)
+    for name, met in [*zip(CRITERIA, np.moveaxis(cases, 2, 0)), ("all", cases.all(2))]:
+        human, judge = met[:, :-1].ravel(), np.repeat(met[:, -1], met.shape[1] - 1)
+        figures[f"{name}.human_yes"] = human.mean()
+        figures[f"{name}.judge_yes"] = judge.mean()
+        figures[f"{name}.accuracy"] = (human == judge).mean()
+        figures[f"{name}.kappa"] = kappa(human, judge)
+    return {name: None if value is None else float(value) for name, value in figures.items()}
+
+
+def agreement_intervals(
+    cases: np.ndarray, figures_of: Callable[[np.ndarray], dict], resamples: int, seed: int
+) -> dict[str, tuple[float, float] | None]:
+    """The 95 % percentile interval of each figure over cases drawn with replacement. None for a
+    figure that no draw has."""
+    rng, intervals = np.random.default_rng(seed), {}
+    draws = [figures_of(cases[rng.integers(len(cases), size=len(cases))]) for _ in range(resamples)]
+    for name in draws[0]:
+        values = sorted(draw[name] for draw in draws if draw[name] is not None)
+        low, high = int(0.025 * len(values)), math.ceil(0.975 * len(values)) - 1
+        intervals[name] = (values[low], values[high]) if values else None
+    return intervals
+
+
+def plot_agreement(cases: np.ndarray, figures: dict, path: Path) -> None:
+    """The paper's Figure 3: the number of cases by difference of scores, and the band of one SD."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams["axes.titlesize"] = 10
+    step = 1 / (cases.shape[1] - 1)  # of a mean over this many raters
+    counts = Counter(round(difference / step) for difference in differences(cases))
+    mean, spread = figures["mean"], figures["sd"]
+    figure, ax = plt.subplots(figsize=(7, 4.5), constrained_layout=True)
+    label = f"0 ± SD: {figures['within_sd_of_0']:.1%} of cases"
+    ax.axvspan(-spread, spread, color="#5b8db8", alpha=0.15, lw=0, label=label)
+    label = f"mean ± SD: {figures['within_sd_of_mean']:.1%}"
+    ax.axvline(mean - spread, color="#c0504d", ls="--", lw=1, label=label)
+    ax.axvline(mean + spread, color="#c0504d", ls="--", lw=1)
+    places, heights = [k * step for k in counts], list(counts.values())
+    bars = ax.bar(places, heights, 0.85 * step, color="#5b8db8", edgecolor="white")
+    ax.bar_label(bars, padding=3, fontsize=8 if step == 1 else 6)
+    ax.axvline(mean, color="#c0504d", lw=1.2, label=f"mean {mean:+.2f}, SD {spread:.2f}")
+    ax.set_title(f"criteria met, humans minus judge ({len(cases)} cases)")
+    ax.set(xlabel="difference of scores", ylabel="cases", xticks=range(-4, 5), xlim=(-4.5, 4.5))
+    ax.margins(y=0.12)
+    ax.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def agree(args: argparse.Namespace) -> None:
+    started, out = time.time(), Path(args.out)
+    if not stage.open_folder(args, [*args.human, args.key, args.verdicts]):
+        return
+    rows = schema.read_rows(args.key, "key")
+    key = {row["case"]: (row["id"], row["response_sha"]) for row in rows}
+    sheets = [read_ratings(path, key) for path in args.human]
+    rows = schema.read_rows(args.verdicts, "verdicts")
+    verdict_of = {(row["id"], row["response_sha"]): row["criteria"] for row in rows}
+    if lacking := [case for case, chain in key.items() if chain not in verdict_of]:
+        lack = f"no verdict on {len(lacking)} of {len(key)} cases, the first is {lacking[0]}"
+        raise data.RowError(f"{args.verdicts}: {lack}; give the verdicts of the same rollouts")
+    cases = []  # (C, raters and the judge, 4)
+    for case, chain in key.items():
+        if verdict_of[chain]:
+            ratings = [*(sheet[case] for sheet in sheets), verdict_of[chain]]
+            cases.append([[rating[name] for name in CRITERIA] for rating in ratings])
+    if len(cases) < 2:
+        have = f"{len(cases)} cases have a readable verdict"
+        raise data.RowError(f"{args.verdicts}: {have}; agreement needs two or more")
+    cases = np.array(cases, dtype=bool)
+    figures = agreement(cases)
+    intervals = agreement_intervals(cases, agreement, RESAMPLES, args.seed)
+    print(f"{len(cases)} cases, {len(sheets)} raters, ", end="")
+    print(f"{len(key) - len(cases)} left out for an unreadable verdict; ", end="")
+    print("in brackets 95 %, bootstrap over cases")
+    print_agreement(figures, intervals)
+    counts, paths = {"cases": len(cases), "raters": len(sheets)}, [out / "agreement.json"]
+    data.write_json(paths[0], {**counts, "figures": figures, "intervals": intervals})
+    paths.append(out / "agreement.png")
+    plot_agreement(cases, figures, paths[1])
+    stage.finish(args, paths, started, counts)
+
+
+def print_agreement(figures: dict, intervals: dict) -> None:
+    def shown(name: str, form: str) -> str:
+        if figures[name] is None:
+            return "none (one answer only)"
+        low, high = intervals[name]
+        return f"{figures[name]:{form}} ({low:{form}} to {high:{form}})"
+
+    print(f"score, human minus judge: mean {shown('mean', '+.2f')}, SD {shown('sd', '.2f')}")
+    around = shown("within_sd_of_mean", ".1%")
+    print(f"within ±SD of 0 {shown('within_sd_of_0', '.1%')}, of the mean {around}")
+    for name in (*CRITERIA, "all"):
+        human, judge = figures[f"{name}.human_yes"], figures[f"{name}.judge_yes"]
+        rates = f"Yes: human {human:.2f}, judge {judge:.2f}"
+        accuracy, k = shown(f"{name}.accuracy", ".3f"), shown(f"{name}.kappa", ".3f")
+        print(f"{name:<27} {rates}   accuracy {accuracy}   kappa {k}")

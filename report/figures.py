@@ -1,0 +1,424 @@
+"""Pictures of an evaluation (paper §4): its Figures 4 to 6, and the report of one run.
+
+    plot_paper     figure4: accuracy by stage and model size     figure5: what Stage I is trained on
+                   figure6: MV@n and pass@n                      modalities: by kind of image
+    plot_report    accuracy, criteria, training curves and votes on one sheet
+    plot_films     a sheet of preference pairs
+
+reads results of score.read_results, named SIZE/STAGE as tables.py has it; for Figure 5
+"7B/multimodal" and "7B/both" stand beside the text-only "7B/Stage-I". plot_paper returns (files
+written, lines that say what was left out and why). Every picture can be read in grey.
+
+Where we depart from the paper, or it is silent: it gives no intervals, ours are 95 %, and no
+numbers behind Figures 5 and 6.
+"""
+
+import math
+import re
+import textwrap
+from collections.abc import Iterable
+from pathlib import Path
+
+import data
+from judge import CRITERIA
+from report.tables import MM, PAPER_SIZES, STAGES, TITLES, distinct, paper_overall, stage_of
+
+# paper Fig. 5
+STRATEGIES = {"Stage-I": "text-only", "multimodal": "multimodal", "both": "text and multimodal"}
+# paper 4.3; it does not say which Medbullets
+FIGURE5 = ("medxpertqa-mm", "mmmu", "medqa", "medbullets-op4", "medbullets-op5")
+FIGURE4_SIZES = ("7B", "32B", "72B")  # paper Fig. 4
+LOOKS = (  # ours: one a result, told apart in grey too: shade, hatch, marker, line
+    ("#b0b0b0", "", "o", "-"),
+    ("#5b8db8", "///", "s", "--"),
+    ("#c0504d", "...", "^", "-."),
+    ("#4f9d69", "xxx", "D", ":"),
+    ("#8064a2", "\\\\\\", "v", (0, (6, 1, 1, 1, 1, 1))),
+)
+STYLE = {  # SVG: text stays text, and the same results give the same file
+    "axes.titlesize": 10, "legend.frameon": False, "legend.fontsize": 8, "hatch.linewidth": 0.6,
+    "svg.fonttype": "none", "svg.hashsalt": "medee",
+}  # fmt: skip
+SIDE = 60_000  # pixels of a picture's side: matplotlib draws at most 65,536
+
+
+# --------------------------------------------------------------------------------------------------
+# Parts of all pictures
+
+
+def canvas(rows: int, columns: int, width: float, height: float, widths=None, heights=None):
+    """(figure, axes (rows, columns)) of width x height inches. widths, heights: of the columns and
+    rows, in proportion."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(STYLE)
+    size = {"figsize": (width, height), "constrained_layout": True, "squeeze": False}
+    return plt.subplots(rows, columns, width_ratios=widths, height_ratios=heights, **size)
+
+
+def save(figure, path: Path, *suffixes: str) -> list[Path]:
+    """Writes a figure, once a suffix, and closes it."""
+    import matplotlib.pyplot as plt
+
+    paths = [path.with_name(path.name + suffix) for suffix in suffixes]
+    dpi = min(110, SIDE / max(figure.get_size_inches()))
+    for file in paths:
+        metadata = {"Date": None} if file.suffix == ".svg" else None
+        figure.savefig(file, dpi=dpi, metadata=metadata)
+    plt.close(figure)
+    return paths
+
+
+def arms(triples: list[list[float]]) -> list[list[float]]:
+    """Error bars (2, N), down and up, of [mean, low, high] each."""
+    down = [max(0.0, mean - low) for mean, low, _ in triples]
+    return [down, [max(0.0, high - mean) for mean, _, high in triples]]
+
+
+def percent(figures: Iterable[dict]) -> list[list[float]]:
+    """The accuracy [mean, low, high] of each, in per cent."""
+    return [[100 * value for value in found["accuracy"]] for found in figures]
+
+
+def counts(key: str, figures: Iterable[dict]) -> str:
+    """How many "questions" or "samples" these figures have: "2000", or "2000 / 400" where they
+    differ."""
+    return " / ".join(dict.fromkeys(str(found[key]) for found in figures))
+
+
+def below(figure, axes, columns: int) -> None:
+    """One legend for all the panels, each label once, under them."""
+    entries = {}
+    for ax in axes:
+        handles, labels = ax.get_legend_handles_labels()
+        entries |= dict(zip(labels, handles))
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns)
+
+
+def curve(ax, figures: dict, key: str, shade: str, line, marker: str, label: str) -> None:
+    """MV@n or pass@n over n, as key says, with its band."""
+    n, (means, lows, highs) = list(map(int, figures[key])), zip(*figures[key].values())
+    ax.fill_between(n, lows, highs, color=shade, alpha=0.15, lw=0)
+    mark = {"marker": marker, "ms": 5, "mec": "black", "mew": 0.5}
+    ax.plot(n, means, color=shade, ls=line, label=label, **mark)
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter("{x:.0f}")
+
+
+# --------------------------------------------------------------------------------------------------
+# The paper's figures
+
+
+def plot_paper(results: list[dict], out: Path) -> tuple[list[Path], list[str]]:
+    """Draws figure4, and for each size figure5, figure6 and modalities, as .png and .svg, from the
+    results that have what it takes. Returns (files, lines that say what was left out and why).
+    Raises RowError for two results of one name."""
+    distinct(results)
+    stages, left_out, by_size = [], [], {}
+    for result in results:
+        size, stage = stage_of(result)
+        by_size.setdefault(size, []).append(result)
+        if size and stage in STRATEGIES and stage not in STAGES:
+            which = "Figures 4, 6, modalities"
+            left_out.append(f"{which}: {result['name']} is an ablation, for Figure 5 only")
+        else:
+            stages.append(result)
+    drawn = {"figure4": stages_by_size(stages, left_out)}
+    for size, members in by_size.items():
+        suffix = re.sub(r"[^\w.]+", "-", f"-{size}") if size else ""
+        drawn["figure5" + suffix] = strategies(size, members, left_out)
+        plain = [result for result in stages if stage_of(result)[0] == size]
+        if len(plain) > len(LOOKS):
+            which = f"Figure 6, modalities: {len(plain)} results of one size {size!r}"
+            left_out.append(f"{which}, and only {len(LOOKS)} can be told apart; give fewer")
+        else:
+            drawn["figure6" + suffix] = curves(plain, left_out)
+            drawn["modalities" + suffix] = modalities(plain, left_out)
+    paths = []
+    for name, figure in drawn.items():
+        paths += save(figure, out / name, ".png", ".svg") if figure else []
+    return paths, left_out
+
+
+def stages_by_size(results: list[dict], left_out: list[str]):
+    """Figure 4: a panel a size; the paper's values hollow, ours filled, with intervals."""
+    ours: dict[str, dict[str, dict]] = {}
+    for result in results:
+        size, stage = stage_of(result)
+        if not size or stage not in STAGES:
+            wanted = f"not named SIZE/STAGE with a stage of {', '.join(STAGES)}"
+            left_out.append(f"Figure 4: {result['name']} is {wanted}")
+        elif MM not in result["benchmarks"]:
+            left_out.append(f"Figure 4: {result['name']} has no {MM}")
+        else:
+            ours.setdefault(size, {})[stage] = result["benchmarks"][MM]["figures"]
+    if not ours:
+        return None
+    sizes = list(dict.fromkeys([*FIGURE4_SIZES, *ours]))
+    figure, axes = canvas(1, len(sizes), 3.2 * len(sizes) + 0.6, 4.2)
+    triples = percent(figures for stages in ours.values() for figures in stages.values())
+    top = max(45, *(high for _, _, high in triples))
+    for ax, size in zip(axes[0], sizes):
+        size_panel(ax, size, ours.get(size, {}))
+        ax.set(title=size, xlim=(-0.5, 2.5), ylim=(0, 1.25 * top), xlabel="stage")
+        ax.legend(loc="upper left")
+    axes[0, 0].set_ylabel("accuracy in % (bars: 95 % interval)")
+    figure.suptitle("MedXpertQA-MM, by model size and stage", fontsize=10)
+    return figure
+
+
+def size_panel(ax, size: str, ours: dict[str, dict]) -> None:
+    """Accuracy by stage of one size. ours: figures by stage."""
+    paper, mine, ticks = {}, {}, []
+    for x, stage in enumerate(STAGES):
+        theirs, own = paper_overall(PAPER_SIZES.get(size, ""), stage), math.nan
+        if theirs is not None:
+            paper[x] = theirs
+        if stage in ours:
+            mine[x] = ours[stage]
+            own = 100 * ours[stage]["accuracy"][0]
+        tick = f"{stage}\npaper {paper.get(x, math.nan):.2f}\nours {own:.2f}"
+        ticks.append(tick.replace("nan", "–"))
+    if paper:
+        label, hollow = f"paper, {PAPER_SIZES[size]}", {"color": "black", "mfc": "white"}
+        x = [x - 0.1 for x in paper]
+        ax.plot(x, list(paper.values()), "--o", lw=1, ms=7, label=label, **hollow)
+    if mine:
+        triples, figures = percent(mine.values()), mine.values()
+        label = f"ours, {counts('questions', figures)} questions × {counts('samples', figures)}"
+        x, means = [x + 0.1 for x in mine], [mean for mean, _, _ in triples]
+        look = {"fmt": "-s", "color": "#c0504d", "ms": 6, "capsize": 3}
+        ax.errorbar(x, means, arms(triples), label=f"{label} samples", **look)
+    ax.set_xticks(range(3), ticks, fontsize=9)
+
+
+def strategies(size: str, results: list[dict], left_out: list[str]):
+    """Figure 5: the model before Stage I, and after it on text, on images, on both."""
+    by_stage = {stage_of(result)[1]: result for result in results if size}
+    members = [by_stage[stage] for stage in ("base", *STRATEGIES) if stage in by_stage]
+    found: dict[str, list[dict]] = {}  # by benchmark, the figures of those members that have it
+    for source in FIGURE5:
+        has = [
+            one["benchmarks"][source]["figures"] for one in members if source in one["benchmarks"]
+        ]
+        found |= {source: has} if has else {}
+    if len(STRATEGIES.keys() & by_stage.keys()) < 2 or not found:
+        wanted = f"two of SIZE/{', SIZE/'.join(STRATEGIES)} on one of {', '.join(FIGURE5)}"
+        have = ", ".join(result["name"] for result in results)
+        left_out.append(f"Figure 5: needs {wanted}; {have} do not make it")
+        return None
+    figure, axes = canvas(1, 1, 3 + 1.7 * len(found), 4.6)
+    ax, width = axes[0, 0], 0.8 / len(members)
+    for i, (result, (shade, hatch, _, _)) in enumerate(zip(members, LOOKS)):
+        here = {}
+        for x, source in enumerate(found):
+            if source in result["benchmarks"]:
+                here[x] = result["benchmarks"][source]["figures"]
+            else:
+                left_out.append(f"Figure 5: {result['name']} has no {source}")
+        triples = percent(here.values())
+        places = [x + (i - (len(members) - 1) / 2) * width for x in here]
+        name = STRATEGIES.get(stage_of(result)[1], "before Stage I")
+        label = f"{name} ({counts('samples', here.values())} samples)"
+        look = {"color": shade, "hatch": hatch, "edgecolor": "black", "lw": 0.5, "capsize": 2}
+        means = [mean for mean, _, _ in triples]
+        ax.bar(places, means, 0.92 * width, yerr=arms(triples), label=label, **look)
+        for x, (mean, _, high) in zip(places, triples):
+            ax.text(x, high + 1, f"{mean:.1f}", ha="center", fontsize=7)
+    labels = [f"{TITLES[source]}\nn = {counts('questions', has)}" for source, has in found.items()]
+    ax.set(xticks=range(len(found)), xticklabels=labels, ylim=(0, 105))
+    ax.set(title=f"{size}: what Stage I is trained on", xlabel="benchmark, n questions")
+    ax.set(ylabel="accuracy in % (bars: 95 % interval)")
+    below(figure, [ax], len(members))
+    return figure
+
+
+def curves(results: list[dict], left_out: list[str]):
+    """Figure 6: a row a benchmark, MV@n on the left and pass@n on the right, with scales of their
+    own."""
+    many: dict[str, list[tuple]] = {}
+    for result, look in zip(results, LOOKS):
+        for source, part in result["benchmarks"].items():
+            if part["figures"]["samples"] > 1:
+                many.setdefault(source, []).append((result["name"], look, part["figures"]))
+            else:
+                why = f"has one sample a question of {source}; evaluate with -n 32"
+                left_out.append(f"Figure 6: {result['name']} {why}")
+    if not many:
+        return None
+    figure, axes = canvas(len(many), 2, 10, 0.6 + 3.2 * len(many))
+    panels = (("majority", "majority vote, MV@n"), ("pass", "any of n right, pass@n"))
+    for (source, drawn), row in zip(many.items(), axes):
+        number = counts("questions", [found for _, _, found in drawn])
+        for ax, (key, title) in zip(row, panels):
+            for name, (shade, _, marker, line), found in drawn:
+                curve(ax, found, key, shade, line, marker, f"{name} ({found['samples']} samples)")
+            ax.set(xlabel="n samples", ylabel="share right (band: 95 % interval)")
+            ax.set_title(f"{TITLES.get(source, source)} ({number} questions): {title}")
+    below(figure, axes.flat, min(3, len(results)))
+    return figure
+
+
+def modalities(results: list[dict], left_out: list[str]):
+    """Accuracy by kind of image, over all image questions: a line a modality, a mark a result."""
+    found, largest, sources = [], {}, {}  # sources: an ordered set
+    for result, look in zip(results, LOOKS):
+        entries = [entry for entry in result["entries"] if entry["image"]]
+        sources |= {TITLES.get(entry["source"], entry["source"]): None for entry in entries}
+        subsets = {tuple(key.split("=", 1)): part for key, part in result["subsets"].items()}
+        parts = {name: part for (key, name), part in subsets.items() if key == "modality"}
+        for name, part in parts.items():
+            largest[name] = max(part["questions"], largest.get(name, 0))
+        if parts:
+            found.append((result["name"], look, parts))
+        else:
+            why = "has no subsets modality=...; its questions' meta names none"
+            left_out.append(f"modalities: {result['name']} {why}")
+    if not found:
+        return None
+    order = sorted(largest, key=lambda name: (largest[name], name))  # from below
+    figure, axes = canvas(1, 1, 8, 1.6 + (0.18 + 0.13 * len(found)) * len(order))
+    ax, step = axes[0, 0], 0.7 / len(found)
+    for i, (name, (shade, _, marker, _), parts) in enumerate(found):
+        places = [y for y, modality in enumerate(order) if modality in parts]
+        triples = [parts[order[y]]["accuracy"] for y in places]
+        heights = [y - (i - (len(found) - 1) / 2) * step for y in places]
+        look = {"color": shade, "ecolor": "#606060", "elinewidth": 0.8, "mec": "black", "ms": 5}
+        label = f"{name} ({counts('samples', parts.values())} samples)"
+        means = [mean for mean, _, _ in triples]
+        ax.errorbar(means, heights, xerr=arms(triples), fmt=marker, label=label, **look)
+    for y in range(len(order) - 1):
+        ax.axhline(y + 0.5, color="#dddddd", lw=0.6)
+    labels = []
+    for name in order:
+        number = counts("questions", [parts[name] for *_, parts in found if name in parts])
+        labels.append(f"{name} (n = {number})")
+    ax.set(yticks=range(len(order)), yticklabels=labels, xlim=(0, 1), ylim=(-0.6, len(order) - 0.4))
+    ax.set(title=f"accuracy by imaging modality: {', '.join(sources)}")
+    ax.set(xlabel="accuracy (bars: 95 % interval)", ylabel="modality, n image questions")
+    below(figure, [ax], min(3, len(found)))
+    return figure
+
+
+# --------------------------------------------------------------------------------------------------
+# The report of one run
+
+SPAN_COLOURS = {"think": "#4f9d69", "answer": "#31a0b5", "tag": "#c9a227"}
+DPO_CURVES = (  # key of metrics.jsonl, label, colour
+    ("loss", "loss", "#c0504d"),
+    ("margin", "reward margin", "#5b8db8"),
+    ("accuracy", "pairs in the right order", "#8a8a8a"),
+)
+
+
+def plot_report(results: list[dict], sft: list[dict], dpo: list[dict], path: Path) -> None:
+    """Accuracy and criteria by stage, training curves, majority vote and pass@n, from the results
+    with image questions. sft, dpo: the rows of the stages' metrics.jsonl."""
+    figure, axes = canvas(2, 3, 15, 8.5)
+    (right, criteria, invented), (losses, preferences, votes) = axes
+    shades = [shade for shade, *_ in LOOKS * len(results)]
+    drawn = [pair for pair in zip(results, shades) if "image" in pair[0]["groups"]]
+    names, labels = [result["name"] for result, _ in drawn], [*CRITERIA, "all four"]
+    width = 0.81 / max(1, len(drawn))
+    for x, (result, shade) in enumerate(drawn):
+        image = result["groups"]["image"]
+        accuracy_bars(right, x, result["groups"], shade)
+        if "criteria" in image:
+            values = [*(image["criteria"][name] for name in CRITERIA), image["all_criteria"][0]]
+            places = [place + (x - (len(drawn) - 1) / 2) * width for place in range(len(labels))]
+            criteria.bar(places, values, 0.93 * width, color=shade, label=result["name"])
+        if (share := image.get("hallucinated")) is not None:
+            invented.bar(x, share, 0.5, color=shade)
+            text = f"{share:.2f}\n{image['judged_looking']} chains"
+            invented.text(x, share + 0.012, text, ha="center", fontsize=9)
+        curve(votes, image, "majority", shade, "-", "o", result["name"])
+        curve(votes, image, "pass", shade, "--", "^", "")
+    training_curves(losses, preferences, sft, dpo)
+    for ax in (right, invented):
+        ax.set_xticks(range(len(names)), names, fontsize=10 if len(names) < 4 else 7)
+    ticks = [label.replace("_", "\n") for label in labels]
+    criteria.set_xticks(range(len(labels)), ticks, fontsize=8)
+    title = "accuracy (plain: image, hatched: text; bars 95 %; dotted: 1 in 4)"
+    right.set(title=title, ylim=(0, 1.08))
+    right.axhline(0.25, color="black", lw=0.8, ls=":")
+    title = "share of chains meeting each criterion (image questions)"
+    criteria.set(title=title, ylim=(0, 1.15))
+    invented.set(title="hallucination among chains that look at the image", ylim=(0, 1.05))
+    title = "MV@n (solid), pass@n (dashed), image questions (95 %)"
+    votes.set(title=title, xlabel="n", ylim=(0, 1.02))
+    criteria.legend(loc="upper center", ncols=3)
+    losses.legend(loc="upper right")
+    preferences.legend(loc="upper left")
+    votes.legend(loc="lower right", ncols=3)
+    save(figure, path.with_suffix(""), path.suffix)
+
+
+def accuracy_bars(ax, x: int, groups: dict, shade: str) -> None:
+    for place, kind, hatch in ((x - 0.2, "image", None), (x + 0.2, "text", "//")):
+        if kind in groups:
+            mean, _, high = triple = groups[kind]["accuracy"]
+            look = {"color": shade, "hatch": hatch, "edgecolor": "white", "capsize": 3}
+            ax.bar(place, mean, 0.38, yerr=arms([triple]), **look)
+            ax.text(place, high + 0.012, f"{mean:.2f}", ha="center", fontsize=9)
+
+
+def training_curves(losses, preferences, sft: list[dict], dpo: list[dict]) -> None:
+    """Stage I's loss by span, and Stage II's figures, dashed on the pairs that are held out."""
+    for name, colour in SPAN_COLOURS.items():
+        steps, values = [row["step"] + 1 for row in sft], [row[name] for row in sft]
+        losses.plot(steps, values, color=colour, label=name, lw=1.2)
+    for key, label, colour in DPO_CURVES:
+        steps, values = [row["step"] + 1 for row in dpo], [row[key] for row in dpo]
+        preferences.plot(steps, values, color=colour, label=label, lw=1.2)
+        if seen := [row for row in dpo if f"held_{key}" in row]:
+            steps, values = [row["step"] + 1 for row in seen], [row[f"held_{key}"] for row in seen]
+            look = {"color": colour, "marker": "o", "ls": "--", "lw": 0.8}
+            preferences.plot(steps, values, label=f"{label}, held out", **look)
+    losses.set(title="Stage I: loss per token of each span", xlabel="step", yscale="log")
+    preferences.axhline(math.log(2), color="black", lw=0.8, ls=":")
+    preferences.set(title="Stage II: DPO (dotted: ln 2)", xlabel="step")
+
+
+def plot_films(pairs: list[dict], image_root: Path, path: Path) -> None:
+    """A sheet of preference pairs: the image, the question, the chosen chain beside the rejected
+    one and why it failed. Nothing is written where no pair has an image."""
+    from command.images import load_image
+
+    shown: dict[str, dict] = {}  # one pair a question: one of each failure first, then any
+    for reason in [*CRITERIA, *[None] * (6 - len(CRITERIA))]:
+        for row in pairs:
+            fits = row["images"] and (reason is None or reason in row["failed"])
+            if fits and row["id"] not in shown:
+                shown[row["id"]] = row
+                break
+    if not shown:
+        return
+    sheet = []
+    for row in shown.values():
+        failed = "rejected: fails " + ", ".join(row["failed"]).replace("_", " ")
+        texts = (
+            ("question", "black", row["prompt"][-1]["content"], 36),
+            ("chosen: meets all four", "#2e7d4f", row["chosen"], 56),
+            (failed, "#b03a2e", row["rejected"], 56),
+        )
+        columns = []
+        for title, colour, text, width in texts:
+            wrapped = "\n".join(textwrap.fill(line, width) for line in text.split("\n"))
+            columns.append((title, colour, wrapped))
+        sheet.append(columns)
+    lines = [max(text.count("\n") + 1 for *_, text in columns) for columns in sheet]
+    heights = [max(2.1, 0.6 + 0.16 * count) for count in lines]  # inches
+    figure, axes = canvas(len(shown), 4, 16, sum(heights), [1, 2, 3, 3], heights)
+    for row, texts, (film, *columns) in zip(shown.values(), sheet, axes):
+        # in RGB: a grey film would be given false colours
+        film.imshow(load_image(data.image_file(image_root, row["images"][0])))
+        film.set_anchor("N")
+        film.axis("off")
+        for ax, (title, colour, text) in zip(columns, texts):
+            ax.text(0, 1, text.replace("$", r"\$"), va="top", fontsize=9, family="monospace")
+            ax.set_title(title, loc="left", fontsize=9, color=colour)
+            ax.axis("off")
+    save(figure, path.with_suffix(""), path.suffix)

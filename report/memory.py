@@ -1,0 +1,277 @@
+"""Will it fit? Memory of one GPU in training, from the model's shapes: nothing is loaded or run.
+
+    peak = max over three moments of a backward of
+           weights + gradients + optimizer + activations + logits + images
+
+    head     backward begins: every activation is held, and the log-probabilities' gradient is made
+             (attention.ChunkedLogProbs)
+    block    a block runs backward: its weights are gathered, its gradients on their way; with
+             checkpointing it is recomputed
+    reduce   backward ends: the embeddings' and the head's gradients are summed over the ranks in
+             fp32, activations are gone
+
+With P parameters of the language model, P_t of them trained, on N ranks (train.shard, train.fit):
+
+    weights      4 P / N bytes of fp32 master shards, the frozen vision tower whole in bf16, and
+                 bf16 copies of what is in use: embeddings and head all through, blocks three at a
+                 time (one at work, the next one, the buffer it comes in)
+    gradients    4 P_t / N, kept over the micro-batches of a step, and whole ones on their way
+    optimizer    8 P_t / N, AdamW's two moments
+    reference    0: its log-probabilities are numbers in a file before training begins (dpo.py)
+    activations  what autograd saves (`block_activations`); with checkpointing one input a block
+    logits       LOGIT_CHUNK rows of the vocabulary at a time; the head's gradient if it is trained
+
+    python medee.py plan qwen2.5-vl-7b --gpus 8 --len 8192
+
+reads at most a config.json; writes nothing. A test holds it to measured peaks of tiny models. It
+leaves out the allocator's fragments, NCCL and kernels' workspaces, for which USABLE leaves room.
+
+Where we depart from the paper, or it is silent: it says 8 H100s and nothing of memory. All of this
+is ours.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+import lora
+import model
+
+GB = 2**30  # as in the lines that training prints
+USABLE = 0.9  # ours: the share of a GPU that may be planned for
+
+
+# --------------------------------------------------------------------------------------------------
+# Shapes
+
+
+@dataclass(frozen=True)
+class Size:
+    """The shapes of a published model. vision: depth, width, heads, feed-forward. window: of Qwen's
+    tower, pixels of a window and the blocks that see the whole image."""
+
+    family: str
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    feed_forward: int
+    vocabulary: int
+    vision: tuple[int, int, int, int]
+    window: tuple[int, tuple[int, ...]] = (112, (7, 15, 23, 31))
+
+
+# from memory of the published configs, not read on the hub: --base FOLDER reads a model's own
+SHAPES = {
+    "qwen2.5-vl-7b": Size("qwen2_5_vl", 3584, 28, 28, 4, 18944, 152064, (32, 1280, 16, 3420)),
+    "qwen2.5-vl-32b": Size("qwen2_5_vl", 5120, 64, 40, 8, 27648, 152064, (32, 1280, 16, 3456)),
+    "qwen2.5-vl-72b": Size("qwen2_5_vl", 8192, 80, 64, 8, 29568, 152064, (32, 1280, 16, 3456)),
+    "internvl3-8b": Size("internvl", 3584, 28, 28, 4, 18944, 151674, (24, 1024, 16, 4096)),
+}
+
+
+def config_of(size: Size):
+    """The Hugging Face config of a published size."""
+    from transformers import InternVLConfig, Qwen2_5_VLConfig
+
+    depth, width, heads, feed_forward = size.vision
+    text = dict(
+        vocab_size=size.vocabulary,
+        hidden_size=size.width,
+        intermediate_size=size.feed_forward,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    vision = dict(hidden_size=width, intermediate_size=feed_forward)
+    if size.family == "internvl":
+        text["model_type"] = "qwen2"
+        vision |= dict(num_hidden_layers=depth, num_attention_heads=heads, attention_bias=True)
+        return InternVLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
+    half = size.width // size.heads // 2
+    part = 3 * half // 8
+    sections = [half - 2 * part, part, part]  # 16, 24, 24 of a head's 64 frequencies
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections}
+    text["rope_parameters"] = rope
+    window, whole = size.window
+    vision |= dict(depth=depth, num_heads=heads, out_hidden_size=size.width)
+    vision |= dict(window_size=window, fullatt_block_indexes=list(whole))
+    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
+
+
+def shapes(config, method: str, rank: int = lora.RANK) -> model.Policy:
+    """A policy on the `meta` device: shapes and which of them are trained, but no memory. method:
+    "full" or "lora"."""
+    from transformers import AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        empty = AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa")
+        policy = model.Policy(empty)
+    policy.freeze_vision()
+    if method == "lora":
+        lora.inject(policy.model, policy.language_model, rank)
+    return policy
+
+
+# --------------------------------------------------------------------------------------------------
+# Counting
+
+
+@dataclass(frozen=True)
+class Load:
+    """One micro-batch on one GPU. tree: rows branch, as DPO's pairs do."""
+
+    rows: int
+    length: int  # tokens of a row: prompt, images and every response
+    supervised: int  # tokens of a row that have a log-probability; at most all
+    tree: bool
+    image_bytes: int  # pixels of a row, fp32
+    checkpointing: bool
+
+
+def count(module: nn.Module, trained: bool = False) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
+
+
+def block_activations(policy: model.Policy, load: Load, c: int) -> int:
+    """Bytes that autograd keeps of one block, for a micro-batch. c: bytes of a number in compute, 2
+    for bf16.
+
+    Norms compute in fp32 and keep their input so; their product is kept where their weight is
+    trained. A linear map keeps its input, attention its q, k, v, output and log-sums, SwiGLU gate,
+    silu(gate), up and their product. Where rows branch, the output stands run by run and as a
+    whole, and k and v twice: a branch holds its ancestors' beside its own.
+    """
+    text, layer = policy.model.config.text_config, policy.language_model.layers[0]
+    width, heads, kv_heads = text.hidden_size, text.num_attention_heads, text.num_key_value_heads
+    scaled = layer.input_layernorm.weight.requires_grad
+    norms = 2 * (4 * width + 4 + c * width * (1 + scaled))
+    kept = (2 + load.tree) * heads + 2 * (1 + load.tree) * kv_heads
+    attention = c * (width // heads) * kept + 4 * heads
+    adapters = [module for module in layer.modules() if isinstance(module, lora.LoRALinear)]
+    low = c * sum(len(module.lora_A) for module in adapters)
+    token = norms + attention + 4 * c * text.intermediate_size + low
+    return load.rows * load.length * token
+
+
+def memory(
+    policy: model.Policy, load: Load, gpus: int, mixed: bool = True
+) -> dict[str, dict[str, float]]:
+    """{moment: {term: bytes}} on one of `gpus` GPUs that share the weights. mixed: as on a GPU,
+    sharded and computed in bf16; False: one process on a CPU, all in fp32, nothing gathered."""
+    text, blocks = policy.model.config.text_config, policy.language_model.layers
+    width, wide, vocabulary = text.hidden_size, text.intermediate_size, text.vocab_size
+    c = 2 if mixed else 4  # bytes of a number in compute
+    tower = {*policy.vision.parameters(), *policy.projector.parameters()}
+    frozen = sum(p.numel() for p in tower if not p.requires_grad)
+    sharded, trained = count(policy) - frozen, count(policy, True)
+    block, block_trained = count(blocks[0]), count(blocks[0], True)
+    # embeddings, head, last norm: gathered as one
+    around, around_trained = sharded - count(blocks), trained - count(blocks, True)
+    head_trained = policy.model.lm_head.weight.requires_grad
+    static = {
+        "weights": 4 * sharded / gpus + c * frozen + c * around * mixed,
+        "gradients": 4 * trained / gpus,
+        "optimizer": 8 * trained / gpus,
+        "reference": 0,
+        "activations": 0,
+        "logits": 0,
+        # as they came, and as the tower takes them
+        "images": load.rows * load.image_bytes * (1.5 if mixed else 1),
+    }
+    tokens, supervised = load.rows * load.length, load.rows * load.supervised
+    one = block_activations(policy, load, c)
+    kept = len(blocks) * (c * tokens * width if load.checkpointing else one)
+    kept += 2 * c * tokens * (width // text.num_attention_heads)  # rotations
+    # last norm; positions, d logp / d h, and its product with the gradient
+    above = tokens * width * (4 + c * bool(around_trained))
+    above += (2 + head_trained) * c * supervised * width
+    backward = c * tokens * (2 * wide + width)  # gradients inside SwiGLU and along the residual
+    logits = min(model.LOGIT_CHUNK, supervised) * vocabulary
+    head_gradient = vocabulary * width * head_trained
+    twice = 4 + c * mixed  # fp32 and its bf16 twin
+    head, at_block, reduce = {**static}, {**static}, {**static}
+    head["activations"] = kept + above
+    head["logits"] = twice * (logits + head_gradient)
+    at_block["activations"] = kept + load.checkpointing * one + backward
+    if not mixed:
+        # one weight's new gradient beside the sum
+        at_block["gradients"] += 4 * wide * width * bool(block_trained)
+        return {"head": head, "block": at_block}
+    at_block["weights"] += 3 * c * block
+    # a block's own, in bf16 and as the fp32 that is summed over the ranks; the head's waits for the
+    # embeddings'
+    at_block["gradients"] += (c + 4) * block_trained + c * head_gradient
+    reduce["gradients"] += (c + 4) * around_trained
+    return {"head": head, "block": at_block, "reduce": reduce}
+
+
+def peak(moments: dict[str, dict[str, float]]) -> float:
+    return max(sum(moment.values()) for moment in moments.values())
+
+
+def image_bytes(policy: model.Policy, pixels: int, tiles: int) -> int:
+    """Bytes of the largest image a row can have, in fp32: two frames of three colours for Qwen,
+    tiles and a thumbnail for InternVL."""
+    if policy.family.grid_positions:
+        return 2 * 3 * 4 * pixels
+    height, width = policy.model.config.vision_config.image_size
+    return (tiles + (tiles > 1)) * 3 * 4 * height * width
+
+
+# --------------------------------------------------------------------------------------------------
+# What to run
+
+
+def recommend(totals: dict[tuple[int, bool], float], budget: float) -> tuple[int, bool] | None:
+    """(micro-batch, checkpointing) of what fits, or None: without checkpointing if one row fits so,
+    since recomputing costs a third more time; then the most rows."""
+    fitting = [choice for choice, total in totals.items() if total <= budget]
+    return max(fitting, key=lambda choice: (not choice[1], choice[0])) if fitting else None
+
+
+def report(
+    title: str,
+    policy: model.Policy,
+    gpus: int,
+    length: int,
+    tree: bool,
+    images: int,
+    budget: float,
+    most_rows: int,
+) -> str:
+    """The table of one stage. images: bytes of a row's. budget: GB that may be planned for.
+    most_rows: the largest micro-batch that the global batch leaves a GPU."""
+    rows = [1 << k for k in range(most_rows.bit_length())]
+    choices = {}
+    for again in (False, True):
+        for n in rows:
+            load = Load(n, length, length, tree, images, again)
+            choices[n, again] = memory(policy, load, gpus)
+    totals = {choice: peak(moments) / GB for choice, moments in choices.items()}
+    best = recommend(totals, budget)
+    n, again = shown = best or (1, True)
+    moments = choices[shown]
+
+    def line(label: str, cells) -> str:
+        return f"  {label:<36}" + "".join(cells)
+
+    label = f"micro-batch {n}{', checkpointing' if again else ''}: GB at"
+    lines = [title, line(label, (f"{name:>9}" for name in moments))]
+    for term in moments["head"]:
+        lines.append(line(term, (f"{moment[term] / GB:9.1f}" for moment in moments.values())))
+    sums = (f"{sum(moment.values()) / GB:9.1f}" for moment in moments.values())
+    lines.append(line("together", sums))
+    lines.append(line("peak in GB, by micro-batch", (f"{n:>9}" for n in rows)))
+    for word, other in (("without checkpointing", False), ("with checkpointing", True)):
+        lines.append(line(word, (f"{totals[n, other]:9.1f}" for n in rows)))
+    total, may = f"{totals[shown]:.0f}", f"{budget:.0f}"
+    flags = f"--micro-tokens {shown[0] * length}{' --checkpointing' if again else ''}"
+    fits = f"  fits: {flags}, {total} of {may} GB that may be planned for"
+    less = "more GPUs, shorter rows (--len), or LoRA"
+    fails = f"  does not fit: {total} GB at best, {may} may be planned for; {less}"
+    return "\n".join([*lines, fits if best else fails])

@@ -1,0 +1,370 @@
+"""From samples to figures: intervals, majority vote, pass@n, paired comparisons (paper §4).
+
+    accuracy   mean over questions of the share of right samples
+    MV@n       the answer most of n samples agree on; unreadable ones abstain; ties go to the
+               earliest sampled
+    pass@n     1 - C(N - c, n) / C(N, n): unbiased, from N samples of which c are right
+               (paper §4.3, Fig. 6)
+    McNemar    exact and two-sided, on the questions that only one of two models gets right
+
+results.json has one entry a question, from which every figure can be made again without the model:
+
+    id, source, image (bool), answer, groups {question_type, modality, ...},
+    choices [letter or null, a sample each], right [bool], official {choices, right} or null,
+    ended ["stop", "length", ...], words [int],
+    criteria [{four booleans}, {} for an unreadable verdict, null where none was asked for]
+
+An answer that cannot be read, that was cut off or that was never given is wrong and stays in the
+denominator.
+
+Where we depart from the paper, or it is silent: it gives no intervals. Ours are Wilson's at 95 %,
+over questions, since samples of one question are not independent. Where a question counts in part
+they are too wide rather than too narrow: a mean of shares varies less than Wilson's formula
+supposes.
+"""
+
+import json
+import math
+import random
+import statistics
+from collections import Counter
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+import answers
+import benchmarks
+import data
+from judge import CRITERIA
+
+VOTE_SUBSETS = 100  # ours: seeded subsets behind MV@n
+RESAMPLES = 10_000  # ours: bootstrap over questions
+GROUPS = (*benchmarks.SUBSETS, "kind")  # keys of a question's meta that reports are split by
+
+
+# --------------------------------------------------------------------------------------------------
+# Statistics
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share of `count` questions. Raises ValueError for none."""
+    if count < 1:
+        raise ValueError("a share of no questions has no interval")
+    z = statistics.NormalDist().inv_cdf(0.975)
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    root = math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    half = z / (1 + z * z / count) * root
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def mean_and_interval(values: list[float]) -> list[float]:
+    """[mean, low, high] of one value a question, each between 0 and 1."""
+    mean = statistics.fmean(values)
+    return [mean, *wilson(mean, len(values))]
+
+
+def pass_at(n: int, samples: int, right: int) -> float:
+    """Chance that a random n of the samples hold a right one. Raises ValueError for n > samples."""
+    if n > samples:
+        raise ValueError(f"pass@{n} needs at least {n} samples, there are {samples}")
+    return 1.0 - math.comb(samples - right, n) / math.comb(samples, n)
+
+
+def majority(choices: list[str | None]) -> str | None:
+    """The commonest readable choice; of tied ones the earliest sampled; None if all abstain."""
+    counts = Counter(choice for choice in choices if choice is not None)  # in order of appearance
+    return counts.most_common(1)[0][0] if counts else None
+
+
+def vote(choices: list[str | None], right: list[bool]) -> bool:
+    """Whether the majority's choice is right, by the first sample with it."""
+    winner = majority(choices)
+    return winner is not None and right[choices.index(winner)]
+
+
+def shared_vote(choices: list[str | None], right: list[bool]) -> float:
+    """The chance that the vote is right if a tie is broken by lot."""
+    counts = Counter(choice for choice in choices if choice is not None)
+    tied = [choice for choice, count in counts.items() if count == max(counts.values())]
+    return statistics.fmean(right[choices.index(choice)] for choice in tied) if tied else 0.0
+
+
+@lru_cache(maxsize=None)  # a question is in several groups, with the same vote
+def majority_at(
+    n: int, choices: tuple[str | None, ...], right: tuple[bool, ...], seed: int
+) -> float:
+    """Share of random n-subsets of the samples, in their order, whose majority is right."""
+    if n == len(choices):
+        return float(vote(choices, right))
+    if n == 1:
+        return statistics.fmean(right)
+    rng, votes = random.Random(seed), []
+    for _ in range(VOTE_SUBSETS):
+        subset = sorted(rng.sample(range(len(choices)), n))
+        votes.append(vote([choices[i] for i in subset], [right[i] for i in subset]))
+    return statistics.fmean(votes)
+
+
+def sizes(most: int) -> list[int]:
+    """1, 2, 4, 8 ... and all there are."""
+    return [*(1 << k for k in range(most.bit_length()) if 1 << k < most), most]
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Two-sided exact p-value. Null hypothesis: which model alone is right is a fair coin."""
+    count, few = only_first + only_second, min(only_first, only_second)
+    return min(1.0, 2 * sum(math.comb(count, i) for i in range(few + 1)) / 2**count)
+
+
+def bootstrap(values: list[float], seed: int = 0) -> tuple[float, float]:
+    """95 % interval of the mean of one value a question, of any sign, by resampling questions."""
+    import numpy as np
+
+    rng, numbers = np.random.default_rng(seed), np.asarray(values, dtype=float)
+    size = 100, len(numbers)  # so many at a time: one by one is slow, all at once much memory
+    draws = (rng.integers(len(numbers), size=size) for _ in range(RESAMPLES // 100))
+    means = np.concatenate([numbers[drawn].mean(axis=1) for drawn in draws])
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+# --------------------------------------------------------------------------------------------------
+# Entries
+
+
+def choice_of(response: str, question: data.Question) -> str | None:
+    """What votes are counted by: the letter or, open-ended, the normalised answer. An answer that
+    equals the reference is written as the reference."""
+    if question.options:
+        return answers.extract_choice(response, question.options)
+    answer = data.normalise(answers.free_answer(response) or "")
+    return question.answer if answer == data.normalise(question.answer) else answer or None
+
+
+def entry(question: data.Question, rows: list[dict], verdicts: dict[tuple, dict | None]) -> dict:
+    """One question's entry. rows: its samples in order, each with response, finish_reason,
+    extracted, correct and, where the benchmark has a rule of its own, official and
+    official_correct. verdicts: (id, sample) -> criteria, None for an unreadable verdict."""
+
+    def column(key: str) -> list:
+        return [row[key] for row in rows]
+
+    thinking = [text.split("</think>")[0].removeprefix("<think>") for text in column("response")]
+    groups = {key: str(question.meta[key]) for key in GROUPS if question.meta.get(key)}
+    if "modality" in groups:
+        groups["modality"] = data.modality(groups["modality"])
+    official, criteria = None, []
+    if "official" in rows[0]:
+        official = {"choices": column("official"), "right": column("official_correct")}
+    for key in zip(column("id"), column("sample")):
+        verdict = verdicts.get(key)
+        read = {name: verdict[name] for name in CRITERIA} if verdict else {}
+        criteria.append(read if key in verdicts else None)
+    return {
+        "id": question.id,
+        "source": question.source,
+        "image": bool(question.images),
+        "answer": question.answer,
+        "groups": groups,
+        "choices": column("extracted"),
+        "right": column("correct"),
+        "official": official,
+        "ended": column("finish_reason"),
+        "words": [len(text.split()) for text in thinking],
+        "criteria": criteria,
+    }
+
+
+def flatten(entries: list[dict], key: str) -> list:
+    """One value a sample, over all questions."""
+    return [value for found in entries for value in found[key]]
+
+
+def summarise(entries: list[dict]) -> dict:
+    """All figures of one group of questions with equally many samples. Shares with an interval are
+    [value, low, high]. Raises ValueError for an empty group, or for different numbers of
+    samples."""
+    counts = {len(found["choices"]) for found in entries}
+    if len(counts) != 1:
+        raise ValueError(f"one group of questions has {sorted(counts)} samples a question")
+    samples, ended = counts.pop(), flatten(entries, "ended")
+    lots = [shared_vote(found["choices"], found["right"]) for found in entries]
+    figures = {
+        "questions": len(entries),
+        "samples": samples,
+        "accuracy": mean_and_interval([statistics.fmean(found["right"]) for found in entries]),
+        "unparsed": statistics.fmean(choice is None for choice in flatten(entries, "choices")),
+        # parts of the unparsed, as shares of all answers too: thinking that never ended, prompts
+        # too long to be asked, and no answer given at all
+        "cut_off": ended.count("length") / len(ended),
+        "over_long": ended.count("overlong") / len(ended),
+        "unanswered": sum(end in ("blocked", "refused", "empty") for end in ended) / len(ended),
+        "words": statistics.fmean(flatten(entries, "words")),
+        "majority": {},
+        "pass": {},
+        "ties_by_lot": mean_and_interval(lots),
+    }
+    for n in sizes(samples):
+        votes, passes = [], []
+        for found in entries:
+            choices, right = tuple(found["choices"]), tuple(found["right"])
+            votes.append(majority_at(n, choices, right, data.sample_seed(0, found["id"], n)))
+            passes.append(pass_at(n, samples, sum(right)))
+        figures["majority"][str(n)] = mean_and_interval(votes)
+        figures["pass"][str(n)] = mean_and_interval(passes)
+    ruled = [found["official"] for found in entries]
+    if all(ruled):
+        figures["official"] = mean_and_interval([statistics.fmean(one["right"]) for one in ruled])
+        unread = statistics.fmean(choice is None for choice in flatten(ruled, "choices"))
+        figures["official_unparsed"] = unread
+    return figures | judged_figures(entries)
+
+
+def judged_figures(entries: list[dict]) -> dict:
+    """Shares of the chains that have a readable verdict; {} where none has."""
+    sent = [given for given in flatten(entries, "criteria") if given is not None]
+    judged = [given for given in sent if given]
+    if not judged:
+        return {}
+    # hallucination is a share of the chains that look at the image: others invent nothing in it
+    looking = [given for given in judged if given["Image_Analysis_Involvement"]]
+    invented = [not given["No_Hallucination"] for given in looking]
+    met = statistics.fmean(all(given.values()) for given in judged)
+    return {
+        "judged": len(judged),
+        "sent": len(sent),
+        "criteria": {name: statistics.fmean(given[name] for given in judged) for name in CRITERIA},
+        "all_criteria": [met, *wilson(met, sum(any(found["criteria"]) for found in entries))],
+        "judged_looking": len(looking),
+        "hallucinated": statistics.fmean(invented) if looking else None,
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# results.json
+
+
+def by_source(entries: list[dict], by_kind: bool = False) -> dict[str, list[dict]]:
+    """Entries by benchmark. One with image and text questions is two groups, if by_kind or if the
+    two were sampled differently often."""
+    sources: dict[str, list[dict]] = {}
+    for found in entries:
+        sources.setdefault(found["source"], []).append(found)
+    apart = set()
+    for source, members in sources.items():
+        kinds = {found["image"] for found in members}
+        counts = {len(found["choices"]) for found in members}
+        if len(kinds) == 2 and (by_kind or len(counts) > 1):
+            apart.add(source)
+    groups: dict[str, list[dict]] = {}
+    for found in entries:
+        name, kind = found["source"] or "no source", "image" if found["image"] else "text"
+        name = f"{name}, {kind}" if found["source"] in apart else name
+        groups.setdefault(name, []).append(found)
+    return groups
+
+
+def subsets(entries: list[dict]) -> dict[str, dict]:
+    """{"modality=CT": figures, ...}"""
+    parts: dict[tuple[str, str], list[dict]] = {}
+    for found in entries:
+        for pair in found["groups"].items():
+            parts.setdefault(pair, []).append(found)
+    return {f"{key}={value}": summarise(parts[key, value]) for key, value in sorted(parts)}
+
+
+def make_results(entries: list[dict]) -> dict:
+    """All figures of one run: of image and text questions, of each benchmark and its subsets, and
+    of the subsets of the image questions."""
+    image = [found for found in entries if found["image"]]
+    groups = {"image": image, "text": [found for found in entries if not found["image"]]}
+    return {
+        "groups": {kind: summarise(members) for kind, members in groups.items() if members},
+        "benchmarks": {
+            name: {"figures": summarise(members), "subsets": subsets(members)}
+            for name, members in by_source(entries).items()
+        },
+        "subsets": subsets(image),
+        "entries": entries,
+    }
+
+
+def write_results(path: Path, results: dict) -> None:
+    """results.json: the figures indented, the entries one a line."""
+    figures = {key: value for key, value in results.items() if key != "entries"}
+    text = json.dumps(figures, indent=1, ensure_ascii=False)
+    lines = ",\n  ".join(json.dumps(found, ensure_ascii=False) for found in results["entries"])
+    data.write_text(path, f'{text[:-2]},\n "entries": [\n  {lines}\n ]\n}}\n')
+
+
+def read_results(folder: str | Path) -> dict:
+    """What evaluate.py wrote of one run. Raises RowError where it is not there, torn, or without a
+    key, as from an older version."""
+    path = Path(folder) / "results.json"
+    if not path.is_file():
+        raise data.RowError(f"{path}: no such file; evaluate.py writes it into its --out")
+    results = data.read_json(path)
+    data.need({"results": results}, str(path), results=dict)
+    figures = dict.fromkeys(("groups", "benchmarks", "subsets"), dict)
+    data.need(results, str(path), name=str, **figures, entries=list)
+    texts = {"id": str, "source": str, "answer": str, "official": object}  # official: or null
+    lists = dict.fromkeys(("choices", "right", "ended", "criteria"), list)
+    for number, found in enumerate(results["entries"], 1):
+        data.need({"entry": found}, f"{path}: entry {number}", entry=dict)
+        data.need(found, f"{path}: entry {number}", **texts, **lists, image=bool)
+    if not results["entries"]:
+        raise data.RowError(f"{path}: no question in it; run the evaluation again")
+    return results
+
+
+# --------------------------------------------------------------------------------------------------
+# Two runs
+
+
+def shared(first: list[dict], second: list[dict]) -> list[tuple[dict, dict]]:
+    """The two entries of each question that both runs have, in the first's order. A question is the
+    same by its id (made from its text, options and images, unless its file names one), source, kind
+    and answer."""
+
+    def identity(found: dict) -> tuple:
+        return found["id"], found["source"], found["image"], found["answer"]
+
+    other = {identity(found): found for found in second}
+    return [(found, other[identity(found)]) for found in first if identity(found) in other]
+
+
+def compare(first: list[dict], second: list[dict]) -> dict:
+    """Two models on the same questions, second less first. Differences are [mean, low, high]: in
+    accuracy by our rule and, where all entries have it, by the benchmark's own; in the share of
+    readable answers; and in accuracy by majority vote, with McNemar's test on the votes. Raises
+    RowError where the questions, or their answers, are not the same."""
+    pairs = shared(first, second)
+    if not len(first) == len(second) == len(pairs):
+        counts = f"{len(first)} and {len(second)} questions, of which {len(pairs)} are the same"
+        raise data.RowError(f"{counts} by id and answer")
+
+    def difference(value: Callable[[dict], float]) -> list[float]:
+        values = [value(two) - value(one) for one, two in pairs]
+        return [statistics.fmean(values), *bootstrap(values)]
+
+    def readable(found: dict) -> float:
+        return statistics.fmean(choice is not None for choice in found["choices"])
+
+    def voted(found: dict) -> bool:
+        return vote(found["choices"], found["right"])
+
+    votes = Counter((voted(one), voted(two)) for one, two in pairs)
+    only_first, only_second = votes[True, False], votes[False, True]
+    figures = {
+        "questions": len(pairs),
+        "difference": difference(lambda found: statistics.fmean(found["right"])),
+        "readable_difference": difference(readable),
+        "vote_difference": difference(voted),
+        "only_first": only_first,
+        "only_second": only_second,
+        "p": mcnemar(only_first, only_second),
+    }
+    if all(found["official"] for pair in pairs for found in pair):
+        ruled = difference(lambda found: statistics.fmean(found["official"]["right"]))
+        figures["official_difference"] = ruled
+    return figures

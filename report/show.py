@@ -1,0 +1,48 @@
+"""Prints the loss mask: every token of a demonstration or a pair in the colour of its label.
+
+    python -m report show demos.jsonl --model runs/demo/base -n 2
+
+reads demos.jsonl or pairs.jsonl and a model's tokenizer; loads no image: each is one placeholder
+token.
+
+Where we depart from the paper, or it is silent: it shows no training row.
+"""
+
+import argparse
+
+import torch
+
+import data
+from command import schema
+from model import ImageInput, Processor
+
+COLOURS = {  # ours: of a terminal
+    data.PROMPT: "\033[90m",
+    data.THINK: "\033[32m",
+    data.ANSWER: "\033[36m",
+    data.TAG: "\033[33m",
+}
+RESET = "\033[0m"
+
+
+def show(args: argparse.Namespace) -> None:
+    kind = schema.kind_of_file(args.file)
+    if kind not in ("demos", "pairs"):
+        raise data.RowError(f"{args.file}: holds {kind}, expected demos or pairs")
+    processor = Processor(args.model)
+    for row in schema.read_rows(args.file, kind)[: args.n]:
+        if kind == "pairs":
+            messages, responses = row["prompt"], [row["chosen"], row["rejected"]]
+        else:
+            messages, responses = row["messages"][:-1], [row["messages"][-1]["content"]]
+        blank = [ImageInput(torch.empty(0), (1, 1, 1), 1) for _ in row["images"]]
+        prompt = processor.encode_prompt(messages, blank)
+        images = f"one placeholder for each of {len(prompt.images)} images"
+        print(f"--- {row['id']}: prompt {len(prompt.ids)} tokens, {images}")
+        print(f"{COLOURS[data.PROMPT]}{processor.tokenizer.decode(prompt.ids)}{RESET}", end="")
+        for response in map(processor.encode_response, responses):
+            for index, label in zip(response.ids, response.labels):
+                print(f"{COLOURS[label]}{processor.tokenizer.decode([index])}", end="")
+            names = data.SPAN_NAMES.items()
+            counts = ", ".join(f"{name} {response.labels.count(label)}" for label, name in names)
+            print(f"{RESET}\n    supervised: {counts} tokens")

@@ -1,0 +1,25 @@
+"""bench/gpu.py is for a GPU; here its dry run goes through every check."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_the_dry_run_on_a_cpu_prints_a_line_for_every_check_and_none_fails():
+    script = ROOT / "bench" / "gpu.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--cpu"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+    )
+    told = re.findall(r"(?m)^(PASS|FAIL|info) (\S+) ", done.stdout)
+    named = re.findall(r'(?m)^    "([a-z-]+)": [a-z_]+,$', script.read_text())
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [name for _, name in told] == named and len(named) == 19
+    assert "FAIL" not in done.stdout
