@@ -15,7 +15,7 @@ demo: .venv/ready
 	$(BIN)/python medee.py demo $(ARGS)
 
 test: .venv/ready-dev
-	$(BIN)/python -m pytest -q -ra -n 2 --dist loadfile tests $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -ra -n 2 --dist loadfile tests $(ARGS)
 
 test-ranks: .venv/ready-dev
 	MEDEE_RANKS=8 $(BIN)/python -m pytest -q -ra tests/test_ranks.py $(ARGS)
