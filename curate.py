@@ -548,7 +548,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Filter a question bank into training questions.")
     commands = parser.add_subparsers(dest="command", required=True)
     bank = commands.add_parser("add", help="read files of a known format into a bank")
-    bank.add_argument("name", help="of the format, as benchmarks.py calls it")
+    bank.add_argument("name", help="of the format, as `python -m benchmarks` calls it")
     bank.add_argument("paths", nargs="+", help="files or folders of that format")
     bank.add_argument("--images", default=".", help="image root")
     bank.add_argument("--out", required=True, help="the bank: a questions.jsonl, which is added to")
@@ -581,7 +581,7 @@ def add_step(parser: argparse.ArgumentParser, name: str) -> None:
         if name in (step, "all"):
             add(flag, nargs=number, required=one and step != "describe", help=said)
     if name in ("leak", "all"):
-        said = "of a leak in words, share and bits, as in leaks.py; 0 0 0: exact ones only"
+        said = "of a leak in words, share and bits, as decontaminate has them; 0 0 0: exact only"
         three = ("NGRAM", "JACCARD", "DISTANCE")
         add("--limits", type=flags.number(0), nargs=3, default=LIMITS, metavar=three, help=said)
     if name in ("describe", "all"):

@@ -46,7 +46,8 @@ JUDGED = (
 IMAGE_MARK = re.compile(r"<image\s+(\d+)>")  # how published questions name their images in the text
 LETTERS = "ABCDEFGHIJ"  # ten options at most: MMMU-Pro, MedXpertQA-Text
 
-# span labels of a token; 0 is not supervised. TAG holds the four tags and the end-of-turn token.
+# Span labels of a token; 0 is not supervised. TAG is the tags, the end of the turn, text outside of
+# both spans, and every token of a rollout's own ids, whose spans no loss needs.
 PROMPT, THINK, ANSWER, TAG = 0, 1, 2, 3
 SPAN_NAMES = {THINK: "think", ANSWER: "answer", TAG: "tag"}
 

@@ -17,7 +17,7 @@ metrics.jsonl (held_...). Every chain's log-probability after training is in OUT
 reads pairs.jsonl, the merged Stage-I checkpoint; writes OUT/merged, OUT/metrics.jsonl,
 OUT/reference.jsonl, OUT/after.jsonl, OUT/stage.json
 
-    torchrun --nproc_per_node 8 dpo.py --model out/sft/merged --pairs out/pairs/pairs.jsonl \
+    torchrun --nproc_per_node 8 dpo.py --model out/sft/merged --pairs out/pairs/pairs.jsonl \\
         --images images --out out/dpo
 
 Where we depart from the paper, or it is silent:
@@ -81,7 +81,7 @@ def pair_loss(logp: Tensor, batch: model.Batch, beta: float) -> tuple[Tensor, fl
     """Eq. 1 over the edges of a batch of trees. logp: (B, T), of each token. Returns the sum of the
     losses, the number of pairs, and figures as (sum, count)."""
     row, *ends = batch.edges  # (E,) each
-    sums = torch.stack(reference.response_sums(logp, batch), 1)  # (B, K)
+    sums = reference.response_sums(logp, batch)  # (B, K)
     (chosen, rejected), (ref_chosen, ref_rejected) = (
         [values[row, end] for end in ends] for values in (sums, batch.reference)
     )
@@ -149,7 +149,7 @@ def gate_reference(
             logp = policy(batch)
             losses, weight, _ = pair_loss(logp, batch, beta)
         loss, count = loss + losses.item(), count + weight
-        sums = torch.stack(reference.response_sums(logp, batch), 1)
+        sums = reference.response_sums(logp, batch)
         apart = (sums - batch.reference).abs().tolist()
         for (row, values, _), found in zip(rows, apart):
             off += zip([len(segment.ids) for segment in row[1:]], found[: len(values)])

@@ -3,8 +3,8 @@
     questions -> n completions each -> the letter each gives, by our rule and by the benchmark's own
               -> figures with intervals
 
-A completion that cannot be read, or was cut off, is wrong and stays in the denominator. score.py
-defines the figures; `python -m report` makes tables, pictures and pages from them.
+A completion that cannot be read, or was cut off, is wrong and stays in the denominator.
+report/score.py defines the figures; `python -m report` makes tables, pictures and pages from them.
 
     python evaluate.py --engine vllm:out/dpo/merged --questions medxpertqa.jsonl mmmu.jsonl \\
         --images . -n 32 --out out/stage2

@@ -103,9 +103,9 @@ def gate_step(
     """Every rank runs the same row forward and backward, then its first response the plain way. No
     gradient stays, and no random number is drawn. A collective."""
     batch = model.collate([row], processor).to(device)
-    loss = -policy(batch).sum()
-    loss.backward()
-    surprise = loss.item()
+    logp = policy(batch)
+    (-logp.sum()).backward()
+    surprise = -logp.sum().item()
     slopes = [p.grad for p in train.trained_parameters(policy).values() if p.grad is not None]
     slopes = [bool(train.local_tensor(slope).isfinite().all()) for slope in slopes]
     policy.zero_grad(set_to_none=True)
@@ -115,8 +115,7 @@ def gate_step(
     tokens = len(row[1].ids)
     with torch.no_grad():
         plain = policy(model.collate([row[:2]], processor).to(device), plain=True).sum()
-        tree = policy(batch)[0, : len(row[0].ids) + tokens].sum()
-    off = abs(float(tree - plain))
+    off = abs(float(logp[0, : len(row[0].ids) + tokens].sum() - plain))
     claim = "trees and chunks have the plain row's log-probabilities"
     check_claim(claim, off <= tolerance(tokens, device), f"the first response is off by {off:.4f}")
 

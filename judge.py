@@ -10,9 +10,9 @@ completion that cannot be read is no verdict: it is retried up to three times, t
 error, counted, and left out of both sides. The same text on the same question is judged once,
 whichever rollout it came from.
 
-    python judge.py verdicts --judge clinic:judge --rollouts rollouts.jsonl \
+    python judge.py verdicts --judge clinic:judge --rollouts rollouts.jsonl \\
         --questions questions.jsonl --images . --out out/verdicts
-    python judge.py pairs --verdicts out/verdicts/verdicts.jsonl --rollouts rollouts.jsonl \
+    python judge.py pairs --verdicts out/verdicts/verdicts.jsonl --rollouts rollouts.jsonl \\
         --questions questions.jsonl --out out/pairs
 
 reads questions.jsonl, rollouts.jsonl; writes verdicts.jsonl, then pairs.jsonl and report.json.
@@ -236,8 +236,9 @@ Sides = dict[str, tuple[list[dict], list[dict]]]  # question id -> its positives
 def sort_out(
     right: list[dict], verdict_rows: list[dict], criteria: Sequence[str]
 ) -> tuple[Sides, Counter]:
-    """(Y_p and Y_n of each question, how many chains have no verdict, are wrong for the judge, or
-    fail a criterion). A chain that meets all of `criteria` is positive, any other negative."""
+    """(Y_p and Y_n of each question, how many chains have no verdict, are called wrong by the
+    judge, or fail a criterion). A chain that meets all of `criteria` is positive, any other
+    negative."""
     by_key = {(row["id"], row["sample"], row["response_sha"]): row for row in verdict_rows}
     sides: Sides = {}
     counts: Counter = Counter()

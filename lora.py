@@ -7,10 +7,10 @@ With B = 0 the adapted model is exactly the base model before the first step. Af
 update is added to the weight, W = W0 + (alpha / r) B A, in fp32. What is saved is rounded once, to
 the dtype of the base's files, and saving says how much of the change that loses (hub.Rounding).
 
-    names = inject(model.language_model, rank=8, alpha=16)     every other parameter is frozen
+    names = inject(model, language_model, rank=8, alpha=16)    every other parameter is frozen
     ... train ...
     save_adapter("out/adapter", ...)           PEFT's own file format: loads in peft and in vLLM
-    merge(model.language_model)                the merged weights: Stage II's start and reference
+    merge(language_model)                      the merged weights: Stage II's start and reference
 
 Where we depart from the paper, or it is silent:
   1. It gives only "LoRA, lr 1e-4". Rank 8, alpha 16, no dropout, no bias are the defaults of its

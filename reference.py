@@ -37,12 +37,12 @@ CHECKED = 8  # ours: about so many stored rounds are computed again when a run g
 TOKEN_WISE = 64  # ours: chains whose drift is measured token by token
 
 
-def response_sums(logp: Tensor, batch: model.Batch) -> tuple[Tensor, ...]:
-    """log pi(y_k|x) of each row's answers k = 1, 2, ... from per-token log-probabilities (B, T).
-    (B,) each, 0 where a row has fewer. Of a single pair: y_w and y_l."""
+def response_sums(logp: Tensor, batch: model.Batch) -> Tensor:
+    """log pi(y_k|x) of each row's answers k = 1, 2, ..., at least two, from per-token
+    log-probabilities (B, T). (B, K), 0 where a row has fewer. Of a single pair: y_w and y_l."""
     answers = max(2, int(batch.answer.max()))
     sums = logp.new_zeros(len(logp), answers + 1).scatter_add(1, batch.answer, logp)
-    return sums[:, 1:].unbind(1)
+    return sums[:, 1:]
 
 
 def chain_keys(row: model.Row, checkpoint: str) -> list[str]:
@@ -80,7 +80,7 @@ def log_probs(
     for parts in train.bar(rounds, title, "batch"):
         part = parts[train.rank()]
         batch = model.collate([encode(index) for index, _ in part], processor).to(device)
-        sums = torch.stack(response_sums(policy(batch), batch), 1).tolist()
+        sums = response_sums(policy(batch), batch).tolist()
         mine = [(index, values) for (index, weight), values in zip(part, sums) if weight]
         yield sorted(train.all_gather(mine))
 

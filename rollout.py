@@ -2,13 +2,13 @@
 
 Stage II learns from the difference between this model's good and bad chains, not from the chains of
 others. So each multimodal question is answered eight times. The token ids are kept, because DPO
-trains on exactly what was sampled. Log-probabilities are kept if the engine gives them, so that
-Stage II can check that it trains the model that sampled (drift.py): "logp", the sum over a chain,
-and for the first chains "token_logps", token by token.
+trains on exactly what was sampled. Log-probabilities are kept if the engine gives them: "logp", the
+sum over a chain, and for the first chains "token_logps", token by token. By these Stage II checks
+that it trains the model that sampled (engines/drift.py).
 
 reads questions.jsonl; writes OUT/rollouts.jsonl, one row a sample, and OUT/stage.json
 
-    python rollout.py --engine hf:out/sft/merged --questions questions.jsonl --images images
+    python rollout.py --engine hf:out/sft/merged --questions questions.jsonl --images images \\
         --out out/rollout
 
 Where we depart from the paper, or it is silent:

@@ -9,7 +9,7 @@ reasoning and on the answer are reported apart and can be weighted.
 reads demos.jsonl, a Hugging Face folder; writes OUT/adapter (PEFT's format), OUT/merged (what Stage
 II starts from), OUT/metrics.jsonl, OUT/stage.json
 
-    torchrun --nproc_per_node 8 sft.py --model Qwen2.5-VL-7B-Instruct --demos demos.jsonl \
+    torchrun --nproc_per_node 8 sft.py --model Qwen2.5-VL-7B-Instruct --demos demos.jsonl \\
         --out out/sft
 
 Where we depart from the paper, or it is silent:

@@ -1,4 +1,4 @@
-"""Ranks, sharding, the training step, exact resume: the only file that knows about ranks.
+"""Ranks, sharding, the training step, exact resume.
 
     gradient = (1 / count) * sum over the global batch of grad loss
     theta <- AdamW(theta, clip(gradient)), learning rate: warm-up, then a cosine (paper App. C)
@@ -70,7 +70,7 @@ FILLED = 0.9  # ours: least share of a micro-batch's tokens that is not padding
 PATIENCE = timedelta(hours=1)
 LOG_EVERY = 60.0  # ours: seconds between two states of a progress bar in a log file
 SIGHT = 10.0  # ours: seconds in which a network disk must show a file that another node wrote
-# change nothing but rounding
+# flags that change speed or memory, and results only by rounding
 FREE = ("save_every", "print_every", "micro_tokens", "checkpointing", "replicas")
 
 

@@ -1,4 +1,4 @@
-"""Stage II's rows: all pairs of a question as one tree, and the plan of all steps. Pure functions.
+"""Stage II's rows: all pairs of a question as one tree, and the plan of all steps.
 
     root = prompt and images        branches = the chains that are compared        edges = pairs
 
@@ -104,8 +104,8 @@ def held_out(trees: Sequence[Tree], counts: Sequence[int], share: float) -> set[
 
 @dataclass(frozen=True)
 class Row:
-    """What one forward computes of a tree: some of its chains and the edges between them, which
-    count within `chains`."""
+    """A part of a tree that one forward computes: some of its chains and the edges between them.
+    Edges index into `chains`, not into the tree's."""
 
     tree: int
     chains: tuple[int, ...]

@@ -441,8 +441,7 @@ def beside_another(bench: Bench) -> tuple[bool, Tensor, Tensor]:
     first, again, padded = policy(alone), policy(alone), policy(both)
     tokens = (padded[0, : first.shape[1]] - first[0])[alone.labels[0] > 0]
     sums = [
-        torch.stack(reference.response_sums(logp, batch), 1)[0]
-        for logp, batch in ((first, alone), (padded, both))
+        reference.response_sums(logp, batch)[0] for logp, batch in ((first, alone), (padded, both))
     ]
     return torch.equal(first, again), tokens, sums[1] - sums[0]
 
@@ -600,7 +599,7 @@ def tree_gradient(bench: Bench) -> Verdict:
     policy = plain_policy(bench, work, work.depths[0])
     whole, _ = question(bench, *work.questions[0], [0.0] * 6)
     with torch.no_grad():
-        own = torch.stack(reference.response_sums(policy(whole), whole), 1)[0].tolist()
+        own = reference.response_sums(policy(whole), whole)[0].tolist()
     # ours: some nats off the policy's own, so that no two pairs pull equally
     values = [value + apart for value, apart in zip(own, (0, 3, -3, 1, -2, 2))]
     whole, pairs = question(bench, *work.questions[0], values)
@@ -656,7 +655,7 @@ def step(bench: Bench) -> Verdict:
     )
     batch = pair_batch(small, SMALL.prompt, [SMALL.chain] * 2)
     with torch.no_grad():
-        batch.reference = torch.stack(reference.response_sums(whole(batch), batch), 1)
+        batch.reference = reference.response_sums(whole(batch), batch)
     begun = weights(whole)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(said):
         one, two = Path(folder) / "one", Path(folder) / "two"

@@ -258,7 +258,7 @@ def with_reference(row: model.Row, edges: list, tokenizer, processor) -> trees.E
     policy = model.Policy(build(tokenizer))
     with torch.no_grad():
         batch = model.collate([row], processor)
-        values = [float(value) for value in reference.response_sums(policy(batch), batch)]
+        values = reference.response_sums(policy(batch), batch)[0].tolist()
     return row, values, edges
 
 

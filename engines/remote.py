@@ -156,7 +156,7 @@ class RemoteEngine:
             self.count_request(again=attempt > 0)
             samples = request.samples[: None if self.SEVERAL in wishes else 1]
             try:
-                part = replace(request, samples=samples)
+                part, self.heard.text = replace(request, samples=samples), ""
                 completions = self.call(part, sampling, seed, self.WISH in wishes)
                 self.learn(wishes)
                 return completions
@@ -277,7 +277,6 @@ class RemoteEngine:
     def reading(self) -> Iterator[None]:
         """For a request and the reading of its response. Raises Garbled for another form, which the
         clients do not check: these errors may come from anywhere inside them."""
-        self.heard.text = ""
         try:
             yield
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
@@ -292,7 +291,8 @@ class RemoteEngine:
         completions, failures = [], []
         for k, choice in zip(request.samples, choices):
             try:
-                completions.append(self.completion(request.id, k, choice, seed))
+                with self.reading():  # a choice of another form costs only itself
+                    completions.append(self.completion(request.id, k, choice, seed))
             except (Garbled, NoRoom) as failure:
                 failures.append(failure)
         if not completions:

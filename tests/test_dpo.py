@@ -265,7 +265,7 @@ def test_two_pairs_with_different_images_in_one_batch_are_two_batches_of_one(
         torch.no_grad()
     ):  # and the images are looked at: with the other's image the first pair has other sums
         batches = [model.collate([[prompt, *rows[0][0][1:]]], processor) for prompt in (own, other)]
-        sums = [reference.response_sums(policy(batch), batch)[0] for batch in batches]
+        sums = [reference.response_sums(policy(batch), batch)[:, 0] for batch in batches]
     assert (sums[0] - sums[1]).abs() > 1e-3
 
 
@@ -300,7 +300,7 @@ def test_the_ids_of_a_rollout_are_trained_on_as_they_are(folder, policy, process
     plain = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         found, wanted = (
-            reference.response_sums(policy(batch), batch)[0].item(),
+            reference.response_sums(policy(batch), batch)[:, 0].item(),
             response_logp(plain, prompt, spelt, processor).item(),
         )
     assert found == pytest.approx(wanted, abs=1e-3) and len(spelt) > 40

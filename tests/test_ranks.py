@@ -491,7 +491,7 @@ def test_a_kill_after_the_last_step_costs_no_step_and_a_finished_run_is_left_alo
 def test_a_reference_pass_that_was_killed_computes_only_the_rest_to_the_same_values(
     folders, images, tmp_path, count, done, chains
 ):
-    """The first rank dies in its fourth round, after the three forwards of the gate. The last line
+    """The first rank dies in its fourth round, after the two forwards of the gate. The last line
     of the file is torn then, as where a machine stops."""
     write_rows(images, tmp_path, 10)
     straight, killed = (
@@ -499,7 +499,7 @@ def test_a_reference_pass_that_was_killed_computes_only_the_rest_to_the_same_val
         for name in ("straight", "killed")
     )
     path, spec = tmp_path / "killed" / "reference.jsonl", {"pids": str(tmp_path)}
-    spoilt = spec | {"mains": [straight, killed], "die": [0, "forward 7"]}
+    spoilt = spec | {"mains": [straight, killed], "die": [0, "forward 6"]}
     assert start(count, spoilt, tmp_path, "first").wait(400) != 0
     whole = (tmp_path / "straight" / "reference.jsonl").read_bytes()
     assert path.read_bytes().splitlines() == whole.splitlines()[:chains]  # of the longest rows

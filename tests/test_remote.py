@@ -615,6 +615,22 @@ def test_a_server_that_streams_one_sample_at_a_time_is_found_out_too(serve):
     assert [Chat.count(body) for _, _, body in server.requests] == [2, 2, 1, 1, 1, 1]
 
 
+def test_a_choice_of_another_form_costs_only_itself_and_the_paid_one_beside_it_is_kept(serve):
+    """Google's client checks the form of a whole response, so it is about chat servers."""
+
+    def play(question, time, body):
+        if time > 1:
+            return Chat.good("later")
+        status, content, headers = Chat.good("yes", "no")
+        content["choices"][1] = {"message": 3, "finish_reason": "stop"}
+        return status, content, headers
+
+    server = serve(play)
+    completions = all_replies(open_at(Chat, server), [request("a", 2)])
+    assert {(one.sample, one.text) for one in completions} == {(0, "yes"), (1, "later")}
+    assert [Chat.count(body) for _, _, body in server.requests] == [2, 1]
+
+
 @pytest.mark.parametrize("what", ["streams", "thoughts"])
 def test_requests_under_way_when_the_server_is_found_out_are_asked_again_too(serve, what):
     """Four are refused, one of them only after another has been asked again and answered."""
