@@ -3,6 +3,7 @@ never downloaded."""
 
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,10 @@ os.environ["PYTHONPATH"] = str(ROOT)  # for python -m in a test's own process
 
 import clinic.__main__  # noqa: E402
 import clinic.school  # noqa: E402
+import data  # noqa: E402
 import hub  # noqa: E402
 import model  # noqa: E402
+import rollout  # noqa: E402
 from command import stage  # noqa: E402
 
 
@@ -87,3 +90,17 @@ def world(tmp_path_factory) -> Path:
         ]
     )
     return folder
+
+
+def sample_teachers(world: Path, styles: Iterable[str], count: int, folder: Path) -> Path:
+    """Answers of several teachers to the test questions, as samples of one model: rollouts.jsonl. A
+    teacher's name is kept in `engine`."""
+    rows = []
+    for number, style in enumerate(styles):
+        files = ["--questions", str(world / "test.jsonl"), "--images", str(world)]
+        words = ["--engine", f"clinic:{style}", *files, "-n", str(count)]
+        rollout.main([*words, "--out", str(folder / style)])
+        for _, row in data.read_jsonl(folder / style / "rollouts.jsonl"):
+            rows.append({**row, "sample": row["sample"] + count * number})
+    data.write_jsonl(folder / "rollouts.jsonl", rows)
+    return folder / "rollouts.jsonl"

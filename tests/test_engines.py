@@ -778,6 +778,15 @@ class Scribe:
                 ]
 
 
+def complete(engine, requests: list[Request], path: Path, spec: str = "scribe") -> dict:
+    """All completions of the requests as rows, by (id, sample)."""
+
+    def to_row(completion: Completion) -> dict:
+        return inference.completion_row(completion, spec)
+
+    return inference.complete_all(engine, requests, WARM, path, to_row, "test")
+
+
 def test_asking_resumes_after_a_kill_and_asks_nothing_twice(tmp_path):
     path, requests = (
         tmp_path / "rollouts.jsonl",
@@ -785,14 +794,7 @@ def test_asking_resumes_after_a_kill_and_asks_nothing_twice(tmp_path):
     )
 
     def request(scribe, requests=requests):
-        return inference.complete_all(
-            scribe,
-            requests,
-            WARM,
-            path,
-            lambda completion: inference.completion_row(completion, "scribe"),
-            "test",
-        )
+        return complete(scribe, requests, path)
 
     first, second, third, fourth = Scribe(breath=7), Scribe(), Scribe(), Scribe()
     with pytest.raises(KeyboardInterrupt):
@@ -827,14 +829,7 @@ def test_a_reply_to_something_else_under_the_same_id_is_never_taken_and_stays(
             Request("a", turns(text), [film], (0, 1)),
             Request("b", turns("Who?"), [], (0,)),
         ]
-        return inference.complete_all(
-            scribe,
-            requests,
-            WARM,
-            path,
-            lambda completion: inference.completion_row(completion, "scribe"),
-            "test",
-        )
+        return complete(scribe, requests, path)
 
     first = request(Scribe())
     before = path.read_bytes()
@@ -872,30 +867,11 @@ def test_two_processes_never_append_to_one_file_of_replies(tmp_path):
     assert other.stdout.readline() == "held\n"
     requests, scribe = [Request("a", turns("a"), [], (0,))], Scribe()
     with pytest.raises(data.RowError, match="rows.jsonl: another process"):
-        inference.complete_all(
-            scribe,
-            requests,
-            WARM,
-            path,
-            lambda completion: inference.completion_row(completion, "scribe"),
-            "test",
-        )
+        complete(scribe, requests, path)
     assert not scribe.asked
     other.kill()  # -9: whoever is dead holds nothing
     other.wait()
-    assert (
-        len(
-            inference.complete_all(
-                scribe,
-                requests,
-                WARM,
-                path,
-                lambda completion: inference.completion_row(completion, "scribe"),
-                "test",
-            )
-        )
-        == 1
-    )
+    assert len(complete(scribe, requests, path)) == 1
 
 
 def test_replies_are_bound_to_what_answers_and_to_every_setting(tmp_path, folders):
@@ -981,14 +957,7 @@ def test_a_resumed_hf_run_writes_what_an_unbroken_one_writes(stopping, pictures,
     engine, requests = engine_of(stopping["qwen"]), asks_of(pictures, samples=3)
 
     def run(name):
-        return inference.complete_all(
-            engine,
-            requests,
-            WARM,
-            tmp_path / name,
-            lambda completion: inference.completion_row(completion, "hf"),
-            "test",
-        )
+        return complete(engine, requests, tmp_path / name, "hf")
 
     rows = run("whole.jsonl")
     lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)

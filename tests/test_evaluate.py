@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import sample_teachers
 from PIL import Image
 
 import clinic.roles
@@ -18,7 +19,6 @@ import data
 import evaluate
 import judge
 import report.__main__
-import rollout
 from command import schema
 from command.stage import RECORDS
 from engines import inference
@@ -280,27 +280,7 @@ def colours(path: Path) -> int:
 def reported(world, stages, tmp_path_factory) -> Path:
     """The report over three stages, with training curves and pairs."""
     base = tmp_path_factory.mktemp("report")
-    rows = []
-    for number, style in enumerate(stages):
-        rollout.main(
-            [
-                "--engine",
-                f"clinic:{style}",
-                "--questions",
-                str(world / "test.jsonl"),
-                "--images",
-                str(world),
-                "--out",
-                str(base / style),
-                "-n",
-                "2",
-            ]
-        )
-        rows += [
-            {**row, "sample": row["sample"] + 2 * number}
-            for _, row in data.read_jsonl(base / style / "rollouts.jsonl")
-        ]
-    data.write_jsonl(base / "rollouts.jsonl", rows)
+    sample_teachers(world, stages, 2, base)
     files = ["--rollouts", str(base / "rollouts.jsonl"), "--questions", str(world / "test.jsonl")]
     judge.main(
         [

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from conftest import sample_teachers
 from test_clinic import wordings
 
 import clinic.roles
@@ -829,28 +830,7 @@ LACKS = {
 def rollouts(world, tmp_path_factory) -> Path:
     """Answers of three teachers to the test questions, as samples of one model. A teacher's name is
     kept in `engine`."""
-    folder, rows = tmp_path_factory.mktemp("rollouts"), []
-    for number, style in enumerate(LACKS):
-        rollout.main(
-            [
-                "--engine",
-                f"clinic:{style}",
-                "--questions",
-                str(world / "test.jsonl"),
-                "--images",
-                str(world),
-                "--out",
-                str(folder / style),
-                "-n",
-                "4",
-            ]
-        )
-        rows += [
-            {**row, "sample": row["sample"] + 4 * number}
-            for _, row in data.read_jsonl(folder / style / "rollouts.jsonl")
-        ]
-    data.write_jsonl(folder / "rollouts.jsonl", rows)
-    return folder / "rollouts.jsonl"
+    return sample_teachers(world, LACKS, 4, tmp_path_factory.mktemp("rollouts"))
 
 
 def run_verdicts(world: Path, rollouts: Path, out: Path) -> list[dict]:
