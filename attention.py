@@ -1,6 +1,6 @@
 """What makes the policy fast and equals the plain computation: a reader may skip this file.
 
-    tree attention        a row whose responses share a prompt is attended to run by run
+    tree attention        a row whose responses share a prompt is attended to stretch by stretch
     segment attention     all images, or windows of images, of one size at once
     chunked log-probs     log softmax(h W^T)[target] without ever holding (N, V)
 
@@ -9,12 +9,15 @@ Each is tested equal to the plain computation: one causal row, one image, full l
 Where we depart from the paper, or it is silent: it says nothing of how anything is computed.
 """
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# ours: supervised positions whose logits exist at one time; 156 MB in fp32 for 152k tokens
-LOGIT_CHUNK = 256
+# ours: supervised positions whose logits exist at one time: 156 MB in fp32 for 152k tokens. So few
+# leave a GPU idle (bench/gpu.py on an H200: 58 ms, with 1,024 37 ms)
+LOGIT_CHUNK = {"cpu": 256, "cuda": 1024}
 
 
 def wide_product(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -85,27 +88,51 @@ class ChunkedLogProbs(torch.autograd.Function):
         return grad_hidden, grad_weight.to(weight.dtype), None, None
 
 
+def segment_layout(config, grids: list[tuple[int, int, int]], device: torch.device) -> dict:
+    """What Qwen's vision tower must know of its images, for its keywords. grids: (time, rows,
+    columns) of each image's merged patches. Worked out on the CPU; the tower itself would read
+    `grid_thw` from the GPU, and wait for it, several times."""
+    from transformers import vision_utils
+
+    merge = config.spatial_merge_size
+    patches = torch.as_tensor(grids, device="cpu") * torch.tensor([1, merge, merge])
+    index, windows = vision_utils.get_vision_window_index(
+        patches, merge, config.window_size, config.patch_size
+    )
+    positions = vision_utils.get_vision_position_ids(patches, merge)
+    return {
+        "grid_thw": patches,
+        "position_ids": positions.to(device, non_blocking=True),
+        "window_index": index.to(device, non_blocking=True),
+        # bounds stay on the CPU, where segment_attention reads them
+        "cu_window_seqlens": windows,
+        "cu_seqlens": vision_utils.get_vision_cu_seqlens(patches),
+    }
+
+
+@lru_cache(maxsize=8)  # the blocks of a tower have two layouts: windows, and whole images
+def equal_segments(bounds: tuple[int, ...], device: torch.device) -> list[tuple[int, Tensor]]:
+    """(length, the positions of all segments of that length) from the bounds of all segments."""
+    groups: dict[int, list[int]] = {}
+    for start, stop in zip(bounds, bounds[1:]):
+        groups.setdefault(stop - start, []).extend(range(start, stop))
+    where = {length: torch.tensor(positions) for length, positions in groups.items()}
+    return [(length, at.to(device, non_blocking=True)) for length, at in where.items()]
+
+
 def segment_attention(
     module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **_unused
 ):
     """Attention inside each of many segments (images, or windows of an image): query, key, value
-    (1, heads, P, d).
+    (1, heads, P, d); cu_seq_lens_q: the segments' bounds, on the CPU.
 
     transformers' own loop makes one call a segment. Here all segments of equal length run as one
     batch, which is the same sum: a film of 16 patches alone is too small to run fast, sixty-four
     together are not. (The keyword arguments beyond those named are transformers' interface for
     attention functions.)
     """
-    starts = cu_seq_lens_q.tolist()
-    groups: dict[int, list[int]] = {}
-    for start, stop in zip(starts, starts[1:]):
-        groups.setdefault(stop - start, []).append(start)
     out = query.new_empty(query.shape[2], *query.shape[1::2])  # (P, heads, d)
-    for length, begin in groups.items():
-        where = (
-            torch.tensor(begin, device=query.device)[:, None]
-            + torch.arange(length, device=query.device)
-        ).flatten()
+    for length, where in equal_segments(tuple(cu_seq_lens_q.tolist()), query.device):
         q, k, v = (
             t[0][:, where].unflatten(1, (-1, length)).transpose(0, 1) for t in (query, key, value)
         )  # (n, heads, length, d)
@@ -115,10 +142,10 @@ def segment_attention(
 
 
 def tree_attention(module, query, key, value, attention_mask, scaling=None, tree=None, **_unused):
-    """Attention of tree rows, run by run: query (B, heads, T, d), key and value (B, fewer heads, T,
-    d) -> (B, T, heads, d).
+    """Attention of tree rows, stretch by stretch: query (B, heads, T, d), key and value (B, fewer
+    heads, T, d) -> (B, T, heads, d).
 
-    A run after the stretches it sees is a plain causal row, and is computed as one. The outputs at
+    A stretch after those that it sees is a plain causal row, and is computed as one. The outputs at
     the earlier stretches are known already and are dropped. Computing them twice costs less than a
     (T, T) mask: half of it would be computed for nothing, and the fastest kernels take no mask.
     """
@@ -127,9 +154,9 @@ def tree_attention(module, query, key, value, attention_mask, scaling=None, tree
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
     rows = []
-    for b, runs in enumerate(tree):
+    for b, stretches in enumerate(tree):
         mixed = []
-        for start, stop, before in runs:
+        for start, stop, before in stretches:
             q, k, v = (
                 torch.cat([t[b : b + 1, :, i:j] for i, j in (*before, (start, stop))], 2)
                 for t in (query, key, value)

@@ -41,7 +41,7 @@ Where we depart from the paper, or it is silent:
 import argparse
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -77,7 +77,7 @@ def dpo_loss(
     return -F.logsigmoid(reward_chosen - reward_rejected), reward_chosen, reward_rejected
 
 
-def pair_loss(logp: Tensor, batch: model.Batch, beta: float) -> tuple[Tensor, float, dict]:
+def pair_loss(logp: Tensor, batch: model.Batch, beta: float) -> tuple[Tensor, Tensor, dict]:
     """Eq. 1 over the edges of a batch of trees. logp: (B, T), of each token. Returns the sum of the
     losses, the number of pairs, and figures as (sum, count)."""
     row, *ends = batch.edges  # (E,) each
@@ -86,10 +86,8 @@ def pair_loss(logp: Tensor, batch: model.Batch, beta: float) -> tuple[Tensor, fl
         [values[row, end] for end in ends] for values in (sums, batch.reference)
     )
     losses, *rewards = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta)
-    w = batch.weights[row]
-    count = float(w.sum())
-    supervised = (batch.labels > 0).to(sums.dtype)
-    tokens = torch.zeros_like(sums).scatter_add(1, (batch.answer - 1).clamp_min(0), supervised)
+    w = batch.row_weights[row]
+    tokens = reference.response_sums((batch.labels > 0).to(sums.dtype), batch)
     figures = {
         "margin": rewards[0] - rewards[1],
         "accuracy": (rewards[0] > rewards[1]).float(),
@@ -98,71 +96,67 @@ def pair_loss(logp: Tensor, batch: model.Batch, beta: float) -> tuple[Tensor, fl
         "chosen_tokens": tokens[row, ends[0]],
         "rejected_tokens": tokens[row, ends[1]],
     }
-    told = {name: (float((value.detach() * w).sum()), count) for name, value in figures.items()}
-    return (losses * w).sum(), count, told
+    summed = {name: ((value.detach() * w).sum(), w.sum()) for name, value in figures.items()}
+    return (losses * w).sum(), w.sum(), summed
 
 
-@torch.no_grad()
 def held_figures(
     policy: model.Policy,
-    rows: list[trees.Row],
-    encode: Callable[[trees.Row], trees.Encoded],
-    processor: model.Processor,
+    forest: trees.Forest,
+    held: list[trees.Subtree],
+    logp: dict[str, float],
     beta: float,
     budget: int,
     device: torch.device,
 ) -> dict[str, float]:
     """Loss, margin and accuracy of the pairs that are held out. A collective."""
-    sums = [0.0] * 4
-    for parts in reference.rounds_of([row.tokens for row in rows], budget):
+    total = torch.zeros(4, dtype=torch.float64, device=device)
+    for parts in reference.rounds_of([one.tokens for one in held], budget):
         own, weights = zip(*parts[train.rank()])
-        batch = trees.collate_trees(
-            [encode(rows[index]) for index in own], list(weights), processor
-        )
-        batch = batch.to(device)
-        loss, count, figures = pair_loss(policy(batch), batch, beta)
-        found = [count, loss.item(), figures["margin"][0], figures["accuracy"][0]]
-        sums = [total + value for total, value in zip(sums, found)]
-    count, *totals = train.all_reduce(sums, device)
+        batch = forest.collate([held[index] for index in own], list(weights), logp).to(device)
+        with train.forward_only(policy):
+            loss, count, figures = pair_loss(policy(batch), batch, beta)
+        total += torch.stack([count, loss, figures["margin"][0], figures["accuracy"][0]])
+    count, *sums = train.all_reduce(total).tolist()
     names = ("held_loss", "held_margin", "held_accuracy")
-    return {name: round(total / count, 6) for name, total in zip(names, totals)}
+    return {name: round(value / count, 6) for name, value in zip(names, sums)}
 
 
 def gate_reference(
     policy: model.Policy,
-    encode: Callable[[int], trees.Encoded],
-    processor: model.Processor,
+    forest: trees.Forest,
+    subtrees: Sequence[trees.Subtree],
+    logp: dict[str, float],
     beta: float,
-    lengths: Sequence[int],
     budget: int,
     device: torch.device,
 ) -> None:
     """The first rows, as they will be trained, must have the reference's log-probabilities and a
     loss of ln 2. Near h = 0 the loss moves by beta / 2 times h, and h by the rounding errors of two
     chains. A collective."""
-    loss, count, off = 0.0, 0.0, []
-    for parts in reference.rounds_of(lengths[: 4 * train.world_size()], budget):
-        part = parts[train.rank()]
-        rows = [encode(index) for index, _ in part]
-        batch = trees.collate_trees(rows, [weight for _, weight in part], processor).to(device)
-        with torch.no_grad():
-            logp = policy(batch)
-            losses, weight, _ = pair_loss(logp, batch, beta)
-        loss, count = loss + losses.item(), count + weight
-        sums = reference.response_sums(logp, batch)
-        apart = (sums - batch.reference).abs().tolist()
-        for (row, values, _), found in zip(rows, apart):
-            off += zip([len(segment.ids) for segment in row[1:]], found[: len(values)])
-    off, (loss, count) = train.all_gather(off), train.all_reduce([loss, count], device)
+    first, total, off = subtrees[: 4 * train.world_size()], [0.0, 0.0], []
+    for parts in reference.rounds_of([one.tokens for one in first], budget):
+        own, weights = zip(*parts[train.rank()])
+        batch = forest.collate([first[index] for index in own], list(weights), logp).to(device)
+        with train.forward_only(policy):
+            found = policy(batch)
+            loss, count, _ = pair_loss(found, batch, beta)
+        total = [total[0] + loss.item(), total[1] + count.item()]
+        apart = (reference.response_sums(found, batch) - batch.reference).abs().tolist()
+        for index, values in zip(own, apart):
+            tokens = [forest.sizes[first[index].tree][1 + chain] for chain in first[index].chains]
+            off += zip(tokens, values)
+    off = train.all_gather(off)
+    loss, count = train.all_reduce(torch.tensor(total, dtype=torch.float64, device=device)).tolist()
     wrong = [apart for tokens, apart in off if not apart <= gate.tolerance(tokens, device)]
     said = f"log-probabilities differ by up to {max(wrong, default=0):.4f}; remove reference.jsonl"
     gate.check_claim("policy equals reference", not wrong, said)
-    first, longest = loss / count, max(tokens for tokens, _ in off)
+    mean, longest = loss / count, max(tokens for tokens, _ in off)
     least = gate.tolerance(gate.SHORT, device) / 10  # ours: 1e-4 in fp32, whatever beta is
     limit = max(least, beta / 2 * gate.tolerance(2 * longest, device))
-    claim = f"first loss {first:.6f} is ln 2 = {math.log(2):.6f}"
+    claim = f"first loss {mean:.6f} is ln 2 = {math.log(2):.6f}"
     said = "policy and reference differ before any update"
-    gate.check_claim(claim, abs(first - math.log(2)) <= limit, said)
+    gate.check_claim(claim, abs(mean - math.log(2)) <= limit, said)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -192,80 +186,57 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args, started = parse(argv), time.time()
-    out, root, device = Path(args.out), Path(args.images), train.init_ranks()
+    out, device, budget = Path(args.out), train.init_ranks(), args.micro_tokens or args.max_length
     pairs = schema.read_rows(args.pairs, "pairs")
-    if not train.begin(args, [args.model, args.pairs], data.image_files(root, pairs)):
+    if not train.begin(args, [args.model, args.pairs], data.image_files(args.images, pairs)):
         return
-    processor = model.Processor(args.model, args.pixels, args.tiles)
-    forest = trees.read_forest(args, pairs, processor)
+    forest = trees.read_forest(args, pairs)
     held = trees.held_out(forest.trees, [len(own) for own in forest.edges], args.held_out)
-    rows, steps = trees.make_plan(args, forest, held)
-    lengths, budget = [row.tokens for row in rows], args.micro_tokens or args.max_length
-
-    def encode_row(row: trees.Row) -> model.Row:
-        return trees.encode_tree(forest.trees[row.tree], row.chains, processor, root)
+    subtrees, steps = trees.make_plan(args, forest, held)
 
     policy = train.build(args, device)
-    seen = next((encode_row(row) for row in rows if forest.trees[row.tree].images), None)
-    shortest = encode_row(rows[lengths.index(min(lengths))])
-    gate.gate_policy(policy, seen, shortest, processor, args.method == "lora", device)
+    seen = next((one for one in subtrees if forest.trees[one.tree].images), None)
+    shortest = forest.encode(min(subtrees, key=lambda one: one.tokens))
+    with_lora, seen = args.method == "lora", seen and forest.encode(seen)
+    gate.gate_policy(policy, seen, shortest, forest.processor, with_lora, device)
 
     # all of a question's chains at once, whatever the plan makes of its pairs
-    wholes = forest.rows(args.max_length)
-    rounds = reference.rounds_of([row.tokens for row in wholes], budget)
+    wholes = forest.subtrees(args.max_length)
+    rounds = reference.rounds_of([one.tokens for one in wholes], budget)
+    logp = reference.compute(out / "reference.jsonl", policy, forest, wholes, rounds, device)
+    reference.gate_drift(args, pairs, forest, logp, policy, budget, device)
+    gate_reference(policy, forest, subtrees, logp, args.beta, budget, device)
 
-    def encode_whole(index: int) -> model.Row:
-        return encode_row(wholes[index])
+    def make_batch(indices: list[int], weights: list[float]) -> model.Batch:
+        return forest.collate([subtrees[index] for index in indices], weights, logp)
 
-    # a 72B takes minutes to hash: once, not on every rank
-    own = [stage.fingerprint(args.model)] if train.rank() == 0 else []
-    (checkpoint,) = train.all_gather(own)
-    values, keys = reference.compute(
-        out / "reference.jsonl", policy, rounds, encode_whole, processor, checkpoint, device
-    )
-    logp = {
-        (row.tree, chain): value
-        for row, found in zip(wholes, values)
-        for chain, value in zip(row.chains, found)
-    }
-    reference.gate_drift(args, pairs, forest, logp, policy, processor, budget, device)
-
-    def with_reference(row: trees.Row) -> trees.Encoded:
-        return encode_row(row), [logp[row.tree, chain] for chain in row.chains], row.edges
-
-    def encode(index: int) -> trees.Encoded:
-        return with_reference(rows[index])
-
-    gate_reference(policy, encode, processor, args.beta, lengths, budget, device)
-    unseen = [row for row in wholes if row.tree in held]
-    every = math.ceil(len(steps) / HELD_TIMES)
+    unseen, every = [one for one in wholes if one.tree in held], math.ceil(len(steps) / HELD_TIMES)
     run = train.Run(
         policy,
         steps,
+        make_batch,
         out=out,
         device=device,
         peak=args.lr,
         budget=budget,
         save_every=args.save_every,
-        lengths=lengths,
-        told=[trees.told(rows, step) for step in steps],
+        lengths=[one.tokens for one in subtrees],
+        facts=[trees.step_facts(subtrees, step) for step in steps],
     )
     for step in run:
-        for indices, w in run.micro_batches():
-            batch = trees.collate_trees([encode(i) for i in indices], w, processor).to(device)
+        for batch in run.micro_batches():
             run.backward(*pair_loss(policy(batch), batch, args.beta))
         run.update()
         if unseen and ((step + 1) % every == 0 or step + 1 == len(steps)):
-            run.row |= held_figures(
-                policy, unseen, with_reference, processor, args.beta, budget, device
-            )
+            run.figures |= held_figures(policy, forest, unseen, logp, args.beta, budget, device)
 
-    after = {}
-    for done in reference.log_probs(policy, encode_whole, processor, rounds, device, "after"):
-        after |= {key: value for index, found in done for key, value in zip(keys[index], found)}
-    saved = train.save(args, policy, processor)
+    after: dict[str, float] = {}
+    for done in reference.log_probs(policy, forest, wholes, rounds, device, "after"):
+        for index, values in done:
+            after |= zip(forest.keys_of(wholes[index]), values)
+    saved = train.save(args, policy, forest.processor)
     if train.rank() == 0:
-        wanted = dict.fromkeys(key for row in keys for key in row)  # in the order of the rows
+        wanted = dict.fromkeys(key for one in wholes for key in forest.keys_of(one))
         data.write_jsonl(out / "after.jsonl", ({"key": k, "logp": after[k]} for k in wanted))
         finish(args, started, forest, held, saved, run)
     train.end(out)

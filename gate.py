@@ -42,28 +42,38 @@ def gate_rows(
     ids: Sequence[str],
     encode: Callable[[object], model.Row],
     responses: Callable[[object], list[str]],
+    keep: Callable[[model.Row], object],
     processor: model.Processor,
-) -> list[list[int]]:
-    """Encodes every row once, and decodes its supervised tokens again. Returns the tokens of each
-    row's segments."""
-    lengths, invalid, different = [], [], []
-    for row, name in zip(train.bar(rows, "checking rows", "row"), ids):
+) -> list:
+    """Encodes every row once, each rank its share of them, and decodes its supervised tokens again.
+    Returns keep(encoded row) of each. A collective."""
+    kept, invalid, different = [], [], []
+    for index in train.bar(range(train.rank(), len(rows), train.world_size()), "checking", "row"):
+        row, name = rows[index], ids[index]
         try:
             encoded = encode(row)
         except data.RowError as error:
-            invalid.append(f"{name}: {error}")
+            invalid.append((index, f"{name}: {error}"))
             continue
-        lengths.append([len(segment.ids) for segment in encoded])
+        kept.append((index, keep(encoded)))
         for segment, text in zip(encoded[1:], responses(row), strict=True):
             both = (processor.decode(segment.ids), text)
             found, wanted = (unicodedata.normalize("NFC", t) for t in both)  # as the tokenizers do
             if found != wanted:
-                different.append(f"{name}: {found[:60]!r} instead of {wanted[:60]!r}")
-    said = f"{path}: {len(invalid)} are not: {'; '.join(invalid[:3])}"
-    check_claim(f"all {len(rows)} rows are valid", not invalid, said)
-    said = f"{path}: {len(different)} do not: {'; '.join(different[:3])}"
-    check_claim("supervised tokens decode to the responses", not different, said)
-    return lengths
+                different.append((index, f"{name}: {found[:60]!r} instead of {wanted[:60]!r}"))
+    kept, invalid, different = (sorted(train.all_gather(one)) for one in (kept, invalid, different))
+    claim, otherwise = f"all {len(rows)} rows are valid", f"{path}: {len(invalid)} are not"
+    check_claim(claim, not invalid, f"{otherwise}: {first_of(invalid)}")
+    claim, otherwise = (
+        "supervised tokens decode to the responses",
+        f"{path}: {len(different)} do not",
+    )
+    check_claim(claim, not different, f"{otherwise}: {first_of(different)}")
+    return [one for _, one in kept]
+
+
+def first_of(found: list[tuple[int, str]]) -> str:
+    return "; ".join(text for _, text in found[:3])
 
 
 def gate_policy(
@@ -79,7 +89,7 @@ def gate_policy(
     if row:
         images = row[0].images
         pixels = torch.cat([image.pixels for image in images]).to(device)
-        grids = torch.tensor([image.grid for image in images], device=device)
+        grids = [image.grid for image in images]
         with torch.no_grad():
             features = len(policy.image_features(pixels, grids))
         tokens = row[0].ids.count(policy.image_id)
@@ -113,7 +123,7 @@ def gate_step(
     said = f"its -log p is {surprise}, and {slopes.count(False)} gradients are not finite"
     check_claim(claim, math.isfinite(surprise) and any(slopes) and all(slopes), said)
     tokens = len(row[1].ids)
-    with torch.no_grad():
+    with train.forward_only(policy):
         plain = policy(model.collate([row[:2]], processor).to(device), plain=True).sum()
     off = abs(float(logp[0, : len(row[0].ids) + tokens].sum() - plain))
     claim = "trees and chunks have the plain row's log-probabilities"

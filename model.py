@@ -41,6 +41,7 @@ from attention import (
     TREE_ATTENTION,
     ChunkedLogProbs,
     segment_attention,
+    segment_layout,
     tree_attention,
 )
 from command.images import load_image
@@ -163,12 +164,12 @@ class ImageInput:
 @dataclass
 class Segment:
     """Tokens with one label each (0 = not supervised). parent: index of the earlier segment of the
-    row that it continues, None for a root. answer: the number of the response it belongs to."""
+    row that it continues, None for a root. branch: the number of the response it belongs to."""
 
     ids: list[int]
     labels: list[int]
     parent: int | None = None
-    answer: int = 0
+    branch: int = 0
     images: list[ImageInput] = field(default_factory=list)
 
 
@@ -278,17 +279,17 @@ class Processor:
             raise data.RowError(f"{tokens} image tokens for {features} features")
         return Segment(ids, [data.PROMPT] * len(ids), images=images)
 
-    def encode_response(self, response: str, parent: int = 0, answer: int = 0) -> Segment:
+    def encode_response(self, response: str, parent: int = 0, branch: int = 0) -> Segment:
         """A supervised segment: the response's tokens, each labelled by its span, and the end of
         the turn. The response is tokenised as a whole, as the model itself would write it."""
         self.refuse_special(response, "response")
         encoded = self.tokenizer(response, add_special_tokens=False, return_offsets_mapping=True)
         labels = data.label_spans(response, encoded["offset_mapping"])
-        return Segment(encoded["input_ids"] + [self.stop_id], labels + [data.TAG], parent, answer)
+        return Segment(encoded["input_ids"] + [self.stop_id], labels + [data.TAG], parent, branch)
 
-    def encode_tokens(self, ids: list[int], parent: int = 0, answer: int = 0) -> Segment:
+    def encode_tokens(self, ids: list[int], parent: int = 0, branch: int = 0) -> Segment:
         """A supervised segment of a rollout's own token ids."""
-        return Segment(list(ids), [data.TAG] * len(ids), parent, answer)
+        return Segment(list(ids), [data.TAG] * len(ids), parent, branch)
 
     def decode(self, ids: list[int]) -> str:
         """The text of a response, without the end-of-turn token."""
@@ -309,28 +310,33 @@ class Processor:
 # Batches of tree rows
 
 
-# start and stop of a run of tokens, and the stretches of the row before it that it sees
-Run = tuple[int, int, tuple[tuple[int, int], ...]]
+# start and stop of a stretch of tokens, and the stretches of the row before it that it sees
+Stretch = tuple[int, int, tuple[tuple[int, int], ...]]
 
 
 @dataclass
 class Batch:
-    """Rows padded on the right to one length. tree: each row as runs of tokens, or None if every
-    row is one run: then causal attention is enough, since padding comes last."""
+    """Rows padded on the right to one length. tree: each row as stretches of tokens, or None if
+    every row is one stretch: then causal attention is enough, since padding comes last.
+
+    All that a step must know as a number is worked out here, on the CPU: a number that is read from
+    the GPU makes the CPU wait for it."""
 
     ids: Tensor  # (B, T) long
     labels: Tensor  # (B, T) long, 0 = not supervised
-    predecessor: Tensor  # (B, T) long, the position whose hidden state predicts this token
-    answer: Tensor  # (B, T) long, the answer of its row that a supervised token belongs to
+    supervised: Tensor  # (2, N) long, row and column of each supervised token
+    predecessor: Tensor  # (N,) long, the column whose hidden state predicts that token
+    branch: Tensor  # (B, T) long, the response of its row that a supervised token belongs to
     positions: Tensor  # (3, B, T) long, time / row / column; all three equal for text
     token_types: Tensor  # (B, T) long, 1 = image token (transformers' mm_token_type_ids)
-    tree: list[list[Run]] | None
+    tree: list[list[Stretch]] | None
     pixels: Tensor | None  # the images of all rows, in order
-    grids: Tensor | None  # (images, 3) long, merged patches
-    weights: Tensor  # (B,) float, 1, or 0 for a row that only keeps this rank in step
-    # DPO: (B, K) float, log pi_ref of each answer, 0 where a row has fewer
+    grids: list[tuple[int, int, int]]  # of each image, merged patches
+    row_weights: Tensor  # (B,) float, 1, or 0 for a row that only keeps this rank in step
+    branches: int  # most responses of a row
+    # DPO: (B, K) float, log pi_ref of each response, 0 where a row has fewer
     reference: Tensor | None = None
-    edges: Tensor | None = None  # DPO: (3, E) long, row, chosen and rejected answer of each pair
+    edges: Tensor | None = None  # DPO: (3, E) long, row, chosen and rejected branch of each pair
 
     def to(self, device: torch.device) -> "Batch":
         moved = {
@@ -369,12 +375,11 @@ def collate(rows: list[Row], processor: Processor, weights: list[float] | None =
     """Rows (trees) to one batch. A parent stands before its children, and a root's first token is
     not supervised: nothing predicts it."""
     shape = len(rows), max(sum(len(segment.ids) for segment in row) for row in rows)
-    ids, labels, answer = (torch.zeros(shape, dtype=torch.long) for _ in range(3))
-    predecessor = torch.zeros(shape, dtype=torch.long)
+    ids, labels, branch, predecessor = (torch.zeros(shape, dtype=torch.long) for _ in range(4))
     positions = torch.zeros(3, *shape, dtype=torch.long)
     grid, tree = processor.family.grid_positions, []
     for b, row in enumerate(rows):
-        runs: list[Run] = []
+        stretches: list[Stretch] = []
         # of each segment: the position after it, and where it and its ancestors lie
         nexts, paths, at = [], [], 0
         for s, segment in enumerate(row):
@@ -386,32 +391,39 @@ def collate(rows: list[Row], processor: Processor, weights: list[float] | None =
             begin, path = (0, ()) if parent is None else (nexts[parent], paths[parent])
             ids[b, at:stop] = torch.tensor(segment.ids)
             labels[b, at:stop] = torch.tensor(segment.labels)
-            answer[b, at:stop] = segment.answer
+            branch[b, at:stop] = segment.branch
             predecessor[b, at:stop] = torch.arange(at - 1, stop - 1)
             predecessor[b, at] = path[-1][1] - 1 if path else at
             places, end = segment_positions(segment, begin, processor.image_id, grid)
             positions[:, b, at:stop] = torch.tensor(places).T
             nexts.append(end)
             paths.append((*path, (at, stop)))
-            if s and parent == s - 1:  # it goes on where its parent ends: one run
-                start, _, seen = runs.pop()
-                runs.append((start, stop, seen))
+            if s and parent == s - 1:  # it goes on where its parent ends: one stretch
+                start, _, seen = stretches.pop()
+                stretches.append((start, stop, seen))
             else:
-                runs.append((at, stop, path))
+                stretches.append((at, stop, path))
             at = stop
-        tree.append(runs)
+        tree.append(stretches)
     images = [image for row in rows for segment in row for image in segment.images]
+    supervised, image_tokens = (labels > 0).nonzero().T, ids == processor.image_id
+    tokens, features = int(image_tokens.sum()), sum(image.tokens for image in images)
+    if tokens != features:
+        said = "the pixel settings of prompt and images differ"
+        raise ValueError(f"{tokens} image tokens but {features} image features: {said}")
     return Batch(
         ids,
         labels,
-        predecessor,
-        answer,
+        supervised,
+        predecessor[*supervised],
+        branch,
         positions,
-        token_types=(ids == processor.image_id).long(),
-        tree=tree if any(len(runs) > 1 for runs in tree) else None,
+        token_types=image_tokens.long(),
+        tree=tree if any(len(stretches) > 1 for stretches in tree) else None,
         pixels=torch.cat([image.pixels for image in images]) if images else None,
-        grids=torch.tensor([image.grid for image in images]) if images else None,
-        weights=torch.tensor(weights if weights is not None else [1.0] * len(rows)),
+        grids=[image.grid for image in images],
+        row_weights=torch.tensor(weights if weights is not None else [1.0] * len(rows)),
+        branches=int(branch.max()),
     )
 
 
@@ -460,7 +472,7 @@ class Policy(nn.Module):
         self.vision.requires_grad_(False)
         self.projector.requires_grad_(False)
 
-    def image_features(self, pixels: Tensor, grids: Tensor) -> Tensor:
+    def image_features(self, pixels: Tensor, grids: list[tuple[int, int, int]]) -> Tensor:
         """Features of all images in order, (image tokens, D). A frozen tower keeps no gradient."""
         config = self.model.config
         towers = [*self.vision.parameters(), *self.projector.parameters()]
@@ -468,9 +480,8 @@ class Policy(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
             pixels = pixels.to(towers[0].dtype)
             if self.family.grid_positions:
-                merge = config.vision_config.spatial_merge_size
-                patches = grids * torch.tensor([1, merge, merge], device=grids.device)
-                return self.vision(pixels, grid_thw=patches).pooler_output
+                layout = segment_layout(config.vision_config, grids, pixels.device)
+                return self.vision(pixels, **layout).pooler_output
             layer, select = config.vision_feature_layer, config.vision_feature_select_strategy
             features = self.model.model.get_image_features(
                 pixels, vision_feature_layer=layer, vision_feature_select_strategy=select
@@ -480,14 +491,10 @@ class Policy(nn.Module):
     def embed(self, ids: Tensor, features: Tensor | None) -> Tensor:
         """Token embeddings with image features in the image tokens' places. (B, T, D)"""
         embedded = self.language_model.embed_tokens(ids)
-        places = ids == self.image_id
-        tokens, count = int(places.sum()), 0 if features is None else len(features)
-        if tokens != count:
-            said = "the pixel settings of prompt and images differ"
-            raise ValueError(f"{tokens} image tokens but {count} image features: {said}")
         if features is None:
             return embedded
-        return embedded.masked_scatter(places[..., None], features.to(embedded.dtype))
+        places = (ids == self.image_id)[..., None]
+        return embedded.masked_scatter(places, features.to(embedded.dtype))
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """The language model's last hidden states. (B, T, D)"""
@@ -502,12 +509,11 @@ class Policy(nn.Module):
 
     def forward(self, batch: Batch, plain: bool = False) -> Tensor:
         """plain: rows of one response, by plain_log_probs."""
-        hidden = self.hidden_states(batch)
+        hidden, weight = self.hidden_states(batch), self.model.lm_head.weight
         if plain:
-            return plain_log_probs(hidden, self.model.lm_head.weight, batch.ids, batch.labels)
-        rows, columns = (batch.labels > 0).nonzero(as_tuple=True)  # N supervised tokens
-        before = hidden[rows, batch.predecessor[rows, columns]]  # (N, D)
-        targets, weight = batch.ids[rows, columns], self.model.lm_head.weight
-        logp = ChunkedLogProbs.apply(before, weight, targets, LOGIT_CHUNK)
+            return plain_log_probs(hidden, weight, batch.ids, batch.labels)
+        rows, columns = batch.supervised  # N supervised tokens
+        before, chunk = hidden[rows, batch.predecessor], LOGIT_CHUNK[hidden.device.type]  # (N, D)
+        logp = ChunkedLogProbs.apply(before, weight, batch.ids[rows, columns], chunk)
         out = torch.zeros(batch.ids.shape, dtype=logp.dtype, device=logp.device)
         return out.index_put((rows, columns), logp)  # (B, T)

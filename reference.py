@@ -17,8 +17,7 @@ or keeps a second model.
 """
 
 import argparse
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -38,18 +37,10 @@ TOKEN_WISE = 64  # ours: chains whose drift is measured token by token
 
 
 def response_sums(logp: Tensor, batch: model.Batch) -> Tensor:
-    """log pi(y_k|x) of each row's answers k = 1, 2, ..., at least two, from per-token
+    """log pi(y_k|x) of each row's branches k = 1, 2, ..., at least two, from per-token
     log-probabilities (B, T). (B, K), 0 where a row has fewer. Of a single pair: y_w and y_l."""
-    answers = max(2, int(batch.answer.max()))
-    sums = logp.new_zeros(len(logp), answers + 1).scatter_add(1, batch.answer, logp)
-    return sums[:, 1:]
-
-
-def chain_keys(row: model.Row, checkpoint: str) -> list[str]:
-    """Of each response, what its reference value depends on: the checkpoint's files, the tokens and
-    pixels of the prompt, and its own tokens."""
-    pixels = [hashlib.sha256(image.pixels.numpy().tobytes()).hexdigest() for image in row[0].images]
-    return [data.content_hash([checkpoint, row[0].ids, pixels, segment.ids]) for segment in row[1:]]
+    sums = logp.new_zeros(len(logp), max(2, batch.branches) + 1)
+    return sums.scatter_add(1, batch.branch, logp)[:, 1:]
 
 
 Round = tuple[train.MicroBatch, ...]  # a micro-batch of every rank
@@ -57,30 +48,31 @@ Round = tuple[train.MicroBatch, ...]  # a micro-batch of every rank
 
 def rounds_of(lengths: Sequence[int], budget: int) -> list[Round]:
     """Rounds that have every row once."""
-    return list(
-        zip(*train.micro_batches(list(range(len(lengths))), budget, train.world_size(), lengths))
-    )
+    rows, ranks = list(range(len(lengths))), train.world_size()
+    return list(zip(*train.deal_rows(rows, budget, ranks, lengths)))
 
 
-def rows_in(parts: Round) -> int:
-    return sum(weight > 0 for part in parts for _, weight in part)
-
-
-@torch.no_grad()
 def log_probs(
     policy: model.Policy,
-    encode: Callable[[int], model.Row],
-    processor: model.Processor,
+    forest: trees.Forest,
+    subtrees: Sequence[trees.Subtree],
     rounds: list[Round],
     device: torch.device,
     title: str,
 ) -> Iterator[list[tuple[int, list[float]]]]:
-    """(index, log pi of its chains) of each row, a round at a time. A collective: every rank
+    """(index, log pi of its chains) of each subtree, a round at a time. A collective: every rank
     computes its own micro-batch of a round, and all get all values."""
-    for parts in train.bar(rounds, title, "batch"):
+
+    def make_batch(parts: Round) -> model.Batch:
+        own = [forest.encode(subtrees[index]) for index, _ in parts[train.rank()]]
+        return model.collate(own, forest.processor)
+
+    batches = train.ahead(rounds, make_batch)
+    for parts, batch in zip(train.bar(rounds, title, "batch"), batches):
+        batch = batch.to(device)
+        with train.forward_only(policy):
+            sums = response_sums(policy(batch), batch).tolist()
         part = parts[train.rank()]
-        batch = model.collate([encode(index) for index, _ in part], processor).to(device)
-        sums = response_sums(policy(batch), batch).tolist()
         mine = [(index, values) for (index, weight), values in zip(part, sums) if weight]
         yield sorted(train.all_gather(mine))
 
@@ -88,43 +80,42 @@ def log_probs(
 def compute(
     path: Path,
     policy: model.Policy,
+    forest: trees.Forest,
+    subtrees: Sequence[trees.Subtree],
     rounds: list[Round],
-    encode: Callable[[int], model.Row],
-    processor: model.Processor,
-    checkpoint: str,
     device: torch.device,
-) -> tuple[list[list[float]], list[list[str]]]:
-    """(reference values, keys) of all rows, one a chain. Rounds with a chain that is not stored are
-    computed as they would have been, so that a run that was killed has the values of one that was
-    not, to the bit. A few of the others are computed again. Raises train.Refused where a chain's
-    new value is not the stored one: the file is of another policy."""
-    keys, tokens = [], {}
-    for index in train.bar(range(sum(map(rows_in, rounds))), "hashing rows", "row"):
-        row = encode(index)
-        keys.append(chain_keys(row, checkpoint))
-        tokens |= {key: len(segment.ids) for key, segment in zip(keys[-1], row[1:])}
+) -> dict[str, float]:
+    """log pi_ref of each chain, by its key. Rounds with a chain that is not stored are computed as
+    they would have been, so that a run that was killed has the values of one that was not, to the
+    bit. A few of the others are computed again. Raises train.Refused where a chain's new value is
+    not the stored one: the file is of another policy."""
     found = data.resume_jsonl(path) if train.rank() == 0 else []  # a torn line is cut by one rank
     stored = {row["key"]: row["logp"] for row in train.all_gather(found)}
+    keys = [forest.keys_of(one) for one in subtrees]
     known, missing = [], []
     for parts in rounds:
         wanted = {key for part in parts for index, _ in part for key in keys[index]}
         (known if wanted <= stored.keys() else missing).append(parts)
     again = known[:: max(1, len(known) // CHECKED)]
     with open(path, "a", encoding="utf-8") if train.rank() == 0 else nullcontext() as log:
-        for done in log_probs(policy, encode, processor, again + missing, device, "reference"):
-            new = keep(path, done, keys, tokens, stored, device)
+        for done in log_probs(policy, forest, subtrees, again + missing, device, "reference"):
+            new = keep(path, done, forest, subtrees, stored, device)
             if train.rank() == 0:
                 data.append_jsonl(log, new)
-    new, old, twice = (sum(map(rows_in, some)) for some in (missing, known, again))
-    train.print0(f"reference: {new} rows computed, {old} from {path.name} ({twice} checked)")
-    return [[stored[key] for key in row] for row in keys], keys
+    counts = [
+        sum(weight > 0 for parts in some for part in parts for _, weight in part)
+        for some in (missing, known, again)
+    ]
+    said = "reference: {} rows computed, {} from {} ({} checked)"
+    train.print0(said.format(*counts[:2], path.name, counts[2]))
+    return stored
 
 
 def keep(
     path: Path,
     done: list[tuple[int, list[float]]],
-    keys: list[list[str]],
-    tokens: dict[str, int],
+    forest: trees.Forest,
+    subtrees: Sequence[trees.Subtree],
     stored: dict[str, float],
     device: torch.device,
 ) -> list[dict]:
@@ -132,17 +123,19 @@ def keep(
     have their stored value."""
     rows = []
     for index, values in done:
-        for number, (key, value) in enumerate(zip(keys[index], values), 1):
+        one = subtrees[index]
+        for chain, key, value in zip(one.chains, forest.keys_of(one), values):
+            tokens = forest.sizes[one.tree][1 + chain]
             if key not in stored:
                 stored[key] = value
-                rows.append({"key": key, "logp": value, "tokens": tokens[key]})
-            elif not (off := abs(value - stored[key])) <= gate.tolerance(tokens[key], device):
-                what = f"the stored reference of row {index} is off by {off:.4f} (chain {number})"
+                rows.append({"key": key, "logp": value, "tokens": tokens})
+            elif not (off := abs(value - stored[key])) <= gate.tolerance(tokens, device):
+                what = f"the stored reference of question {forest.trees[one.tree].id}"
+                what += f" is off by {off:.4f} (chain {chain + 1})"
                 train.refuse(train.Refused(f"{path}: {what}; remove the file to compute it anew"))
     return rows
 
 
-@torch.no_grad()
 def token_log_probs(
     policy: model.Policy,
     rows: list[model.Row],
@@ -155,8 +148,10 @@ def token_log_probs(
     for parts in rounds_of([sum(len(segment.ids) for segment in row) for row in rows], budget):
         part = parts[train.rank()]
         batch = model.collate([rows[index] for index, _ in part], processor).to(device)
-        for (index, weight), logp, labels in zip(part, policy(batch), batch.labels):
-            found += [(index, logp[labels > 0].tolist())] * bool(weight)
+        with train.forward_only(policy):
+            logp = policy(batch)
+        for (index, weight), values, labels in zip(part, logp, batch.labels):
+            found += [(index, values[labels > 0].tolist())] * bool(weight)
     return [logp for _, logp in sorted(train.all_gather(found))]
 
 
@@ -164,29 +159,27 @@ def gate_drift(
     args: argparse.Namespace,
     pairs: list[dict],
     forest: trees.Forest,
-    logp: dict[tuple[int, int], float],
+    logp: dict[str, float],
     policy: model.Policy,
-    processor: model.Processor,
     budget: int,
     device: torch.device,
 ) -> None:
     """The reference's log-probabilities must be those that the sampler told: the same weights, the
     same images, the same positions. Chains whose tokens the sampler told are computed once more,
     each as a row of its own, the plain way: how far that is from the reference is the least that
-    can be seen. logp: the reference's value of each chain, by (tree, chain). A collective."""
-    pairs = [pairs[index] for index in forest.pairs]
+    can be seen. logp: the reference's value of each chain, by its key. A collective."""
     ends = [(tree, forest.edges[tree][edge]) for tree, edge in forest.places]
-    values = [[logp[tree, chain] for chain in edge] for tree, edge in ends]
-    chains = drift.chains_of(pairs, values)
+    values = [[logp[forest.keys[tree][chain]] for chain in edge] for tree, edge in ends]
+    chains = drift.chains_of([pairs[index] for index in forest.pairs], values)
     if not chains:
         train.print0("drift: not measured, since no pair tells its sampler's log-probabilities")
         return
     token_wise = [place for place, chain in chains.items() if chain.sampler_tokens][:TOKEN_WISE]
-    rows = [
-        trees.encode_side(pairs[pair], trees.SIDES[side], processor, Path(args.images))
-        for pair, side in token_wise
-    ]
-    again = token_log_probs(policy, rows, processor, budget, device)
+    rows = []
+    for pair, side in token_wise:
+        tree, edge = ends[pair]
+        rows.append(forest.encode(trees.Subtree(tree, (edge[side],), (), 0)))
+    again = token_log_probs(policy, rows, forest.processor, budget, device)
     for place, logps in zip(token_wise, again):
         chains[place] = replace(chains[place], trainer_tokens=logps)
     limit = args.max_drift or (drift.LIMIT_BF16 if device.type == "cuda" else drift.LIMIT_FP32)

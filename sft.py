@@ -30,6 +30,7 @@ Where we depart from the paper, or it is silent:
 import argparse
 import math
 import time
+from collections import Counter
 from pathlib import Path
 
 from torch import Tensor
@@ -42,18 +43,18 @@ from command import flags, schema, stage
 
 
 def sft_loss(
-    logp: Tensor, batch: model.Batch, weights: dict[int, float]
-) -> tuple[Tensor, float, dict]:
+    logp: Tensor, batch: model.Batch, span_weights: dict[int, float]
+) -> tuple[Tensor, Tensor, dict]:
     """Weighted sum of -log p over supervised tokens; logp (B, T). Returns (sum, sum of weights,
     {span: (sum, count)})."""
-    row = batch.weights[:, None]  # (B, 1), 0 for a row that only keeps a rank in step
+    row = batch.row_weights[:, None]  # (B, 1), 0 for a row that only keeps a rank in step
     loss, count, spans = 0.0 * logp.sum(), 0.0, {}
     for label, name in data.SPAN_NAMES.items():
-        chosen = (batch.labels == label) * row  # (B, T)
-        total, tokens = -(logp * chosen).sum(), float(chosen.sum())
-        loss = loss + weights[label] * total
-        count += weights[label] * tokens
-        spans[name] = (total.item(), tokens)
+        own = (batch.labels == label) * row  # (B, T)
+        total, tokens = -(logp * own).sum(), own.sum()
+        loss = loss + span_weights[label] * total
+        count = count + span_weights[label] * tokens
+        spans[name] = (total.detach(), tokens)
     return loss, count, spans
 
 
@@ -62,6 +63,29 @@ def encode_demo(row: dict, processor: model.Processor, image_root: Path) -> mode
     images = [processor.encode_file(data.image_file(image_root, image)) for image in row["images"]]
     prompt = processor.encode_prompt(row["messages"][:-1], images)
     return [prompt, processor.encode_response(row["messages"][-1]["content"])]
+
+
+def read_demos(
+    args: argparse.Namespace, rows: list[dict], processor: model.Processor
+) -> list[tuple[dict, Counter]]:
+    """(demonstration, its tokens by label) of those that are not too long, checked. Prints how many
+    those are. A collective."""
+    tokens = gate.gate_rows(
+        " ".join(args.demos),
+        rows,
+        [row["id"] for row in rows],
+        lambda row: encode_demo(row, processor, Path(args.images)),
+        lambda row: [row["messages"][-1]["content"]],
+        lambda encoded: Counter(label for segment in encoded for label in segment.labels),
+        processor,
+    )
+    kept = [(row, n) for row, n in zip(rows, tokens) if n.total() <= args.max_length]
+    over = f"{len(rows) - len(kept)} over {args.max_length} tokens: --max-length"
+    train.print0(f"demonstrations: kept {len(kept)} of {len(rows)} ({over})")
+    if not kept:
+        said = f"{' '.join(args.demos)}: every demonstration is over {args.max_length} tokens"
+        train.refuse(data.RowError(f"{said}; raise --max-length"))
+    return kept
 
 
 def pack(rows: list[model.Row], stop_id: int) -> model.Row:
@@ -119,105 +143,79 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args, started = parse(argv), time.time()
-    out, image_root, demos = Path(args.out), Path(args.images), " ".join(args.demos)
-    device = train.init_ranks()
+    out, root, device = Path(args.out), Path(args.images), train.init_ranks()
     rows = [row for path in args.demos for row in schema.read_rows(path, "demos")]
-    images = data.image_files(image_root, rows)
-    if not train.begin(args, [args.model, *args.demos], images):
+    if not train.begin(args, [args.model, *args.demos], data.image_files(root, rows)):
         return
     processor = model.Processor(args.model, args.pixels, args.tiles)
+    demos = read_demos(args, rows, processor)
+    lengths = [tokens.total() for _, tokens in demos]
+    packs = pack_plan(lengths, args.pack, args.seed)
 
-    def encode(row: dict) -> model.Row:
-        return encode_demo(row, processor, image_root)
-
-    def response(row: dict) -> list[str]:
-        return [row["messages"][-1]["content"]]
-
-    ids = [row["id"] for row in rows]
-    lengths = [
-        sum(parts) for parts in gate.gate_rows(demos, rows, ids, encode, response, processor)
-    ]
-    kept = [row for row, length in zip(rows, lengths) if length <= args.max_length]
-    lengths = [length for length in lengths if length <= args.max_length]
-    dropped = len(rows) - len(kept)
-    over = f"({dropped} over {args.max_length} tokens: --max-length)"
-    train.print0(f"demonstrations: kept {len(kept)} of {len(rows)} {over}")
-    if not kept:
-        said = f"every demonstration is over {args.max_length} tokens"
-        train.refuse(data.RowError(f"{demos}: {said}; raise --max-length"))
-    plan = pack_plan(lengths, args.pack, args.seed)
+    def encode(index: int) -> model.Row:
+        return encode_demo(demos[index][0], processor, root)
 
     policy = train.build(args, device)
-    seen = next((encode(row) for row in kept if row["images"]), None)
-    shortest = encode(kept[lengths.index(min(lengths))])
+    seen = next((encode(index) for index, (row, _) in enumerate(demos) if row["images"]), None)
+    shortest = encode(lengths.index(min(lengths)))
     gate.gate_policy(policy, seen, shortest, processor, args.method == "lora", device)
 
-    weights = dict(zip((data.THINK, data.ANSWER, data.TAG), args.weights))
-    packed = [sum(lengths[j] for j in part) for part in plan]
+    def make_batch(indices: list[int], weights: list[float]) -> model.Batch:
+        packed = [pack([encode(j) for j in packs[i]], processor.stop_id) for i in indices]
+        return model.collate(packed, processor, weights)
+
+    span_weights = dict(zip((data.THINK, data.ANSWER, data.TAG), args.weights))
     run = train.Run(
         policy,
-        train.shuffled(len(plan), args.batch, args.epochs, args.seed),
+        train.shuffled(len(packs), args.batch, args.epochs, args.seed),
+        make_batch,
         out=out,
         device=device,
         peak=args.lr,
         budget=args.micro_tokens or args.max_length,
         save_every=args.save_every,
-        lengths=packed,
+        lengths=[sum(lengths[j] for j in part) for part in packs],
     )
     for _ in run:
-        for indices, w in run.micro_batches():
-            examples = [[encode(kept[j]) for j in plan[i]] for i in indices]
-            rows = [pack(part, processor.stop_id) for part in examples]
-            batch = model.collate(rows, processor, w).to(device)
-            run.backward(*sft_loss(policy(batch), batch, weights))
+        for batch in run.micro_batches():
+            run.backward(*sft_loss(policy(batch), batch, span_weights))
         run.update()
     saved = train.save(args, policy, processor)
     if train.rank() == 0:
-        finish(args, started, kept, dropped, processor, saved, run)
+        finish(args, started, [tokens for _, tokens in demos], len(rows) - len(demos), saved, run)
     train.end(out)
 
 
 def finish(
     args: argparse.Namespace,
     started: float,
-    kept: list[dict],
+    tokens: list[Counter],
     dropped: int,
-    processor: model.Processor,
     saved: dict[str, float],
     run: train.Run,
 ) -> None:
-    """stage.json and the summary."""
+    """stage.json and the summary. tokens: of each demonstration, by label."""
     merged, history = Path(args.out) / "merged", schema.read_metrics(args.out)
-    tokens = response_tokens(kept, processor)
-    spans, lengths = tokens["span_tokens"], tokens["response_tokens"]
-    figures = {"rows": len(kept), "dropped": dropped, "steps": len(history)}
+    spans = {name: sum(n[label] for n in tokens) for label, name in data.SPAN_NAMES.items()}
+    lengths = sorted(n.total() - n[data.PROMPT] for n in tokens)  # of the responses
+    p99 = lengths[math.ceil(0.99 * len(lengths)) - 1]  # ours: the longest hundredth may be outliers
+    median, longest = lengths[len(lengths) // 2], lengths[-1]
+    figures = {"rows": len(tokens), "dropped": dropped, "steps": len(history)}
     figures |= {"first_loss": history[0]["loss"], "last_loss": history[-1]["loss"]}
-    stage.finish(args, [merged], started, figures | saved | tokens)
+    figures |= saved | {"span_tokens": spans}
+    figures |= {"response_tokens": {"median": median, "p99": p99, "longest": longest}}
+    stage.finish(args, [merged], started, figures)
     lines = {
-        "examples": f"{len(kept):,} trained on, {dropped:,} too long",
+        "examples": f"{len(tokens):,} trained on, {dropped:,} too long",
         "tokens": ", ".join(f"{name} {count:,}" for name, count in spans.items()),
         "loss": train.change(history, ["loss", *spans]),
-        "responses": f"median {lengths['median']:,} tokens, 99 % up to {lengths['p99']:,}, longest "
-        f"{lengths['longest']:,}: rollouts and evaluation need such a --max-tokens",
+        "responses": f"median {median:,} tokens, 99 % up to {p99:,}, longest {longest:,}: "
+        "rollouts and evaluation need such a --max-tokens",
         "training": train.cost(history, run.lengths, run.plan),
         "next": f"python rollout.py --engine hf:{merged} --questions image.jsonl --images IMAGES "
         "--max-tokens N --out OUT",
     }
     train.summary(f"Stage I is finished: {merged}", lines)
-
-
-def response_tokens(rows: list[dict], processor: model.Processor) -> dict[str, dict[str, int]]:
-    """Tokens of the responses, <|im_end|> included: of each span in all of them, and of one
-    response. A model that answers like them needs such a --max-tokens."""
-    labels = [processor.encode_response(row["messages"][-1]["content"]).labels for row in rows]
-    lengths = sorted(map(len, labels))
-    p99 = lengths[math.ceil(0.99 * len(lengths)) - 1]  # ours: the longest hundredth may be outliers
-    median, longest = lengths[len(lengths) // 2], lengths[-1]
-    spans = data.SPAN_NAMES.items()
-    return {
-        "span_tokens": {name: sum(r.count(label) for r in labels) for label, name in spans},
-        "response_tokens": {"median": median, "p99": p99, "longest": longest},
-    }
 
 
 if __name__ == "__main__":

@@ -41,8 +41,10 @@ import random
 import shutil
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -65,6 +67,7 @@ BETAS, EPS, WEIGHT_DECAY = (0.9, 0.999), 1e-8, 0.0
 CLIP = 1.0  # ours: paper silent (transformers' max_grad_norm)
 WARMUP = 0.1  # ours: paper silent (LLaMA-Factory's examples); share of the steps
 MAX_LENGTH = 8192  # ours: paper silent; tokens of a row, responses included
+AHEAD = 2  # ours: micro-batches that are made while another is computed
 FILLED = 0.9  # ours: least share of a micro-batch's tokens that is not padding
 # ours: the ranks wait while the first hashes or writes a large checkpoint; torch waits 10 minutes
 PATIENCE = timedelta(hours=1)
@@ -147,12 +150,11 @@ def refuse(error: Exception | None) -> NoReturn:
     raise error if first else SystemExit(1)
 
 
-def all_reduce(values: list[float], device: torch.device) -> list[float]:
-    """Sums numbers over all ranks, in float64."""
-    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+def all_reduce(values: Tensor) -> Tensor:
+    """Sums a tensor over all ranks."""
     if world_size() > 1:
-        dist.all_reduce(tensor)
-    return tensor.tolist()
+        dist.all_reduce(values)
+    return values
 
 
 def all_gather(rows: list) -> list:
@@ -162,6 +164,29 @@ def all_gather(rows: list) -> list:
     parts: list = [None] * world_size()
     dist.all_gather_object(parts, rows)
     return [row for part in parts for row in part]
+
+
+@contextmanager
+def forward_only(policy: nn.Module) -> Iterator[None]:
+    """For a forward that no backward follows. In training FSDP keeps the whole weights of the root
+    (embedding and head) from forward to backward, so that they are gathered once; here they are
+    given back, or the optimizer would get them in place of this rank's shards."""
+    with torch.no_grad():
+        yield
+    if hasattr(policy, "reshard"):
+        policy.reshard()
+
+
+def ahead(items: Iterable, make: Callable) -> Iterator:
+    """make(item) of each item in order. A thread makes the next ones while the caller works."""
+    with ThreadPoolExecutor(1) as thread:
+        made: deque = deque()
+        for item in items:
+            made.append(thread.submit(make, item))
+            if len(made) > AHEAD:
+                yield made.popleft().result()
+        for one in made:
+            yield one.result()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -228,15 +253,16 @@ def fully_shard_blocks(policy: nn.Module, device: torch.device, replicas: int) -
     precision = MixedPrecisionPolicy()
     if cuda:
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
-    towers = [*policy.vision.parameters(), *policy.projector.parameters()]
-    frozen = {p for p in towers if not p.requires_grad}  # ignored: every rank holds them whole
-    for parameter in frozen if cuda else ():  # buffers, the rotary frequencies, stay in fp32
+    # what is frozen is held as it is computed: the vision tower and, with LoRA, the base. Buffers,
+    # the rotary frequencies, stay in fp32.
+    frozen = {parameter for parameter in policy.parameters() if not parameter.requires_grad}
+    for parameter in frozen if cuda else ():
         parameter.data = parameter.data.to(torch.bfloat16)
+    # ignored by FSDP: every rank holds the frozen tower whole
+    towers = frozen & {*policy.vision.parameters(), *policy.projector.parameters()}
     for layer in policy.language_model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=precision)
-    # reshard the root too: after a forward without backward (DPO's reference), the optimizer would
-    # otherwise get the gathered weights instead of the shards
-    root = {"reshard_after_forward": True, "ignored_params": frozen}
+    root = {"reshard_after_forward": False, "ignored_params": towers}  # see forward_only
     fully_shard(policy, mesh=mesh, mp_policy=precision, **root)
 
 
@@ -301,7 +327,7 @@ def shuffled(rows: int, batch: int, epochs: float, seed: int) -> list[list[int]]
 MicroBatch = list[tuple[int, float]]  # (row index, weight)
 
 
-def micro_batches(
+def deal_rows(
     indices: list[int], budget: int, ranks: int, lengths: Sequence[int] | None = None
 ) -> list[list[MicroBatch]]:
     """[rank][number]: every rank's micro-batches of a step.
@@ -337,7 +363,7 @@ def efficiency(
     own = spent = 0
     for step in plan:
         own += sum(lengths[index] for index in step)
-        for part in zip(*micro_batches(step, budget, ranks, lengths)):
+        for part in zip(*deal_rows(step, budget, ranks, lengths)):
             spent += ranks * len(part[0]) * max(lengths[row] for rows in part for row, _ in rows)
     return own / spent
 
@@ -357,26 +383,28 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
 class Run:
     """The steps of a training run, whose loop stands in the stage:
 
-        for step in run:                                 # a resumed run begins where it stopped
-            for rows, weights in run.micro_batches():    # this rank's part of the step
-                batch = ...
+        for step in run:                        # a resumed run begins where it stopped
+            for batch in run.micro_batches():   # this rank's part of the step
                 run.backward(*loss_of(policy(batch), batch))
             run.update()
 
     After the loop's body the step is written: a row of out/metrics.jsonl, a line, and every
-    `save_every` steps a state in out/state. The loop may add figures to `run.row` before.
+    `save_every` steps a state in out/state. The loop may add to `run.figures` before.
 
     plan          the rows of every step; it fixes the number of steps, and so the cosine
+    make_batch    (rows, their weights) -> a batch on the CPU; it runs in a thread, a few
+                  micro-batches ahead. A row of weight 0 only keeps its rank in step with the others
     budget        of a micro-batch, in tokens; in rows if `lengths` is not given
     save_every    steps between states; the last step has one too. 0 keeps none.
     lengths       the rows' tokens: rows are dealt to the ranks by them; they give the tokens/s
-    told          more figures of each step, for its row and line
+    facts         more figures of each step, for its row and line
     """
 
     def __init__(
         self,
         policy: nn.Module,
         plan: Sequence[Sequence[int]],
+        make_batch: Callable[[list[int], list[float]], object],
         *,
         out: Path,
         device: torch.device,
@@ -384,15 +412,17 @@ class Run:
         budget: int,
         save_every: int,
         lengths: Sequence[int] | None = None,
-        told: Sequence[dict[str, float]] = (),
+        facts: Sequence[dict[str, float]] = (),
         warmup: float = WARMUP,
         print_every: int = 1,
         betas: tuple[float, float] = BETAS,
         weight_decay: float = WEIGHT_DECAY,
     ):
-        self.policy, self.plan, self.out, self.device = policy, plan, out, device
-        self.peak, self.warmup, self.budget, self.lengths = peak, warmup, budget, lengths
-        self.told, self.save_every, self.print_every = told, save_every, print_every
+        self.policy, self.plan, self.make_batch = policy, plan, make_batch
+        self.out, self.device, self.peak, self.warmup = out, device, peak, warmup
+        self.lengths, self.facts = lengths, facts
+        self.save_every, self.print_every = save_every, print_every
+        self.dealt = [deal_rows(step, budget, world_size(), lengths)[rank()] for step in plan]
         self.parameters = list(trained_parameters(policy).values())
         fused = device.type == "cuda" or not dist.is_initialized()
         settings = {"betas": betas, "eps": EPS, "weight_decay": weight_decay, "fused": fused}
@@ -406,14 +436,16 @@ class Run:
 
     def __iter__(self) -> Iterator[int]:
         path, begun = self.out / "metrics.jsonl", time.time()
+        parts = (part for step in self.dealt[self.begin :] for part in step)
+        self.batches = ahead(parts, lambda part: self.make_batch(*map(list, zip(*part))))
         with open(path, "a", encoding="utf-8") if rank() == 0 else nullcontext() as log:
             for step in range(self.begin, len(self.plan)):
                 self.step, self.started = step, time.time()
-                self.sums: dict[str, list[float]] = {}
-                self.row: dict[str, float] = {}
+                self.sums: dict[str, Tensor] = {}
+                self.figures: dict[str, float] = {}
                 yield step
                 if rank() == 0:
-                    data.append_jsonl(log, [self.row])
+                    data.append_jsonl(log, [self.figures])
                 done = step + 1
                 if done % self.print_every == 0 or done == len(self.plan):
                     pace = (self.ended - begun) / (done - self.begin)
@@ -421,37 +453,34 @@ class Run:
                 if self.save_every and (done % self.save_every == 0 or done == len(self.plan)):
                     save_state(self.out / "state", self.policy, self.optimizer, done)
 
-    def micro_batches(self) -> Iterator[tuple[list[int], list[float]]]:
-        """(rows, weights) of each of this rank's micro-batches. A row of weight 0 only keeps the
-        rank in step with the others."""
-        step = self.plan[self.step]
-        for part in micro_batches(step, self.budget, world_size(), self.lengths)[rank()]:
-            yield [row for row, _ in part], [weight for _, weight in part]
+    def micro_batches(self) -> Iterator:
+        """This rank's batches of the step, on its device."""
+        for _ in self.dealt[self.step]:
+            yield next(self.batches).to(self.device)
 
-    def backward(self, loss: Tensor, count: float, figures: dict[str, tuple[float, float]]) -> None:
+    def backward(self, loss: Tensor, count: Tensor, figures: dict[str, tuple]) -> None:
         """Adds a micro-batch's gradient to the step's. loss: a sum over `count` tokens or pairs,
-        never a mean; figures: {name: (sum, count)}."""
+        never a mean; figures: {name: (sum, count)}. Nothing is read from the device here."""
         (loss * world_size()).backward()  # FSDP averages gradients over the ranks
-        for name, (value, over) in {"loss": (loss.item(), count), **figures}.items():
-            entry = self.sums.setdefault(name, [0.0, 0.0])
-            entry[0] += value
-            entry[1] += over
+        for name, pair in {"loss": (loss.detach(), count), **figures}.items():
+            pair = [torch.as_tensor(x, dtype=torch.float64, device=self.device) for x in pair]
+            self.sums[name] = self.sums.get(name, 0.0) + torch.stack(pair)
 
     def update(self) -> None:
         """The step itself: divides the gradients' sums by the global count, once; clips; moves the
-        weights. Raises Diverged before it does harm. A collective."""
-        sums = all_reduce([x for entry in self.sums.values() for x in entry], self.device)
-        means = {n: x / max(y, 1e-12) for n, x, y in zip(self.sums, sums[::2], sums[1::2])}
-        untouched = f"the weights of step {self.step - 1} are untouched"
-        if not math.isfinite(means["loss"]):
-            refuse(Diverged(f"step {self.step}: the loss is {means['loss']}; {untouched}"))
+        weights. The device is read once. Raises Diverged before it does harm. A collective."""
+        sums = all_reduce(torch.stack([*self.sums.values()]))  # (figures, 2)
         for parameter in self.parameters:
             if parameter.grad is not None:
-                parameter.grad.div_(sums[1])
+                local_tensor(parameter.grad).div_(sums[0, 1])
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, CLIP)
-        norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        if not math.isfinite(norm):
-            refuse(Diverged(f"step {self.step}: the gradient's norm is {norm}; {untouched}"))
+        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).double()
+        *read, norm = torch.cat([sums.flatten(), norm[None]]).tolist()
+        means = [x / max(y, 1e-12) for x, y in zip(read[::2], read[1::2])]
+        for name, value in (("loss", means[0]), ("gradient's norm", norm)):
+            if not math.isfinite(value):
+                untouched = f"the weights are untouched: those after {self.step} steps"
+                refuse(Diverged(f"step {self.step}: the {name} is {value}; {untouched}"))
         now = learning_rate(self.step, len(self.plan), self.peak, self.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = now
@@ -459,16 +488,17 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         self.ended = time.time()
         seconds = round(self.ended - self.started, 3)
-        self.row = {"step": self.step, **{name: round(mean, 6) for name, mean in means.items()}}
-        self.row |= self.told[self.step] if self.told else {}
-        self.row |= {"lr": now, "grad_norm": round(norm, 4), "seconds": seconds}
+        self.figures = {"step": self.step}
+        self.figures |= {name: round(mean, 6) for name, mean in zip(self.sums, means)}
+        self.figures |= self.facts[self.step] if self.facts else {}
+        self.figures |= {"lr": now, "grad_norm": round(norm, 4), "seconds": seconds}
 
     def status_line(self, left: float) -> str:
         """Every figure of the step in its own column, line under line. left: seconds to the end.
 
         step 0040/0139 | loss  0.612 | ... | lr 9.1e-07 |   3.20 s |  5,120 tokens/s | left 0:05:17
         """
-        row, shown = self.row, [f"step {self.step + 1:04d}/{len(self.plan):04d}"]
+        row, shown = self.figures, [f"step {self.step + 1:04d}/{len(self.plan):04d}"]
         apart = ("step", "lr", "seconds", "grad_norm")
         held = [name for name in row if name.startswith("held_")]
         shown += [f"{n} {figure(x)}" for n, x in row.items() if n not in (*apart, *held)]
@@ -518,8 +548,8 @@ def save_state(
         for kind, tensor in kinds.items():
             tensors[f"{name}|{kind}"] = local_tensor(tensor).detach().cpu().contiguous()
     if rank() < shards:  # the ranks of the first replica; the other replicas hold the same
-        told = {"step": str(step), "shards": str(shards)}
-        save_file(tensors, making / f"rank_{rank():05d}.safetensors", metadata=told)
+        about = {"step": str(step), "shards": str(shards)}
+        save_file(tensors, making / f"rank_{rank():05d}.safetensors", metadata=about)
     barrier()
     if rank() == 0:
         os.replace(making, folder / f"step_{step:06d}")

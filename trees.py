@@ -5,7 +5,12 @@
 Pairs of one question share its prompt and its images, and a chain stands in several of them. One
 forward of the tree computes each of these once; Eq. 1 is then summed over the edges, which is the
 loss and the gradient of the same pairs one by one (InstructGPT trained all comparisons of a prompt
-as one batch element, too).
+as one batch element, too). A question whose chains A and B meet all criteria and whose C does not:
+
+    pairs         (A, C)  (B, C)
+    one by one    prompt A | prompt C        prompt B | prompt C        four rows
+    tree          prompt A B C               each chain sees the prompt and itself: one row
+    edges         (0, 2)  (1, 2)             two terms of Eq. 1 from three values of log p
 
 The plan is made before the first step: which pairs a step has is a function of seed, batch, order
 and the trees, and does not depend on the number of ranks. It fixes the number of steps, and so the
@@ -19,9 +24,10 @@ Where we depart from the paper, or it is silent: its trainer shuffles pairs and 
 """
 
 import argparse
+import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -30,6 +36,7 @@ import data
 import gate
 import model
 import train
+from command import stage
 
 ORDERS = ("pair", "question")
 SIDES = ("chosen", "rejected")  # in the order of a pair's row
@@ -103,7 +110,7 @@ def held_out(trees: Sequence[Tree], counts: Sequence[int], share: float) -> set[
 
 
 @dataclass(frozen=True)
-class Row:
+class Subtree:
     """A part of a tree that one forward computes: some of its chains and the edges between them.
     Edges index into `chains`, not into the tree's."""
 
@@ -136,14 +143,17 @@ def cut(sizes: Sequence[int], edges: Sequence[Edge], limit: int) -> list[list[Ed
     return parts
 
 
-def rows_of(tree: int, sizes: Sequence[int], edges: Sequence[Edge], limit: int) -> list[Row]:
-    """The rows of some of a tree's edges. Every single edge must fit."""
-    rows = []
+def subtrees_of(
+    tree: int, sizes: Sequence[int], edges: Sequence[Edge], limit: int
+) -> list[Subtree]:
+    """Some of a tree's edges as subtrees. Every single edge must fit."""
+    found = []
     for part in cut(sizes, edges, limit):
         chains = tuple(sorted({chain for edge in part for chain in edge}))
         local = tuple((chains.index(chosen), chains.index(rejected)) for chosen, rejected in part)
-        rows.append(Row(tree, chains, local, sizes[0] + sum(sizes[1 + chain] for chain in chains)))
-    return rows
+        tokens = sizes[0] + sum(sizes[1 + chain] for chain in chains)
+        found.append(Subtree(tree, chains, local, tokens))
+    return found
 
 
 Step = list[tuple[int, list[Edge]]]  # (tree, its edges in this step)
@@ -158,10 +168,10 @@ def plan(
     epochs: float,
     seed: int,
     limit: int,
-) -> tuple[list[Row], list[list[int]]]:
-    """(rows, the rows of each step), for all epochs. edges: of each tree; places: (tree, edge) of
+) -> tuple[list[Subtree], list[list[int]]]:
+    """(subtrees, those of each step), for all epochs. edges: of each tree; places: (tree, edge) of
     each pair; sizes: of each tree, its prompt's tokens and its chains'."""
-    rows: list[Row] = []
+    subtrees: list[Subtree] = []
     steps: list[list[int]] = []
     epoch = 0
     while epoch < epochs:
@@ -170,11 +180,11 @@ def plan(
         for step in chosen[: math.ceil((epochs - epoch) * len(chosen))]:
             steps.append([])
             for tree, own in step:
-                new = rows_of(tree, sizes[tree], own, limit)
-                steps[-1] += range(len(rows), len(rows) + len(new))
-                rows += new
+                new = subtrees_of(tree, sizes[tree], own, limit)
+                steps[-1] += range(len(subtrees), len(subtrees) + len(new))
+                subtrees += new
         epoch += 1
-    return rows, steps
+    return subtrees, steps
 
 
 def by_pair(
@@ -213,17 +223,17 @@ def by_question(
     return [steps[number] for number in sorted(steps)]
 
 
-def told(rows: Sequence[Row], step: Sequence[int]) -> dict[str, float]:
-    """Figures of a step: pairs; questions; worth, how many independent comparisons the pairs are:
+def step_facts(subtrees: Sequence[Subtree], step: Sequence[int]) -> dict[str, float]:
+    """What a step has: pairs; questions; worth, how many independent comparisons the pairs are:
     2pn / (p + n) of a question with p chosen and n rejected chains, since pairs of the same chains
     say less than pairs of different ones; and the largest question's share of the pairs."""
     pairs: dict[int, int] = {}
     ends: dict[int, tuple[set[int], set[int]]] = {}
-    for row in (rows[index] for index in step):
-        pairs[row.tree] = pairs.get(row.tree, 0) + len(row.edges)
-        chosen, rejected = ends.setdefault(row.tree, (set(), set()))
-        chosen |= {row.chains[w] for w, _ in row.edges}
-        rejected |= {row.chains[l] for _, l in row.edges}
+    for one in (subtrees[index] for index in step):
+        pairs[one.tree] = pairs.get(one.tree, 0) + len(one.edges)
+        chosen, rejected = ends.setdefault(one.tree, (set(), set()))
+        chosen |= {one.chains[w] for w, _ in one.edges}
+        rejected |= {one.chains[l] for _, l in one.edges}
     worth = sum(2 * len(p) * len(n) / (len(p) + len(n)) for p, n in ends.values())
     total = sum(pairs.values())
     return {
@@ -235,7 +245,7 @@ def told(rows: Sequence[Row], step: Sequence[int]) -> dict[str, float]:
 
 
 # --------------------------------------------------------------------------------------------------
-# Pairs to trees to rows
+# Pairs to trees to batches
 
 
 def chain_of(row: dict, side: str, processor: model.Processor) -> Chain:
@@ -255,18 +265,19 @@ def question_key(row: dict, image_root: Path) -> str:
 def encode_tree(
     tree: Tree, chains: Sequence[int], processor: model.Processor, image_root: Path
 ) -> model.Row:
-    """prompt -> each of the chains; their answers are numbered from 1."""
+    """prompt -> each of the chains, branches 1, 2, ..."""
     images = [processor.encode_file(data.image_file(image_root, image)) for image in tree.images]
     encoded = [processor.encode_prompt(tree.prompt, images)]
-    for answer, chain in enumerate(chains, 1):
-        encoded.append(processor.encode_tokens(tree.chains[chain].ids, 0, answer))
+    for branch, chain in enumerate(chains, 1):
+        encoded.append(processor.encode_tokens(tree.chains[chain].ids, 0, branch))
     return encoded
 
 
-def encode_side(row: dict, side: str, processor: model.Processor, image_root: Path) -> model.Row:
-    """prompt -> one response of a pair: a plain row"""
-    tree = Tree(row["id"], row["prompt"], row["images"], (chain_of(row, side, processor),), ())
-    return encode_tree(tree, (0,), processor, image_root)
+def chain_keys(row: model.Row, checkpoint: str) -> list[str]:
+    """Of each chain, what its reference value depends on: the checkpoint's files, the tokens and
+    pixels of the prompt, and its own tokens."""
+    pixels = [hashlib.sha256(image.pixels.numpy().tobytes()).hexdigest() for image in row[0].images]
+    return [data.content_hash([checkpoint, row[0].ids, pixels, segment.ids]) for segment in row[1:]]
 
 
 def pair_tokens(sizes: Sequence[int], edge: Edge) -> int:
@@ -274,45 +285,61 @@ def pair_tokens(sizes: Sequence[int], edge: Edge) -> int:
     return sizes[0] + sum(sizes[1 + chain] for chain in edge)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Forest:
     """All pairs of a file as trees, without those that alone are too long."""
 
     trees: list[Tree]
     sizes: list[list[int]]  # of each tree: tokens of its prompt, then of each chain
-    edges: list[list[Edge]]  # of each tree: its pairs
-    places: list[tuple[int, int]]  # of each pair: (tree, edge)
-    pairs: list[int]  # which rows of the file they are
-    dropped: list[int]  # tokens of the pairs that are left out
+    keys: list[list[str]]  # of each tree: chain_keys
+    processor: model.Processor
+    image_root: Path
+    edges: list[list[Edge]] = field(default_factory=list)  # of each tree: its pairs
+    places: list[tuple[int, int]] = field(default_factory=list)  # of each pair: (tree, edge)
+    pairs: list[int] = field(default_factory=list)  # which rows of the file they are
+    dropped: list[int] = field(default_factory=list)  # tokens of the pairs that are left out
 
-    def rows(self, limit: int) -> list[Row]:
-        """All of each tree's chains at once, or in as few rows as `limit` allows."""
+    def add(self, places: list[tuple[int, int]], limit: int) -> None:
+        """The pairs that alone are of at most `limit` tokens."""
+        self.edges.extend([] for _ in self.trees)
+        for pair, (tree, number) in enumerate(places):
+            edge = self.trees[tree].edges[number]
+            if (tokens := pair_tokens(self.sizes[tree], edge)) > limit:
+                self.dropped.append(tokens)
+                continue
+            self.pairs.append(pair)
+            self.places.append((tree, len(self.edges[tree])))
+            self.edges[tree].append(edge)
+
+    def subtrees(self, limit: int) -> list[Subtree]:
+        """All of each tree's chains at once, or in as few subtrees as `limit` allows."""
         return [
-            row
+            one
             for tree, own in enumerate(self.edges)
-            for row in rows_of(tree, self.sizes[tree], own, limit)
+            for one in subtrees_of(tree, self.sizes[tree], own, limit)
         ]
 
+    def keys_of(self, one: Subtree) -> list[str]:
+        return [self.keys[one.tree][chain] for chain in one.chains]
 
-def within(
-    grown: list[Tree], places: list[tuple[int, int]], sizes: list[list[int]], limit: int
-) -> Forest:
-    """The trees without the pairs that alone are over `limit` tokens."""
-    forest = Forest(grown, sizes, [[] for _ in grown], [], [], [])
-    for pair, (tree, number) in enumerate(places):
-        edge = grown[tree].edges[number]
-        if (tokens := pair_tokens(sizes[tree], edge)) > limit:
-            forest.dropped.append(tokens)
-            continue
-        forest.pairs.append(pair)
-        forest.places.append((tree, len(forest.edges[tree])))
-        forest.edges[tree].append(edge)
-    return forest
+    def encode(self, one: Subtree) -> model.Row:
+        return encode_tree(self.trees[one.tree], one.chains, self.processor, self.image_root)
+
+    def collate(
+        self, subtrees: Sequence[Subtree], weights: list[float], logp: dict[str, float]
+    ) -> model.Batch:
+        """Subtrees as a batch with edges and log pi_ref. logp: of each chain, by its key."""
+        rows = [
+            (self.encode(one), [logp[key] for key in self.keys_of(one)], one.edges)
+            for one in subtrees
+        ]
+        return collate_trees(rows, weights, self.processor)
 
 
-def read_forest(args: argparse.Namespace, pairs: list[dict], processor: model.Processor) -> Forest:
-    """The pairs as trees, checked, less those that are too long. Says what is dropped."""
-    root = Path(args.images)
+def read_forest(args: argparse.Namespace, pairs: list[dict]) -> Forest:
+    """The pairs as trees, checked, less those that are too long. Prints what is dropped. A
+    collective."""
+    root, processor = Path(args.images), model.Processor(args.model, args.pixels, args.tiles)
     ids = ("chosen_token_ids", "rejected_token_ids")
     textual = sum(not all(row.get(name) for name in ids) for row in pairs)
     if textual and args.require_token_ids:
@@ -321,15 +348,23 @@ def read_forest(args: argparse.Namespace, pairs: list[dict], processor: model.Pr
     grown, places = group(
         pairs, lambda row, side: chain_of(row, side, processor), lambda row: question_key(row, root)
     )
-    sizes = gate.gate_rows(
+    # a 72B takes minutes to hash: once, not on every rank
+    (checkpoint,) = train.all_gather([stage.fingerprint(args.model)] if train.rank() == 0 else [])
+
+    def keep(row: model.Row) -> tuple[list[int], list[str]]:
+        return [len(segment.ids) for segment in row], chain_keys(row, checkpoint)
+
+    kept = gate.gate_rows(
         args.pairs,
         grown,
         [tree.id for tree in grown],
         lambda tree: encode_tree(tree, range(len(tree.chains)), processor, root),
         lambda tree: [chain.text for chain in tree.chains],
+        keep,
         processor,
     )
-    forest = within(grown, places, sizes, args.max_length)
+    forest = Forest(grown, [one for one, _ in kept], [one for _, one in kept], processor, root)
+    forest.add(places, args.max_length)
     over = f"({len(forest.dropped)} over {args.max_length} tokens: --max-length)"
     kept = f"pairs: kept {len(forest.places)} of {len(pairs)}"
     train.print0(f"{kept} {over}, {textual} tokenised from text")
@@ -337,7 +372,7 @@ def read_forest(args: argparse.Namespace, pairs: list[dict], processor: model.Pr
         said = f"every pair is over {args.max_length} tokens"
         train.refuse(data.RowError(f"{args.pairs}: {said}; raise --max-length"))
     if dropped := forest.dropped:
-        longest = max(pair_tokens(sizes[t], forest.edges[t][e]) for t, e in forest.places)
+        longest = max(pair_tokens(forest.sizes[t], forest.edges[t][e]) for t, e in forest.places)
         tokens = f"{min(dropped):,} to {max(dropped):,} tokens, those kept up to {longest:,}"
         train.print0(f"warning: the pairs that are dropped have {tokens}: long chains go first")
     return forest
@@ -345,11 +380,11 @@ def read_forest(args: argparse.Namespace, pairs: list[dict], processor: model.Pr
 
 def make_plan(
     args: argparse.Namespace, forest: Forest, held: set[int]
-) -> tuple[list[Row], list[list[int]]]:
-    """(rows, the rows of each step) of the trees that are not held out. Says what they are."""
+) -> tuple[list[Subtree], list[list[int]]]:
+    """(subtrees, those of each step) of the trees that are not held out. Prints what they are."""
     trained_on = [[] if tree in held else own for tree, own in enumerate(forest.edges)]
     places = [place for place in forest.places if place[0] not in held]
-    rows, steps = plan(
+    subtrees, steps = plan(
         trained_on,
         places,
         forest.sizes,
@@ -359,15 +394,15 @@ def make_plan(
         args.seed,
         args.max_length,
     )
-    lengths, ranks = [row.tokens for row in rows], train.world_size()
+    lengths, ranks = [one.tokens for one in subtrees], train.world_size()
     used = train.efficiency(steps, args.micro_tokens or args.max_length, ranks, lengths)
     train.print0(
-        f"plan: {len(steps)} steps of {len(rows)} trees, {sum(lengths):,} tokens, of "
+        f"plan: {len(steps)} steps of {len(subtrees)} trees, {sum(lengths):,} tokens, of "
         f"{sum(map(bool, trained_on))} questions; efficiency on {ranks} ranks {used:.2f}"
     )
     pairs_held = len(forest.places) - len(places)
     train.print0(f"held out: {pairs_held} pairs of {len(held)} questions")
-    return rows, steps
+    return subtrees, steps
 
 
 Encoded = tuple[model.Row, list[float], Sequence[Edge]]  # row, reference values, edges

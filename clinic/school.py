@@ -323,11 +323,11 @@ def eye_loss(logp: Tensor) -> tuple:
 SETTINGS = {"warmup": 0.05, "betas": (0.9, 0.98), "weight_decay": 0.05}  # of both lessons
 
 
-def learn(run: train.Run, loss_of: Callable[[list[int], list[float]], tuple]) -> None:
-    """All steps of a run. loss_of: (rows, weights) -> what run.backward takes."""
+def learn(run: train.Run, loss_of: Callable) -> None:
+    """All steps of a run. loss_of: batch -> what run.backward takes."""
     for _ in run:
-        for rows, weights in run.micro_batches():
-            run.backward(*loss_of(rows, weights))
+        for batch in run.micro_batches():
+            run.backward(*loss_of(batch))
         run.update()
 
 
@@ -341,15 +341,18 @@ def teach_eye(
     grain = torch.Generator().manual_seed(args.seed)
     eye = Eye(policy, SIZES[args.size][0]).to(device)
 
-    def loss_of(films: list) -> tuple:
-        return eye_loss(eye(collate_films(films, grain).to(device)))
+    def make_batch(rows: list[int], weights: list[float]) -> Films:
+        return collate_films([films[index] for index in rows], grain)
+
+    def loss_of(batch: Films) -> tuple:
+        return eye_loss(eye(batch))
 
     plan, out = train.shuffled(len(films), 64, args.eye_epochs, args.seed), Path(args.out) / "eye"
     common = SETTINGS | {"device": device, "print_every": args.print_every}
-    run = train.Run(eye, plan, out=out, peak=2e-3, budget=64, save_every=0, **common)
-    learn(run, lambda rows, weights: loss_of([films[i] for i in rows]))
+    run = train.Run(eye, plan, make_batch, out=out, peak=2e-3, budget=64, save_every=0, **common)
+    learn(run, loss_of)
     with torch.no_grad():
-        _, count, right = loss_of(unseen)
+        _, count, right = loss_of(collate_films(unseen, grain).to(device))
     said = ", ".join(f"the {name} {value / count:.2f}" for name, (value, _) in right.items())
     train.print0(f"on films it has not seen the eye is right about {said}")
 
@@ -379,15 +382,17 @@ def teach(args: argparse.Namespace) -> None:
     policy.vision.requires_grad_(False)
     policy.projector.requires_grad_(True)
 
-    def loss_of(rows: list[int], weights: list[float]) -> tuple:
-        row = [lesson(i, args.seed, processor, films, args.modalities) for i in rows]
-        batch = model.collate(row, processor, weights).to(device)
-        return -policy(batch).sum(), float((batch.labels > 0).sum()), {}
+    def make_batch(indices: list[int], weights: list[float]) -> model.Batch:
+        rows = [lesson(i, args.seed, processor, films, args.modalities) for i in indices]
+        return model.collate(rows, processor, weights)
+
+    def loss_of(batch: model.Batch) -> tuple:
+        return -policy(batch).sum(), batch.supervised.shape[1], {}
 
     plan = train.shuffled(args.steps * args.batch, args.batch, 1, args.seed)
     common = SETTINGS | {"device": device, "print_every": args.print_every}
     common |= {"budget": args.batch, "save_every": args.save_every}
-    learn(train.Run(policy, plan, out=out, peak=args.lr, **common), loss_of)
+    learn(train.Run(policy, plan, make_batch, out=out, peak=args.lr, **common), loss_of)
     if train.rank() == 0:
         hub.save_policy(out, policy, processor, train.gather_full(policy))
         stage.finish(args, list(out.glob("*.safetensors")), started, {})

@@ -11,7 +11,7 @@ import os
 import shutil
 import signal
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -111,6 +111,44 @@ def collate_pairs(rows: list, weights: list[float], processor: model.Processor) 
     )
 
 
+@dataclass
+class EncodedForest(trees.Forest):
+    """A forest of rows that are encoded already."""
+
+    rows: list[model.Row] = field(default_factory=list)
+
+    def encode(self, one: trees.Subtree) -> model.Row:
+        prompt, *chains = self.rows[one.tree]
+        return [prompt, *(chains[chain] for chain in one.chains)]
+
+
+def forest_of(
+    rows: list[model.Row], processor: model.Processor, checkpoint: str = "one", edges: list = ()
+) -> tuple[trees.Forest, list[trees.Subtree]]:
+    """Encoded rows as a forest, and each row whole. A row counts one token, so that budgets are in
+    rows. edges: of each row; that of a single pair if not given."""
+    edges = edges or [((0, 1),)] * len(rows)
+    whole = [
+        trees.Subtree(i, tuple(range(len(row) - 1)), edges[i], 1) for i, row in enumerate(rows)
+    ]
+    forest = EncodedForest(
+        [SimpleNamespace(id=f"q{index}") for index in range(len(rows))],
+        [[len(segment.ids) for segment in row] for row in rows],
+        [trees.chain_keys(row, checkpoint) for row in rows],
+        processor,
+        Path("."),
+        list(edges),
+        rows=rows,
+    )
+    return forest, whole
+
+
+def in_numbers(loss: torch.Tensor, count: torch.Tensor, figures: dict) -> tuple:
+    """What a stage's loss returns, with its counts and figures read from their tensors."""
+    read = {name: (float(total), float(over)) for name, (total, over) in figures.items()}
+    return loss, float(count), read
+
+
 def mixed_rows(stage: str, processor: model.Processor | None = None, count: int = 7) -> list[dict]:
     """Seven rows, which two ranks cannot share equally. In both stages some have an image and some
     have none. Every third pair is of the question before it, and prefers what was rejected
@@ -135,7 +173,7 @@ def apart(item: model.Row | trees.Encoded) -> list:
     (prompt, *chains), values, edges = item
     return [
         (
-            [prompt, replace(chains[w], answer=1), replace(chains[l], answer=2)],
+            [prompt, replace(chains[w], branch=1), replace(chains[l], branch=2)],
             [values[w], values[l]],
             ((0, 1),),
         )
@@ -233,37 +271,22 @@ def prepare(
         lambda row, side: trees.chain_of(row, side, processor),
         lambda row: trees.question_key(row, root),
     )
-
-    def encode_row(index: int) -> model.Row:
-        return trees.encode_tree(rows[index], range(len(rows[index].chains)), processor, root)
-
+    encoded = [trees.encode_tree(row, range(len(row.chains)), processor, root) for row in rows]
+    forest, whole = forest_of(encoded, processor, edges=[row.edges for row in rows])
     rounds = reference.rounds_of([1] * len(rows), micro if device else 1)
     if device:
-        values = reference.compute(
-            out / "reference.jsonl", policy, rounds, encode_row, processor, "checkpoint", device
-        )[0]
-        dpo.gate_reference(
-            policy,
-            lambda i: (encode_row(i), values[i], rows[i].edges),
-            processor,
-            dpo.BETA,
-            [1] * len(rows),
-            micro,
-            device,
-        )
+        path = out / "reference.jsonl"
+        logp = reference.compute(path, policy, forest, whole, rounds, device)
+        dpo.gate_reference(policy, forest, whole, logp, dpo.BETA, micro, device)
     else:
-        values = [
-            values
-            for done in reference.log_probs(
-                policy, encode_row, processor, rounds, torch.device("cpu"), ""
-            )
-            for _, values in done
-        ]
-    encode = lambda i: (encode_row(i), values[i], rows[i].edges)  # noqa: E731
+        logp, cpu = {}, torch.device("cpu")
+        for done in reference.log_probs(policy, forest, whole, rounds, cpu, ""):
+            for index, values in done:
+                logp |= zip(forest.keys[index], values)
     return (
         policy,
         lambda logp, b: dpo.pair_loss(logp, b, dpo.BETA),
-        encode,
+        lambda i: (encoded[i], [logp[key] for key in forest.keys[i]], rows[i].edges),
         lambda r, w: trees.collate_trees(r, w, processor),
         rows,
     )
@@ -271,10 +294,13 @@ def prepare(
 
 def fit(policy, loss_of, encode, collate, plan, *, out: Path, device, **settings) -> list[dict]:
     """A stage's loop: all steps of a run. Returns the figures of each, on the first rank."""
-    run = train.Run(policy, plan, out=out, device=device, **settings)
+
+    def make_batch(rows: list[int], weights: list[float]):
+        return collate([encode(index) for index in rows], weights)
+
+    run = train.Run(policy, plan, make_batch, out=out, device=device, **settings)
     for _ in run:
-        for rows, weights in run.micro_batches():
-            batch = collate([encode(index) for index in rows], weights).to(device)
+        for batch in run.micro_batches():
             run.backward(*loss_of(policy(batch), batch))
         run.update()
     return schema.read_metrics(out) if train.rank() == 0 else []

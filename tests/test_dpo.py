@@ -9,7 +9,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ranks_worker import collate_pairs, draw_images, encode_pair, gradients, pair, plain_inputs
+from ranks_worker import (
+    collate_pairs,
+    draw_images,
+    encode_pair,
+    forest_of,
+    gradients,
+    in_numbers,
+    pair,
+    plain_inputs,
+)
 from safetensors.torch import load_file, save_file
 from test_sft import gate_lines
 from transformers import AutoModelForImageTextToText
@@ -139,8 +148,8 @@ def test_twice_the_length_at_the_same_log_probabilities_is_twice_the_margin(proc
         row = [processor.encode_prompt([{"role": "user", "content": "?"}], [])]
         row += [processor.encode_tokens([which + 4] * length, 0, which) for which in (1, 2)]
         batch = collate_pairs([(row, [0.0, 0.0])], [1.0], processor)
-        logp = -0.5 * (batch.answer == 1) - 0.75 * (batch.answer == 2)
-        loss, _, figures = dpo.pair_loss(logp, batch, 0.1)
+        logp = -0.5 * (batch.branch == 1) - 0.75 * (batch.branch == 2)
+        loss, _, figures = in_numbers(*dpo.pair_loss(logp, batch, 0.1))
         assert figures["chosen"][0] == -0.5 * length and figures["rejected"][0] == -0.75 * length
         assert figures["chosen_tokens"][0] == figures["rejected_tokens"][0] == length
         assert loss.item() == pytest.approx(math.log1p(math.exp(-0.1 * 0.25 * length)), abs=1e-6)
@@ -155,7 +164,7 @@ def test_a_pair_has_the_loss_and_gradients_of_two_separate_rows_in_hugging_faces
     ((prompt, chosen, rejected),) = rows = encode(processor, films, [image])
     reference = [-60.0, -75.0]
     batch = collate_pairs([(rows[0], reference)], [1.0], processor)
-    loss, count, figures = dpo.pair_loss(policy(batch), batch, 0.1)
+    loss, count, figures = in_numbers(*dpo.pair_loss(policy(batch), batch, 0.1))
     loss.backward()
     plain = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     sums = [
@@ -219,17 +228,11 @@ def test_text_pairs_have_trls_loss_and_gradients(folder, policy, processor, tmp_
         [theirs[key] for key in ("prompt_ids", "chosen_ids", "rejected_ids")]
         for theirs in trainer.train_dataset
     ] == [[segment.ids for segment in row] for row in rows]
-    rounds = reference.log_probs(
-        model.Policy(other),
-        lambda index: rows[index],
-        processor,
-        reference.rounds_of([1] * 3, 2),
-        CPU,
-        "",
-    )
+    rounds, forest = reference.rounds_of([1] * 3, 2), forest_of(rows, processor)
+    rounds = reference.log_probs(model.Policy(other), *forest, rounds, CPU, "")
     values = [values for done in rounds for _, values in done]
     batch = collate_pairs(list(zip(rows, values)), [1.0] * 3, processor)
-    loss, count, _ = dpo.pair_loss(policy(batch), batch, 0.1)
+    loss, count, _ = in_numbers(*dpo.pair_loss(policy(batch), batch, 0.1))
     (loss / count).backward()
     assert (loss / count).item() == pytest.approx(wanted.item(), abs=1e-5) and abs(
         wanted.item() - math.log(2)
@@ -250,7 +253,7 @@ def test_two_pairs_with_different_images_in_one_batch_are_two_batches_of_one(
         total = 0.0
         for part in parts:
             batch = collate_pairs(part, [1.0] * len(part), processor)
-            loss, count, _ = dpo.pair_loss(policy(batch), batch, 0.1)
+            loss, count, _ = in_numbers(*dpo.pair_loss(policy(batch), batch, 0.1))
             assert count == len(part)
             loss.backward()
             total += loss.item()
@@ -275,7 +278,7 @@ def test_a_pair_of_weight_zero_adds_nothing(policy, processor, films):
     for part, weights in ((rows, [0.0, 1.0]), (rows[1:], [1.0])):
         policy.zero_grad()
         batch = collate_pairs(part, weights, processor)
-        loss, count, figures = dpo.pair_loss(policy(batch), batch, 0.1)
+        loss, count, figures = in_numbers(*dpo.pair_loss(policy(batch), batch, 0.1))
         loss.backward()
         found.append(
             (count, loss.item(), [figures[name][0] for name in sorted(figures)], gradients(policy))
@@ -315,8 +318,8 @@ def test_a_pair_without_ids_is_tokenised_with_its_end_of_turn(processor, films):
         segment.ids for segment in without
     ] and without[1].ids[-1] == processor.stop_id
     assert (
-        [segment.answer for segment in with_ids]
-        == [segment.answer for segment in without]
+        [segment.branch for segment in with_ids]
+        == [segment.branch for segment in without]
         == [0, 1, 2]
     )
     assert [segment.parent for segment in without] == [None, 0, 0]
@@ -329,15 +332,10 @@ def test_a_pair_without_ids_is_tokenised_with_its_end_of_turn(processor, films):
 def refer(
     tmp_path, policy, rows: list[model.Row], processor, checkpoint: str = "one", micro: int = 1
 ) -> list[list[float]]:
-    return reference.compute(
-        tmp_path / "reference.jsonl",
-        policy,
-        reference.rounds_of([1] * len(rows), micro),
-        lambda index: rows[index],
-        processor,
-        checkpoint,
-        CPU,
-    )[0]
+    forest, whole = forest_of(rows, processor, checkpoint)
+    rounds, path = reference.rounds_of([1] * len(rows), micro), tmp_path / "reference.jsonl"
+    logp = reference.compute(path, policy, forest, whole, rounds, CPU)
+    return [[logp[key] for key in forest.keys_of(one)] for one in whole]
 
 
 def test_reference_values_are_the_sums_of_separate_rows(folder, policy, processor, films, tmp_path):
@@ -400,12 +398,12 @@ def test_a_corrupted_reference_value_stops_the_run(policy, processor, films, tmp
     stored = data.resume_jsonl(tmp_path / "reference.jsonl")
     stored[2 if side == "chosen" else 3]["logp"] += 0.5
     data.write_jsonl(tmp_path / "reference.jsonl", stored)
-    with pytest.raises(train.Refused, match="reference of row 1 is off by 0.5"):
+    with pytest.raises(train.Refused, match="reference of question q1 is off by 0.5"):
         refer(tmp_path, policy, rows, processor)
 
 
 def with_responses(row: model.Row, chosen: model.Segment, rejected: model.Segment) -> model.Row:
-    return [row[0], replace(chosen, answer=1), replace(rejected, answer=2)]
+    return [row[0], replace(chosen, branch=1), replace(rejected, branch=2)]
 
 
 def test_a_chain_of_several_pairs_and_of_both_sides_is_stored_once(
@@ -441,6 +439,12 @@ def test_stored_values_hold_under_another_micro_batch(
     assert "0 rows computed, 3 from reference.jsonl (3 checked)" in capsys.readouterr().out
 
 
+def gate_one(policy, row: model.Row, values: list[float], processor, beta: float) -> None:
+    forest, whole = forest_of([row], processor)
+    logp = dict(zip(forest.keys[0], values))
+    dpo.gate_reference(policy, forest, whole, logp, beta, 1, CPU)
+
+
 def long_row(processor, films) -> model.Row:
     """Its chosen response has 400 tokens: the limit is twice that of 100."""
     ((prompt, _, rejected),) = encode(processor, films)
@@ -463,9 +467,7 @@ def test_what_may_be_rounding_grows_with_the_root_of_the_length(
     moved = [value + off * (side == at) for at, value in enumerate(values)]
     for action in (
         lambda: refer(tmp_path, policy, [row], processor),
-        lambda: dpo.gate_reference(
-            policy, lambda index: (row, moved, ((0, 1),)), processor, dpo.BETA, [1], 1, CPU
-        ),
+        lambda: gate_one(policy, row, moved, processor, dpo.BETA),
     ):
         if holds:
             action()
@@ -479,18 +481,9 @@ def test_the_first_loss_may_be_off_by_half_of_beta_times_what_may_be_rounding(
 ):
     """At beta 5, and h off by 0.0008, the loss is off by 0.002."""
     (row,) = encode(processor, films)
-    (((_, values),),) = reference.log_probs(
-        policy, lambda index: row, processor, reference.rounds_of([1], 1), CPU, ""
-    )
-    dpo.gate_reference(
-        policy,
-        lambda index: (row, [values[0] + 0.8e-3, values[1]], ((0, 1),)),
-        processor,
-        5.0,
-        [1],
-        1,
-        CPU,
-    )
+    rounds, forest = reference.rounds_of([1], 1), forest_of([row], processor)
+    (((_, values),),) = reference.log_probs(policy, *forest, rounds, CPU, "")
+    gate_one(policy, row, [values[0] + 0.8e-3, values[1]], processor, 5.0)
 
 
 def test_a_run_prints_the_gate_line_by_line(folder, films, tmp_path, capsys):
@@ -568,6 +561,7 @@ def test_the_gate_takes_an_answer_that_was_cut_off(processor, films):
         ["p0"],
         lambda row: encode_pair(row, processor, films),
         lambda row: [row["chosen"], row["rejected"]],
+        len,
         processor,
     )
 
@@ -617,9 +611,10 @@ def test_the_gate_refuses_a_policy_that_is_not_its_reference(
     """Where both log-probabilities are off by the same, the loss is ln 2 all the same."""
     references = reference.compute
 
-    def shifted(*given):
-        found, keys = references(*given)
-        return [[value + off for value, off in zip(values, shift)] for values in found], keys
+    def shifted(path, policy, forest, *given):
+        found = references(path, policy, forest, *given)
+        off = {key: by for keys in forest.keys for key, by in zip(keys, shift)}
+        return {key: value + off[key] for key, value in found.items()}
 
     monkeypatch.setattr(reference, "compute", shifted)
     said = "log-probabilities differ by up to (0.1000|nan); remove reference.jsonl"
@@ -869,8 +864,8 @@ def test_a_run_is_refused_where_the_sampler_told_other_log_probabilities(
         with torch.no_grad():
             logp = policy(batch)
         for answer, side in enumerate(trees.SIDES, 1):
-            row[f"{side}_logp"] = logp[batch.answer == answer].sum().item()
-        by_token.append(logp[batch.answer == 2].tolist())
+            row[f"{side}_logp"] = logp[batch.branch == answer].sum().item()
+        by_token.append(logp[batch.branch == 2].tolist())
     flags = ["--epochs", "1", "--batch", "2"]
     run(folder, films, tmp_path / "sums", rows, *flags)  # no chain of a pair tells its tokens
     (compared,) = drift_lines(capsys.readouterr().out)

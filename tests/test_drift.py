@@ -91,7 +91,7 @@ def trained(
         with torch.no_grad():
             logp = policy(batch)
         for which, completion in enumerate(completions[one.id], 1):
-            ours = logp[(batch.answer == which) & (batch.labels > 0)].tolist()
+            ours = logp[(batch.branch == which) & (batch.labels > 0)].tolist()
             assert len(ours) == len(completion.token_ids)
             chains.append(
                 drift.Chain(completion.logp, sum(ours), len(ours), completion.token_logps, ours)
@@ -147,9 +147,11 @@ def halved(tmp_path):
 def flat(batch: model.Batch) -> torch.Tensor:
     """Qwen's three rows of positions as of a text alone: the depth in the tree, image or not"""
     depth = torch.zeros_like(batch.ids)
+    before = torch.arange(-1, depth.shape[1] - 1).repeat(len(depth), 1)
+    before[*batch.supervised] = batch.predecessor
     for row in range(len(depth)):
         for column in range(1, depth.shape[1]):
-            depth[row, column] = depth[row, batch.predecessor[row, column]] + 1
+            depth[row, column] = depth[row, before[row, column]] + 1
     return depth.expand(3, -1, -1)
 
 
@@ -377,7 +379,7 @@ def test_pairs_of_a_rollout_are_held_against_the_trainer_and_older_rows_still_pa
         batch = model.collate([row], processor)
         with torch.no_grad():
             logp = policy(batch)
-        by_token.append([logp[batch.answer == which].tolist() for which in (1, 2)])
+        by_token.append([logp[batch.branch == which].tolist() for which in (1, 2)])
         values.append([sum(single) for single in by_token[-1]])
     chains = [
         replace(chain, trainer_tokens=by_token[index][side])

@@ -306,9 +306,7 @@ def test_response_is_tokenised_apart_from_the_prompt_and_decodes_to_itself(proce
     supervised = batch.ids[0][batch.labels[0] > 0].tolist()
     assert processor.tokenizer.decode(supervised) == response + "<|im_end|>"
     assert supervised[-1] == processor.stop_id and supervised.count(processor.stop_id) == 1
-    assert batch.predecessor[0][batch.labels[0] > 0].tolist() == list(
-        range(len(prompt.ids) - 1, len(whole) - 1)
-    )
+    assert batch.predecessor.tolist() == list(range(len(prompt.ids) - 1, len(whole) - 1))
 
 
 def test_decomposed_letters_are_composed_and_their_labels_stay_in_place(processor):
@@ -360,7 +358,7 @@ def test_images_without_a_user_turn_are_refused(processor):
 
 def test_tokens_from_a_rollout_are_trained_as_they_are(processor):
     ids = processor.tokenize("a b") + [processor.stop_id]
-    segment = processor.encode_tokens(ids, parent=0, answer=1)
+    segment = processor.encode_tokens(ids, parent=0, branch=1)
     assert (
         segment.ids == ids
         and all(segment.labels)
@@ -746,7 +744,7 @@ def test_the_policy_gives_the_same_whatever_its_chunk(processor, policy, monkeyp
         [[prompt_of(processor, "Why?", []), processor.encode_response(GOOD)]], processor
     )
     whole = policy(batch)
-    monkeypatch.setattr(model, "LOGIT_CHUNK", 3)
+    monkeypatch.setitem(model.LOGIT_CHUNK, "cpu", 3)
     torch.testing.assert_close(policy(batch), whole, atol=1e-6, rtol=1e-6)
 
 
@@ -792,15 +790,17 @@ def test_segment_attention_equals_transformers_loop_over_segments(folders, full)
     )
 
 
-def test_image_tokens_that_do_not_match_the_features_are_refused(processor, policy):
-    prompt = prompt_of(processor, "What?", [picture(56, 56)])
-    batch = model.collate([[prompt, processor.encode_response("x")]], processor)
+def test_image_tokens_that_do_not_match_the_features_are_refused(processor):
+    prompt, response = (
+        prompt_of(processor, "What?", [picture(56, 56)]),
+        processor.encode_response("x"),
+    )
     with pytest.raises(ValueError, match="4 image tokens but 0 image features"):
-        policy(replace(batch, pixels=None, grids=None))
-    short = batch.ids.clone()
-    short[0, prompt.ids.index(processor.image_id)] = 0
+        model.collate([[replace(prompt, images=[]), response]], processor)
+    short = prompt.ids.copy()
+    short.remove(processor.image_id)
     with pytest.raises(ValueError, match="3 image tokens but 4 image features"):
-        policy(replace(batch, ids=short))
+        model.collate([[replace(prompt, ids=short, labels=prompt.labels[1:]), response]], processor)
 
 
 @pytest.mark.parametrize("parent", [1, 2, -1])

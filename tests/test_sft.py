@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ranks_worker import demo, draw_images, gradients, plain_inputs
+from ranks_worker import demo, draw_images, gradients, in_numbers, plain_inputs
 from safetensors.torch import load_file
 from test_model import llama_folder
 from transformers import AutoModelForImageTextToText, AutoTokenizer
@@ -62,7 +62,7 @@ def test_loss_and_every_gradient_equal_hugging_faces_own(folder, policy, process
     rows = encode(processor, films, ROWS[kind])
     assert len(rows) == 1 or len({len(row[1].ids) for row in rows}) > 1
     batch = model.collate(rows, processor)
-    loss, count, _ = sft.sft_loss(policy(batch), batch, PLAIN)
+    loss, count, _ = in_numbers(*sft.sft_loss(policy(batch), batch, PLAIN))
     (loss / count).backward()
     plain = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     inputs = plain_inputs(
@@ -117,7 +117,7 @@ def test_the_loss_has_the_figures_worked_out_by_hand(
 ):
     batch = model.collate(encode(processor, films), processor)
     batch = replace(
-        batch, labels=torch.tensor(labels), weights=torch.tensor(rows, dtype=torch.float)
+        batch, labels=torch.tensor(labels), row_weights=torch.tensor(rows, dtype=torch.float)
     )
     found, over, _ = sft.sft_loss(-torch.tensor(surprise), batch, dict(zip((T, A, G), weights)))
     assert (found.item(), over, found.item() / over) == (total, count, mean)
@@ -141,7 +141,7 @@ def hand_made(processor, films) -> tuple[torch.Tensor, model.Batch, dict[int, li
 
 def test_the_losses_of_think_answer_and_tag_are_means_over_their_own_tokens(processor, films):
     logp, batch, spans = hand_made(processor, films)
-    _, count, figures = sft.sft_loss(logp, batch, PLAIN)
+    _, count, figures = in_numbers(*sft.sft_loss(logp, batch, PLAIN))
     assert list(figures) == ["think", "answer", "tag"] and count == sum(map(len, spans.values()))
     for label, name in data.SPAN_NAMES.items():
         total, tokens = figures[name]
@@ -179,7 +179,7 @@ def test_a_row_of_weight_zero_adds_nothing(policy, processor, films):
     for part, weights in ((rows, [1.0, 0.0]), (rows[:1], [1.0])):
         policy.zero_grad()
         batch = model.collate(part, processor, weights)
-        loss, count, figures = sft.sft_loss(policy(batch), batch, PLAIN)
+        loss, count, figures = in_numbers(*sft.sft_loss(policy(batch), batch, PLAIN))
         loss.backward()
         found.append((loss.item(), count, figures, gradients(policy)))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-6) and found[0][1] == found[1][1]
@@ -210,7 +210,7 @@ def test_packed_rows_have_the_loss_and_gradients_of_rows_apart(policy, processor
         total, tokens = 0.0, 0.0
         for part in batches:
             batch = model.collate(part, processor)
-            loss, count, _ = sft.sft_loss(policy(batch), batch, PLAIN)
+            loss, count, _ = in_numbers(*sft.sft_loss(policy(batch), batch, PLAIN))
             (loss / 50).backward()
             total, tokens = total + loss.item(), tokens + count
         found.append((total, tokens, gradients(policy)))
@@ -350,6 +350,7 @@ def test_the_gate_takes_decomposed_letters_for_what_the_tokenizer_makes_of_them(
         ["x"],
         lambda row: sft.encode_demo(row, processor, films),
         lambda row: [row["messages"][2]["content"]],
+        len,
         processor,
     )
 

@@ -35,10 +35,10 @@ CPU = torch.device("cpu")
 class Points:
     x: torch.Tensor
     y: torch.Tensor
-    weights: torch.Tensor
+    row_weights: torch.Tensor
 
     def to(self, device) -> "Points":
-        return Points(self.x.to(device), self.y.to(device), self.weights.to(device))
+        return Points(self.x.to(device), self.y.to(device), self.row_weights.to(device))
 
 
 class Toy(nn.Module):
@@ -66,7 +66,7 @@ def toy_collate(rows: list, weights: list[float]) -> Points:
 
 
 def toy_loss(out: torch.Tensor, batch: Points) -> tuple:
-    return ((out - batch.y).square() * batch.weights).sum(), float(batch.weights.sum()), {}
+    return ((out - batch.y).square() * batch.row_weights).sum(), float(batch.row_weights.sum()), {}
 
 
 def toy_fit(
@@ -136,7 +136,7 @@ def test_the_order_depends_on_seed_and_epoch_and_nothing_else():
 )
 def test_ranks_get_equally_many_micro_batches_and_each_row_counts_once(count, micro, world):
     indices = list(range(100, 100 + count))
-    parts = train.micro_batches(indices, micro, world)
+    parts = train.deal_rows(indices, micro, world)
     assert len({len(part) for part in parts}) == 1
     rows = [row for part in parts for batch in part for row in batch]
     assert sorted(index for index, weight in rows if weight == 1.0) == indices

@@ -9,14 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranks_worker import collate_pairs, draw_images, encode_pair, gradients, pair
+from ranks_worker import collate_pairs, draw_images, encode_pair, gradients, in_numbers, pair
 from test_dpo import assert_close, run
 
 import data
 import dpo
 import hub
 import model
-import reference
 import train
 import trees
 from command import schema, stage
@@ -113,7 +112,7 @@ def test_a_tree_has_the_loss_the_gradient_and_the_figures_of_its_pairs_one_by_on
         trees.collate_trees(rows, [1.0] * 2, processor),
     ):
         policy.zero_grad()
-        loss, count, figures = dpo.pair_loss(policy(batch), batch, 0.1)
+        loss, count, figures = in_numbers(*dpo.pair_loss(policy(batch), batch, 0.1))
         loss.backward()
         found.append((loss.item() / count, count, figures, gradients(policy)))
     (loss, count, figures, slopes), (tree_loss, tree_count, tree_figures, tree_slopes) = found
@@ -140,7 +139,7 @@ def test_a_tree_of_weight_zero_adds_no_pair(folders, films):
     both = trees.collate_trees(rows, [1.0, 0.0], processor)
     one = trees.collate_trees(rows[:1], [1.0], processor)
     with torch.no_grad():
-        losses = [dpo.pair_loss(policy(batch), batch, 0.1) for batch in (both, one)]
+        losses = [in_numbers(*dpo.pair_loss(policy(batch), batch, 0.1)) for batch in (both, one)]
     assert losses[0][1] == losses[1][1] == 5
     assert losses[0][0].item() == pytest.approx(losses[1][0].item(), abs=1e-5)
 
@@ -160,13 +159,13 @@ def test_a_tree_is_cut_into_rows_that_fit_and_have_every_edge_once(sizes, draws,
     edges = [(a % chains, b % chains) for a, b in draws if a % chains != b % chains]
     own = [sizes[0] + sizes[1 + a] + sizes[1 + b] for a, b in edges]
     limit = max([limit, *own])  # a single edge over the limit is dropped before
-    rows = trees.rows_of(3, sizes, edges, limit)
+    rows = trees.subtrees_of(3, sizes, edges, limit)
     back = [(row.chains[w], row.chains[l]) for row in rows for w, l in row.edges]
     assert Counter(back) == Counter(edges)
     for row in rows:
         assert row.tokens == sizes[0] + sum(sizes[1 + chain] for chain in row.chains) <= limit
         assert sorted({end for edge in row.edges for end in edge}) == list(range(len(row.chains)))
-    assert len(trees.rows_of(3, sizes, edges, sum(sizes))) == bool(edges)  # one where all fits
+    assert len(trees.subtrees_of(3, sizes, edges, sum(sizes))) == bool(edges)  # one where all fits
 
 
 def test_a_cut_opens_with_the_cheapest_pair_and_adds_what_costs_least():
@@ -189,7 +188,7 @@ def planned(order: str, batch: int = BATCH, epochs: float = 1, seed: int = 0, li
     return trees.plan(FOREST, PLACES, SIZES, order, batch, epochs, seed, limit)
 
 
-def edges_of(rows: list[trees.Row], step: list[int]) -> list[tuple[int, int, int]]:
+def edges_of(rows: list[trees.Subtree], step: list[int]) -> list[tuple[int, int, int]]:
     found = [
         (rows[i].tree, rows[i].chains[w], rows[i].chains[l]) for i in step for w, l in rows[i].edges
     ]
@@ -242,10 +241,10 @@ def test_a_part_of_an_epoch_is_a_part_of_its_steps():
 
 def test_a_step_tells_how_many_comparisons_its_pairs_are_worth():
     full = [(w, l) for w in range(3) for l in range(3, 5)]  # 3 x 2 chains, 6 pairs: 2.4 comparisons
-    rows = trees.rows_of(0, [10] * 6, full, 100) + trees.rows_of(1, [10] * 3, [(0, 1)], 100)
+    rows = trees.subtrees_of(0, [10] * 6, full, 100) + trees.subtrees_of(1, [10] * 3, [(0, 1)], 100)
     told = {"pairs": 7, "questions": 2, "worth": 3.4, "largest": 0.857}
-    assert trees.told(rows, [0, 1]) == told
-    assert trees.told(rows, [1]) == {"pairs": 1, "questions": 1, "worth": 1.0, "largest": 1.0}
+    assert trees.step_facts(rows, [0, 1]) == told
+    assert trees.step_facts(rows, [1]) == {"pairs": 1, "questions": 1, "worth": 1.0, "largest": 1.0}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -255,7 +254,7 @@ def test_a_step_tells_how_many_comparisons_its_pairs_are_worth():
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 def test_ranks_have_rows_of_like_length_at_the_same_time(world):
     lengths = [100, 400, 90, 380, 120, 60, 70]
-    dealt = train.micro_batches(list(range(7)), 1, world, lengths)
+    dealt = train.deal_rows(list(range(7)), 1, world, lengths)
     rounds = list(zip(*dealt))
     longest = sorted(lengths, reverse=True)
     assert [max(lengths[part[0][0]] for part in one) for one in rounds] == longest[::world]
@@ -274,7 +273,7 @@ def test_ranks_have_rows_of_like_length_at_the_same_time(world):
 )
 @settings(max_examples=150, deadline=None)
 def test_a_micro_batch_is_as_many_rows_as_its_tokens_hold_padding_included(lengths, budget, world):
-    dealt = train.micro_batches(list(range(len(lengths))), budget, world, lengths)
+    dealt = train.deal_rows(list(range(len(lengths))), budget, world, lengths)
     rows = [row for own in dealt for part in own for row, weight in part if weight]
     assert sorted(rows) == list(range(len(lengths)))
     assert len({tuple(map(len, own)) for own in dealt}) == 1  # all ranks work at the same shapes
@@ -408,7 +407,7 @@ def test_held_out_pairs_are_looked_at_and_never_trained_on(folders, films, tmp_p
     losses = []
     for tree in (grown_[number] for number in kept):
         row = trees.encode_tree(tree, range(len(tree.chains)), processor, films)
-        keys = reference.chain_keys(row, checkpoint)
+        keys = trees.chain_keys(row, checkpoint)
         for chosen, rejected in tree.edges:
             ends = [after[keys[end]] - before[keys[end]] for end in (chosen, rejected)]
             losses.append(math.log1p(math.exp(-dpo.BETA * (ends[0] - ends[1]))))
