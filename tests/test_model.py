@@ -363,7 +363,7 @@ def test_tokens_from_a_rollout_are_trained_as_they_are(processor):
         segment.ids == ids
         and all(segment.labels)
         and len(segment.labels) == len(ids)
-        and (segment.parent, segment.answer) == (0, 1)
+        and (segment.parent, segment.branch) == (0, 1)
     )
     assert processor.decode(ids) == "a b" == processor.decode(ids[:-1])
 
