@@ -230,8 +230,9 @@ def make_pairs(
     rows = []
     for key, (positives, negatives) in sides.items():
         rng = random.Random(data.sample_seed(seed, key, 0))
-        chosen = choose_pairs(positives, negatives, rule, cap, rng)
-        rows += [pair_row(questions[key], good, bad) for good, bad in chosen]
+        for good, bad in choose_pairs(positives, negatives, rule, cap, rng):
+            if good["response"] != bad["response"]:  # else it was judged both ways: no preference
+                rows.append(pair_row(questions[key], good, bad))
     words = {side: [len(row[side].split()) for row in rows] for side in ("chosen", "rejected")}
     report = {
         "criteria": list(criteria),
@@ -306,8 +307,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--verdicts", required=True, help="verdicts.jsonl")
     add("--criteria", nargs="+", choices=four, default=four, help="what a positive must meet")
     add("--rule", choices=PAIR_RULES, default="all")  # ours: paper silent
-    # ours: paper silent
-    add("--cap", type=flags.whole(0), default=0, help="most pairs of one question; 0 keeps all")
+    add("--cap", type=flags.whole(0), default=0, help="most pairs of a question; 0: all")  # ours
     return parser.parse_args(argv)
 
 

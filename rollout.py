@@ -1,10 +1,9 @@
 """y_1 ... y_8 ~ M_1(y | q, I): the Stage-I model's own attempts at each question (paper 3.3).
 
 Stage II learns from the difference between this model's good and bad chains. So each image question
-is answered eight times; the paper's 2,000 give 16,000 chains. DPO trains on exactly what was
-sampled, so the token ids are kept. If the engine gives log-probabilities, every chain has their sum
-"logp", and the first chains have "token_logps", token by token. By these Stage II checks that it
-trains the model that sampled (engines/drift.py).
+is answered eight times: 16,000 chains of the paper's 2,000. DPO trains on exactly the token ids
+that were sampled. If the engine gives log-probabilities, every chain has their sum "logp", and the
+first chains "token_logps": Stage II checks that it trains the model that sampled (engines/drift.py)
 
 reads questions.jsonl; writes OUT/rollouts.jsonl, one row a sample, and OUT/stage.json
 
@@ -38,14 +37,15 @@ CUT_OFF = 0.05
 def too_short(engine: str, max_tokens: int) -> str | None:
     """A warning if answers have less room than the demonstrations that the engine's checkpoint
     learnt from. Stage I records their lengths in the stage.json beside the checkpoint."""
-    folder, taken = inference.checkpoint(engine), None
-    if folder is not None and Path(folder, "..", "stage.json").exists():
-        record = stage.read_record(Path(folder, "..", "stage.json"))
-        taken = record["figures"].get("response_tokens")
+    folder = inference.checkpoint(engine)
+    path = Path(folder or "", "..", "stage.json")
+    if folder is None or not path.exists():
+        return None
+    taken = stage.read_record(path)["figures"].get("response_tokens")
     if not taken or max_tokens >= taken["p99"]:
         return None
-    lengths = f"99 % have up to {taken['p99']} tokens, the longest {taken['longest']}"
-    return f"warning: --max-tokens {max_tokens} is below the demonstrations of {engine}: {lengths}"
+    have = f"99 % of its demonstrations have up to {taken['p99']} tokens"
+    return f"warning: --max-tokens {max_tokens} is below what {engine} learnt from: {have}"
 
 
 def cut_off(rows: list[dict]) -> str | None:
@@ -68,8 +68,7 @@ def read_rollouts(path: str, questions: dict[str, data.Question]) -> list[dict]:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    said = "Sample n answers of every question; resumes where it was stopped."
-    parser = argparse.ArgumentParser(description=said)
+    parser = argparse.ArgumentParser(description="Sample n answers of every question.")
     add = parser.add_argument
     add("--engine", required=True, help="what answers: hf:PATH or another engine spec")
     add("--questions", required=True, help="questions.jsonl")
@@ -97,8 +96,8 @@ def main(argv: list[str] | None = None) -> None:
     bill.announce([most], args.images_may_leave)
     sampling = Sampling(args.temperature, args.top_p, args.max_tokens, args.seed)
     completions = inference.completions_file(args, "rollout", args.engine, sampling)
-    if said := too_short(args.engine, args.max_tokens):
-        print(said, flush=True)
+    if warning := too_short(args.engine, args.max_tokens):
+        print(warning, flush=True)
     # before the engine is asked: its folder may be trained anew
     answered_by = inference.identity(args.engine)
     engine = open_engine(args.engine, inference.setup_of(args))
@@ -115,14 +114,14 @@ def main(argv: list[str] | None = None) -> None:
     rows = list(found.values())
     data.write_jsonl(path, rows)
     ends = Counter(row["finish_reason"] for row in rows)
-    cut, others = ends["length"], sorted(ends.keys() - {"stop", "length"})
-    said = f"{cut} cut off by --max-tokens {args.max_tokens}"
-    said += "".join(f", {ends[reason]} {reason}" for reason in others)
-    print(f"{len(rows)} answers to {len(requests)} questions, {said}")
-    if said := cut_off(rows):
-        print(said)
-    unanswered = sum(ends[reason] for reason in others)
-    figures = {"answers": len(rows), "cut_off": cut, "unanswered": unanswered}
+    cut = ends["length"]
+    others = {reason: ends[reason] for reason in sorted(ends) if reason not in ("stop", "length")}
+    said = [f"{cut} cut off by --max-tokens {args.max_tokens}"]
+    said += [f"{count} {reason}" for reason, count in others.items()]
+    print(f"{len(rows)} answers to {len(requests)} questions, {', '.join(said)}")
+    if warning := cut_off(rows):
+        print(warning)
+    figures = {"answers": len(rows), "cut_off": cut, "unanswered": sum(others.values())}
     stage.finish(args, [path], started, figures, {args.engine: answered_by})
 
 

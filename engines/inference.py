@@ -18,7 +18,7 @@ import time
 from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Protocol
@@ -29,8 +29,7 @@ import data
 from command import flags, stage
 from engines import bill
 
-# ours: paper silent; how often a verdict or a label is asked for until it can be read
-READ_ATTEMPTS = 3
+READ_ATTEMPTS = 3  # ours: paper silent
 
 
 @dataclass(frozen=True)
@@ -92,48 +91,42 @@ class Unavailable(flags.UserError):
     """An engine cannot answer, or no longer. Completions are kept; the same command goes on."""
 
 
+def flag(default: int, kind: Callable | None, said: str):
+    """A field of Setup, with the flag's words for argparse. kind: its type; None for a switch."""
+    how = {"type": kind, "default": default} if kind else {"action": "store_true"}
+    return field(default=default, metadata={**how, "help": said})
+
+
 @dataclass(frozen=True)
 class Setup:
     """How engines run: the flags that every script with an engine has. All defaults are ours."""
 
-    pixels: int = 768 * 768  # as in model.py
-    tiles: int = 1  # as in model.py
-    batch: int = 256
-    replicas: int = 0
-    tensor_parallel: int = 1
-    concurrency: int = 16
-    max_requests: int = 0
-    images_may_leave: bool = False
+    # the same as in model.py
+    pixels: int = flag(768 * 768, flags.PIXELS, "most pixels of an image; as in training")
+    tiles: int = flag(1, flags.TILES, "InternVL: most tiles of an image; as in training")
+    batch: int = flag(256, flags.whole(1), "most samples at once of a local engine")
+    # each replica is a process with its own model
+    replicas: int = flag(0, flags.whole(0, 256), "processes of a local engine; 0: one a GPU group")
+    tensor_parallel: int = flag(1, flags.whole(1), "GPUs that share one vllm: engine (72B: 4)")
+    # OpenAI's client opens at most 1000 connections
+    concurrency: int = flag(16, flags.whole(1, 1000), "requests at once to a remote engine")
+    max_requests: int = flag(0, flags.whole(0), "most requests to remote engines; 0: no limit")
+    images_may_leave: bool = flag(False, None, "let images be sent to engines on other machines")
 
 
 # flags that change the speed, or whether it may run, but not the result
 SPEED = ("batch", "replicas", "tensor_parallel", "concurrency", "max_requests", "images_may_leave")
 
-FLAGS = {  # field of Setup: (type, help); no type for a switch
-    "pixels": (flags.PIXELS, "largest image in pixels, Qwen and remote engines; as in training"),
-    "tiles": (flags.TILES, "most tiles of an image, InternVL; as in training"),
-    "batch": (flags.whole(1), "most samples at once of a local engine; hf: fewer if need be"),
-    # ours: each replica is a process with its own model
-    "replicas": (flags.whole(0, 256), "processes of a local engine; 0: as many as the GPUs allow"),
-    "tensor_parallel": (flags.whole(1), "GPUs that share one vllm: engine (72B: 4)"),
-    # ours: OpenAI's client opens no more connections
-    "concurrency": (flags.whole(1, 1000), "requests at once to a remote engine"),
-    "max_requests": (flags.whole(0), "most requests to remote engines; 0: no limit"),
-    "images_may_leave": (None, "let images be sent to engines on other machines"),
-}
-
 
 def add_flags(parser: ArgumentParser) -> None:
-    for field in fields(Setup):
-        kind, said = FLAGS[field.name]
-        how = {"type": kind, "default": field.default} if kind else {"action": "store_true"}
-        parser.add_argument("--" + field.name.replace("_", "-"), **how, help=said)
+    for one in fields(Setup):
+        parser.add_argument("--" + one.name.replace("_", "-"), **one.metadata)
     said = "folder of all completions; default: replies/ beside --out"
     parser.add_argument("--replies", default="", help=said)
 
 
 def setup_of(args: Namespace) -> Setup:
-    return Setup(**{field.name: getattr(args, field.name) for field in fields(Setup)})
+    return Setup(**{one.name: getattr(args, one.name) for one in fields(Setup)})
 
 
 def content_of(messages: list[dict] | str, images: list[Path]) -> str:
@@ -157,8 +150,7 @@ def identity(spec: str) -> str:
 
 def completions_file(args: Namespace, role: str, spec: str, sampling: Sampling) -> Path:
     """Where completions are kept: one file for each role, engine, sampling and image settings, in
-    RUN/replies, beside --out. It stays when the folders made from it go. NAME.settings.json says
-    what the hash in the name stands for."""
+    RUN/replies, beside --out. NAME.settings.json says what the hash in the name stands for."""
     folder = Path(args.replies or Path(args.out).parent / "replies")
     settings = {"role": role, "engine": identity(spec), **vars(sampling)}
     settings |= {"pixels": args.pixels, "tiles": args.tiles}
@@ -228,9 +220,9 @@ def complete_all(
     return {key[:2]: rows[key] for key in wanted}
 
 
-def attempts_of(spec: str, sampling: Sampling) -> int:
-    """How often an unreadable completion is asked for: a greedy local engine would repeat it."""
-    return 1 if checkpoint(spec) is not None and sampling.temperature == 0 else READ_ATTEMPTS
+def attempts_of(spec: str) -> int:
+    """How often a label is asked for until it can be read: a local engine would repeat it."""
+    return 1 if checkpoint(spec) is not None else READ_ATTEMPTS
 
 
 def retry_until_read(
@@ -326,9 +318,8 @@ HEDGE = re.compile(r"\b(?:yes|no|mostly|partly|partially|somewhat|but|except|how
 
 
 def read_yes_no(completion: str, keys: Sequence[str]) -> dict[str, bool]:
-    """{key: bool} for each of the keys. Raises ValueError with the reason for any other completion.
-    Keys and values may be in any case, and a value may be followed by its reason ("Yes - as seen").
-    An echoed prompt ("Yes/No"), a missing key or another word is no judgement."""
+    """{key: bool} for each of the keys, in any case; a reason may follow ("Yes - as seen"). Raises
+    ValueError for anything else, such as a missing key or the prompt's own "Yes/No"."""
     found, verdict = read_object(completion, keys), {}
     for key in keys:
         value = found[key.casefold()]
@@ -350,7 +341,7 @@ def read_verdict(completion: dict, keys: Sequence[str]) -> tuple[dict | None, st
         return None, str(reason)
 
 
-# ours: paper silent; for a verdict or a label, with room for thinking before the JSON
+# ours: paper silent; greedy, for a verdict or a label, with room for thinking before the JSON
 LABELLING = Sampling(temperature=0.0, top_p=1.0, max_tokens=4096)
 
 
@@ -358,8 +349,7 @@ def label_cost(
     role: str, spec: str, sizes: Iterable[tuple[int, int]], args: Namespace
 ) -> bill.Cost:
     """The most that verdicts or labels may cost; sizes: (characters, images) of each request."""
-    attempts = attempts_of(spec, LABELLING)
-    return bill.cost(role, spec, sizes, attempts, LABELLING.max_tokens, args.pixels)
+    return bill.cost(role, spec, sizes, attempts_of(spec), LABELLING.max_tokens, args.pixels)
 
 
 def ask_yes_no(
@@ -377,7 +367,7 @@ def ask_yes_no(
 
     sampling = replace(LABELLING, seed=args.seed)
     path, title = completions_file(args, role, engine.spec, sampling), f"{role}, {engine.spec}"
-    attempts = attempts_of(engine.spec, sampling)
+    attempts = attempts_of(engine.spec)
     found = retry_until_read(engine, requests, attempts, enough, sampling, path, to_row, title)
     return {key: rows[-1] for key, rows in found.items()}
 

@@ -16,7 +16,6 @@ import math
 import random
 import shutil
 import time
-from collections import Counter
 from collections.abc import Callable, Collection
 from operator import itemgetter
 from pathlib import Path
@@ -47,11 +46,13 @@ def sample(args: argparse.Namespace) -> None:
     rollouts = read_rollouts(args.rollouts, questions)
     chains = {chain_of(row): row["response"] for row in rollouts}
     verdicts = schema.read_rows(args.verdicts, "verdicts")
-    judged = chains.keys() & {chain_of(row) for row in verdicts if row["criteria"]}
+    judged = {chain_of(row) for row in verdicts if row["criteria"]}
+    if missing := judged - chains.keys():
+        lack = f"{len(missing)} verdicts are on texts that {args.rollouts} does not have"
+        raise data.RowError(f"{args.verdicts}: {lack}; give the file they were made from")
     if len(judged) < args.n:
         have = f"{len(judged)} chains have a readable verdict, fewer than -n {args.n}"
-        advice = f"ask for fewer, or check that {args.rollouts} is what was judged"
-        raise data.RowError(f"{args.verdicts}: {have}; {advice}")
+        raise data.RowError(f"{args.verdicts}: {have}; ask for fewer")
     sheet, key, images = [], [], out / "sheet" / "images"
     images.mkdir(parents=True, exist_ok=True)
     drawn = random.Random(args.seed).sample(sorted(judged), args.n)
@@ -152,28 +153,25 @@ def agreement_intervals(
 
 def plot_agreement(cases: np.ndarray, figures: dict, path: Path) -> None:
     """The paper's Figure 3: the number of cases by difference of scores, and the band of one SD."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     step = 1 / (cases.shape[1] - 1)  # of a mean over this many raters
-    counts = Counter(round(difference / step) for difference in differences(cases))
+    edges = np.arange(-4 - step / 2, 4 + step, step)
     mean, spread = figures["mean"], figures["sd"]
-    figure, ax = plt.subplots(figsize=(7, 4.5), constrained_layout=True)
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    ax = figure.subplots()
     label = f"0 ± SD: {figures['within_sd_of_0']:.1%} of cases"
     ax.axvspan(-spread, spread, color="#5b8db8", alpha=0.15, lw=0, label=label)
     label = f"mean {mean:+.2f}, SD {spread:.2f}; ± SD: {figures['within_sd_of_mean']:.1%}"
     ax.axvline(mean, color="#c0504d", lw=1.2, label=label)
-    places, heights = [k * step for k in counts], list(counts.values())
-    bars = ax.bar(places, heights, 0.85 * step, color="#5b8db8", edgecolor="white")
-    ax.bar_label(bars, padding=3, fontsize=8 if step == 1 else 6)
-    ax.set_title(f"criteria met, humans minus judge ({len(cases)} cases)", fontsize=10)
+    look = {"color": "#5b8db8", "edgecolor": "white", "rwidth": 0.85}
+    _, _, bars = ax.hist(differences(cases), edges, **look)
+    ax.bar_label(bars, fmt=lambda count: f"{count:.0f}" if count else "", padding=3, fontsize=8)
     ax.set(xlabel="difference of scores", ylabel="cases", xticks=range(-4, 5), xlim=(-4.5, 4.5))
+    ax.set_title(f"criteria met, humans minus judge ({len(cases)} cases)", fontsize=10)
     ax.margins(y=0.12)
     ax.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def agree(args: argparse.Namespace) -> None:
