@@ -247,7 +247,7 @@ def labelling(role: str, spec: str, prompts: list, args: argparse.Namespace) -> 
         images, turn = image_paths(question, Path(args.images)), {"role": "user", "content": prompt}
         requests.append(Request(question.id, [turn], images, (0,)))
     sampling = replace(inference.LABELLING, seed=args.seed)
-    return Demand(role, spec, requests, inference.attempts_of(spec, sampling), sampling)
+    return Demand(role, spec, requests, inference.attempts_of(spec), sampling)
 
 
 def completions(

@@ -4,21 +4,22 @@
     why it ended)  ->  a row of JSONL
 
 Every sample has its own seed, a hash of (seed, question, k). `complete_all` writes each completion
-as it comes. Started again, it asks only for what its file does not hold: a killed rollout of a week
-resumes, and a remote model is paid once. `engines/__init__.py` lists the engines; all have the
-flags of Setup. `ask_yes_no` asks for a verdict in JSON. A completion that cannot be read is asked
-for again, and in the end counts as no verdict.
+as it comes, and asks only for what its file does not hold: a killed rollout of a week resumes, and
+a remote model is paid once. `ask_yes_no` asks for a verdict in JSON; an unreadable completion is
+retried, and in the end counts as no verdict. `engines/__init__.py` lists the engines; all have the
+flags of Setup.
 
 Where we depart from the paper, or it is silent: how models are asked is all ours.
 """
 
-import argparse
 import json
 import re
 import time
+from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Protocol
 
@@ -28,8 +29,7 @@ import data
 from command import flags, stage
 from engines import bill
 
-# ours: paper silent; how often a verdict or a label is asked for until it can be read
-READ_ATTEMPTS = 3
+READ_ATTEMPTS = 3  # ours: paper silent
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,6 @@ class Sampling:
     top_p: float
     max_tokens: int
     seed: int = 0
-
-    def __post_init__(self):
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.max_tokens < 1:
-            raise ValueError(
-                f"{self}: temperature >= 0, 0 < top_p <= 1 and max_tokens >= 1 are wanted"
-            )
 
 
 @dataclass(frozen=True)
@@ -62,11 +56,11 @@ class Request:
 @dataclass(frozen=True)
 class Completion:
     """One response. finish_reason is "stop"; "length" where the token limit cut it off; "overlong"
-    where the prompt left no room for it. A remote engine's may also be "blocked" (by a safety
-    filter), "refused" (the request was) or "empty" (no text, however often it was asked).
-    token_ids end with the stop token if there was one. reasoning is a remote engine's thinking, if
-    given apart. token_logps are the log-probabilities of token_ids in nats, at temperature 1 over
-    the whole vocabulary. Both are None where the engine does not give them."""
+    where the prompt left no room for it; of a remote engine also "blocked" (by a safety filter),
+    "refused" (the request was) or "empty" (no text, however often it was asked). token_ids end with
+    the stop token if there was one. token_logps: their log-probabilities in nats, at temperature 1
+    over the whole vocabulary. Both are None where the engine does not give them. reasoning: a
+    remote engine's thinking, if given apart."""
 
     id: str
     sample: int
@@ -97,53 +91,42 @@ class Unavailable(flags.UserError):
     """An engine cannot answer, or no longer. Completions are kept; the same command goes on."""
 
 
+def flag(default: int, kind: Callable | None, said: str):
+    """A field of Setup, with the flag's words for argparse. kind: its type; None for a switch."""
+    how = {"type": kind, "default": default} if kind else {"action": "store_true"}
+    return field(default=default, metadata={**how, "help": said})
+
+
 @dataclass(frozen=True)
 class Setup:
-    """How engines run: the flags that every script with an engine has."""
+    """How engines run: the flags that every script with an engine has. All defaults are ours."""
 
-    pixels: int = 768 * 768  # ours: paper silent, as in model.py
-    tiles: int = 1  # ours: the same
-    batch: int = 256  # ours
-    replicas: int = 0  # ours
-    tensor_parallel: int = 1  # ours
-    concurrency: int = 16  # ours
-    max_requests: int = 0  # ours
-    images_may_leave: bool = False
+    # the same as in model.py
+    pixels: int = flag(768 * 768, flags.PIXELS, "most pixels of an image; as in training")
+    tiles: int = flag(1, flags.TILES, "InternVL: most tiles of an image; as in training")
+    batch: int = flag(256, flags.whole(1), "most samples at once of a local engine")
+    # each replica is a process with its own model
+    replicas: int = flag(0, flags.whole(0, 256), "processes of a local engine; 0: one a GPU group")
+    tensor_parallel: int = flag(1, flags.whole(1), "GPUs that share one vllm: engine (72B: 4)")
+    # OpenAI's client opens at most 1000 connections
+    concurrency: int = flag(16, flags.whole(1, 1000), "requests at once to a remote engine")
+    max_requests: int = flag(0, flags.whole(0), "most requests to remote engines; 0: no limit")
+    images_may_leave: bool = flag(False, None, "let images be sent to engines on other machines")
 
 
 # flags that change the speed, or whether it may run, but not the result
-SPEED = (
-    "batch", "replicas", "tensor_parallel", "concurrency", "max_requests", "images_may_leave",
-)  # fmt: skip
-
-FLAGS = {  # field of Setup: (type, help); no type for a switch
-    "pixels": (flags.PIXELS, "largest image in pixels, Qwen and remote engines; as in training"),
-    "tiles": (flags.TILES, "most tiles of an image, InternVL; as in training"),
-    "batch": (
-        flags.whole(1),
-        "most samples at once of a local engine; hf: fewer if memory is short",
-    ),
-    # ours: each replica is a process with its own model
-    "replicas": (flags.whole(0, 256), "processes of a local engine; 0: as many as the GPUs allow"),
-    "tensor_parallel": (flags.whole(1), "GPUs that share one vllm: engine (72B: 4)"),
-    # ours: OpenAI's client opens no more connections
-    "concurrency": (flags.whole(1, 1000), "requests at once to a remote engine"),
-    "max_requests": (flags.whole(0), "most requests to remote engines; 0: no limit"),
-    "images_may_leave": (None, "let images be sent to engines on other machines"),
-}
+SPEED = ("batch", "replicas", "tensor_parallel", "concurrency", "max_requests", "images_may_leave")
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    for field in fields(Setup):
-        kind, said = FLAGS[field.name]
-        how = {"type": kind, "default": field.default} if kind else {"action": "store_true"}
-        parser.add_argument("--" + field.name.replace("_", "-"), **how, help=said)
+def add_flags(parser: ArgumentParser) -> None:
+    for one in fields(Setup):
+        parser.add_argument("--" + one.name.replace("_", "-"), **one.metadata)
     said = "folder of all completions; default: replies/ beside --out"
     parser.add_argument("--replies", default="", help=said)
 
 
-def setup_of(args: argparse.Namespace) -> Setup:
-    return Setup(**{field.name: getattr(args, field.name) for field in fields(Setup)})
+def setup_of(args: Namespace) -> Setup:
+    return Setup(**{one.name: getattr(args, one.name) for one in fields(Setup)})
 
 
 def content_of(messages: list[dict] | str, images: list[Path]) -> str:
@@ -165,10 +148,9 @@ def identity(spec: str) -> str:
     return spec if folder is None else f"{spec.partition(':')[0]}:{stage.fingerprint(folder)}"
 
 
-def completions_file(args: argparse.Namespace, role: str, spec: str, sampling: Sampling) -> Path:
+def completions_file(args: Namespace, role: str, spec: str, sampling: Sampling) -> Path:
     """Where completions are kept: one file for each role, engine, sampling and image settings, in
-    RUN/replies, beside --out. It stays when the folders made from it go. NAME.settings.json says
-    what the hash in the name stands for."""
+    RUN/replies, beside --out. NAME.settings.json says what the hash in the name stands for."""
     folder = Path(args.replies or Path(args.out).parent / "replies")
     settings = {"role": role, "engine": identity(spec), **vars(sampling)}
     settings |= {"pixels": args.pixels, "tiles": args.tiles}
@@ -206,31 +188,28 @@ def complete_all(
 ) -> dict[tuple[str, int], dict]:
     """{(id, sample): row} of these requests, in their order. Asks for whatever `path` does not hold
     yet, and appends a row for each completion as it comes, with a progress bar. What was asked is
-    added to the ledger, however the asking ends.
-
-    Rows have `id`, `sample` and `asked`, a hash of messages and images. So a killed run asks
-    nothing twice, and a completion of another text or image of the same id is not used.
-    """
-    contents = {request.id: content_of(request.messages, request.images) for request in requests}
-    wanted = {(one.id, k): contents[one.id] for one in requests for k in one.samples}
+    added to the ledger, however the asking ends. A row is known by its id, its sample and `asked`,
+    a hash of messages and images."""
+    asked = {request.id: content_of(request.messages, request.images) for request in requests}
+    wanted = [(one.id, k, asked[one.id]) for one in requests for k in one.samples]
+    key_of = itemgetter("id", "sample", "asked")
     with stage.hold(path) as file:
-        rows, left, stored = {}, [], read_completions(path)
-        for row in stored:
-            if wanted.get(key := (row["id"], row["sample"])) == row["asked"]:
-                rows[key] = row
-        for request in requests:
-            if missing := tuple(k for k in request.samples if (request.id, k) not in rows):
-                left.append(replace(request, samples=missing))
-        engine.proven, started, before = bool(stored), time.time(), Counter(engine.tally)
-        bar = tqdm(total=len(wanted), initial=len(rows), desc=title, unit="answer")
+        rows = {key_of(row): row for row in read_completions(path)}
+        left = []
+        for one in requests:
+            samples = tuple(k for k in one.samples if (one.id, k, asked[one.id]) not in rows)
+            left += [replace(one, samples=samples)] if samples else []
+        done = len(wanted) - sum(len(one.samples) for one in left)
+        engine.proven, started, before = bool(rows), time.time(), Counter(engine.tally)
+        bar = tqdm(total=len(wanted), initial=done, desc=title, unit="answer")
         try:
             for completions in engine.answer(left, sampling):
                 new = []
                 for one in completions:
                     one = replace(one, text=clean(one.text), reasoning=clean(one.reasoning))
-                    new.append({**to_row(one), "asked": contents[one.id]})
+                    new.append({**to_row(one), "asked": asked[one.id]})
                 data.append_jsonl(file, map(sealed, new))
-                rows |= {(row["id"], row["sample"]): row for row in new}
+                rows |= {key_of(row): row for row in new}
                 spent = Counter(engine.tally) - before
                 rate = (spent["tokens"] + spent["tokens out"]) / (time.time() - started)
                 bar.set_postfix({"tokens/s": f"{rate:.0f}", **spent}, refresh=not new)
@@ -238,12 +217,12 @@ def complete_all(
         finally:
             bar.close()
             bill.record(path.parent, engine.spec, Counter(engine.tally) - before)
-    return {key: rows[key] for key in wanted}
+    return {key[:2]: rows[key] for key in wanted}
 
 
-def attempts_of(spec: str, sampling: Sampling) -> int:
-    """How often an unreadable completion is asked for: a greedy local engine would repeat it."""
-    return 1 if checkpoint(spec) is not None and sampling.temperature == 0 else READ_ATTEMPTS
+def attempts_of(spec: str) -> int:
+    """How often a label is asked for until it can be read: a local engine would repeat it."""
+    return 1 if checkpoint(spec) is not None else READ_ATTEMPTS
 
 
 def retry_until_read(
@@ -257,11 +236,8 @@ def retry_until_read(
     title: str,
 ) -> dict[str, list[dict]]:
     """{request id: its completions as rows}: the last one is `enough`, or all attempts are used.
-    Requests with one id are one.
-
-    Attempts are samples of their own and go round by round. A question whose completion is `enough`
-    is not asked again, which saves requests and does not change the result.
-    """
+    Attempts are samples of their own, and go round by round: what is not asked for again does not
+    change the others. Requests with one id are one."""
     by_id = {request.id: request for request in requests}
     found: dict[str, list[dict]] = {key: [] for key in by_id}
     for attempt in range(attempts):
@@ -296,47 +272,44 @@ def clean(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def json_objects(completion: str) -> list[dict]:
-    """The JSON objects in a completion, in order, whatever is around them. Raises ValueError."""
-    found, end, decoder = [], 0, json.JSONDecoder()
-    for brace in re.finditer(r"\{", completion):
-        if brace.start() < end:  # inside an object that was read
-            continue
+def json_objects(completion: str) -> Iterator[dict]:
+    """The JSON objects in a completion, in order, whatever is around them."""
+    decoder, at = json.JSONDecoder(), completion.find("{")
+    while at >= 0:
         try:
-            value, end = decoder.raw_decode(completion, brace.start())
-            # escapes in the JSON may spell half a surrogate pair
-            found.append(json.loads(clean(json.dumps(value, ensure_ascii=False))))
+            value, end = decoder.raw_decode(completion, at)
+            # an escape in the JSON may spell half a surrogate pair
+            yield json.loads(clean(json.dumps(value, ensure_ascii=False)))
         except json.JSONDecodeError:
-            continue
-        except RecursionError:
-            raise ValueError("the JSON of the reply is nested too deeply") from None
-    return found
+            end = at + 1
+        at = completion.find("{", end)
 
 
-def levels(top: dict) -> Iterator[list[dict]]:
-    """An object, then the objects inside it, level by level; their keys in lower case."""
-    level = [top]
-    while level:
-        yield [{key.strip().casefold(): value for key, value in one.items()} for one in level]
-        inner = [value for one in level for value in one.values()]
-        inner += [item for value in inner if isinstance(value, list) for item in value]
-        level = [value for value in inner if isinstance(value, dict)]
+def outermost(value, keys: set[str]) -> list[dict]:
+    """The outermost objects in a JSON value that have all the keys; their keys in lower case."""
+    if isinstance(value, dict):
+        found = {key.strip().casefold(): inner for key, inner in value.items()}
+        if keys <= found.keys():
+            return [found]
+        value = list(value.values())
+    parts = value if isinstance(value, list) else []
+    return [found for part in parts for found in outermost(part, keys)]
 
 
 def read_object(completion: str, keys: Sequence[str]) -> dict:
     """The last object of a completion that has all the keys, itself or nested; its keys in lower
     case. Raises ValueError if there is none, or if it nests several that differ."""
-    tops, wanted = json_objects(completion), {key.casefold() for key in keys}
-    missing = sorted(keys)
-    for level in (level for top in reversed(tops) for level in levels(top)):
-        whole = [one for one in level if wanted <= one.keys()]
-        if any(one[key] != whole[0][key] for one in whole for key in wanted):
-            raise ValueError("it holds several objects that say different things")
-        if whole:
-            return whole[0]
-        for one in level:
-            missing = min(missing, [key for key in keys if key.casefold() not in one], key=len)
-    raise ValueError(f"key {missing[0]} is missing" if tops else "no JSON object in the reply")
+    wanted = {key.casefold() for key in keys}
+    try:
+        for top in reversed(list(json_objects(completion))):
+            found = outermost(top, wanted)
+            if any(one[key] != found[0][key] for one in found for key in wanted):
+                raise ValueError("it holds several objects that say different things")
+            if found:
+                return found[0]
+    except RecursionError:
+        raise ValueError("its JSON is nested too deeply") from None
+    raise ValueError(f"no JSON object in it has {', '.join(keys)}")
 
 
 # Yes or No, perhaps with a reason; if the reason takes it back, even in part, it is neither
@@ -345,9 +318,8 @@ HEDGE = re.compile(r"\b(?:yes|no|mostly|partly|partially|somewhat|but|except|how
 
 
 def read_yes_no(completion: str, keys: Sequence[str]) -> dict[str, bool]:
-    """{key: bool} for each of the keys. Raises ValueError with the reason for any other completion.
-    Keys and values may be in any case, and a value may be followed by its reason ("Yes - as seen").
-    An echoed prompt ("Yes/No"), a missing key or another word is no judgement."""
+    """{key: bool} for each of the keys, in any case; a reason may follow ("Yes - as seen"). Raises
+    ValueError for anything else, such as a missing key or the prompt's own "Yes/No"."""
     found, verdict = read_object(completion, keys), {}
     for key in keys:
         value = found[key.casefold()]
@@ -358,40 +330,33 @@ def read_yes_no(completion: str, keys: Sequence[str]) -> dict[str, bool]:
     return verdict
 
 
-def read_verdict(
-    completion: dict, keys: Sequence[str]
-) -> tuple[dict[str, bool] | None, str | None]:
+def read_verdict(completion: dict, keys: Sequence[str]) -> tuple[dict | None, str | None]:
     """(criteria, None), or (None, why there are none). Only a finished completion counts: one that
     was cut off might have corrected itself."""
     if completion["finish_reason"] != "stop":
-        return None, f"the reply is not finished: {completion['finish_reason']}"
+        return None, f"it is not finished: {completion['finish_reason']}"
     try:
         return read_yes_no(completion["raw"], keys), None
     except ValueError as reason:
         return None, str(reason)
 
 
-# ours: paper silent; for a verdict or a label, with room for thinking before the JSON
+# ours: paper silent; greedy, for a verdict or a label, with room for thinking before the JSON
 LABELLING = Sampling(temperature=0.0, top_p=1.0, max_tokens=4096)
 
 
 def label_cost(
-    role: str, spec: str, sizes: Iterable[tuple[int, int]], args: argparse.Namespace
+    role: str, spec: str, sizes: Iterable[tuple[int, int]], args: Namespace
 ) -> bill.Cost:
     """The most that verdicts or labels may cost; sizes: (characters, images) of each request."""
-    attempts = attempts_of(spec, LABELLING)
-    return bill.cost(role, spec, sizes, attempts, LABELLING.max_tokens, args.pixels)
+    return bill.cost(role, spec, sizes, attempts_of(spec), LABELLING.max_tokens, args.pixels)
 
 
 def ask_yes_no(
-    engine: Engine,
-    requests: list[Request],
-    keys: Sequence[str],
-    role: str,
-    args: argparse.Namespace,
+    engine: Engine, requests: list[Request], keys: Sequence[str], role: str, args: Namespace
 ) -> dict[str, dict]:
-    """{request id: its last completion as a row, for read_verdict}. An unreadable one is asked for
-    again, as the next sample, attempts_of times at most. Requests with one id are one."""
+    """{request id: its last completion as a row, for read_verdict}. An unreadable one is retried
+    as the next sample, attempts_of times at most. Requests with one id are one."""
 
     def to_row(one: Completion) -> dict:
         row = {"id": one.id, "sample": one.sample}
@@ -402,7 +367,7 @@ def ask_yes_no(
 
     sampling = replace(LABELLING, seed=args.seed)
     path, title = completions_file(args, role, engine.spec, sampling), f"{role}, {engine.spec}"
-    attempts = attempts_of(engine.spec, sampling)
+    attempts = attempts_of(engine.spec)
     found = retry_until_read(engine, requests, attempts, enough, sampling, path, to_row, title)
     return {key: rows[-1] for key, rows in found.items()}
 
@@ -410,23 +375,21 @@ def ask_yes_no(
 def image_paths(question: data.Question, image_root: Path) -> list[Path]:
     """Raises RowError for an image that is not there."""
     paths = [data.image_file(image_root, image) for image in question.images]
-    for path in paths:
+    for path, image in zip(paths, question.images):
         if not path.is_file():
-            where = f"image {path.relative_to(image_root)} is not below {image_root}"
-            raise data.RowError(f"question {question.id}: {where}; check --images")
+            where = f"question {question.id}: image {image} is not below {image_root}"
+            raise data.RowError(f"{where}; check --images")
     return paths
 
 
-def question_requests(
-    questions: list[data.Question], image_root: Path, samples: int
-) -> list[Request]:
+def question_requests(questions: list[data.Question], root: Path, samples: int) -> list[Request]:
     """Each question as every engine gets it: the paper's system prompt, the images, the question.
     Raises RowError naming the first image that is not there, before anything is asked."""
-    numbers = tuple(range(samples))
-    return [
-        Request(q.id, data.prompt_messages(q), image_paths(q, image_root), numbers)
-        for q in questions
-    ]
+    found = []
+    for one in questions:
+        images = image_paths(one, root)
+        found.append(Request(one.id, data.prompt_messages(one), images, tuple(range(samples))))
+    return found
 
 
 def prompt_request(id: str, prompt: str, images: list[Path]) -> Request:

@@ -13,7 +13,7 @@ from pathlib import Path
 import data
 from command import flags, schema, stage
 from evaluate import read_all
-from judge import print_report, read_report
+from judge import print_report
 from report import agreement, cases, figures, score, tables
 from report.claims import claims
 from report.compare import compare
@@ -55,7 +55,7 @@ def page(args: argparse.Namespace) -> None:
     if pairs:
         figures.plot_films(pairs, Path(args.images), out / "films.png")
         outputs += [out / "films.png"] if (out / "films.png").exists() else []
-        print_report(read_report(Path(args.pairs) / "report.json"))
+        print_report(data.read_json(Path(args.pairs) / "report.json"))
     print("\n" + text)
     stage.finish(args, outputs, started, {})
 

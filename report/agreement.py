@@ -16,8 +16,8 @@ import math
 import random
 import shutil
 import time
-from collections import Counter
 from collections.abc import Callable, Collection
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -26,14 +26,15 @@ import data
 from benchmarks.descriptions import read_sheet, write_sheet
 from command import schema, stage
 from engines.inference import image_paths
-from judge import CRITERIA, ground_truth, read_rollouts
+from judge import CRITERIA, ground_truth
+from rollout import read_rollouts
 
 RESAMPLES = 2000  # ours: bootstrap over cases
 # the raters fill in the last four
 SHEET = ("id", "question", "options", "answer", "response", "images", *CRITERIA)
 YES, NO = ("yes", "y", "1", "true"), ("no", "n", "0", "false")  # ours: a rater's words
 MISTAKES = 20  # ours: so many are listed
-CELL = 32_767  # of the format: most characters of a cell in the spreadsheets that raters use
+chain_of = itemgetter("id", "response_sha")  # of a row: which chain it is about
 
 
 def sample(args: argparse.Namespace) -> None:
@@ -43,43 +44,35 @@ def sample(args: argparse.Namespace) -> None:
         return
     questions = {question.id: question for question in schema.read_questions(args.questions)}
     rollouts = read_rollouts(args.rollouts, questions)
-    chains = {(row["id"], row["response_sha"]): row["response"] for row in rollouts}
+    chains = {chain_of(row): row["response"] for row in rollouts}
     verdicts = schema.read_rows(args.verdicts, "verdicts")
-    judged = {(row["id"], row["response_sha"]) for row in verdicts if row["criteria"]}
+    judged = {chain_of(row) for row in verdicts if row["criteria"]}
     if missing := judged - chains.keys():
         lack = f"{len(missing)} verdicts are on texts that {args.rollouts} does not have"
         raise data.RowError(f"{args.verdicts}: {lack}; give the file they were made from")
     if len(judged) < args.n:
         have = f"{len(judged)} chains have a readable verdict, fewer than -n {args.n}"
         raise data.RowError(f"{args.verdicts}: {have}; ask for fewer")
-    sheet, key = [], []
-    images = out / "sheet" / "images"
+    sheet, key, images = [], [], out / "sheet" / "images"
     images.mkdir(parents=True, exist_ok=True)
     drawn = random.Random(args.seed).sample(sorted(judged), args.n)
-    for number, chain in enumerate(drawn, 1):
-        question, case = questions[chain[0]], f"case-{number:04d}"
-        copies = copy_images(image_paths(question, Path(args.images)), images, case)
+    for number, (id, sha) in enumerate(drawn, 1):
+        question, case, copies = questions[id], f"case-{number:04d}", []
+        for path in image_paths(question, Path(args.images)):
+            # a file's own name may tell the answer
+            copies.append(f"{case}-{len(copies) + 1}{path.suffix}")
+            shutil.copyfile(path, images / copies[-1])
         options = "\n".join(f"({letter}) {text}" for letter, text in question.options.items())
-        cells = [case, question.question, options, ground_truth(question), chains[chain], copies]
-        if (longest := max(map(len, cells))) > CELL:
-            print(f"{case}: a text of {longest} characters; a spreadsheet shows {CELL} of them")
-        sheet.append([*cells, *[""] * len(CRITERIA)])
-        key.append({"case": case, "id": chain[0], "response_sha": chain[1]})
-    write_sheet(out / "sheet" / "sheet.csv", list(SHEET), sheet)
+        texts = [question.question, options, ground_truth(question), chains[id, sha]]
+        sheet.append([case, *texts, " ".join(copies), *[""] * len(CRITERIA)])
+        key.append({"case": case, "id": id, "response_sha": sha})
+    write_sheet(out / "sheet" / "sheet.csv", SHEET, sheet)
     data.write_jsonl(out / "key.jsonl", key)
-    print(f"{args.n} of {len(judged)} judged chains. {out / 'sheet'} is for the raters:")
-    print(f"each fills in a copy of sheet.csv, Yes or No in the columns {', '.join(CRITERIA)}.")
+    print(f"{args.n} of {len(judged)} judged chains. {out / 'sheet'} is for the raters: each fills")
+    print(f"in a copy of sheet.csv, Yes or No in the columns {', '.join(CRITERIA)}.")
     print(f"Keep {out / 'key.jsonl'} to yourself: it says which chain is which.")
     # the sheet is not among the outputs, since raters may fill it in where it lies
     stage.finish(args, [out / "key.jsonl"], started, {"cases": args.n})
-
-
-def copy_images(paths: list[Path], folder: Path, case: str) -> str:
-    """Copies a case's images, and returns their new names: a file's own may tell the answer."""
-    names = [f"{case}-{index}{path.suffix}" for index, path in enumerate(paths, 1)]
-    for path, name in zip(paths, names):
-        shutil.copyfile(path, folder / name)
-    return " ".join(names)
 
 
 def read_ratings(path: str, cases: Collection[str]) -> dict[str, dict[str, bool]]:
@@ -89,24 +82,21 @@ def read_ratings(path: str, cases: Collection[str]) -> dict[str, dict[str, bool]
     for number, row in read_sheet(path, ["id", *CRITERIA]):
         case, where = row["id"], f"row {number} ({row['id']}), column"
         if case not in cases:
-            why = "is not a case of the key; rows must keep the id they were given"
-            mistakes.append(f"{where} id: {why}")
+            mistakes.append(f"{where} id: is not a case of the key; rows must keep their id")
         elif case in found:
             mistakes.append(f"{where} id: is there twice; remove one of the rows")
         found[case] = {}
         for name in CRITERIA:
-            word = (row[name] or "").strip().casefold()
-            if not word:
-                mistakes.append(f"{where} {name}: is empty; every criterion needs Yes or No")
-            elif word not in YES + NO:
-                mistakes.append(f"{where} {name}: {row[name]!r} is neither Yes nor No")
+            word = row[name].strip().casefold()
+            if word not in YES + NO:
+                said = f"{row[name]!r} is neither Yes nor No" if word else "is empty"
+                mistakes.append(f"{where} {name}: {said}")
             found[case][name] = word in YES
-    missing = [case for case in cases if case not in found]
-    mistakes += [f"{case} is missing; every case of the key needs its row" for case in missing]
+    mistakes += [f"{case} is missing; it needs its row" for case in cases if case not in found]
     if mistakes:
+        more = len(mistakes) - MISTAKES
         lines = [f"{path}: {len(mistakes)} mistakes; nothing was computed", *mistakes[:MISTAKES]]
-        if len(mistakes) > MISTAKES:
-            lines.append(f"... and {len(mistakes) - MISTAKES} more")
+        lines += [f"... and {more} more"] if more > 0 else []
         raise data.RowError("\n  ".join(lines))
     return found
 
@@ -163,79 +153,70 @@ def agreement_intervals(
 
 def plot_agreement(cases: np.ndarray, figures: dict, path: Path) -> None:
     """The paper's Figure 3: the number of cases by difference of scores, and the band of one SD."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams["axes.titlesize"] = 10
     step = 1 / (cases.shape[1] - 1)  # of a mean over this many raters
-    counts = Counter(round(difference / step) for difference in differences(cases))
+    edges = np.arange(-4 - step / 2, 4 + step, step)
     mean, spread = figures["mean"], figures["sd"]
-    figure, ax = plt.subplots(figsize=(7, 4.5), constrained_layout=True)
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    ax = figure.subplots()
     label = f"0 ± SD: {figures['within_sd_of_0']:.1%} of cases"
     ax.axvspan(-spread, spread, color="#5b8db8", alpha=0.15, lw=0, label=label)
-    label = f"mean ± SD: {figures['within_sd_of_mean']:.1%}"
-    ax.axvline(mean - spread, color="#c0504d", ls="--", lw=1, label=label)
-    ax.axvline(mean + spread, color="#c0504d", ls="--", lw=1)
-    places, heights = [k * step for k in counts], list(counts.values())
-    bars = ax.bar(places, heights, 0.85 * step, color="#5b8db8", edgecolor="white")
-    ax.bar_label(bars, padding=3, fontsize=8 if step == 1 else 6)
-    ax.axvline(mean, color="#c0504d", lw=1.2, label=f"mean {mean:+.2f}, SD {spread:.2f}")
-    ax.set_title(f"criteria met, humans minus judge ({len(cases)} cases)")
+    label = f"mean {mean:+.2f}, SD {spread:.2f}; ± SD: {figures['within_sd_of_mean']:.1%}"
+    ax.axvline(mean, color="#c0504d", lw=1.2, label=label)
+    look = {"color": "#5b8db8", "edgecolor": "white", "rwidth": 0.85}
+    _, _, bars = ax.hist(differences(cases), edges, **look)
+    ax.bar_label(bars, fmt=lambda count: f"{count:.0f}" if count else "", padding=3, fontsize=8)
     ax.set(xlabel="difference of scores", ylabel="cases", xticks=range(-4, 5), xlim=(-4.5, 4.5))
+    ax.set_title(f"criteria met, humans minus judge ({len(cases)} cases)", fontsize=10)
     ax.margins(y=0.12)
     ax.legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def agree(args: argparse.Namespace) -> None:
     started, out = time.time(), Path(args.out)
     if not stage.open_folder(args, [*args.human, args.key, args.verdicts]):
         return
-    rows = schema.read_rows(args.key, "key")
-    key = {row["case"]: (row["id"], row["response_sha"]) for row in rows}
+    key = {row["case"]: chain_of(row) for row in schema.read_rows(args.key, "key")}
     sheets = [read_ratings(path, key) for path in args.human]
-    rows = schema.read_rows(args.verdicts, "verdicts")
-    verdict_of = {(row["id"], row["response_sha"]): row["criteria"] for row in rows}
+    verdicts = schema.read_rows(args.verdicts, "verdicts")
+    verdict_of = {chain_of(row): row["criteria"] for row in verdicts}
     if lacking := [case for case, chain in key.items() if chain not in verdict_of]:
         lack = f"no verdict on {len(lacking)} of {len(key)} cases, the first is {lacking[0]}"
         raise data.RowError(f"{args.verdicts}: {lack}; give the verdicts of the same rollouts")
-    cases = []  # (C, raters and the judge, 4)
+    rated = []
     for case, chain in key.items():
         if verdict_of[chain]:
             ratings = [*(sheet[case] for sheet in sheets), verdict_of[chain]]
-            cases.append([[rating[name] for name in CRITERIA] for rating in ratings])
-    if len(cases) < 2:
-        have = f"{len(cases)} cases have a readable verdict"
+            rated.append([[rating[name] for name in CRITERIA] for rating in ratings])
+    if len(rated) < 2:
+        have = f"{len(rated)} cases have a readable verdict"
         raise data.RowError(f"{args.verdicts}: {have}; agreement needs two or more")
-    cases = np.array(cases, dtype=bool)
+    cases = np.array(rated)  # (C, raters and the judge, 4)
     figures = agreement(cases)
     intervals = agreement_intervals(cases, agreement, RESAMPLES, args.seed)
-    print(f"{len(cases)} cases, {len(sheets)} raters, ", end="")
-    print(f"{len(key) - len(cases)} left out for an unreadable verdict; ", end="")
-    print("in brackets 95 %, bootstrap over cases")
+    left_out = f"{len(key) - len(cases)} left out for an unreadable verdict"
+    print(f"{len(cases)} cases, {len(sheets)} raters, {left_out}; 95 % by bootstrap over cases")
     print_agreement(figures, intervals)
-    counts, paths = {"cases": len(cases), "raters": len(sheets)}, [out / "agreement.json"]
+    counts = {"cases": len(cases), "raters": len(sheets)}
+    paths = [out / "agreement.json", out / "agreement.png"]
     data.write_json(paths[0], {**counts, "figures": figures, "intervals": intervals})
-    paths.append(out / "agreement.png")
     plot_agreement(cases, figures, paths[1])
     stage.finish(args, paths, started, counts)
 
 
 def print_agreement(figures: dict, intervals: dict) -> None:
-    def shown(name: str, form: str) -> str:
+    def shown(name: str) -> str:
         if figures[name] is None:
             return "none (one answer only)"
         low, high = intervals[name]
-        return f"{figures[name]:{form}} ({low:{form}} to {high:{form}})"
+        return f"{figures[name]:.3f} ({low:.3f} to {high:.3f})"
 
-    print(f"score, human minus judge: mean {shown('mean', '+.2f')}, SD {shown('sd', '.2f')}")
-    around = shown("within_sd_of_mean", ".1%")
-    print(f"within ±SD of 0 {shown('within_sd_of_0', '.1%')}, of the mean {around}")
+    print(f"score, human minus judge: mean {shown('mean')}, SD {shown('sd')}")
+    print(f"within ±SD of 0 {shown('within_sd_of_0')}, of the mean {shown('within_sd_of_mean')}")
     for name in (*CRITERIA, "all"):
         human, judge = figures[f"{name}.human_yes"], figures[f"{name}.judge_yes"]
         rates = f"Yes: human {human:.2f}, judge {judge:.2f}"
-        accuracy, k = shown(f"{name}.accuracy", ".3f"), shown(f"{name}.kappa", ".3f")
+        accuracy, k = shown(f"{name}.accuracy"), shown(f"{name}.kappa")
         print(f"{name:<27} {rates}   accuracy {accuracy}   kappa {k}")

@@ -186,7 +186,7 @@ def test_a_greedy_local_judge_that_cannot_be_read_is_asked_once(bank, checkpoint
     judging(f"hf:{checkpoint}", bank, tmp_path / "run" / "out")  # it says nothing readable
     rows = [row for _, row in data.read_jsonl(tmp_path / "run" / "out" / "verdicts.jsonl")]
     assert [row["criteria"] for row in rows] == [None, None] and len(asked) == 2
-    assert inference.attempts_of("https://api.example.com/v1#m", inference.LABELLING) == 3
+    assert inference.attempts_of("https://api.example.com/v1#m") == 3
 
 
 # --------------------------------------------------------------------------------------------------

@@ -995,7 +995,7 @@ def test_vllm_is_refused_with_what_to_install_where_it_is_missing(folders):
 
 
 def test_every_flag_of_an_engine_is_explained_and_read():
-    assert inference.FLAGS.keys() == {field.name for field in fields(inference.Setup)}
+    assert all(field.metadata["help"] for field in fields(inference.Setup))
 
 
 def test_replicas_answer_what_one_engine_answers(stopping, pictures):

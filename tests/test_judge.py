@@ -543,7 +543,7 @@ def test_samples_of_one_text_are_one():
 
 
 def test_one_text_that_was_judged_both_ways_is_never_paired_with_itself():
-    # every sample is judged on its own, and a judge need not say the same twice
+    # a verdict may be edited by hand
     rows = [
         candidate("q", 0, "same"),
         candidate("q", 1, "same"),
@@ -982,11 +982,11 @@ def test_killed_and_resumed_judge_says_the_same_and_asks_nothing_twice(
     assert len(asked) == whole.count(b"\n") - kept.count(b"\n")
 
 
-def test_rollout_of_an_unknown_question_is_refused_by_file_and_line(tmp_path):
+def test_rollout_of_an_unknown_question_is_refused_by_file_and_row(tmp_path):
     path = tmp_path / "rollouts.jsonl"
     data.write_jsonl(path, [candidate("q", 0, "x"), candidate("strange", 0, "x")])
-    with pytest.raises(data.RowError, match=re.escape(f"{path}:2: id: 'strange'")):
-        judge.read_rollouts(path, {"q": question()})
+    with pytest.raises(data.RowError, match=re.escape(f"{path}: row 2: id: 'strange'")):
+        rollout.read_rollouts(path, {"q": question()})
 
 
 def test_rollouts_without_token_ids_are_refused_by_file_and_line_before_pairing(world, tmp_path):
