@@ -1,17 +1,16 @@
 """MedE² in order: each stage is a command, printed, run and resumed (paper §3, Fig. 2).
 
     python medee.py demo                         the whole method on a laptop: a miniature clinic
-    python medee.py demo --fast                  the same chain in a smaller world
     python medee.py run qwen2.5-vl-7b ...        the same stages at the paper's size
     python medee.py status                       which stages of a run are done
     python medee.py adopt sft --out runs/7b      takes over a stage that was finished by hand
     python medee.py plan qwen2.5-vl-7b --gpus 8  memory of a GPU in both stages, term by term
     python medee.py claims                       the demo over several seeds, with intervals
 
-METHOD below is the method. {name} is a path, the run's input, or the recipe's flags for that stage.
-The miniature and the 7B differ in their recipes, never in the code. Each stage writes RUN/NAME;
-engines' completions are kept in RUN/replies; RUN/run.json lists the stages. command/pipeline.py
-decides what is done and what must be made anew.
+METHOD below is the method. {name} is a path, the run's input, or the recipe's flags for that stage;
+--out {run}/NAME is added to each. The miniature and the 7B differ in their recipes, never in the
+code. Engines' completions are kept in RUN/replies; RUN/run.json lists the stages.
+command/pipeline.py decides what is done and what must be made anew.
 
 Where we depart from the paper, or it is silent: see each script. The recipes say which numbers are
 the paper's.
@@ -30,39 +29,35 @@ from engines import bill
 
 METHOD = """
 curate       python curate.py all --questions {bank} --against {against} --baselines {baselines} \
-                 --experts {experts} --classifier {classifier} --editor {editor} {images} {curate} \
-                 --seed {seed} --out {run}/curate
+               --experts {experts} --classifier {classifier} --editor {editor} {images} {curate} \
+               --seed {seed}
 distill      python distill.py run --questions {run}/curate/text.jsonl --teachers {teachers} \
-                 {distill} --seed {seed} --out {run}/distill
+               {distill} --seed {seed}
 sft          torchrun sft.py --model {base} --demos {run}/distill/demos.jsonl {images} {sft} \
-                 --seed {seed} --out {run}/sft
+               --seed {seed}
 rollout      python rollout.py --engine {engine}:{run}/sft/merged \
-                 --questions {run}/curate/image.jsonl {images} {rollout} --seed {seed} \
-                 --out {run}/rollout
+               --questions {run}/curate/image.jsonl {images} {rollout} --seed {seed}
 verdicts     python judge.py verdicts --judge {judge} --rollouts {run}/rollout/rollouts.jsonl \
-                 --questions {run}/curate/image.jsonl {images} --seed {seed} --out {run}/verdicts
+               --questions {run}/curate/image.jsonl {images} --seed {seed}
 pairs        python judge.py pairs --verdicts {run}/verdicts/verdicts.jsonl \
-                 --rollouts {run}/rollout/rollouts.jsonl --questions {run}/curate/image.jsonl \
-                 {pairs} --seed {seed} --out {run}/pairs
+               --rollouts {run}/rollout/rollouts.jsonl --questions {run}/curate/image.jsonl \
+               {pairs} --seed {seed}
 dpo          torchrun dpo.py --model {run}/sft/merged --pairs {run}/pairs/pairs.jsonl {images} \
-                 {dpo} --seed {seed} --out {run}/dpo
+               {dpo} --seed {seed}
 eval-base    python evaluate.py --engine {engine}:{base} --name base --questions {test} {images} \
-                 {evaluate} --judge {judge} --seed {seed} --out {run}/eval-base
+               {evaluate} --judge {judge} --seed {seed}
 eval-stage1  python evaluate.py --engine {engine}:{run}/sft/merged --name '+ Stage I' \
-                 --questions {test} {images} {evaluate} --judge {judge} --seed {seed} \
-                 --out {run}/eval-stage1
+               --questions {test} {images} {evaluate} --judge {judge} --seed {seed}
 eval-stage2  python evaluate.py --engine {engine}:{run}/dpo/merged --name '+ Stage II' \
-                 --questions {test} {images} {evaluate} --judge {judge} --seed {seed} \
-                 --out {run}/eval-stage2
+               --questions {test} {images} {evaluate} --judge {judge} --seed {seed}
 report       python -m report page --results {run}/eval-base {run}/eval-stage1 {run}/eval-stage2 \
-                 --sft {run}/sft --dpo {run}/dpo --pairs {run}/pairs --images {root} \
-                 --out {run}/report
+               --sft {run}/sft --dpo {run}/dpo --pairs {run}/pairs --images {root}
 """
 CLINIC = """
-world        python -m clinic world {world} --out {run}/world --seed {seed}
-base         python -m clinic teach --family {family} --size {size} {teach} --out {run}/base \
-                 --seed {seed}
+world        python -m clinic world {world} --seed {seed}
+base         python -m clinic teach --family {family} --size {size} {teach} --seed {seed}
 """  # before METHOD in the demo: the miniature's questions and its base model
+
 # --------------------------------------------------------------------------------------------------
 # Recipes: the flags of each stage for one base model. "image" holds for all stages with images.
 
@@ -75,10 +70,8 @@ FULL = {
     "pairs": {"rule": "all"},  # ours
     # paper App. C: method, lr; the rest ours. max-length: a prompt of up to 8K tokens and two
     # responses of a rollout's maximum, so no pair is dropped
-    "dpo": {
-        "max-length": 8192 + 2 * 8192, "method": "full", "lr": 1e-6, "beta": 0.1, "epochs": 1,
-        "batch": 64, "checkpointing": True,
-    },
+    "dpo": {"max-length": 8192 + 2 * 8192, "method": "full", "lr": 1e-6, "beta": 0.1, "epochs": 1,
+            "batch": 64, "checkpointing": True},
     "evaluate": {"n": 32, "temperature": 0.5, "max-tokens": 8192},  # paper 4.3
 }  # fmt: skip
 MINI = {  # ours, chosen on development questions: so small a model learns at other rates than a 7B
@@ -86,19 +79,16 @@ MINI = {  # ours, chosen on development questions: so small a model learns at ot
     # questions and films come from templates and are alike by construction
     "curate": {"limits": [0, 0, 0], "max-tokens": 24},
     "distill": {"answer-form": "text", "words": [5, 120]},  # no option look-up for so small a model
-    "sft": {
-        "lr": 5e-3, "epochs": 4, "batch": 2, "rank": 16, "alpha": 32, "pack": 900, "save-every": 25,
-    },
+    "sft": {"lr": 5e-3, "epochs": 4, "batch": 2, "rank": 16, "alpha": 32, "pack": 900,
+            "save-every": 25},
     "rollout": {"n": 8, "temperature": 0.7, "top-p": 1.0, "max-tokens": 96},
     "pairs": {"rule": "all"},
-    "dpo": {
-        "method": "full", "lr": 3e-5, "beta": 0.5, "epochs": 1, "batch": 16, "save-every": 25,
-    },
+    "dpo": {"method": "full", "lr": 3e-5, "beta": 0.5, "epochs": 1, "batch": 16, "save-every": 25},
     "evaluate": {"n": [16, 2], "temperature": 0.5, "max-tokens": 96, "judge-samples": 0},
 }  # fmt: skip
 
 
-def override(recipe: dict, **changes: dict) -> dict:
+def override(recipe: dict, changes: dict[str, dict]) -> dict:
     """A recipe with other flags for some of its stages."""
     return recipe | {name: recipe[name] | more for name, more in changes.items()}
 
@@ -107,7 +97,7 @@ def large(gpus: int) -> dict:
     """FULL for a model that needs so many GPUs for each vLLM: LoRA in Stage II too."""
     parallel = {"tensor-parallel": gpus}
     lora = {"method": "lora", "lr": 5e-6}  # paper App. C: method; lr ours
-    return override(FULL, rollout=parallel, evaluate=parallel, dpo=lora)
+    return override(FULL, {"rollout": parallel, "evaluate": parallel, "dpo": lora})
 
 
 QWEN, INTERNVL = {"image": {"pixels": 768 * 768}}, {"image": {"tiles": 1}}  # ours
@@ -149,7 +139,7 @@ def method(recipe: dict, given: dict, run: Path, ranks: int = 0) -> list[Stage]:
 def demo_stages(run: Path, family: str, size: str, world: str, seed: int) -> list[Stage]:
     """The stages of the miniature: the clinic makes its world and base model, then METHOD."""
     sizes, made = WORLDS[world], f"{run}/world"
-    recipe = override(RECIPES[f"mini-{family}"], **sizes["recipe"])
+    recipe = override(RECIPES[f"mini-{family}"], sizes["recipe"])
     clinic = {"family": family, "size": size, "run": run, "seed": seed}
     clinic |= {name: words_of(sizes[name]) for name in ("world", "teach")}
     given = {
@@ -204,12 +194,9 @@ def limits(one: Stage, run: Path, args: argparse.Namespace) -> list[str]:
     if args.max_requests and left <= 0 and one.state() != "done":
         made = f"{args.max_requests} requests were made (--max-requests)"
         raise data.RowError(f"{made}; give more to go on")
-    found = {
-        "concurrency": args.concurrency,
-        "images-may-leave": args.images_may_leave or None,
-        "max-requests": max(left, 1) if args.max_requests else None,
-    }
-    return words_of(found)
+    more = {"images-may-leave": True} if args.images_may_leave else {}
+    more |= {"max-requests": max(left, 1)} if args.max_requests else {}
+    return words_of({"concurrency": args.concurrency} | more)
 
 
 def announce(stages: list[Stage], may_leave: bool) -> None:
@@ -238,10 +225,8 @@ def announce(stages: list[Stage], may_leave: bool) -> None:
     rows = [(name, one) for name, several in costs.items() for one in several]
     bill.announce([replace(one, role=f"{name}: {one.role}") for name, one in rows], may_leave)
     paper = zip(curate.PAPER["bank"], curate.PAPER["solvable"])
-    left = ", ".join(f"{after:,} of {bank:,}" for bank, after in paper)
-    print(
-        f"  and as if curation dropped nothing; the paper's keeps {left} text and image questions"
-    )
+    kept = ", ".join(f"{after:,} of {bank:,}" for bank, after in paper)
+    print(f"  and as if curation dropped nothing; the paper keeps {kept} text and image questions")
 
 
 def demo(args: argparse.Namespace) -> None:
@@ -256,19 +241,18 @@ def demo(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> None:
     folder, recipe = Path(args.out), RECIPES[args.recipe]
     limit = {"limit": args.limit or None}
-    recipe = override(
-        recipe,
-        curate=limit | {"reviewed": args.reviewed},
-        distill={"expand": args.expand, "checker": args.checker},
-        evaluate=limit | {"judge-samples": args.judge_samples},
-    )
+    changes = {
+        "curate": limit | {"reviewed": args.reviewed},
+        "distill": {"expand": args.expand, "checker": args.checker},
+        "evaluate": limit | {"judge-samples": args.judge_samples},
+    }
     given = {
         "base": args.base or recipe["base"], "root": args.images, "bank": args.questions,
         "against": args.test, "test": args.test, "baselines": args.baselines,
         "experts": args.experts, "classifier": args.classifier, "editor": args.editor,
         "judge": args.judge, "teachers": args.teachers, "seed": args.seed,
     }  # fmt: skip
-    stages = method(recipe, given, folder, args.gpus)
+    stages = method(override(recipe, changes), given, folder, args.gpus)
     if not args.dry:
         announce(stages, args.images_may_leave)
         run_stages(stages, folder, args.recipe, args)
@@ -317,15 +301,15 @@ def claims(args: argparse.Namespace) -> None:
 
 def status(args: argparse.Namespace) -> None:
     for one in pipeline.stages_of(Path(args.out)):
-        state, extra = one.state(), ""
+        state, more = one.state(), ""
         if state == "done":
             record = stage.read_record(one.folder / "stage.json")
             shown = {k: v for k, v in record["figures"].items() if not isinstance(v, dict)}
             figures = ", ".join(f"{name} {value}" for name, value in shown.items())
-            extra = f"{record['seconds']:>7.1f} s   {figures}"
+            more = f"{record['seconds']:>7.1f} s   {figures}"
             if edited := one.edited():
-                extra += f"   ({', '.join(edited)} changed since)"
-        print(f"{one.name:<12} {state:<12} {extra}")
+                more += f"   ({', '.join(edited)} changed since)"
+        print(f"{one.name:<12} {state:<12} {more}")
 
 
 def adopt(args: argparse.Namespace) -> None:
@@ -341,10 +325,8 @@ def adopt(args: argparse.Namespace) -> None:
 # Flags
 
 
-def add_run(commands) -> None:
-    parser = commands.add_parser("run", help="the method on your questions, at the paper's size")
-    parser.set_defaults(act=run)
-    add, several = parser.add_argument, {"nargs": "+", "required": True}
+def add_run(add) -> None:
+    several = {"nargs": "+", "required": True}
     add("recipe", choices=PUBLISHED)
     add("--base", default="", help="model folder, if not models/NAME")
     add("--questions", **several, help="the question bank")
@@ -364,23 +346,23 @@ def add_run(commands) -> None:
     add("--out", default="runs/full", help="run folder")
     add("--seed", type=flags.SEED, default=0)
     add("--reviewed", default="", help="review.csv of curate, its question column corrected")
-    # ours: paper silent
-    add("--judge-samples", type=flags.whole(0), default=1, help="judged of a question; 0: all")
-    add("--limit", type=flags.whole(0), default=0, help="rehearse on so many of each kind")
-    # ours: as in engines
-    add("--concurrency", type=flags.whole(1, 1000), default=16, help="remote requests at once")
-    add("--max-requests", type=flags.whole(0), default=0, help="of the whole run; 0: no limit")
+    said = "chains of each benchmark question that are judged; 0: all"
+    add("--judge-samples", type=flags.whole(0), default=1, help=said)  # ours: paper silent
+    said = "rehearse: so many text and image questions of the bank, and of the benchmarks"
+    add("--limit", type=flags.whole(0), default=0, help=said)
+    said = "requests at once to a remote engine"  # ours: as in engines
+    add("--concurrency", type=flags.whole(1, 1000), default=16, help=said)
+    said = "stop after so many requests of the whole run; 0: no limit"
+    add("--max-requests", type=flags.whole(0), default=0, help=said)
     add("--images-may-leave", action="store_true", help="images may be sent to other machines")
     add("--dry", action="store_true", help="print commands and costs only")
 
 
-def add_plan(commands) -> None:
-    parser = commands.add_parser("plan", help="memory of a GPU, and the micro-batch for it")
-    parser.set_defaults(act=plan)
-    add = parser.add_argument
+def add_plan(add) -> None:
     add("recipe", choices=PUBLISHED)
     add("--gpus", type=flags.whole(1), default=8, help="that share the weights")
-    add("--len", type=flags.whole(0), default=0, help="tokens of the longest row; 0: the recipe's")
+    said = "tokens of the longest row: prompt, images, responses; 0: as long as the recipe allows"
+    add("--len", type=flags.whole(0), default=0, help=said)
     add("--stage", choices=["sft", "dpo"], default="", help="default: both")
     add("--images", type=flags.whole(0), default=1, help="images of a row in Stage II")
     add("--memory", type=flags.number(above=0), default=80, help="GB of a GPU")
@@ -390,31 +372,33 @@ def add_plan(commands) -> None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    miniature = commands.add_parser("demo", help="the whole method in the miniature clinic")
-    miniature.set_defaults(act=demo)
-    add = miniature.add_argument
-    add("--out", default="runs/demo", help="run folder")
-    add("--seed", type=flags.SEED, default=0, help="of the world, the base model and every draw")
-    add("--fast", action="store_true", help="a smaller world: whether the chain is whole")
-    add_run(commands)
-    several = commands.add_parser("claims", help="the demo over several seeds, and what it shows")
-    several.set_defaults(act=claims)
-    add = several.add_argument
-    add("--out", default="runs/claims", help="folder of the runs")
+
+    def command(act, said: str):
+        added = commands.add_parser(act.__name__, help=said)
+        added.set_defaults(act=act)
+        return added.add_argument
+
+    add_run(command(run, "the method on your questions, with a recipe of the paper's size"))
+    add_plan(
+        command(plan, "will it fit? memory of a GPU, term by term, and the micro-batch for it")
+    )
+    one = command(demo, "the whole method in the miniature clinic")
+    one("--out", default="runs/demo", help="run folder")
+    one("--seed", type=flags.SEED, default=0, help="of the world, the base model and every draw")
+    one("--fast", action="store_true", help="a smaller world: whether the chain is whole")
+    several = command(claims, "the demo over several seeds, and what it shows")
+    several("--out", default="runs/claims", help="folder of the runs")
     # none of them was used to choose a setting
-    add("--seeds", type=flags.SEED, nargs="+", default=[21, 22, 23])
-    add("--write", default="", help="file for the table; default: CLAIMS.md in --out")
-    for small in (miniature, several):
-        small.add_argument("--size", choices=["tiny", "small"], default="tiny", help="of the model")
-        small.add_argument("--family", choices=["qwen", "internvl"], default="qwen")
-    add_plan(commands)
-    taken = commands.add_parser("adopt", help="take over stages that were finished by hand")
-    taken.set_defaults(act=adopt)
-    taken.add_argument("stages", nargs="+", metavar="STAGE")
-    taken.add_argument("--out", required=True, help="folder of the run, which was begun")
-    shown = commands.add_parser("status", help="which stages of a run are done")
-    shown.set_defaults(act=status)
-    shown.add_argument("--out", default="runs/demo", help="run folder")
+    several("--seeds", type=flags.SEED, nargs="+", default=[21, 22, 23])
+    several("--write", default="", help="file for the table; default: CLAIMS.md in --out")
+    for add in (one, several):
+        add("--size", choices=["tiny", "small"], default="tiny", help="of the model")
+        add("--family", choices=["qwen", "internvl"], default="qwen")
+    add = command(adopt, "take over stages of a run that were finished by hand")
+    add("stages", nargs="+", metavar="STAGE")
+    add("--out", required=True, help="folder of the run, which was begun")
+    add = command(status, "which stages of a run are done")
+    add("--out", default="runs/demo", help="run folder")
     return parser.parse_args(argv)
 
 

@@ -92,10 +92,8 @@ class Stage:
         while (aside := self.folder.with_name(f"{self.folder.name}.{number}")).exists():
             number += 1
         size = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
-        print(
-            f"   {self.folder} is set aside as {aside.name} ({size / 1e6:.1f} MB): {why}",
-            flush=True,
-        )
+        renamed = f"{self.folder} is set aside as {aside.name} ({size / 1e6:.1f} MB)"
+        print(f"   {renamed}: {why}", flush=True)
         self.folder.rename(aside)
 
     def adopt(self) -> None:
@@ -115,10 +113,8 @@ class Stage:
             raise data.RowError(f"{where} was made by {made}, not by {' '.join(command)}")
         if lost := stage.changed(finished["outputs"], self.folder):
             raise data.RowError(f"{where}: {lost[0]} is not as its stage.json has it")
-        inputs = {
-            path: stage.fingerprint(path) for path in finished["inputs"] if Path(path).exists()
-        }
-        ours = {"command": [self.script, *self.words], "inputs": inputs}
+        there = [path for path in finished["inputs"] if Path(path).exists()]
+        ours = {"command": [self.script, *self.words], "inputs": stage.hashes_of(there)}
         data.write_json(begun, {**ours, "adopted": finished["command"]})
 
     def run(self, limits: Iterable[str] = ()) -> None:
@@ -126,9 +122,8 @@ class Stage:
         change the speed, or whether it may run, but not the result. Raises UserError if it
         fails."""
         state = self.state()
-        print(
-            f"\n== {self.name}: {state}\n   $ {shlex.join([*self.command(), *limits])}", flush=True
-        )
+        typed = shlex.join([*self.command(), *limits])
+        print(f"\n== {self.name}: {state}\n   $ {typed}", flush=True)
         if state == "not begun by this run":
             raise data.RowError(
                 f"{self.folder} was not begun by this run, and is left alone; if it is this stage, "
@@ -169,13 +164,13 @@ def words_of(settings: dict) -> list[str]:
 
 
 def stages_from(commands: str, values: dict, ranks: int = 0) -> list[Stage]:
-    """The stages of a text: a line is NAME LAUNCHER SCRIPT and words. {name} is replaced by its
-    value; where it is a whole word and the value a list, by the words of the list."""
+    """The stages of a text: a line is NAME LAUNCHER SCRIPT and words; its --out is added. {name} is
+    replaced by its value; where it is a whole word and the value a list, by the list's words."""
     stages = []
     for line in commands.strip().splitlines():
         name, launcher, *typed = shlex.split(line)
         filled = []
-        for word in typed:
+        for word in [*typed, "--out", f"{{run}}/{name}"]:
             value = values.get(word[1:-1]) if word.startswith("{") else None
             filled += value if isinstance(value, list) else [word.format(**values)]
         size = 2 if filled[0] == "-m" else 1

@@ -34,15 +34,13 @@ from command import flags
 
 # the folder's own records, which are no results
 RECORDS = ("begun.json", "stage.json", "images.json", "medee.json", ".lock")
-# the keys of a record, and their types
-BEGUN = {"settings": dict, "inputs": dict}
-KEYS = {
-    "begun.json": BEGUN,
-    "medee.json": {"command": list},
+KEYS = {  # the keys of a record, and their types
     "run.json": {"started_in": str, "stages": list},
+    "medee.json": {"command": list},
+    "begun.json": {"settings": dict, "inputs": dict},
     "stage.json": {
-        **BEGUN, "command": list, "outputs": dict, "sources": dict, "figures": dict,
-        "seconds": float,
+        "settings": dict, "inputs": dict, "command": list, "outputs": dict, "sources": dict,
+        "figures": dict, "seconds": float,
     },
 }  # fmt: skip
 # config, tokenizer, processor, weights
@@ -101,16 +99,14 @@ def fingerprint(path: str | Path) -> str:
         counts = name.suffix in MODEL_FILES if model else name.suffix != ".md"
         if counts and not hidden and name.name not in RECORDS and file.is_file():
             names.append(name)
-    names.sort()
-    with ThreadPoolExecutor() as pool:  # hashing releases Python's lock
-        hashes = pool.map(large_hash, [path / name for name in names])
-        return data.content_hash([[str(name), digest] for name, digest in zip(names, hashes)])
+    hashes = hashes_of(path / name for name in names)
+    return data.content_hash([[str(name), hashes[str(path / name)]] for name in sorted(names)])
 
 
 def hashes_of(paths: Iterable[str | Path]) -> dict[str, str]:
     """{path: fingerprint, or "" where nothing is}."""
     names = list(dict.fromkeys(map(str, paths)))
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor() as pool:  # hashing releases Python's lock
         found = pool.map(lambda name: fingerprint(name) if Path(name).exists() else "", names)
         return dict(zip(names, found))
 
@@ -138,11 +134,9 @@ def difference(old: dict, new: dict, then: dict[str, str], now: dict[str, str]) 
     input, as in "lr 0.0001 -> 0.001, demos.jsonl changed"; "" where nothing does."""
     names = [name for name in sorted(old | new) if old.get(name) != new.get(name)]
     found = [f"{name} {old.get(name)!r} -> {new.get(name)!r}" for name in names]
-    for path in sorted(then | now):
-        if then.get(path) != now.get(path):
-            both = path in then and path in now
-            found.append(f"{path} changed" if both else f"{path} is another input")
-            break
+    other = [path for path in sorted(then | now) if then.get(path) != now.get(path)]
+    for path in other[:1]:
+        found.append(f"{path} {'changed' if path in then and path in now else 'is another input'}")
     return ", ".join(found)
 
 

@@ -512,7 +512,7 @@ def every_stage() -> list:
             stages += medee.demo_stages(Path("runs/demo"), family, "tiny", world, 0)
     for name, recipe in medee.RECIPES.items():
         more = {"expand": [["gemini:a", "gemini:b"]], "checker": "gemini:c"}
-        recipe = medee.override(recipe, curate={"reviewed": "review.csv"}, distill=more)
+        recipe = medee.override(recipe, {"curate": {"reviewed": "review.csv"}, "distill": more})
         stages += medee.method(recipe, GIVEN, Path("runs/x"), 8)
     return stages
 
