@@ -130,14 +130,15 @@ def settings_of(args: argparse.Namespace, free: Iterable[str] = ()) -> dict:
 
 
 def difference(old: dict, new: dict, then: dict[str, str], now: dict[str, str]) -> str:
-    """How settings (old, new) and hashes of inputs (then, now) differ: every setting and the first
-    input, as in "lr 0.0001 -> 0.001, demos.jsonl changed"; "" where nothing does."""
+    """How settings (old, new) differ, "lr 0.0001 -> 0.001"; if they do not, the first input whose
+    hashes (then, now) differ, "demos.jsonl changed"; "" where nothing does."""
     names = [name for name in sorted(old | new) if old.get(name) != new.get(name)]
-    found = [f"{name} {old.get(name)!r} -> {new.get(name)!r}" for name in names]
-    other = [path for path in sorted(then | now) if then.get(path) != now.get(path)]
-    for path in other[:1]:
-        found.append(f"{path} {'changed' if path in then and path in now else 'is another input'}")
-    return ", ".join(found)
+    if names:
+        return ", ".join(f"{name} {old.get(name)!r} -> {new.get(name)!r}" for name in names)
+    for path in sorted(then | now):
+        if then.get(path) != now.get(path):
+            return f"{path} changed" if path in then and path in now else f"{path} is another input"
+    return ""
 
 
 def record_of(folder: Path) -> Path:
