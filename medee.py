@@ -1,18 +1,16 @@
 """MedE² in order: each stage is a command, printed, run and resumed (paper §3, Fig. 2).
 
     python medee.py demo                         the whole method on a laptop: a miniature clinic
-    python medee.py demo --fast                  the same chain in a smaller world
     python medee.py run qwen2.5-vl-7b ...        the same stages at the paper's size
     python medee.py status                       which stages of a run are done
     python medee.py adopt sft --out runs/7b      takes over a stage that was finished by hand
     python medee.py plan qwen2.5-vl-7b --gpus 8  memory of a GPU in both stages, term by term
     python medee.py claims                       the demo over several seeds, with intervals
 
-METHOD below is the method. {name} is a path, the run's input, or the recipe's flags for that stage.
-The miniature and the 7B differ in their recipes, never in the code. `run --dry` prints the commands
-and their costs. Each stage writes RUN/NAME; engines' completions are paid for and kept in
-RUN/replies; RUN/run.json lists the stages. command/pipeline.py decides what is done and what must
-be made anew.
+METHOD below is the method. {name} is a path, the run's input, or the recipe's flags for that stage;
+--out {run}/NAME is added to each. The miniature and the 7B differ in their recipes, never in the
+code. Engines' completions are kept in RUN/replies; RUN/run.json lists the stages.
+command/pipeline.py decides what is done and what must be made anew.
 
 Where we depart from the paper, or it is silent: see each script. The recipes say which numbers are
 the paper's.
@@ -20,62 +18,45 @@ the paper's.
 
 import argparse
 import shlex
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import data
 from command import flags, pipeline, stage
-from command.pipeline import Stage, words
+from command.pipeline import Stage, words_of
 from engines import bill
 
 METHOD = """
-curate       python curate.py all --questions {bank} --against {against} {filters} \
-                 {pictures} {curate} --seed {seed} --out {run}/curate
-distill      python distill.py run --questions {run}/curate/text.jsonl \
-                 {teachers} {distill} --seed {seed} --out {run}/distill
-sft          torchrun sft.py --model {base} --demos {run}/distill/demos.jsonl \
-                 {pictures} {sft} --seed {seed} --out {run}/sft
+curate       python curate.py all --questions {bank} --against {against} --baselines {baselines} \
+               --experts {experts} --classifier {classifier} --editor {editor} {images} {curate} \
+               --seed {seed}
+distill      python distill.py run --questions {run}/curate/text.jsonl --teachers {teachers} \
+               {distill} --seed {seed}
+sft          torchrun sft.py --model {base} --demos {run}/distill/demos.jsonl {images} {sft} \
+               --seed {seed}
 rollout      python rollout.py --engine {engine}:{run}/sft/merged \
-                 --questions {run}/curate/image.jsonl \
-                 {pictures} {rollout} --seed {seed} --out {run}/rollout
+               --questions {run}/curate/image.jsonl {images} {rollout} --seed {seed}
 verdicts     python judge.py verdicts --judge {judge} --rollouts {run}/rollout/rollouts.jsonl \
-                 --questions {run}/curate/image.jsonl \
-                 {pictures} --seed {seed} --out {run}/verdicts
+               --questions {run}/curate/image.jsonl {images} --seed {seed}
 pairs        python judge.py pairs --verdicts {run}/verdicts/verdicts.jsonl \
-                 --rollouts {run}/rollout/rollouts.jsonl --questions {run}/curate/image.jsonl \
-                 {pairs} --seed {seed} --out {run}/pairs
-dpo          torchrun dpo.py --model {run}/sft/merged --pairs {run}/pairs/pairs.jsonl \
-                 {pictures} {dpo} --seed {seed} --out {run}/dpo
-eval-base    python evaluate.py --engine {engine}:{base} --name base --questions {test} \
-                 {pictures} {evaluate} --judge {judge} --seed {seed} --out {run}/eval-base
+               --rollouts {run}/rollout/rollouts.jsonl --questions {run}/curate/image.jsonl \
+               {pairs} --seed {seed}
+dpo          torchrun dpo.py --model {run}/sft/merged --pairs {run}/pairs/pairs.jsonl {images} \
+               {dpo} --seed {seed}
+eval-base    python evaluate.py --engine {engine}:{base} --name base --questions {test} {images} \
+               {evaluate} --judge {judge} --seed {seed}
 eval-stage1  python evaluate.py --engine {engine}:{run}/sft/merged --name '+ Stage I' \
-                 --questions {test} {pictures} {evaluate} --judge {judge} --seed {seed} \
-                 --out {run}/eval-stage1
+               --questions {test} {images} {evaluate} --judge {judge} --seed {seed}
 eval-stage2  python evaluate.py --engine {engine}:{run}/dpo/merged --name '+ Stage II' \
-                 --questions {test} {pictures} {evaluate} --judge {judge} --seed {seed} \
-                 --out {run}/eval-stage2
+               --questions {test} {images} {evaluate} --judge {judge} --seed {seed}
 report       python -m report page --results {run}/eval-base {run}/eval-stage1 {run}/eval-stage2 \
-                 --sft {run}/sft --dpo {run}/dpo --pairs {run}/pairs --images {images} \
-                 --out {run}/report
+               --sft {run}/sft --dpo {run}/dpo --pairs {run}/pairs --images {root}
 """
 CLINIC = """
-world        python -m clinic world {world} --out {run}/world --seed {seed}
-base         python -m clinic teach --family {family} --size {size} {teach} --out {run}/base \
-                 --seed {seed}
+world        python -m clinic world {world} --seed {seed}
+base         python -m clinic teach --family {family} --size {size} {teach} --seed {seed}
 """  # before METHOD in the demo: the miniature's questions and its base model
-ASKING = ("curate", "distill", "rollout", "verdicts", "eval-base", "eval-stage1", "eval-stage2")
-RESULTS = {  # what a run prints at its end
-    "report/report.png": "accuracy, criteria, training curves, MV@n and pass@n",
-    "report/films.png": "preference pairs: film, question, chosen beside rejected",
-    "report/table.md": "the table above",
-    "curate/funnel.png": "questions left after each filter, with the paper's beside",
-    "curate/rejected.jsonl": "every rejected question, with its reason and the evidence",
-    "pairs/pairs.jsonl": "what Stage II learnt from",
-    "dpo/merged": "the final model, a Hugging Face folder",
-}
 
 # --------------------------------------------------------------------------------------------------
 # Recipes: the flags of each stage for one base model. "image" holds for all stages with images.
@@ -87,113 +68,104 @@ FULL = {
     # paper 3.3: n; the rest ours
     "rollout": {"n": 8, "temperature": 0.95, "top-p": 0.95, "max-tokens": 8192},
     "pairs": {"rule": "all"},  # ours
+    # paper App. C: method, lr; the rest ours. max-length: a prompt of up to 8K tokens and two
+    # responses of a rollout's maximum, so no pair is dropped
+    "dpo": {"max-length": 8192 + 2 * 8192, "method": "full", "lr": 1e-6, "beta": 0.1, "epochs": 1,
+            "batch": 64, "checkpointing": True},
     "evaluate": {"n": 32, "temperature": 0.5, "max-tokens": 8192},  # paper 4.3
 }  # fmt: skip
-# ours: a prompt of up to 8K tokens and two responses of a rollout's maximum, so no pair is dropped
-LONGEST = 8192 + 2 * 8192
-DPO_FULL = {  # paper App. C: method, lr; the rest ours
-    "max-length": LONGEST, "method": "full", "lr": 1e-6, "beta": 0.1, "epochs": 1, "batch": 64,
-    "checkpointing": True,
-}  # fmt: skip
-DPO_LORA = DPO_FULL | {"method": "lora", "lr": 5e-6}  # paper App. C: method; the rest ours
 MINI = {  # ours, chosen on development questions: so small a model learns at other rates than a 7B
     "engine": "hf",
     # questions and films come from templates and are alike by construction
     "curate": {"limits": [0, 0, 0], "max-tokens": 24},
     "distill": {"answer-form": "text", "words": [5, 120]},  # no option look-up for so small a model
-    "sft": {
-        "lr": 5e-3, "epochs": 4, "batch": 2, "rank": 16, "alpha": 32, "pack": 900, "save-every": 25,
-    },
+    "sft": {"lr": 5e-3, "epochs": 4, "batch": 2, "rank": 16, "alpha": 32, "pack": 900,
+            "save-every": 25},
     "rollout": {"n": 8, "temperature": 0.7, "top-p": 1.0, "max-tokens": 96},
     "pairs": {"rule": "all"},
-    "dpo": {
-        "method": "full", "lr": 3e-5, "beta": 0.5, "epochs": 1, "batch": 16, "save-every": 25,
-    },
+    "dpo": {"method": "full", "lr": 3e-5, "beta": 0.5, "epochs": 1, "batch": 16, "save-every": 25},
     "evaluate": {"n": [16, 2], "temperature": 0.5, "max-tokens": 96, "judge-samples": 0},
 }  # fmt: skip
 
 
-def sampled_on(gpus: int) -> dict:
-    """FULL with this many GPUs for each vLLM: they hold the bf16 weights and the KV cache."""
+def override(recipe: dict, changes: dict[str, dict]) -> dict:
+    """A recipe with other flags for some of its stages."""
+    return recipe | {name: recipe[name] | more for name, more in changes.items()}
+
+
+def large(gpus: int) -> dict:
+    """FULL for a model that needs so many GPUs for each vLLM: LoRA in Stage II too."""
     parallel = {"tensor-parallel": gpus}
-    return FULL | {name: FULL[name] | parallel for name in ("rollout", "evaluate")}
+    lora = {"method": "lora", "lr": 5e-6}  # paper App. C: method; lr ours
+    return override(FULL, {"rollout": parallel, "evaluate": parallel, "dpo": lora})
 
 
-QWEN, INTERNVL = {"image": {"pixels": 768 * 768}}, {"image": {"tiles": 1}}
+QWEN, INTERNVL = {"image": {"pixels": 768 * 768}}, {"image": {"tiles": 1}}  # ours
 RECIPES = {
-    "qwen2.5-vl-7b": FULL | QWEN | {"base": "models/Qwen2.5-VL-7B-Instruct", "dpo": DPO_FULL},
-    "internvl3-8b": FULL | INTERNVL | {"base": "models/InternVL3-8B-hf", "dpo": DPO_FULL},
-    "qwen2.5-vl-32b": (
-        sampled_on(2) | QWEN | {"base": "models/Qwen2.5-VL-32B-Instruct", "dpo": DPO_LORA}
-    ),
-    "qwen2.5-vl-72b": (
-        sampled_on(4) | QWEN | {"base": "models/Qwen2.5-VL-72B-Instruct", "dpo": DPO_LORA}
-    ),
+    "qwen2.5-vl-7b": FULL | QWEN | {"base": "models/Qwen2.5-VL-7B-Instruct"},
+    "internvl3-8b": FULL | INTERNVL | {"base": "models/InternVL3-8B-hf"},
+    "qwen2.5-vl-32b": large(2) | QWEN | {"base": "models/Qwen2.5-VL-32B-Instruct"},
+    "qwen2.5-vl-72b": large(4) | QWEN | {"base": "models/Qwen2.5-VL-72B-Instruct"},
     "mini-qwen": MINI | {"image": {"pixels": 56 * 56}},
     "mini-internvl": MINI | INTERNVL,
 }
 PUBLISHED = [name for name in RECIPES if not name.startswith("mini")]
-# the miniature's questions, the schooling of its base model, and what changes in the recipe
-WORLDS = {
+WORLDS = {  # the miniature's questions, the schooling of its base model, and the recipe's changes
     "normal": {
-        "world": {
-            "text": 800, "image": 1000, "dev-image": 200, "dev-text": 50, "test-image": 300,
-            "test-text": 150,
-        },
+        "world": {"text": 800, "image": 1000, "dev-image": 200, "dev-text": 50, "test-image": 300,
+                  "test-text": 150},
         "teach": {"films": 6000, "eye-epochs": 3, "steps": 240, "batch": 24},
         "recipe": {},
     },
     "fast": {
-        "world": {
-            "text": 160, "image": 100, "dev-image": 10, "dev-text": 10, "test-image": 20,
-            "test-text": 10, "modalities": 1,
-        },
-        "teach": {
-            "films": 1200, "eye-epochs": 4, "steps": 150, "batch": 8, "print-every": 20,
-            "modalities": 1,
-        },
+        "world": {"text": 160, "image": 100, "dev-image": 10, "dev-text": 10, "test-image": 20,
+                  "test-text": 10, "modalities": 1},
+        "teach": {"films": 1200, "eye-epochs": 4, "steps": 150, "batch": 8, "print-every": 20,
+                  "modalities": 1},
         "recipe": {"sft": {"batch": 1}, "evaluate": {"n": [2, 1]}},
     },
 }  # fmt: skip
 
 
 def method(recipe: dict, given: dict, run: Path, ranks: int = 0) -> list[Stage]:
-    """The stages of METHOD. given: "base", "images", "judge" and "seed"; lists of files "bank",
-    "against" and "test"; lists of words "filters" and "teachers". ranks: of torchrun, or 0."""
-    chosen = {name: words(value) for name, value in recipe.items() if isinstance(value, dict)}
-    pictures = ["--images", given["images"], *chosen["image"]]
-    more = {"run": run, "engine": recipe["engine"], "pictures": pictures}
+    """The stages of METHOD. given: "base", "root" of images, "seed", and what answers or is read;
+    a list where there may be several. ranks: of torchrun, or 0."""
+    chosen = {name: words_of(value) for name, value in recipe.items() if isinstance(value, dict)}
+    images = ["--images", given["root"], *chosen["image"]]
+    more = {"run": run, "engine": recipe["engine"], "images": images}
     return pipeline.stages_from(METHOD, chosen | given | more, ranks)
 
 
 def demo_stages(run: Path, family: str, size: str, world: str, seed: int) -> list[Stage]:
     """The stages of the miniature: the clinic makes its world and base model, then METHOD."""
-    recipe, sizes, made = RECIPES[f"mini-{family}"], WORLDS[world], f"{run}/world"
-    recipe = recipe | {name: recipe[name] | more for name, more in sizes["recipe"].items()}
+    sizes, made = WORLDS[world], f"{run}/world"
+    recipe = override(RECIPES[f"mini-{family}"], sizes["recipe"])
     clinic = {"family": family, "size": size, "run": run, "seed": seed}
-    clinic |= {name: words(sizes[name]) for name in ("world", "teach")}
-    filters = {
-        "baselines": [f"hf:{run}/base"],
-        "experts": ["clinic:expert-a", "clinic:expert-b"],
-        "classifier": "clinic:classifier",
-        "editor": "clinic:editor",
-    }
+    clinic |= {name: words_of(sizes[name]) for name in ("world", "teach")}
     given = {
-        "base": f"{run}/base",
-        "bank": [f"{made}/bank.jsonl"],
-        "images": made,
-        "against": [f"{made}/dev.jsonl", f"{made}/test.jsonl"],
-        "test": [f"{made}/test.jsonl"],
-        "filters": words(filters),
-        "teachers": ["--teachers", "clinic:thorough", "clinic:hasty", "clinic:bookish"],
-        "judge": "clinic:judge",
-        "seed": seed,
-    }
+        "base": f"{run}/base", "root": made, "bank": [f"{made}/bank.jsonl"],
+        "against": [f"{made}/dev.jsonl", f"{made}/test.jsonl"], "test": [f"{made}/test.jsonl"],
+        "baselines": [f"hf:{run}/base"], "experts": ["clinic:expert-a", "clinic:expert-b"],
+        "classifier": "clinic:classifier", "editor": "clinic:editor", "judge": "clinic:judge",
+        "teachers": ["clinic:thorough", "clinic:hasty", "clinic:bookish"], "seed": seed,
+    }  # fmt: skip
     return pipeline.stages_from(CLINIC, clinic) + method(recipe, given, run)
 
 
 # --------------------------------------------------------------------------------------------------
 # Commands
+
+
+ASKING = ("curate", "distill", "rollout", "verdicts", "eval-base", "eval-stage1", "eval-stage2")
+RESULTS = {  # what a run prints at its end
+    "report/report.png": "accuracy, criteria, training curves, MV@n and pass@n",
+    "report/films.png": "preference pairs: film, question, chosen beside rejected",
+    "report/table.md": "the table above",
+    "curate/funnel.png": "questions left after each filter, with the paper's beside",
+    "curate/rejected.jsonl": "every rejected question, with its reason and the evidence",
+    "pairs/pairs.jsonl": "what Stage II learnt from",
+    "dpo/merged": "the final model, a Hugging Face folder",
+}
 
 
 def run_stages(
@@ -204,7 +176,7 @@ def run_stages(
     with pipeline.begin(run, stages):
         for number, one in enumerate(stages, 1):
             print(f"\n[{number}/{len(stages)}, {time.time() - started:.0f} s]", end="", flush=True)
-            (with_limits(one, run, args) if args else one).run()
+            one.run(limits(one, run, args) if args else [])
     if paid := bill.paid(run / "replies"):
         print("\npaid so far: " + ", ".join(f"{paid[name]:,} {name}" for name in bill.COUNTED))
     print(f"\n{title} took {time.time() - started:.0f} s. In {run}:")
@@ -213,61 +185,48 @@ def run_stages(
             print(f"  {name:<24} {about}")
 
 
-def with_limits(one: Stage, run: Path, args: argparse.Namespace) -> Stage:
-    """A stage that asks engines, with its limits; --max-requests is what is left of the whole
-    run's. Raises RowError if nothing is left. Any other stage is returned as it is."""
+def limits(one: Stage, run: Path, args: argparse.Namespace) -> list[str]:
+    """The limits of a stage that asks engines, as flags; --max-requests is what is left of the
+    whole run's. Raises RowError if nothing is left."""
     if one.name not in ASKING:
-        return one
-    limits = ["--concurrency", str(args.concurrency)]
-    if args.images_may_leave:
-        limits.append("--images-may-leave")
-    if args.max_requests:
-        left = args.max_requests - bill.paid(run / "replies")["requests"]
-        if left <= 0 and one.state() != "done":
-            made = f"{args.max_requests} requests were made (--max-requests)"
-            raise data.RowError(f"{made}; give more to go on")
-        limits += ["--max-requests", str(max(left, 1))]
-    return replace(one, limits=tuple(limits))
+        return []
+    left = args.max_requests - bill.paid(run / "replies")["requests"]
+    if args.max_requests and left <= 0 and one.state() != "done":
+        made = f"{args.max_requests} requests were made (--max-requests)"
+        raise data.RowError(f"{made}; give more to go on")
+    more = {"images-may-leave": True} if args.images_may_leave else {}
+    more |= {"max-requests": max(left, 1)} if args.max_requests else {}
+    return words_of({"concurrency": args.concurrency} | more)
 
 
-def costs(stages: list[Stage]) -> list[bill.Cost]:
-    """What a run may cost at most, by stage: as if curation dropped no question and every chain had
-    the maximum length."""
+def announce(stages: list[Stage], may_leave: bool) -> None:
+    """Prints what a run may cost at most, by stage: as if curation dropped no question and every
+    chain had the maximum length. Raises RowError if images would leave without permission."""
     import curate
     import distill
     import evaluate
     import judge
     import rollout
 
-    typed, found = {one.name: list(one.words) for one in stages}, {}
+    typed = {one.name: one.words for one in stages}
     settings = curate.parse(typed["curate"])
     bank = curate.bank_of(settings)
-    found["curate"] = curate.costs(bank, settings)
+    costs = {"curate": curate.costs(bank, settings)}
     text = [question for question in bank if not question.images]
-    found["distill"] = distill.costs(text, distill.parse(typed["distill"]))
+    costs["distill"] = distill.costs(text, distill.parse(typed["distill"]))
     sampled = rollout.parse(typed["rollout"])
     longest = bill.LETTERS * sampled.max_tokens
     chains = [(question, longest) for question in bank if question.images] * sampled.n
-    found["verdicts"] = [judge.cost(chains, judge.parse(typed["verdicts"]))]
+    costs["verdicts"] = [judge.cost(chains, judge.parse(typed["verdicts"]))]
     for name in ("eval-base", "eval-stage1", "eval-stage2"):
         settings = evaluate.parse(typed[name])
         by_id = evaluate.questions_of(settings)
-        found[name] = evaluate.costs(by_id, evaluate.requests_of(by_id, settings), settings)
-    return [
-        replace(one, role=f"{name}: {one.role}")
-        for name, several in found.items()
-        for one in several
-    ]
-
-
-def announce(stages: list[Stage], may_leave: bool) -> None:
-    """Prints the table of costs. Raises RowError if images would leave without permission."""
-    from curate import PAPER
-
-    bill.announce(costs(stages), may_leave)
-    left = [f"{after:,} of {bank:,}" for bank, after in zip(PAPER["bank"], PAPER["solvable"])]
-    assumed = "and as if curation dropped nothing; the paper's keeps"
-    print(f"  {assumed} {', '.join(left)} text and image questions")
+        costs[name] = evaluate.costs(by_id, evaluate.requests_of(by_id, settings), settings)
+    rows = [(name, one) for name, several in costs.items() for one in several]
+    bill.announce([replace(one, role=f"{name}: {one.role}") for name, one in rows], may_leave)
+    paper = zip(curate.PAPER["bank"], curate.PAPER["solvable"])
+    kept = ", ".join(f"{after:,} of {bank:,}" for bank, after in paper)
+    print(f"  and as if curation dropped nothing; the paper keeps {kept} text and image questions")
 
 
 def demo(args: argparse.Namespace) -> None:
@@ -281,35 +240,25 @@ def demo(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> None:
     folder, recipe = Path(args.out), RECIPES[args.recipe]
-    limit = {"limit": args.limit} if args.limit else {}
-    evaluated = recipe["evaluate"] | limit | {"judge-samples": args.judge_samples}
-    recipe = recipe | {"curate": recipe["curate"] | limit, "evaluate": evaluated}
-    filters = {
-        "baselines": args.baselines,
-        "experts": args.experts,
-        "classifier": args.classifier,
-        "editor": args.editor,
-        "reviewed": args.reviewed,
+    limit = {"limit": args.limit or None}
+    changes = {
+        "curate": limit | {"reviewed": args.reviewed},
+        "distill": {"expand": args.expand, "checker": args.checker},
+        "evaluate": limit | {"judge-samples": args.judge_samples},
     }
-    teachers = {"teachers": args.teachers, "expand": args.expand, "checker": args.checker}
     given = {
-        "base": args.base or recipe["base"],
-        "bank": args.questions,
-        "images": args.images,
-        "against": args.test,
-        "test": args.test,
-        "filters": words({name: value for name, value in filters.items() if value}),
-        "teachers": words({name: value for name, value in teachers.items() if value}),
-        "judge": args.judge,
-        "seed": args.seed,
-    }
-    stages = method(recipe, given, folder, args.gpus)
+        "base": args.base or recipe["base"], "root": args.images, "bank": args.questions,
+        "against": args.test, "test": args.test, "baselines": args.baselines,
+        "experts": args.experts, "classifier": args.classifier, "editor": args.editor,
+        "judge": args.judge, "teachers": args.teachers, "seed": args.seed,
+    }  # fmt: skip
+    stages = method(override(recipe, changes), given, folder, args.gpus)
     if not args.dry:
         announce(stages, args.images_may_leave)
         run_stages(stages, folder, args.recipe, args)
         return
     for one in stages:
-        print(shlex.join(with_limits(one, folder, args).command()))
+        print(shlex.join([*one.command(), *limits(one, folder, args)]))
     if missing := [path for path in (*args.questions, *args.test) if not Path(path).exists()]:
         print(f"\nno table of costs: {missing[0]} is not there")
     else:
@@ -340,27 +289,27 @@ def plan(args: argparse.Namespace) -> None:
 
 
 def claims(args: argparse.Namespace) -> None:
+    from report import __main__ as report
+
     folders = [Path(args.out) / f"seed-{seed}" for seed in args.seeds]
     for seed, folder in zip(args.seeds, folders):
         stages = demo_stages(folder, args.family, args.size, "normal", seed)
         run_stages(stages, folder, f"seed {seed}")
     out = args.write or str(Path(args.out) / "CLAIMS.md")
-    typed = ["-m", "report", "claims", "--runs", *map(str, folders), "--out", out]
-    print("\n   $ " + shlex.join(["python", *typed]), flush=True)
-    subprocess.run([sys.executable, *typed], env=pipeline.environment(), check=True)
+    report.main(["claims", "--runs", *map(str, folders), "--out", out])
 
 
 def status(args: argparse.Namespace) -> None:
     for one in pipeline.stages_of(Path(args.out)):
-        state, extra = one.state(), ""
+        state, more = one.state(), ""
         if state == "done":
             record = stage.read_record(one.folder / "stage.json")
             shown = {k: v for k, v in record["figures"].items() if not isinstance(v, dict)}
             figures = ", ".join(f"{name} {value}" for name, value in shown.items())
-            extra = f"{record['seconds']:>7.1f} s   {figures}"
+            more = f"{record['seconds']:>7.1f} s   {figures}"
             if edited := one.edited():
-                extra += f"   ({', '.join(edited)} changed since)"
-        print(f"{one.name:<12} {state:<12} {extra}")
+                more += f"   ({', '.join(edited)} changed since)"
+        print(f"{one.name:<12} {state:<12} {more}")
 
 
 def adopt(args: argparse.Namespace) -> None:
@@ -376,11 +325,8 @@ def adopt(args: argparse.Namespace) -> None:
 # Flags
 
 
-def add_run(commands) -> None:
-    said = "the method on your questions, with a recipe of the paper's size"
-    parser = commands.add_parser("run", help=said)
-    parser.set_defaults(act=run)
-    add, several = parser.add_argument, {"nargs": "+", "required": True}
+def add_run(add) -> None:
+    several = {"nargs": "+", "required": True}
     add("recipe", choices=PUBLISHED)
     add("--base", default="", help="model folder, if not models/NAME")
     add("--questions", **several, help="the question bank")
@@ -389,21 +335,17 @@ def add_run(commands) -> None:
     add("--baselines", **several, help="engines that must not solve a question")
     add("--experts", **several, help="engines that must each solve it once")
     add("--classifier", required=True, help="engine that tells the type of image questions")
-    said = "engine that takes image descriptions out of questions"
-    add("--editor", required=True, help=said)
+    add("--editor", required=True, help="engine that takes image descriptions out of questions")
     add("--teachers", **several, help="engines that write demonstrations")
     said = "a teacher that tells a summary, and the engine that writes it out; may be repeated"
     two = ("TEACHER", "EXPANDER")
     add("--expand", nargs=2, action="append", default=[], metavar=two, help=said)
-    said = "engine that checks demonstrations for structure and plausibility"
-    add("--checker", default="", help=said)
+    add("--checker", default="", help="engine that checks demonstrations")
     add("--judge", required=True, help="engine that judges chains")
-    said = "ranks of torchrun; 0: one process without it"
-    add("--gpus", type=flags.whole(0), default=8, help=said)
+    add("--gpus", type=flags.whole(0), default=8, help="ranks of torchrun; 0: without torchrun")
     add("--out", default="runs/full", help="run folder")
     add("--seed", type=flags.SEED, default=0)
-    said = "review.csv of curate with its question column corrected, as curate.py takes it"
-    add("--reviewed", default="", help=said)
+    add("--reviewed", default="", help="review.csv of curate, its question column corrected")
     said = "chains of each benchmark question that are judged; 0: all"
     add("--judge-samples", type=flags.whole(0), default=1, help=said)  # ours: paper silent
     said = "rehearse: so many text and image questions of the bank, and of the benchmarks"
@@ -412,16 +354,11 @@ def add_run(commands) -> None:
     add("--concurrency", type=flags.whole(1, 1000), default=16, help=said)
     said = "stop after so many requests of the whole run; 0: no limit"
     add("--max-requests", type=flags.whole(0), default=0, help=said)
-    said = "let images be sent to engines on other machines"
-    add("--images-may-leave", action="store_true", help=said)
+    add("--images-may-leave", action="store_true", help="images may be sent to other machines")
     add("--dry", action="store_true", help="print commands and costs only")
 
 
-def add_plan(commands) -> None:
-    said = "will it fit? memory of a GPU, term by term, and the micro-batch for it"
-    parser = commands.add_parser("plan", help=said)
-    parser.set_defaults(act=plan)
-    add = parser.add_argument
+def add_plan(add) -> None:
     add("recipe", choices=PUBLISHED)
     add("--gpus", type=flags.whole(1), default=8, help="that share the weights")
     said = "tokens of the longest row: prompt, images, responses; 0: as long as the recipe allows"
@@ -429,41 +366,39 @@ def add_plan(commands) -> None:
     add("--stage", choices=["sft", "dpo"], default="", help="default: both")
     add("--images", type=flags.whole(0), default=1, help="images of a row in Stage II")
     add("--memory", type=flags.number(above=0), default=80, help="GB of a GPU")
-    said = "local model folder whose config.json is read, instead of the published shapes"
-    add("--base", default="", help=said)
+    add("--base", default="", help="local model folder whose config.json is read")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    said = "MedE²: elicit and enhance multimodal medical reasoning."
-    parser = argparse.ArgumentParser(description=said)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    miniature = commands.add_parser("demo", help="the whole method in the miniature clinic")
-    miniature.set_defaults(act=demo)
-    add = miniature.add_argument
+
+    def command(act, said: str):
+        added = commands.add_parser(act.__name__, help=said)
+        added.set_defaults(act=act)
+        return added.add_argument
+
+    add_run(command(run, "the method on your questions, with a recipe of the paper's size"))
+    add_plan(
+        command(plan, "will it fit? memory of a GPU, term by term, and the micro-batch for it")
+    )
+    one = command(demo, "the whole method in the miniature clinic")
+    one("--out", default="runs/demo", help="run folder")
+    one("--seed", type=flags.SEED, default=0, help="of the world, the base model and every draw")
+    one("--fast", action="store_true", help="a smaller world: whether the chain is whole")
+    several = command(claims, "the demo over several seeds, and what it shows")
+    several("--out", default="runs/claims", help="folder of the runs")
+    # none of them was used to choose a setting
+    several("--seeds", type=flags.SEED, nargs="+", default=[21, 22, 23])
+    several("--write", default="", help="file for the table; default: CLAIMS.md in --out")
+    for add in (one, several):
+        add("--size", choices=["tiny", "small"], default="tiny", help="of the model")
+        add("--family", choices=["qwen", "internvl"], default="qwen")
+    add = command(adopt, "take over stages of a run that were finished by hand")
+    add("stages", nargs="+", metavar="STAGE")
+    add("--out", required=True, help="folder of the run, which was begun")
+    add = command(status, "which stages of a run are done")
     add("--out", default="runs/demo", help="run folder")
-    add("--seed", type=flags.SEED, default=0, help="of the world, the base model and every draw")
-    said = "a smaller world: whether the chain is whole, not what it shows"
-    add("--fast", action="store_true", help=said)
-    add_run(commands)
-    several = commands.add_parser("claims", help="the demo over several seeds, and what it shows")
-    several.set_defaults(act=claims)
-    add = several.add_argument
-    add("--out", default="runs/claims", help="folder of the runs")
-    said = "none of them was used to choose a setting"
-    add("--seeds", type=flags.SEED, nargs="+", default=[21, 22, 23], help=said)
-    add("--write", default="", help="file for the table; default: CLAIMS.md in --out")
-    for small in (miniature, several):
-        small.add_argument("--size", choices=["tiny", "small"], default="tiny", help="of the model")
-        small.add_argument("--family", choices=["qwen", "internvl"], default="qwen")
-    add_plan(commands)
-    said = "take over stages of a run that were finished by hand"
-    taken = commands.add_parser("adopt", help=said)
-    taken.set_defaults(act=adopt)
-    taken.add_argument("stages", nargs="+", metavar="STAGE")
-    taken.add_argument("--out", required=True, help="folder of the run, which was begun")
-    shown = commands.add_parser("status", help="which stages of a run are done")
-    shown.set_defaults(act=status)
-    shown.add_argument("--out", default="runs/demo", help="run folder")
     return parser.parse_args(argv)
 
 

@@ -1,16 +1,11 @@
 """The command line: types of numeric flags, and how a script's main is run.
 
-argparse rejects a bad value with the name of its flag and exit code 2:
-
     add("--batch", type=flags.whole(1))                       1, 2, 3 ...
-    add("--distance", type=flags.whole(0, 64))                a bounded count
     add("--top-p", type=flags.number(above=0, high=1))        0 < x <= 1
 
-A range is the widest that the code behind the flag handles. Ranges that several scripts share are
-defined below. A condition on several values is checked after parse_args, with parser.error.
-
-`run_script(main)` runs every script. A user's mistake ends it with one paragraph and exit code 1, a
-bug with a traceback. With --debug every error gives a traceback.
+argparse rejects a bad value with the name of its flag and exit code 2. A range is the widest that
+the code behind the flag handles. A condition on several values is checked after parse_args, with
+parser.error. `run_script(main)` runs every script.
 
 Where we depart from the paper, or it is silent: it has no command line.
 """
@@ -25,7 +20,6 @@ from pathlib import Path
 from typing import NoReturn
 
 LARGEST = 2**63 - 1  # a larger number overflows in range() and in tensors
-INF = math.inf
 
 
 def whole(low: int, high: int = LARGEST) -> Callable[[str], int]:
@@ -44,7 +38,9 @@ def whole(low: int, high: int = LARGEST) -> Callable[[str], int]:
     return read
 
 
-def number(low: float = -INF, high: float = INF, above: float = -INF) -> Callable[[str], float]:
+def number(
+    low: float = -math.inf, high: float = math.inf, above: float = -math.inf
+) -> Callable[[str], float]:
     """The type of a finite number: low and high are included in the range, `above` is not."""
     bounds = {f"above {above:g}": above, f"of {low:g} or more": low, f"of at most {high:g}": high}
     wanted = " and ".join(text for text, bound in bounds.items() if math.isfinite(bound))
@@ -135,41 +131,34 @@ def run_script(main: Callable[[list[str]], object]) -> NoReturn:
     """Runs a script's main on the command line and ends the process. An error of the user or the
     machine gives one paragraph and exit code 1 (2 for a wrong flag). A bug, or any error with
     --debug, gives a traceback."""
+    argv = [word for word in sys.argv[1:] if word != "--debug"]
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    for stream in (sys.stdout, sys.stderr):  # a terminal shows the code of a character it lacks
+        stream.reconfigure(errors="backslashreplace")
+    code, message = 1, ""
     try:
-        code = run_main(main)
+        for word in argv:
+            word.encode()  # a path that is not UTF-8 could not be recorded
+        code = main(argv)
+        sys.stdout.flush()
     except SystemExit as end:
         code = end.code
-    if isinstance(code, str):
-        print(code, file=sys.stderr)
-        code = 1
+    except KeyboardInterrupt:
+        kept = f"what is done is kept in {_folder}" if _folder else "nothing was begun"
+        message = f"\nstopped; {kept}; the same command goes on"
+    except BrokenPipeError:  # nobody reads our output any more, so no message
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as error:
+        if "--debug" in sys.argv or not (message := explain(error)):
+            raise
+        if not isinstance(error, UserError):
+            message = f"{program()}: {message}"
+    if message:
+        print(message, file=sys.stderr)
     if "RANK" in os.environ:
         # with several ranks, a thread may abort while Python exits; all data is on disk by then
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code or 0)
     sys.exit(code)
-
-
-def run_main(main: Callable[[list[str]], object]) -> int | str | None:
-    """Runs main. Returns its exit code, or the message of a user's or machine's error."""
-    argv = [word for word in sys.argv[1:] if word != "--debug"]
-    sys.stdout = sys.stdout or open(os.devnull, "w")
-    sys.stderr = sys.stderr or open(os.devnull, "w")
-    for stream in (sys.stdout, sys.stderr):  # a terminal shows the code of a character it lacks
-        stream.reconfigure(errors="backslashreplace")
-    try:
-        for word in argv:
-            word.encode()  # a path that is not UTF-8 could not be recorded
-        code = main(argv)
-        sys.stdout.flush()
-        return code
-    except KeyboardInterrupt:
-        kept = f"what is done is kept in {_folder}" if _folder else "nothing was begun"
-        return f"\nstopped; {kept}; the same command goes on"
-    except BrokenPipeError:  # nobody reads our output any more, so no message
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except Exception as error:
-        if "--debug" in sys.argv or not (message := explain(error)):
-            raise
-        return message if isinstance(error, UserError) else f"{program()}: {message}"

@@ -5,42 +5,23 @@ those asked for now. A killed stage resumes from its last row or step. If its se
 changed, its folder is renamed to NAME.1 and the stage is made anew; nothing is ever deleted. A
 folder that the run did not begin is left alone. A change of the code is only reported.
 
-reads and writes RUN/run.json, the run's stages, and FOLDER/medee.json, beside the folder's own
-records (stage.py).
+reads and writes RUN/run.json, the run's stages, and FOLDER/medee.json, the command, beside the
+folder's own records (stage.py), which name its inputs.
 
 Where we depart from the paper, or it is silent: it does not say how its steps were run.
 """
 
 import os
-import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 import data
 from command import flags, stage
-
-FILES = (  # flags that name files, models or results; images are recorded by the scripts
-    "questions", "against", "reviewed", "review", "baselines", "experts", "classifier", "editor",
-    "teachers", "expand", "checker", "model", "demos", "engine", "rollouts", "judge", "verdicts",
-    "pairs", "open-ended", "results", "sft", "dpo",
-)  # fmt: skip
-
-
-def named_files(words: tuple[str, ...]) -> dict[str, str]:
-    """{path: fingerprint} of every file and model folder that the flags of a command name."""
-    found, flag = {}, ""
-    for word in words:
-        if re.match(r"--?[a-z]", word):
-            flag = word.lstrip("-")
-            continue
-        path = re.sub(r"^(?:(?:text|image)=)?(?:hf|vllm):", "", word)
-        if flag in FILES and path and Path(path).exists():
-            found[path] = stage.fingerprint(path)
-    return found
 
 
 def environment() -> dict[str, str]:
@@ -53,15 +34,13 @@ def environment() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Stage:
-    """One command. Its folder is its --out. medee.json there records with which command and inputs
-    this run began it."""
+    """One command. Its folder is its --out; medee.json there says with which command this run began
+    it."""
 
     name: str
     script: str
-    words: tuple[str, ...]
+    words: list[str]
     ranks: int = 0  # above 0: launched by torchrun
-    # flags that change the speed, or whether it may run, but not the result: not recorded
-    limits: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -70,62 +49,56 @@ class Stage:
     def command(self) -> list[str]:
         """The command as a user types it."""
         launcher = ["torchrun", "--nproc_per_node", str(self.ranks)] if self.ranks else ["python"]
-        return [*launcher, *self.script.split(), *self.words, *self.limits]
-
-    def record(self) -> dict:
-        return {"command": [self.script, *self.words], "inputs": named_files(self.words)}
+        return [*launcher, *self.script.split(), *self.words]
 
     def state(self) -> str:
         """The stage's state: "done", "to do", "interrupted", "not begun by this run", or what
         changed since."""
-        begun, finished = self.folder / "medee.json", self.folder / "stage.json"
+        begun, path = self.folder / "medee.json", stage.record_of(self.folder)
         if not begun.exists():
             filled = self.folder.exists() and any(self.folder.iterdir())
             return "not begun by this run" if filled else "to do"
-        record, now = stage.read_record(begun), self.record()
-        if record["command"] != now["command"]:
+        ours = stage.read_record(begun)
+        if ours["command"] != [self.script, *self.words]:
             return "its settings changed"
-        then, inputs = record["inputs"], now["inputs"]
-        for path in sorted(then | inputs):
-            if then.get(path) != inputs.get(path):
-                return f"{path} changed"
-        if not finished.exists():
+        if not path.exists():
             return "interrupted"
-        if image := stage.changed_image(self.folder):
-            return f"{image} changed"
-        lost = stage.changed_output(self.folder, stage.read_record(finished))
-        return f"its output {lost} changed" if lost else "done"
+        record = stage.read_record(path)
+        inputs = ours.get("inputs", record["inputs"]) | stage.read_images(self.folder)
+        if changed := stage.changed(inputs):
+            return f"{changed[0]} changed"
+        if path.name == "begun.json":
+            return "interrupted"
+        lost = stage.changed(record["outputs"], self.folder)
+        return f"its output {lost[0]} changed" if lost else "done"
 
     def edited(self) -> list[str]:
         """Files of the project that changed since the stage was finished. The stage stays done: a
         corrected comment must not cost a week of training. If a change matters, move the folder
         away."""
-        then = stage.read_record(self.folder / "stage.json")["sources"]
-        lost = [name for name in then if not (flags.HERE / name).exists()]
-        there = [name for name in then if name not in lost]
-        other = [name for name in there if data.file_hash(flags.HERE / name) != then[name]]
-        return sorted(lost + other)
+        return stage.changed(stage.read_record(self.folder / "stage.json")["sources"], flags.HERE)
 
     def set_aside(self, why: str) -> None:
-        """Renames the folder. Raises RowError if it holds an input, or if a command is still
-        writing there."""
+        """Renames the folder. Raises RowError if the command reads a file in it, or if another
+        command is still writing there."""
         own = Path(os.path.realpath(self.folder))
-        for path in named_files(self.words):
-            if own in Path(os.path.realpath(path)).parents:
-                where = f"{path} lies in {self.folder}, which must be made anew ({why})"
+        for word in self.words:
+            path = Path(os.path.realpath(word))
+            if own in path.parents and path.exists():
+                where = f"{word} lies in {self.folder}, which must be made anew ({why})"
                 raise data.RowError(f"{where}; copy it to another place and name that")
         stage.hold(self.folder / ".lock", str(self.folder)).close()
         number = 1
         while (aside := self.folder.with_name(f"{self.folder.name}.{number}")).exists():
             number += 1
         size = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
-        shown = f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
-        print(f"   {self.folder} is set aside as {aside.name} ({shown}): {why}", flush=True)
+        renamed = f"{self.folder} is set aside as {aside.name} ({size / 1e6:.1f} MB)"
+        print(f"   {renamed}: {why}", flush=True)
         self.folder.rename(aside)
 
     def adopt(self) -> None:
-        """Accepts, once, a finished folder that was made by hand. Raises RowError unless it is
-        complete and of this stage's command."""
+        """Accepts, once, a finished folder that was made by hand. Of its inputs those are watched
+        that are there. Raises RowError unless it is complete and of this stage's command."""
         begun, where = self.folder / "medee.json", f"adopt {self.name}: {self.folder}"
         if begun.exists():
             if "adopted" in stage.read_record(begun):
@@ -138,15 +111,19 @@ class Stage:
         if finished["command"][: len(command)] != command:
             made = " ".join(finished["command"][:2])
             raise data.RowError(f"{where} was made by {made}, not by {' '.join(command)}")
-        if lost := stage.changed_output(self.folder, finished):
-            raise data.RowError(f"{where}: {lost} is not as its stage.json has it")
-        data.write_json(begun, {**self.record(), "adopted": finished["command"]})
+        if lost := stage.changed(finished["outputs"], self.folder):
+            raise data.RowError(f"{where}: {lost[0]} is not as its stage.json has it")
+        there = [path for path in finished["inputs"] if Path(path).exists()]
+        ours = {"command": [self.script, *self.words], "inputs": stage.hashes_of(there)}
+        data.write_json(begun, {**ours, "adopted": finished["command"]})
 
-    def run(self) -> None:
-        """Runs the command unless it is done, and resumes it if nothing changed. Raises UserError
-        if it fails."""
+    def run(self, limits: Iterable[str] = ()) -> None:
+        """Runs the command unless it is done, and resumes it if nothing changed. limits: flags that
+        change the speed, or whether it may run, but not the result. Raises UserError if it
+        fails."""
         state = self.state()
-        print(f"\n== {self.name}: {state}\n   $ {shlex.join(self.command())}", flush=True)
+        typed = shlex.join([*self.command(), *limits])
+        print(f"\n== {self.name}: {state}\n   $ {typed}", flush=True)
         if state == "not begun by this run":
             raise data.RowError(
                 f"{self.folder} was not begun by this run, and is left alone; if it is this stage, "
@@ -160,56 +137,50 @@ class Stage:
             return
         if state not in ("to do", "interrupted"):
             self.set_aside(state)
-        data.write_json(self.folder / "medee.json", self.record())
+        data.write_json(self.folder / "medee.json", {"command": [self.script, *self.words]})
         launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(self.ranks)]
         module = self.script.startswith("-m ")
         script = self.script.split() if module else [str(flags.HERE / self.script)]
-        command = [*(launcher if self.ranks else []), *script, *self.words, *self.limits]
+        command = [*(launcher if self.ranks else []), *script, *self.words, *limits]
         code = subprocess.run([sys.executable, *command], env=environment()).returncode
         if code:
             failed = f"{self.name} stopped with exit code {code}"
             raise flags.UserError(f"{failed}; the same command goes on from there")
 
 
-def words(flags: dict) -> list[str]:
-    """{"lr": 1e-4, "n": 8, "checkpointing": True} -> ["--lr", "0.0001", "-n", "8",
+def words_of(settings: dict) -> list[str]:
+    """{"lr": 1e-4, "n": 8, "checkpointing": True, "base": ""} -> ["--lr", "0.0001", "-n", "8",
     "--checkpointing"]; a list of lists repeats its flag."""
-    out = []
-    for name, value in flags.items():
-        repeated = isinstance(value, list) and value and isinstance(value[0], list)
+    words = []
+    for name, value in settings.items():
+        if value in (None, "", []):
+            continue
+        repeated = isinstance(value, list) and isinstance(value[0], list)
         for one in value if repeated else [value]:
-            out.append(("-" if len(name) == 1 else "--") + name)
+            words.append(("-" if len(name) == 1 else "--") + name)
             if one is not True:
-                out += map(str, one if isinstance(one, (list, tuple)) else [one])
-    return out
+                words += map(str, one if isinstance(one, list) else [one])
+    return words
 
 
 def stages_from(commands: str, values: dict, ranks: int = 0) -> list[Stage]:
-    """The stages of a text: a line is NAME LAUNCHER SCRIPT and words. {name} is replaced by its
-    value; where it is a whole word and the value a list, by the words of the list."""
+    """The stages of a text: a line is NAME LAUNCHER SCRIPT and words; its --out is added. {name} is
+    replaced by its value; where it is a whole word and the value a list, by the list's words."""
     stages = []
     for line in commands.strip().splitlines():
         name, launcher, *typed = shlex.split(line)
         filled = []
-        for word in typed:
+        for word in [*typed, "--out", f"{{run}}/{name}"]:
             value = values.get(word[1:-1]) if word.startswith("{") else None
             filled += value if isinstance(value, list) else [word.format(**values)]
         size = 2 if filled[0] == "-m" else 1
-        script, rest = " ".join(filled[:size]), tuple(filled[size:])
-        stages.append(Stage(name, script, rest, ranks if launcher == "torchrun" else 0))
+        script, words = " ".join(filled[:size]), filled[size:]
+        stages.append(Stage(name, script, words, ranks if launcher == "torchrun" else 0))
     return stages
 
 
 # --------------------------------------------------------------------------------------------------
 # The folder of a run
-
-
-def read_run(run: Path) -> dict:
-    """run.json. Raises RowError if it is not a run's."""
-    record = data.read_json(run / "run.json")
-    data.need({"record": record}, str(run / "run.json"), record=dict)
-    data.need(record, str(run / "run.json"), started_in=str, stages=list)
-    return record
 
 
 def begin(run: Path, stages: list[Stage]) -> IO:
@@ -218,10 +189,10 @@ def begin(run: Path, stages: list[Stage]) -> IO:
         raise data.RowError("--out: a folder of the run's own is wanted")
     flags.working_in(run)
     if (run / "run.json").exists():
-        read_run(run)  # so that a foreign run.json is not replaced
+        stage.read_record(run / "run.json")  # so that a foreign run.json is not replaced
     lock = stage.hold(run / ".lock", f"--out {run}")
     stage.remember(run)
-    rows = [[one.name, one.script, list(one.words), one.ranks] for one in stages]
+    rows = [[one.name, one.script, one.words, one.ranks] for one in stages]
     data.write_json(run / "run.json", {"started_in": os.getcwd(), "stages": rows})
     return lock
 
@@ -232,11 +203,10 @@ def stages_of(run: Path) -> list[Stage]:
     if not (run / "run.json").exists():
         begin_it = f"start one with: python medee.py demo --out {run}"
         raise flags.UserError(f"{run} holds no run; {begin_it}")
-    record, there = read_run(run), Path(os.path.realpath(run))
+    record, there = stage.read_record(run / "run.json"), Path(os.path.realpath(run))
     stage.remember(there)
     os.chdir(record["started_in"])
-    rows = record["stages"]
-    stages = [Stage(name, script, tuple(typed), ranks) for name, script, typed, ranks in rows]
+    stages = [Stage(*row) for row in record["stages"]]
     for one in stages:
         if (held := Path(os.path.realpath(one.folder)).parent) != there:
             moved = "a run that was copied or moved has no status"

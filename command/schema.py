@@ -52,27 +52,30 @@ def is_turn(turn) -> bool:
 
 
 Rule = tuple[str, Callable[[object], bool]]  # what a value must be, in words and as a test
+
+
+def list_of(words: str, holds: Callable[[object], bool]) -> Rule:
+    return f"a list of {words}", lambda value: is_list(value, holds)
+
+
+def or_null(rule: Rule) -> Rule:
+    words, holds = rule
+    return f"{words}, or null", lambda value: value is None or holds(value)
+
+
 TEXT: Rule = ("a text", is_text)
 FILLED: Rule = ("a text that is not empty", is_filled)
 WHOLE: Rule = ("a whole number of 0 or more", is_whole)
+NUMBER: Rule = ("a number", is_number)
 TRUTH: Rule = ("true or false", lambda value: type(value) is bool)
 OBJECT: Rule = ("an object", lambda value: isinstance(value, dict))
-CHOICE: Rule = ("a text, or null", lambda value: value is None or is_text(value))
 FINISH: Rule = (f"one of {', '.join(FINISH_REASONS)}", lambda value: value in FINISH_REASONS)
-NUMBER: Rule = ("a number, or null", lambda value: value is None or is_number(value))
-NUMBERS: Rule = ("a list of numbers", lambda value: is_list(value, is_number))
-NAMES: Rule = ("a list of texts", lambda value: is_list(value, is_text))
+NAMES, NUMBERS = list_of("texts", is_text), list_of("numbers", is_number)
+TOKENS = list_of("token ids", lambda value: is_whole(value) and value < 2**31)
+IMAGES = list_of("paths inside the image root, without '..'", data.is_inside)
 META: Rule = (
     "an object, with a list of texts under 'answers' if there is one",
     lambda value: isinstance(value, dict) and is_list(value.get("answers", []), is_text),
-)
-TOKENS: Rule = (
-    "a list of token ids, or null",
-    lambda value: value is None or is_list(value, lambda one: is_whole(one) and one < 2**31),
-)
-IMAGES: Rule = (
-    "a list of paths inside the image root, without '..'",
-    lambda value: is_list(value, data.is_inside),
 )
 OPTIONS: Rule = (
     "an object of two to ten texts with the letters A, B, C ... in order, or {}",
@@ -119,13 +122,13 @@ KINDS = {
     ),
     "rollouts": Kind(
         {
-            "id": FILLED, "sample": WHOLE, "response": TEXT, "token_ids": TOKENS,
+            "id": FILLED, "sample": WHOLE, "response": TEXT, "token_ids": or_null(TOKENS),
             "finish_reason": FINISH, "response_sha": TEXT,
         },
         {
             "engine": TEXT, "seed": WHOLE, "asked": TEXT, "reasoning": TEXT,
-            "extracted": CHOICE, "correct": TRUTH, "official": CHOICE, "official_correct": TRUTH,
-            "logp": NUMBER, "token_logps": NUMBERS,
+            "extracted": or_null(TEXT), "correct": TRUTH, "official": or_null(TEXT),
+            "official_correct": TRUTH, "logp": or_null(NUMBER), "token_logps": NUMBERS,
         },
         lambda row: (row["id"], row["sample"]),
     ),
@@ -134,7 +137,8 @@ KINDS = {
             "id": FILLED, "sample": WHOLE, "response_sha": TEXT, "criteria": VERDICT,
             "verdict_sha": TEXT,
         },
-        {"error": CHOICE, "judge": TEXT, "raw": TEXT}, lambda row: (row["id"], row["sample"]),
+        {"error": or_null(TEXT), "judge": TEXT, "raw": TEXT},
+        lambda row: (row["id"], row["sample"]),
     ),
     "pairs": Kind(
         {
@@ -144,16 +148,14 @@ KINDS = {
         {
             f"{side}_{key}": rule for side in ("chosen", "rejected")
             for key, rule in (
-                ("sample", WHOLE), ("token_ids", TOKENS), ("verdict", TEXT),
-                ("logp", NUMBER), ("token_logps", NUMBERS),
+                ("sample", WHOLE), ("token_ids", or_null(TOKENS)), ("verdict", TEXT),
+                ("logp", or_null(NUMBER)), ("token_logps", NUMBERS),
             )
         },
         lambda row: (row["id"], row["chosen"], row["rejected"]),
     ),
     "key": Kind({"case": FILLED, "id": FILLED, "response_sha": TEXT}, {}, lambda row: row["case"]),
-    "metrics": Kind(
-        {"step": WHOLE, "loss": ("a number", is_number)}, {}, lambda row: row["step"]
-    ),
+    "metrics": Kind({"step": WHOLE, "loss": NUMBER}, {}, lambda row: row["step"]),
 }  # fmt: skip
 # the key that tells a kind, tried in this order: metrics may have any key, also "chosen"
 KIND_KEYS = {
@@ -204,8 +206,11 @@ def check_row(row: dict, where: str, kind: str) -> None:
         raise RowError(f"{where}: {fault}")
 
 
-def checked_rows(path: str | Path, kind: str) -> Iterator[dict | RowError]:
-    """Every row of a file, or its RowError. At least one row, all of `kind`, all different."""
+def checked_rows(
+    path: str | Path, kind: str, mistakes: list[RowError] | None = None
+) -> Iterator[dict]:
+    """The rows of a file one by one: at least one, all of `kind`, all different. Raises the first
+    RowError, or leaves bad rows out and adds every error to `mistakes`."""
     count, seen = 0, {}
     for count, (where, row) in enumerate(data.read_jsonl(path), 1):
         try:
@@ -214,22 +219,19 @@ def checked_rows(path: str | Path, kind: str) -> Iterator[dict | RowError]:
             if (first := seen.setdefault(same, where)) != where:
                 twice = f"{str(same)[:80]!r} is already on {first}; remove one of the rows"
                 raise RowError(f"{where}: {twice}")
-            yield row
         except RowError as error:
-            yield error
+            if mistakes is None:
+                raise
+            mistakes.append(error)
+        else:
+            yield row
     if not count:
-        yield RowError(f"{path}: no row in it; look at what the stage that writes {kind} printed")
+        raise RowError(f"{path}: no row in it; look at what the stage that writes {kind} printed")
 
 
 def read_rows(path: str | Path, kind: str) -> list[dict]:
-    """Every row of a file of one kind ("demos", "pairs", ...). All are checked before any is
-    returned. Raises the first RowError."""
-    rows = []
-    for row in checked_rows(path, kind):
-        if isinstance(row, RowError):
-            raise row
-        rows.append(row)
-    return rows
+    """Every row of a file of one kind ("demos", "pairs", ...), checked."""
+    return list(checked_rows(path, kind))
 
 
 def question_from(row: dict, where: str) -> Question:
@@ -251,20 +253,16 @@ def read_metrics(folder: str | Path) -> list[dict]:
 
 def check(args: argparse.Namespace) -> int:
     """`python -m report check`: prints every mistake of every file."""
-    mistakes = 0
+    count = 0
     for path in args.files:
-        good, kind = 0, "questions"
+        mistakes, good, kind = [], 0, "questions"
         try:
             kind = kind_of_file(path)
-            for row in checked_rows(path, kind):
-                if isinstance(row, RowError):
-                    mistakes += 1
-                    print(row)
-                else:
-                    good += 1
+            for _ in checked_rows(path, kind, mistakes):
+                good += 1
         except RowError as error:  # the rest of the file cannot be read
-            mistakes += 1
-            print(error)
-        print(f"{path}: {good} {kind}" if good else f"{path}: no valid row")
-    print(f"{mistakes} mistakes")
-    return 1 if mistakes else 0
+            mistakes.append(error)
+        count += len(mistakes)
+        print(*mistakes, f"{path}: {good} {kind}" if good else f"{path}: no valid row", sep="\n")
+    print(f"{count} mistakes")
+    return 1 if count else 0

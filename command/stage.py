@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -33,14 +34,13 @@ from command import flags
 
 # the folder's own records, which are no results
 RECORDS = ("begun.json", "stage.json", "images.json", "medee.json", ".lock")
-# the keys of a record, and their types
-BEGUN = {"settings": dict, "inputs": dict}
-KEYS = {
-    "begun.json": BEGUN,
-    "medee.json": {"command": list, "inputs": dict},
+KEYS = {  # the keys of a record, and their types
+    "run.json": {"started_in": str, "stages": list},
+    "medee.json": {"command": list},
+    "begun.json": {"settings": dict, "inputs": dict},
     "stage.json": {
-        **BEGUN, "command": list, "outputs": dict, "sources": dict, "figures": dict,
-        "seconds": float,
+        "settings": dict, "inputs": dict, "command": list, "outputs": dict, "sources": dict,
+        "figures": dict, "seconds": float,
     },
 }  # fmt: skip
 # config, tokenizer, processor, weights
@@ -99,18 +99,22 @@ def fingerprint(path: str | Path) -> str:
         counts = name.suffix in MODEL_FILES if model else name.suffix != ".md"
         if counts and not hidden and name.name not in RECORDS and file.is_file():
             names.append(name)
-    names.sort()
+    hashes = hashes_of(path / name for name in names)
+    return data.content_hash([[str(name), hashes[str(path / name)]] for name in sorted(names)])
+
+
+def hashes_of(paths: Iterable[str | Path]) -> dict[str, str]:
+    """{path: fingerprint, or "" where nothing is}."""
+    names = list(dict.fromkeys(map(str, paths)))
     with ThreadPoolExecutor() as pool:  # hashing releases Python's lock
-        hashes = pool.map(large_hash, [path / name for name in names])
-        return data.content_hash([[str(name), digest] for name, digest in zip(names, hashes)])
+        found = pool.map(lambda name: fingerprint(name) if Path(name).exists() else "", names)
+        return dict(zip(names, found))
 
 
-def image_hashes(images: Iterable[str | Path]) -> dict[str, str]:
-    """{path: hash} of images; "" if not there, since the code that opens an image names its row."""
-    paths = list(dict.fromkeys(map(Path, images)))
-    with ThreadPoolExecutor() as pool:
-        hashes = pool.map(lambda path: data.file_hash(path) if path.is_file() else "", paths)
-        return dict(zip(map(str, paths), hashes))
+def changed(then: dict[str, str], folder: Path = Path()) -> list[str]:
+    """The files whose hashes are no longer those of `then`; names are relative to the folder."""
+    now = hashes_of(folder / name for name in then)
+    return [name for name, digest in then.items() if now[str(folder / name)] != digest]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -125,17 +129,22 @@ def settings_of(args: argparse.Namespace, free: Iterable[str] = ()) -> dict:
     return json.loads(json.dumps(settings, default=str))
 
 
-def difference(record: dict, now: dict) -> str:
-    """How a record's settings and inputs differ: "lr 0.0001 -> 0.001, demos.jsonl changed"; ""
-    where nothing does."""
-    old, new = record["settings"], now["settings"]
-    had, has = record["inputs"], now["inputs"]
+def difference(old: dict, new: dict, then: dict[str, str], now: dict[str, str]) -> str:
+    """How settings (old, new) differ, "lr 0.0001 -> 0.001"; if they do not, the first input whose
+    hashes (then, now) differ, "demos.jsonl changed"; "" where nothing does."""
     names = [name for name in sorted(old | new) if old.get(name) != new.get(name)]
-    found = [f"{name} {old.get(name)!r} -> {new.get(name)!r}" for name in names]
-    found += [f"{path} changed" for path in has if path in had and had[path] != has[path]]
-    if not found:
-        found = [f"{path} is another input" for path in sorted(had.keys() ^ has.keys())]
-    return ", ".join(found)
+    if names:
+        return ", ".join(f"{name} {old.get(name)!r} -> {new.get(name)!r}" for name in names)
+    for path in sorted(then | now):
+        if then.get(path) != now.get(path):
+            return f"{path} changed" if path in then and path in now else f"{path} is another input"
+    return ""
+
+
+def record_of(folder: Path) -> Path:
+    """stage.json, or begun.json while the folder is not finished."""
+    finished = folder / "stage.json"
+    return finished if finished.exists() else folder / "begun.json"
 
 
 def read_record(path: Path) -> dict:
@@ -146,32 +155,16 @@ def read_record(path: Path) -> dict:
     return record
 
 
-def changed_output(folder: Path, record: dict) -> str | None:
-    """The first output of a finished folder that changed since it was written, or None."""
-    for name, digest in record["outputs"].items():
-        if not (folder / name).exists() or fingerprint(folder / name) != digest:
-            return name
-    return None
-
-
 def read_images(folder: Path) -> dict[str, str]:
     """images.json, or {} where a folder has none."""
     path = folder / "images.json"
     return data.read_json(path) if path.exists() else {}
 
 
-def changed_image(folder: Path) -> str | None:
-    """The first image that a folder's command read and that changed or is gone; or None."""
-    then = read_images(folder)
-    now = image_hashes(then)
-    return next((image for image in then if now[image] != then[image]), None)
-
-
 # --------------------------------------------------------------------------------------------------
 # Opening and finishing a folder
 
-# real folder -> its lock and begun.json, until it is finished
-_held: dict[Path, tuple[IO, dict]] = {}
+_held: dict[Path, IO] = {}  # real folder -> its lock, until it is finished
 
 
 def hold(path: Path, what: str = "") -> IO:
@@ -193,7 +186,7 @@ def hold(path: Path, what: str = "") -> IO:
 def release() -> None:
     """Releases every folder of this process."""
     while _held:
-        _held.popitem()[1][0].close()
+        _held.popitem()[1].close()
 
 
 def results_of(folder: Path) -> list[str]:
@@ -210,28 +203,31 @@ def check_place(out: Path, inputs: list[Path]) -> None:
     for path in map(Path, map(os.path.realpath, inputs)):
         if real in (path, *path.parents) and path.exists():
             fault = f"holds {path}, which is read here"
-    results, records = results_of(out), ("stage.json", "begun.json")
-    if results and not any((out / name).exists() for name in records):
-        fault = fault or f"holds {results[0]}, which no finished or begun command wrote"
+    results = results_of(out)
+    if not fault and results and not record_of(out).exists():
+        fault = f"holds {results[0]}, which no finished or begun command wrote"
     if fault:
         raise data.RowError(f"--out {out}: {fault}; write to another folder")
 
 
-def check_same(out: Path, now: dict, images: dict[str, str], finished: bool) -> None:
-    """Raises RowError unless a folder was begun or finished with these settings, inputs and images,
-    and has its outputs if finished."""
-    record = read_record(out / ("stage.json" if finished else "begun.json"))
+def check_same(out: Path, settings: dict, inputs: dict[str, str]) -> None:
+    """Raises RowError unless a folder was begun or finished with these settings and inputs, and has
+    its outputs if finished."""
+    path, fault = record_of(out), ""
+    if not path.exists():
+        return
+    record, finished = read_record(path), path.name == "stage.json"
     if not finished and not results_of(out):
         return  # nothing was made yet
-    differs, before = difference(record, now), read_images(out)
-    other = [path for path in sorted(before | images) if before.get(path) != images.get(path)]
-    if differs := differs or (f"{other[0]} changed" if other else ""):
+    then = record["inputs"] | read_images(out)
+    if differs := difference(record["settings"], settings, then, inputs):
         was = f"was {'finished' if finished else 'begun'} with other settings or inputs"
-        advice = "write to another folder, or move this one away"
-        raise data.RowError(f"--out {out}: {was} ({differs}); {advice}")
-    if finished and (lost := changed_output(out, record)):
-        changed = f"is finished, but its {lost} is not as it was written"
-        raise data.RowError(f"--out {out}: {changed}; move the folder away to make it anew")
+        fault = f"{was} ({differs}); write to another folder, or move this one away"
+    elif edited := changed(record.get("outputs", {}), out):
+        fault = f"is finished, but its {edited[0]} is not as it was written; move the folder away"
+        fault += " to make it anew"
+    if fault:
+        raise data.RowError(f"--out {out}: {fault}")
 
 
 def open_folder(
@@ -248,23 +244,22 @@ def open_folder(
     out, inputs = Path(args.out), [Path(path) for path in inputs]
     check_place(out, inputs)
     remember(out.parent)
-    hashes = {str(path): fingerprint(path) for path in inputs}
-    now, seen = {"settings": settings_of(args, free), "inputs": hashes}, image_hashes(images)
-    real = Path(os.path.realpath(out))
+    begun = {
+        "settings": settings_of(args, free),
+        "inputs": {str(path): fingerprint(path) for path in inputs},
+    }
+    seen, real = hashes_of(images), Path(os.path.realpath(out))
     if real not in _held:
-        _held[real] = hold(out / ".lock", f"--out {out}"), now
+        _held[real] = hold(out / ".lock", f"--out {out}")
     flags.working_in(out)
-    finished = (out / "stage.json").exists()
-    if finished or (out / "begun.json").exists():
-        check_same(out, now, seen, finished)
-    if finished:
+    check_same(out, begun["settings"], begun["inputs"] | seen)
+    if (out / "stage.json").exists():
         print(f"{out}: is finished already ({out / 'stage.json'}); nothing to do")
         release()
         return False
-    _held[real] = _held[real][0], now
     if seen:
         data.write_json(out / "images.json", seen)
-    data.write_json(out / "begun.json", now)
+    data.write_json(out / "begun.json", begun)
     return True
 
 
@@ -277,13 +272,12 @@ def finish(
 ) -> None:
     """Writes stage.json, the last file. engines: {spec: what answered under it}."""
     out = Path(args.out)
-    file, begun = _held[Path(os.path.realpath(out))]
-    lock = out / ".lock"
+    file, lock = _held[Path(os.path.realpath(out))], out / ".lock"
     if not lock.exists() or not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
         raise data.RowError(f"--out {out}: was moved away while this command worked")
     record = {
         "command": [flags.program(), *sys.argv[1:]],
-        **begun,
+        **read_record(out / "begun.json"),
         "engines": engines or {},
         "outputs": {str(Path(path).relative_to(out)): fingerprint(path) for path in outputs},
         "figures": figures,
@@ -297,12 +291,10 @@ def finish(
 
 def versions() -> dict[str, str | None]:
     """{package: version, or None where it is not installed}."""
-    found: dict[str, str | None] = {"python": sys.version.split()[0]}
+    found: dict[str, str | None] = {"python": sys.version.split()[0], **dict.fromkeys(VERSIONS)}
     for package in VERSIONS:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
     return found
 
 

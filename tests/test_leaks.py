@@ -877,7 +877,7 @@ def test_recipe_of_the_miniature_drops_no_question_that_only_looks_alike(tmp_pat
         "test-image": 60,
         "test-text": 60,
     }
-    clinic.__main__.main(["world", "--out", str(world), *pipeline.words(sizes)])
+    clinic.__main__.main(["world", "--out", str(world), *pipeline.words_of(sizes)])
     against = [str(world / "test.jsonl"), str(world / "dev.jsonl")]
     common = ["all", "--questions", str(world / "bank.jsonl"), "--against", *against]
     assert medee.MINI["curate"]["limits"] == [0, 0, 0]
@@ -892,7 +892,7 @@ def test_recipe_of_the_miniature_drops_no_question_that_only_looks_alike(tmp_pat
     rules = {}
     for name, three in limits.items():
         out = ["--images", str(world), "--out", str(tmp_path / name)]
-        curate.main([*common, *out, *pipeline.words({"limits": three})])
+        curate.main([*common, *out, *pipeline.words_of({"limits": three})])
         rejected = data.read_jsonl(tmp_path / name / "rejected.jsonl")
         rules[name] = {row["evidence"]["rule"] for _, row in rejected}
     assert rules["recipe"] <= {"exact", "repeat"} and "run" in rules["own"]

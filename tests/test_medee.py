@@ -1,6 +1,7 @@
 """The driver: what counts as done, what runs again, and that recipes are commands which the scripts
 accept."""
 
+import argparse
 import importlib
 import json
 import os
@@ -15,12 +16,12 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from test_house import parsers
 
 import data
 import distill
 import medee
 from command import flags, pipeline, schema
+from command.stage import finish, open_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -37,7 +38,7 @@ def world_stage(run: Path, text: int = 6) -> pipeline.Stage:
     return pipeline.Stage(
         "world",
         "-m clinic",
-        ("world", *pipeline.words({**counts, "out": str(run / "world"), "seed": 0})),
+        ["world", *pipeline.words_of({**counts, "out": str(run / "world"), "seed": 0})],
     )
 
 
@@ -49,7 +50,7 @@ def distill_stage(run: Path) -> pipeline.Stage:
         "answer-form": "text",
         "out": f"{run}/distill",
     }
-    return pipeline.Stage("distill", "distill.py", ("run", *pipeline.words(flags)))
+    return pipeline.Stage("distill", "distill.py", ["run", *pipeline.words_of(flags)])
 
 
 def test_a_finished_stage_is_done_and_not_run_again(tmp_path, capsys):
@@ -133,7 +134,7 @@ def test_what_is_still_valid_is_never_asked_again(tmp_path):
     before = completions.read_bytes()
 
     def again(*more: str) -> pipeline.Stage:
-        return pipeline.Stage("distill", "distill.py", (*stage.words, *more))
+        return pipeline.Stage("distill", "distill.py", [*stage.words, *more])
 
     again("--words", "5", "300").run()  # nothing that an engine is asked with
     assert replies_of(tmp_path, "teacher") == [completions] and completions.read_bytes() == before
@@ -157,44 +158,37 @@ def test_a_sheet_that_a_human_filled_in_is_no_changed_output_and_outlives_every_
     sheet = stage.folder / "review.csv"
     sheet.write_text("chain,verdict\nchain-of-a-human,yes\n")
     assert stage.state() == "done"
-    pipeline.Stage("distill", "distill.py", (*stage.words, "--words", "5", "300")).run()
+    pipeline.Stage("distill", "distill.py", [*stage.words, "--words", "5", "300"]).run()
     assert (
         tmp_path / "distill.1" / "review.csv"
     ).read_text() == "chain,verdict\nchain-of-a-human,yes\n"
 
 
-def test_a_bank_in_the_folder_where_the_command_is_typed_counts_by_its_content(
+def test_a_stage_is_done_until_a_file_or_model_that_its_command_read_has_another_content(
     tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bank.jsonl").write_text("{}\n")
-    stage = pipeline.Stage(
-        "x",
-        "curate.py",
-        ("all", "--questions", "bank.jsonl", "--images", "films", "--out", "run/x"),
-    )
-    before = stage.record()["inputs"]
-    (tmp_path / "bank.jsonl").write_text("{}\n{}\n")
-    assert list(before) == ["bank.jsonl"] and stage.record()["inputs"] != before
-
-
-@pytest.mark.parametrize("engine", ["hf:{}", "vllm:{}", "image=hf:{}", "text=vllm:{}", "{}"])
-def test_a_model_that_a_flag_names_counts_by_its_weights_and_not_by_what_lies_beside_them(
-    tmp_path, engine
-):
-    model = tmp_path / "model"
-    (model / ".cache" / "huggingface").mkdir(parents=True)
-    (model / "config.json").write_text("{}")
-    (model / "model.safetensors").write_text("old")
-    stage = pipeline.Stage(
-        "x", "evaluate.py", ("--engine", engine.format(model), "--out", str(tmp_path / "out"))
-    )
-    before = stage.record()
-    (model / ".cache" / "huggingface" / "download.lock").write_text("now")
-    (model / "README.md").write_text("About this model")
-    assert stage.record() == before
-    (model / "model.safetensors").write_text("new")
-    assert stage.record() != before
+    (tmp_path / "model" / ".cache" / "huggingface").mkdir(parents=True)
+    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "model.safetensors").write_text("old")
+    words = ["--engine", "hf:model", "--questions", "bank.jsonl", "--seed", "0", "--out", "run/x"]
+    one = pipeline.Stage("x", "rollout.py", words)
+    data.write_json(one.folder / "medee.json", {"command": ["rollout.py", *words]})
+    assert one.state() == "interrupted"  # killed before it read anything
+    args = argparse.Namespace(out="run/x")
+    open_folder(args, ["bank.jsonl", "model"])
+    assert one.state() == "interrupted"
+    finish(args, [], time.time(), {})
+    for name in ("0", "rollout.py", "model/README.md", "model/.cache/huggingface/download.lock"):
+        (tmp_path / name).write_text("nothing that it read")
+    assert one.state() == "done"
+    for name, what in (("bank.jsonl", "bank.jsonl"), ("model/model.safetensors", "model")):
+        before = (tmp_path / name).read_text()
+        (tmp_path / name).write_text("new content")
+        assert one.state() == f"{what} changed"
+        (tmp_path / name).write_text(before)
+    assert one.state() == "done"
 
 
 def test_a_folder_that_this_run_did_not_begin_is_left_alone_and_the_way_out_is_said(tmp_path):
@@ -263,7 +257,7 @@ def test_a_folder_of_another_script_or_of_this_run_is_not_adopted_and_one_that_w
     record = json.loads((stage.folder / "medee.json").read_text())
     (stage.folder / "medee.json").write_text(json.dumps({**record, "adopted": []}))
     pipeline.Stage(
-        "distill", "distill.py", (*stage.words, "--seed", "5")
+        "distill", "distill.py", [*stage.words, "--seed", "5"]
     ).adopt()  # a second time changes nothing
     assert json.loads((stage.folder / "medee.json").read_text()) == {**record, "adopted": []}
 
@@ -287,7 +281,7 @@ def test_a_stage_in_which_a_command_still_works_is_not_set_aside(tmp_path):
     assert other.stdout.readline() == "held\n"
     before = files(stage.folder)
     with pytest.raises(data.RowError, match="another process is writing there"):
-        pipeline.Stage("distill", "distill.py", (*stage.words, "--seed", "5")).run()
+        pipeline.Stage("distill", "distill.py", [*stage.words, "--seed", "5"]).run()
     other.kill()
     other.wait()
     assert files(stage.folder) == before and not (tmp_path / "distill.1").exists()
@@ -300,7 +294,7 @@ def test_a_sheet_that_lies_in_the_stage_it_changes_is_not_set_aside_with_it(tmp_
     before = files(stage.folder)
     with pytest.raises(data.RowError, match="review.csv lies in .*; copy it to another place"):
         pipeline.Stage(
-            "distill", "distill.py", (*stage.words, "--review", str(stage.folder / "review.csv"))
+            "distill", "distill.py", [*stage.words, "--review", str(stage.folder / "review.csv")]
         ).run()
     assert files(stage.folder) == before
 
@@ -311,16 +305,14 @@ def test_an_image_that_became_another_under_its_name_is_a_change(tmp_path):
     stage = pipeline.Stage(
         "rollout",
         "rollout.py",
-        tuple(
-            pipeline.words(
-                {
-                    "engine": "clinic:thorough",
-                    "questions": f"{tmp_path}/world/bank.jsonl",
-                    "images": f"{tmp_path}/world",
-                    "n": 1,
-                    "out": f"{tmp_path}/rollout",
-                }
-            )
+        pipeline.words_of(
+            {
+                "engine": "clinic:thorough",
+                "questions": f"{tmp_path}/world/bank.jsonl",
+                "images": f"{tmp_path}/world",
+                "n": 1,
+                "out": f"{tmp_path}/rollout",
+            }
         ),
     )
     stage.run()
@@ -332,38 +324,6 @@ def test_an_image_that_became_another_under_its_name_is_a_change(tmp_path):
         [sys.executable, stage.script, *stage.words], cwd=ROOT, capture_output=True, text=True
     )
     assert ended.returncode == 1 and f"{film} changed" in ended.stderr
-
-
-def test_a_file_named_like_a_number_or_a_choice_changes_nothing(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    stage = pipeline.Stage(
-        "x", "dpo.py", ("--method", "full", "--seed", "0", "--model", "m", "--out", "run/x")
-    )
-    before = stage.record()
-    for name in ("0", "full", "1"):
-        (tmp_path / name).write_text("log")
-    assert stage.record() == before
-
-
-def test_every_flag_of_a_stage_that_can_name_a_file_counts():
-    """or an edited file would leave a stage done"""
-    places = {"out", "images", "replies", "name", "help", "family", "size"}
-    for script in sorted({stage.script for stage in every_stage()}):
-        for parser in parsers(module_of(script)):
-            for action in parser._actions:
-                if (
-                    action.type is None
-                    and action.nargs != 0
-                    and not action.choices
-                    and action.option_strings
-                ):
-                    names = {option.lstrip("-") for option in action.option_strings}
-                    used = any(
-                        names & {word.lstrip("-") for word in stage.words if word.startswith("-")}
-                        for stage in every_stage()
-                        if stage.script == script
-                    )
-                    assert not used or names & {*pipeline.FILES, *places}, f"{script} {names}"
 
 
 def test_a_run_keeps_out_of_places_that_are_not_its_own(tmp_path, monkeypatch):
@@ -415,7 +375,7 @@ def test_a_failing_stage_stops_the_run_and_names_itself(tmp_path):
     stage = pipeline.Stage(
         "distill",
         "distill.py",
-        (
+        [
             "run",
             "--questions",
             f"{tmp_path}/none.jsonl",
@@ -423,19 +383,17 @@ def test_a_failing_stage_stops_the_run_and_names_itself(tmp_path):
             "clinic:thorough",
             "--out",
             f"{tmp_path}/distill",
-        ),
+        ],
     )
     with pytest.raises(flags.UserError, match="distill stopped with exit code"):
         stage.run()
 
 
 GIVEN = {
-    "bank": ["bank.jsonl"], "images": "images", "against": ["test.jsonl"], "test": ["test.jsonl"],
-    "judge": "gemini:a", "seed": 0,
-    "filters": (
-        "--baselines vllm:base --experts gemini:a --classifier gemini:a --editor gemini:a".split()
-    ),
-    "teachers": "--teachers gemini:a --expand gemini:a gemini:b --checker gemini:c".split(),
+    "base": "base", "root": "images", "bank": ["bank.jsonl"], "against": ["test.jsonl"],
+    "test": ["test.jsonl"], "baselines": ["vllm:base"], "experts": ["gemini:a"],
+    "classifier": "gemini:a", "editor": "gemini:a", "judge": "gemini:a", "teachers": ["gemini:a"],
+    "seed": 0,
 }  # fmt: skip
 
 
@@ -530,14 +488,21 @@ def test_a_run_sends_no_image_away_without_leave_and_asks_no_more_than_it_may(tm
     data.write_jsonl(tmp_path / "run" / "replies" / "paid.jsonl", [ledger, ledger])
     args = medee.parse(full_run(tmp_path, "--max-requests", "150", "--concurrency", "3"))
     one = world_stage(tmp_path)
-    assert medee.with_limits(one, tmp_path / "run", args) == one  # it asks nobody
+    assert medee.limits(one, tmp_path / "run", args) == []  # it asks nobody
     asking = replace(one, name="curate")
-    limited = medee.with_limits(asking, tmp_path / "run", args)
-    assert limited.limits == ("--concurrency", "3", "--max-requests", "10")
-    assert limited.record() == asking.record() and limited.command()[-1] == "10"
+    left = ["--concurrency", "3", "--max-requests", "10"]
+    assert medee.limits(asking, tmp_path / "run", args) == left
     args.max_requests = 140
     with pytest.raises(data.RowError, match="140 requests were made"):
-        medee.with_limits(asking, tmp_path / "run", args)
+        medee.limits(asking, tmp_path / "run", args)
+
+
+def test_limits_are_told_to_the_command_and_are_no_change_of_it(tmp_path):
+    world_stage(tmp_path).run()
+    distill_stage(tmp_path).run(["--concurrency", "3"])
+    record = json.loads((tmp_path / "distill" / "stage.json").read_text())
+    assert record["command"][-2:] == ["--concurrency", "3"]
+    assert distill_stage(tmp_path).state() == "done"
 
 
 def every_stage() -> list:
@@ -546,7 +511,9 @@ def every_stage() -> list:
         for world in ("normal", "fast"):
             stages += medee.demo_stages(Path("runs/demo"), family, "tiny", world, 0)
     for name, recipe in medee.RECIPES.items():
-        stages += medee.method(recipe, {"base": "base", **GIVEN}, Path("runs/x"), 8)
+        more = {"expand": [["gemini:a", "gemini:b"]], "checker": "gemini:c"}
+        recipe = medee.override(recipe, {"curate": {"reviewed": "review.csv"}, "distill": more})
+        stages += medee.method(recipe, GIVEN, Path("runs/x"), 8)
     return stages
 
 
@@ -557,11 +524,11 @@ def module_of(script: str) -> str:
 
 def test_every_command_of_every_recipe_parses_with_its_own_script():
     for stage in every_stage():
-        importlib.import_module(module_of(stage.script)).parse(list(stage.words))
+        importlib.import_module(module_of(stage.script)).parse(stage.words)
 
 
 def test_words_of_a_command_carry_switches_lists_and_numbers():
-    assert pipeline.words({"lr": 1e-4, "n": 8, "checkpointing": True, "test": ["a", "b"]}) == [
+    assert pipeline.words_of({"lr": 1e-4, "n": 8, "checkpointing": True, "test": ["a", "b"]}) == [
         "--lr",
         "0.0001",
         "-n",
@@ -628,8 +595,7 @@ def test_recipes_carry_the_numbers_that_the_paper_gives():
 
 def test_rollout_training_and_evaluation_use_one_picture_of_an_image():
     for name in medee.RECIPES:
-        given = {"base": "base", **GIVEN}
-        stages = medee.method(medee.RECIPES[name], given, Path("r"))
+        stages = medee.method(medee.RECIPES[name], GIVEN, Path("r"))
         flag = "--tiles" if "internvl" in name else "--pixels"
         used = {
             stage.words[stage.words.index(flag) + 1]
@@ -679,12 +645,12 @@ def test_a_killed_driver_goes_on_from_where_it_was(tmp_path):
         "run = Path(sys.argv[2]);"
         "counts = {'text': 6, 'image': 400, 'dev-image': 2, 'dev-text': 2, 'test-image': 3, "
         "'test-text': 2};"
-        "world = pipeline.Stage('world', '-m clinic', ('world', *pipeline.words({**counts, "
-        "'out': str(run / 'world'), 'seed': 0})));"
+        "world = pipeline.Stage('world', '-m clinic', ['world', *pipeline.words_of({**counts, "
+        "'out': str(run / 'world'), 'seed': 0})]);"
         "flags = {'questions': str(run / 'world' / 'bank.jsonl'), 'images': str(run / 'world'), "
         "'teachers': ['clinic:thorough'], 'out': str(run / 'distill')};"
         "medee.run_stages([world, pipeline.Stage('distill', 'distill.py', "
-        "('run', *pipeline.words(flags)))], run, 'it')"
+        "['run', *pipeline.words_of(flags)])], run, 'it')"
     )
     disturbed, quiet = tmp_path / "a", tmp_path / "b"
     command = [sys.executable, "-c", program, str(ROOT)]

@@ -448,12 +448,12 @@ def test_a_changed_image_is_another_input(tmp_path, source):
     stage.finish(args, [], time.time(), {})
     assert (
         not stage.open_folder(args, [source], images=[film])
-        and stage.changed_image(tmp_path / "out") is None
+        and stage.changed(stage.read_images(tmp_path / "out")) == []
     )
     film.write_bytes(b"two")
     with pytest.raises(data.RowError, match="film.png changed"):
         stage.open_folder(args, [source], images=[film])
-    assert stage.changed_image(tmp_path / "out") == str(film)
+    assert stage.changed(stage.read_images(tmp_path / "out")) == [str(film)]
 
 
 def test_streams_that_are_closed_or_lack_a_letter_stop_nothing(tmp_path):
