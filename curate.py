@@ -65,19 +65,11 @@ def leak(questions: Bank, args: argparse.Namespace) -> dict[str, dict]:
 
 
 def difficulty(questions: Bank, args: argparse.Namespace) -> dict[str, dict]:
-    """Rejects what any baseline (--drop-if all: every one) answers right. A baseline is asked only
-    about questions still undecided."""
-    undecided = {question.id: question for question in questions}
-    solved: dict[str, list] = {question.id: [] for question in questions}
-    for demand in demands("difficulty", questions, args):
-        for key, is_right, evidence in ask(demand, undecided, answers.is_correct, args):
-            if is_right:
-                solved[key].append(evidence)
-            if bool(is_right) == (args.drop_if == "any"):  # else the other baselines decide
-                del undecided[key]
+    """Rejects what any baseline (--drop-if all: every one) answers right."""
     rejected = {}
-    for key, found in solved.items():
-        if found and (args.drop_if == "any" or key in undecided):
+    for key, asked in in_turn("difficulty", questions, args.drop_if == "any", args).items():
+        if asked[-1][0]:
+            found = [evidence for is_right, evidence in asked if is_right]
             reason = "solved directly by " + " and ".join(one["engine"] for one in found)
             rejected[key] = rejection("difficulty", reason, found)
     return rejected
@@ -144,16 +136,29 @@ def read_reviewed(by_id: dict[str, data.Question], args: argparse.Namespace) -> 
 
 def solvable(questions: Bank, args: argparse.Namespace) -> dict[str, dict]:
     """Rejects a question unless every expert answers it right in at least one attempt."""
-    left, rejected = {question.id: question for question in questions}, {}
-    for demand in demands("solvable", questions, args):
-        for key, is_right, evidence in ask(demand, left, answers.is_correct, args):
-            if not is_right:
-                del left[key]
-                named = {"stop": "wrong", "length": "cut off"}
-                ended = counted([named.get(reason, reason) for reason in evidence["ended"]])
-                failed = f"{demand.spec} failed all {demand.attempts} attempts: {ended}"
-                rejected[key] = rejection("solvable", failed, evidence)
+    named, rejected = {"stop": "wrong", "length": "cut off"}, {}
+    for key, asked in in_turn("solvable", questions, False, args).items():
+        is_right, evidence = asked[-1]
+        if not is_right:
+            ended = counted([named.get(reason, reason) for reason in evidence["ended"]])
+            failed = f"{evidence['engine']} failed all {args.expert_attempts} attempts: {ended}"
+            rejected[key] = rejection("solvable", failed, evidence)
     return rejected
+
+
+def in_turn(
+    step: str, questions: Bank, stop: bool, args: argparse.Namespace
+) -> dict[str, list[tuple[bool, dict]]]:
+    """{id: (whether it was right, evidence) of each engine that answered}. A right answer (stop:
+    True) or a wrong one (False) decides: no other engine is asked about the question."""
+    left, found = {question.id: question for question in questions}, {}
+    for demand in demands(step, questions, args):
+        for key, value, evidence in ask(demand, left, answers.is_correct, args):
+            is_right = bool(value)  # None: the last attempt was not finished
+            found.setdefault(key, []).append((is_right, evidence))
+            if is_right == stop:
+                del left[key]
+    return found
 
 
 STEPS = {  # in the order in which `all` runs them; what they do
@@ -215,11 +220,11 @@ def experts(questions: Bank, args: argparse.Namespace) -> list[tuple[str, Bank]]
         mine = [q for q in questions if kind == ("image" if q.images else "text")]
         found.append((spec, mine) if kind in ("text", "image") else (word, questions))
     known = {question.id for _, mine in found for question in mine}
-    for question in questions if found else []:
-        if question.id not in known:
-            kind = "image" if question.images else "text"
-            said = f"none of {' '.join(args.experts)} is for {kind} questions"
-            raise data.RowError(f"--experts: {said}, such as {question.id}")
+    lost = [question for question in questions if question.id not in known]
+    if found and lost:
+        kind = "image" if lost[0].images else "text"
+        said = f"none of {' '.join(args.experts)} is for {kind} questions"
+        raise data.RowError(f"--experts: {said}, such as {lost[0].id}")
     return found
 
 
