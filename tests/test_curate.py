@@ -670,14 +670,6 @@ def test_world_is_curated_by_its_own_experts(world, curated):
         assert {question.id for question in kept} <= rights
 
 
-def test_solved_question_is_not_asked_again(curated):
-    for name in ("expert-a", "expert-b"):
-        rows = [row for _, row in data.read_jsonl(replies_of(curated, "expert", name))]
-        asked = Counter(row["id"] for row in rows)
-        assert len({(row["id"], row["sample"]) for row in rows}) == len(rows)
-        assert asked and min(asked.values()) == 1 and max(asked.values()) <= 4
-
-
 def test_killed_and_resumed_curation_asks_nothing_twice(world, curated, tmp_path):
     shutil.copytree(curated.parent / "replies", tmp_path / "replies")
     path, other = (replies_of(tmp_path / "out", "expert", f"expert-{name}") for name in "ab")
