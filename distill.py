@@ -19,30 +19,27 @@ reads questions.jsonl, or chains; writes OUT/demos.jsonl, OUT/rejected.jsonl (wi
 OUT/stage.json, OUT/review.csv (every chain with a right answer; a human says yes or no in a copy)
 
 Where we depart from the paper, or it is silent:
-  1. Criterion (i) is checked by rule: the <answer> block, or without one the last "answer is (X)".
-     (ii) and (iii) are checked by rules first (one think and one answer block, length, loops,
-     another script, talk of a given answer), then by the checker, if there is one; without its
-     readable verdict a chain is rejected. Its prompt and the expander's are ours.
+  1. check_chain checks all three criteria by rule. The checker, if there is one, decides on (ii)
+     and (iii) after that; a chain without its readable verdict is rejected. The prompts of checker
+     and expander are ours.
   2. One chain a question by default (the paper's 5,000 samples are 3K + 2K questions). With
      --chains k each teacher is asked up to k times, and no chain is kept twice.
-  3. The answer is written as "B. text" by default, as in the paper's figures; --answer-form text
-     leaves the letter out.
+  3. The answer is written as "B. text", as in the paper's figures, or with --answer-form text as
+     "text".
   4. Only right answers are expanded, and must stay. The expander gets no image: gpt-oss reads none.
   5. A human's yes keeps a chain that rules or checker rejected, a no drops it; neither makes a
      wrong answer right.
-  6. Importing is not in the paper. HuatuoGPT-o1's chains were written for open questions, and often
-     do not end at the option given as their answer. A chain is kept if the first option that its
-     Response names is the answer, and is not rejected there ("not X", "rather than X", "while X").
-     This compares words, not meaning: a human's yes or no overrules it too.
+  6. Importing is ours. HuatuoGPT-o1's chains answer open questions, and often do not end at the
+     option given as their answer. A chain is kept if the first option that its Response names is
+     the answer, and is not rejected there ("not X", "rather than X", "while X"). This compares
+     words, not meaning: a human's yes or no overrules it too.
 """
 
 import argparse
 import re
-import textwrap
 import time
 import unicodedata
-from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -58,7 +55,8 @@ from engines.inference import Engine, Request, checkpoint, image_paths, prompt_r
 @dataclass
 class Chain:
     """A response that may become a demonstration. faults: {criterion: why it is rejected}, empty if
-    it is kept. notes: more for its row, such as who expanded or checked it."""
+    it is kept. notes: more for its row, such as who expanded or checked it. number: its record, if
+    it was imported."""
 
     question: data.Question
     sample: int
@@ -66,6 +64,7 @@ class Chain:
     response: str
     faults: dict[str, str]
     notes: dict = field(default_factory=dict)
+    number: int = 0
 
     def key(self) -> str:
         """The chain's name in review.csv. A spreadsheet may read a bare hash as a number."""
@@ -77,9 +76,11 @@ class Chain:
 
     def rejection(self) -> dict:
         """Its row of rejected.jsonl."""
-        q, row = self.question, {"id": self.question.id, "sample": self.sample}
-        row |= {"teacher": self.teacher, "question": q.question, "options": q.options}
-        return row | {"answer": q.answer, "faults": self.faults, "response": self.response}
+        q, row = self.question, {"number": self.number} if self.number else {}
+        row |= {"id": q.id, "sample": self.sample, "teacher": self.teacher}
+        row |= {"question": q.question, "options": q.options, "answer": q.answer}
+        row |= {"faults": self.faults, "response": self.response}
+        return row | self.notes.get("meta", {})
 
 
 # --------------------------------------------------------------------------------------------------
@@ -98,17 +99,14 @@ def distill(
     kept, made = {question.id: [] for question in questions}, []
     for attempt in range(len(teachers) * args.chains):
         for number, teacher in enumerate(teachers):
-            turn = [q for i, q in enumerate(questions) if (i + attempt) % len(teachers) == number]
-            turn = [question for question in turn if len(kept[question.id]) < args.chains]
+            first = (number - attempt) % len(teachers)  # of the questions whose turn it is
+            turn = [q for q in questions[first :: len(teachers)] if len(kept[q.id]) < args.chains]
             if not turn:
                 continue
             chains = teach(teacher, turn, attempt // len(teachers), args)
             if teacher.spec in expanders:
                 expand(expanders[teacher.spec], chains, args)
-            apply_verdicts(chains, verdicts)
-            if checker:
-                check_by_engine(checker, chains, args)
-            keep_faultless(chains, kept)
+            select(chains, kept, verdicts, checker, args)
             made += chains
     return kept, made
 
@@ -117,9 +115,8 @@ def teach(
     engine: Engine, questions: list[data.Question], sample: int, args: argparse.Namespace
 ) -> list[Chain]:
     """A teacher's chains for the paper's own prompt, in the questions' order."""
-    requests = inference.question_requests(questions, Path(args.images), 1)
-    requests = [replace(request, samples=(sample,)) for request in requests]
-    chains = []
+    asked = inference.question_requests(questions, Path(args.images), 1)
+    requests, chains = [replace(request, samples=(sample,)) for request in asked], []
     for question, row in zip(questions, ask(engine, "teacher", requests, args)):
         response = read_completion(row["response"], row["reasoning"], question.options)
         faults = check_chain(response, row["finish_reason"], question, *args.words)
@@ -152,16 +149,24 @@ def expand(engine: Engine, chains: list[Chain], args: argparse.Namespace) -> Non
             chain.faults["expansion"] = f"is no longer than the summary of {words} words"
 
 
-def check_chain(
-    response: str, finish_reason: str, question: data.Question, shortest: int, longest: int
-) -> dict[str, str]:
-    """{criterion: fault} by rule; empty if all three are met."""
-    found = {
-        "correct": answer_fault(response, finish_reason, question),
-        "structure": structure_fault(response, shortest, longest),
-        "coherence": coherence_fault(response, data.question_text(question)),
-    }
-    return {name: fault for name, fault in found.items() if fault}
+def select(
+    chains: list[Chain],
+    kept: dict[str, list[Chain]],
+    verdicts: dict[str, bool],
+    checker: Engine | None,
+    args: argparse.Namespace,
+) -> None:
+    """Adds to `kept`, {question id: its chains}, the chains in which neither the rules nor a human
+    nor the checker find a fault."""
+    apply_verdicts(chains, verdicts)
+    if checker:
+        check_by_engine(checker, chains, args)
+    for chain in chains:
+        others = kept[chain.question.id]
+        if chain.response in [other.response for other in others]:
+            chain.faults["duplicate"] = "the same chain is kept already"
+        if not chain.faults:
+            others.append(chain)
 
 
 def apply_verdicts(chains: list[Chain], verdicts: dict[str, bool]) -> None:
@@ -198,41 +203,8 @@ def check_by_engine(engine: Engine, chains: list[Chain], args: argparse.Namespac
                 chain.faults[name] = f"{engine.spec} says No to {key}"
 
 
-def keep_faultless(chains: list[Chain], kept: dict[str, list[Chain]]) -> None:
-    """Adds chains without a fault to `kept`, {question id: its chains}."""
-    for chain in chains:
-        others = kept[chain.question.id]
-        if chain.response in [other.response for other in others]:
-            chain.faults["duplicate"] = "the same chain is kept already"
-        if not chain.faults:
-            others.append(chain)
-
-
 # --------------------------------------------------------------------------------------------------
 # The three criteria, by rule
-
-
-def answer_fault(response: str, finish_reason: str, question: data.Question) -> str | None:
-    """Criterion (i): what is wrong with the answer, or None."""
-    if finish_reason != "stop":
-        return f"the response is not finished: {finish_reason}"
-    if answers.is_correct(response, question):
-        return None
-    letter = answers.extract_choice(response, question.options)
-    wrong = "the answer is wrong, or cannot be read"
-    return f"the answer is {letter}, not {question.answer}" if letter else wrong
-
-
-def structure_fault(response: str, shortest: int, longest: int) -> str | None:
-    """Criterion (ii): what is wrong with the form, or None. Lengths in words."""
-    parts = data.split_response(response)
-    if parts is None:
-        return "not one <think> block followed by one <answer> block"
-    words = len(parts[0].split())
-    if not shortest <= words <= longest:
-        return f"the reasoning has {words} words, not {shortest} to {longest}"
-    return None if parts[1] else "the answer is empty"
-
 
 SCRIPTS = {"CJK", "HIRAGANA", "KATAKANA", "HANGUL", "CYRILLIC", "ARABIC"}
 GIVEN = re.compile(
@@ -242,13 +214,36 @@ GIVEN = re.compile(
 )
 
 
-def coherence_fault(response: str, question: str) -> str | None:
-    """Criterion (iii): a loop, another script, or talk of a given answer; or None."""
+def check_chain(
+    response: str, finish_reason: str, question: data.Question, shortest: int, longest: int
+) -> dict[str, str]:
+    """{criterion: fault} by rule; empty if all three are met. shortest, longest: words of the
+    reasoning."""
+    faults = {}
+    # (i) the final answer is right
+    if finish_reason != "stop":
+        faults["correct"] = f"the response is not finished: {finish_reason}"
+    elif not answers.is_correct(response, question):
+        letter = answers.extract_choice(response, question.options)
+        wrong = f"the answer is {letter}, not {question.answer}"
+        faults["correct"] = wrong if letter else "the answer is wrong, or cannot be read"
+    # (ii) one block of reasoning of sound length, then one answer
+    parts = data.split_response(response)
+    if parts is None:
+        faults["structure"] = "not one <think> block followed by one <answer> block"
+    elif not shortest <= (words := len(parts[0].split())) <= longest:
+        faults["structure"] = f"the reasoning has {words} words, not {shortest} to {longest}"
+    elif not parts[1]:
+        faults["structure"] = "the answer is empty"
+    # (iii) no loop, no script that the question does not have, no talk of a given answer
+    new = (scripts_of(response) - scripts_of(data.question_text(question))) & SCRIPTS
     if run := loop(response):
-        return f"a loop: '{run}' over and over"
-    if strange := (scripts_of(response) - scripts_of(question)) & SCRIPTS:
-        return f"drifts into {', '.join(sorted(strange)).lower()} script"
-    return "speaks of an answer it was given" if GIVEN.search(response) else None
+        faults["coherence"] = f"a loop: '{run}' over and over"
+    elif new:
+        faults["coherence"] = f"drifts into {', '.join(sorted(new)).lower()} script"
+    elif GIVEN.search(response):
+        faults["coherence"] = "speaks of an answer it was given"
+    return faults
 
 
 def scripts_of(text: str) -> set[str]:
@@ -256,10 +251,9 @@ def scripts_of(text: str) -> set[str]:
 
 
 # ours: measured. A text loops if runs of 8 words that occur 5 times or more are more than a fifth
-# of it. Of HuatuoGPT-o1's 198 published chains (243 to 625 words) 9 have such a run twice, none
-# three times. Of GPT-4o's 1,444 direct answers on MMMU-Pro 11 have one three times or more, and one
-# has one five times, in 12 % of its words. A sentence of 13 words after a chain of 373 words is
-# 26 % of the whole if said ten times, and 64 % if said fifty times.
+# of it. None of HuatuoGPT-o1's 198 chains has such a run three times; one of GPT-4o's 1,444 direct
+# answers on MMMU-Pro has one five times, in 12 % of its words. A sentence of 13 words after a chain
+# of 373 words is 26 % of the whole if said ten times.
 LOOP, TIMES, LOOPED = 8, 5, 0.2
 
 
@@ -365,16 +359,16 @@ def write_review(args: argparse.Namespace, chains: list[Chain], verdicts: dict[s
     """Writes review.csv: the chains that a human may keep, with the known verdicts. A human fills
     in the last column."""
     columns = "id sample teacher chain question images reasoning answer checks verdict".split()
-    rows, able = [], [chain for chain in chains if chain.can_be_kept()]
-    for chain in able:
-        question, faults = chain.question, chain.faults.items()
-        verdict = {True: "yes", False: "no", None: ""}[verdicts.get(chain.key())]
-        checks = "; ".join(f"{name}: {fault}" for name, fault in faults) or "passed"
-        row = [question.id, chain.sample, chain.teacher, chain.key(), data.question_text(question)]
-        row += [" ".join(question.images), *data.split_response(chain.response), checks, verdict]
-        rows.append(row)
+    words, unknown, rows = {True: "yes", False: "no", None: ""}, set(verdicts), []
+    for chain in filter(Chain.can_be_kept, chains):
+        question, key = chain.question, chain.key()
+        checks = "; ".join(f"{name}: {fault}" for name, fault in chain.faults.items()) or "passed"
+        row = [question.id, chain.sample, chain.teacher, key, data.question_text(question)]
+        row += [" ".join(question.images), *data.split_response(chain.response), checks]
+        rows.append([*row, words[verdicts.get(key)]])
+        unknown.discard(key)
     write_sheet(Path(args.out) / "review.csv", columns, rows)
-    if unknown := verdicts.keys() - {chain.key() for chain in able}:
+    if unknown:
         what = "chains that this run did not make, or whose answer is wrong"
         print(f"{args.review}: {len(unknown)} verdicts are on {what}; they count for nothing")
 
@@ -393,25 +387,16 @@ def run(args: argparse.Namespace) -> None:
     if strangers := [teacher for teacher, _ in args.expand if teacher not in args.teachers]:
         raise data.RowError(f"--expand: {strangers[0]} is not among the --teachers")
     specs = [*args.teachers, *(spec for _, spec in args.expand), args.checker]
-    if not open_out(args, args.questions, specs, questions):
+    inputs = filter(None, [args.questions, args.review, *map(checkpoint, specs)])
+    images = data.image_files(args.images, map(vars, questions))
+    if not stage.open_folder(args, inputs, inference.SPEED, images):
         return
     bill.announce(costs(questions, args), args.images_may_leave)
     kept, made = distill(questions, verdicts, args)
-    write_review(args, made, verdicts)
-    chosen = [chain for chains in kept.values() for chain in chains]
-    rejected = [chain.rejection() for chain in made if chain.faults]
-    write_out(args, started, chosen, rejected, specs)
+    demos = [chain for chains in kept.values() for chain in chains]
+    write_out(args, started, made, demos, verdicts, specs)
     if without := sum(not chains for chains in kept.values()):
         print(f"{without} of {len(questions)} questions have no demonstration")
-
-
-def open_out(
-    args: argparse.Namespace, source: str, specs: list[str], questions: Iterable[data.Question]
-) -> bool:
-    """Opens the folder to write; False if it is finished. questions: those with images to send."""
-    inputs = [source, args.review, *map(checkpoint, specs)]
-    images = data.image_files(args.images, map(vars, questions))
-    return stage.open_folder(args, filter(None, inputs), inference.SPEED, images)
 
 
 def costs(questions: list[data.Question], args: argparse.Namespace) -> list[bill.Cost]:
@@ -442,22 +427,30 @@ def make_demo(chain: Chain, form: str) -> dict:
 
 
 def write_out(
-    args: argparse.Namespace, started: float, kept: list[Chain], rejected: list[dict], specs: list
+    args: argparse.Namespace,
+    started: float,
+    made: list[Chain],
+    kept: list[Chain],
+    verdicts: dict[str, bool],
+    specs: list[str],
 ) -> None:
-    """Writes demos.jsonl, rejected.jsonl and stage.json; prints the counts."""
-    outputs = [Path(args.out) / "demos.jsonl", Path(args.out) / "rejected.jsonl"]
-    data.write_jsonl(outputs[0], (make_demo(chain, args.answer_form) for chain in kept))
-    data.write_jsonl(outputs[1], rejected)
+    """Writes review.csv, demos.jsonl, rejected.jsonl and stage.json; prints the counts. kept: the
+    demonstrations among the chains that were made."""
+    write_review(args, made, verdicts)
+    demos, rejected = Path(args.out) / "demos.jsonl", Path(args.out) / "rejected.jsonl"
+    refused = [chain for chain in made if chain.faults]
+    data.write_jsonl(demos, (make_demo(chain, args.answer_form) for chain in kept))
+    data.write_jsonl(rejected, map(Chain.rejection, refused))
     teachers = Counter(chain.teacher for chain in kept)
-    faults = Counter(name for row in rejected for name in row["faults"])
+    faults = Counter(name for chain in refused for name in chain.faults)
     shown = ", ".join(f"{teacher} {count}" for teacher, count in sorted(teachers.items()))
     print(f"{len(kept)} demonstrations: {shown}")
     shown = ", ".join(f"{name} {count}" for name, count in faults.items())
-    print(f"{len(rejected)} responses refused: {shown}")
-    figures = {"demos": len(kept), "refused": len(rejected)}
+    print(f"{len(refused)} responses refused: {shown}")
+    figures = {"demos": len(kept), "refused": len(refused)}
     figures |= {"teachers": dict(teachers), "faults": dict(faults)}
     engines = {spec: inference.identity(spec) for spec in specs if spec}
-    stage.finish(args, outputs, started, figures, engines)
+    stage.finish(args, [demos, rejected], started, figures, engines)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -466,35 +459,26 @@ def write_out(
 
 def import_chains(args: argparse.Namespace) -> None:
     started, verdicts = time.time(), read_review(args.review)
-    records = read_records(args.file)
-    if not records:
-        raise data.RowError(f"{args.file}: no record in it")
-    chains, unread = read_chains(records, args.format)
-    sent = [chain.question for chain in chains.values()] if args.checker else []
-    if not open_out(args, args.file, [args.checker], sent):
+    made = read_chains(args.file, args.format)
+    chains = [chain for chain in made if "record" not in chain.faults]
+    sent = [vars(chain.question) for chain in chains] if args.checker else []
+    inputs = filter(None, [args.file, args.review, checkpoint(args.checker)])
+    images = data.image_files(args.images, sent)
+    if not stage.open_folder(args, inputs, inference.SPEED, images):
         return
-    if not chains:
-        none = f"none of the {len(records)} records of {args.file} can be read"
-        wanted = f"wanted are the keys {FORMATS[args.format][1]}"
-        raise data.RowError(f"--format {args.format}: {none}; {wanted}. The first: {unread[1]}")
-    made, kept = list(chains.values()), defaultdict(list)
-    for chain in made:
+    for chain in chains:
         chain.faults |= check_chain(chain.response, "stop", chain.question, *args.words)
-    apply_verdicts(made, verdicts)
-    if args.checker:
-        check_by_engine(open_engine(args.checker, inference.setup_of(args)), made, args)
-    keep_faultless(made, kept)
+    checker = open_engine(args.checker, inference.setup_of(args)) if args.checker else None
+    kept: dict[str, list[Chain]] = {chain.question.id: [] for chain in chains}
+    select(chains, kept, verdicts, checker, args)
     for same in kept.values():
         for sample, chain in enumerate(same):
             chain.sample = sample
-    write_review(args, made, verdicts)
-    bare = {"sample": 0, "teacher": args.format, "response": ""}
-    rows = {n: {"id": str(n), **bare, "faults": {"record": why}} for n, why in unread.items()}
-    refused = {n: chain for n, chain in chains.items() if chain.faults}
-    rows |= {n: c.rejection() | c.notes.get("meta", {}) for n, c in refused.items()}
-    rejected = [{"number": number} | rows[number] for number in sorted(rows)]
-    write_out(args, started, [c for c in made if not c.faults], rejected, [args.checker])
-    print_rejected(rejected)
+    demos = [chain for chain in chains if not chain.faults]
+    write_out(args, started, made, demos, verdicts, [args.checker])
+    reasons = Counter(fault for chain in made for fault in chain.faults.values())
+    for reason, count in reasons.most_common(5):
+        print(f"  {count} x {reason}")
 
 
 def from_huatuo(record: dict, where: str) -> Chain:
@@ -543,38 +527,37 @@ FORMATS = {  # how a record is read, and the keys it has
 
 
 def read_records(path: str) -> list[tuple[str, dict]]:
-    """(where, record) of a JSON array, or of JSONL."""
+    """(where, record) of a JSON array, or of JSONL. Raises RowError if there is none."""
     benchmarks.check_file(Path(path))
-    with open(path, "rb") as file:
-        first = next((line for line in file if line.strip()), b"")
-    if not first.lstrip().startswith(b"["):
-        return list(data.read_jsonl(path))
-    records = benchmarks.load_rows(Path(path), "record", 1)
-    return [(f"{path}: record {number}", record) for number, record in enumerate(records, 1)]
+    with data.open_file(path) as file:
+        is_array = file.read(1024).lstrip().startswith(b"[")
+    if is_array:
+        rows = enumerate(benchmarks.load_rows(Path(path), "record", 1), 1)
+        records = [(f"{path}: record {number}", record) for number, record in rows]
+    else:
+        records = list(data.read_jsonl(path))
+    if not records:
+        raise data.RowError(f"{path}: no record in it")
+    return records
 
 
-def read_chains(records: list[tuple[str, dict]], form: str) -> tuple[dict[int, Chain], dict]:
-    """({record number, from 1: its chain}, {number: why the record is no chain of this format})."""
-    chains, unread = {}, {}
-    for number, (where, record) in enumerate(records, 1):
+def read_chains(path: str, form: str) -> list[Chain]:
+    """A chain for each record; one that cannot be read has the fault "record". Raises RowError if
+    none can be read."""
+    chains, (read, keys) = [], FORMATS[form]
+    for number, (where, record) in enumerate(read_records(path), 1):
         try:
             data.need({"record": record}, where, record=dict)
-            chains[number] = FORMATS[form][0](record, where)
+            chain = read(record, where)
         except data.RowError as error:
-            unread[number] = str(error)
-    return chains, unread
-
-
-def print_rejected(rejected: list[dict]) -> None:
-    """Prints the most frequent reasons, and the first rejected records."""
-    reasons = Counter(fault for row in rejected for fault in row["faults"].values())
-    for reason, count in reasons.most_common(5):
-        print(f"  {count} x {reason}")
-    for row in rejected[:3]:
-        text = row.get("Response", row["response"])
-        print(f"  record {row['number']}: {'; '.join(row['faults'].values())}")
-        if text:
-            print(f"    the answer is {row['answer']}; {textwrap.shorten(text, 200)}")
+            unknown = data.Question("", {}, "", id=str(number))
+            chain = Chain(unknown, 0, form, "", {"record": str(error)})
+        chains.append(replace(chain, number=number))
+    if all("record" in chain.faults for chain in chains):
+        none, first = f"none of the {len(chains)} records of {path} can be read", chains[0].faults
+        wanted = f"wanted are the keys {keys}. The first: {first['record']}"
+        raise data.RowError(f"--format {form}: {none}; {wanted}")
+    return chains
 
 
 # The option that a text names first
@@ -583,16 +566,8 @@ CLAUSE = re.compile(rf"({END})|[,;:]\s+|—")  # the end of a clause; the group 
 # a number with its parts ("0.5", "1:06", "20%") is one word: "5" is not found in "0.5"
 WORD = re.compile(r"\d+(?:[.,:/]\d+)*%?|[^\W\d_]\w*|[↑↓→←<>=≤≥≠±+]|(?<!\w)[-−](?=\d)")
 ARTICLE = re.compile(r"(?:\b(?:a|[Aa]n|[Tt]he)|^A)\s+(?=[a-z0-9])(?!and\b|or\b)")
-FOLDS = [  # ours, after reading HuatuoGPT-o1's file: one spelling where it has several
-    (re.compile(r"rt"), ""),  # 24 of its 198 questions have lost every "rt": "hea", "hypeension"
-    (re.compile(r"ae|oe"), "e"),  # oedema
-    (re.compile(r"(?<=\w\w\w)our(?=s?$)"), "or"),  # labour
-    (re.compile(r"(?<=[bt])re(?=s?$)"), "er"),  # fibre
-    (re.compile(r"(?<=\w\w)is(?=e[ds]?$|ing$|ation)"), "iz"),  # immunisation
-    (re.compile(r"(?<=\w\w)ies$"), "y"),
-    (re.compile(r"(?<=ss|sh|ch)es$"), ""),
-    (re.compile(r"(?<=\w\w[^sui])s$"), ""),
-]
+# ours: 24 of HuatuoGPT-o1's 198 questions have lost every "rt" ("hea", "hypeension"); plurals
+DROPPED = re.compile(r"rt|(?<=\w\w)(?:ies|y)$|(?<=ss|sh|ch)es$|(?<=\w\w[^sui])s$")
 DENIALS = set(
     "not no non nor never cannot without than instead unlike while although though despite".split()
 )
@@ -604,23 +579,21 @@ NAMELESS = (["all"], ["none"], ["both"])  # an option of only such a word is not
 def folded(text: str) -> list[str]:
     """The words of a text in the form used to find options: no articles, possessives or plurals,
     type III as type 3. A word in capitals stays: ALL is not "all"."""
-    words = WORD.findall(ARTICLE.sub("", re.sub(r"['’]s\b", "", text.strip())))
+    text = re.sub(r"['’]s\b", "", unicodedata.normalize("NFKC", text).strip())
+    words = WORD.findall(ARTICLE.sub("", text))
     for i, word in enumerate(words):
         if word in ROMAN:
             words[i] = ROMAN[word]
         elif len(word) < 2 or not word.isupper():
-            words[i] = word.casefold()
-            for pattern, plain in FOLDS:
-                words[i] = pattern.sub(plain, words[i])
+            words[i] = DROPPED.sub("", word.casefold())
     return words
 
 
-def is_named(name: list[str], before: list[str]) -> bool:
-    """Whether an option's words, found after `before`, name it. One character does not, nor do two
-    unless capitals (TB): only "option be" and "the answer is be" name "be"."""
-    text = "".join(name)
-    stated = before[-1:] in (["option"], ["answer"]) or before[-2:] == ["answer", "is"]
-    return stated or len(text) > 2 or (len(text) == 2 and text.isupper())
+def can_be_named(words: list[str]) -> bool:
+    """Whether an option is found by its words. One of a single character is not, nor of two unless
+    capitals (TB)."""
+    text = "".join(words)
+    return words not in NAMELESS and (len(text) > 2 or (len(text) == 2 and text.isupper()))
 
 
 def first_named(text: str, options: dict[str, str]) -> tuple[str | None, bool]:
@@ -632,16 +605,14 @@ def first_named(text: str, options: dict[str, str]) -> tuple[str | None, bool]:
         words = folded(clause) + ["."] * bool(end)  # no option has it, so none spans sentences
         begins += [len(said)] * len(words)
         said += words
-    names = {key: folded(unicodedata.normalize("NFKC", option)) for key, option in options.items()}
-    names = {key: name for key, name in names.items() if name and name not in NAMELESS}
+    names = {letter: folded(option) for letter, option in options.items()}
+    names = {letter: name for letter, name in names.items() if can_be_named(name)}
     for i, begin in enumerate(begins):
-        before = said[begin:i]
-        here = [key for key, name in names.items() if said[i : i + len(name)] == name]
-        here = [key for key in here if is_named(names[key], before)]
+        here = [letter for letter, name in names.items() if said[i : i + len(name)] == name]
         if here:
-            longest = max(len(names[key]) for key in here)
-            here = [key for key in here if len(names[key]) == longest]
-            marks = [word in DENIALS for word in before if word in DENIALS | VERBS]
+            longest = max(len(names[letter]) for letter in here)
+            here = [letter for letter in here if len(names[letter]) == longest]
+            marks = [word in DENIALS for word in said[begin:i] if word in DENIALS | VERBS]
             return here[0] if len(here) == 1 else None, bool(marks) and marks[-1]
     return None, False
 
@@ -659,10 +630,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = asked.add_argument
     add("--questions", required=True, help="questions.jsonl")
     add("--teachers", nargs="+", required=True, help="engine specs, asked in turn")
-    said, pair = (
-        "a teacher that gives a summary, and the engine that expands it",
-        ("TEACHER", "EXPANDER"),
-    )
+    pair, said = ("TEACHER", "EXPANDER"), "a teacher that gives a summary, and who expands it"
     add("--expand", nargs=2, action="append", default=[], metavar=pair, help=said)
     # ours: paper silent
     add("--chains", type=flags.SAMPLES, default=1, help="chains of a question")
@@ -680,7 +648,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         add("--review", default="", help="a filled-in copy of review.csv")
         add("--seed", type=flags.SEED, default=0)
         add("--answer-form", choices=["letter-text", "text"], default="letter-text")
-        said, pair = "words of the shortest and the longest reasoning", ("MIN", "MAX")
+        pair, said = ("MIN", "MAX"), "words of the shortest and the longest reasoning"
         limits = [5, 4000]  # ours: paper silent
         add("--words", type=flags.whole(0), nargs=2, default=limits, metavar=pair, help=said)
         inference.add_flags(command)

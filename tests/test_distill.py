@@ -143,7 +143,7 @@ LOOPS = {  # name: (text, whether it is a loop)
 @pytest.mark.parametrize("name", LOOPS)
 def test_a_loop_is_what_is_said_over_and_over_and_not_what_is_said_three_times(name):
     text, expected = LOOPS[name]
-    assert (distill.coherence_fault(text, "") is not None) == expected
+    assert (distill.loop(text) is not None) == expected
 
 
 def faults(response: str, finish: str = "stop", question: data.Question = ASKED) -> set[str]:
@@ -580,10 +580,10 @@ def test_what_would_go_wrong_late_is_refused_at_once(tmp_path):
         data.RowError, match="--out .*out: holds .*questions.jsonl, which is read here"
     ):
         run_distill(questions, tmp_path / "out")
-    with pytest.raises(data.RowError, match="--out .*out: holds .*questions.jsonl"):
-        distill.main(
-            ["import", str(questions), "--format", "huatuo", "--out", str(tmp_path / "out")]
-        )
+    chains = tmp_path / "out" / "chains.jsonl"
+    data.write_jsonl(chains, [record("1?", "Surgery.")])
+    with pytest.raises(data.RowError, match="--out .*out: holds .*chains.jsonl"):
+        distill.main(["import", str(chains), "--format", "huatuo", "--out", str(chains.parent)])
     with pytest.raises(data.RowError, match="--teachers: clinic:hasty is there twice"):
         run_distill(questions, tmp_path / "other", teachers=("clinic:hasty", "clinic:hasty"))
 
@@ -1202,18 +1202,12 @@ NAMED = {  # name: (Response, options, what it names first, whether that is set 
     "plurals": ("Sub-urethral nodules are seen.", ["rest", "Sub urethral nodule"], "B", False),
     "more plurals": ("Biopsies, then masses.", ["Biopsy", "rest"], "A", False),
     "a possessive": ("This is Hoigne's syndrome.", ["Hoigne syndrome", "rest"], "A", False),
-    "British spelling": (
-        "Labor and edema of tumor fibers, an immunization.",
-        ["rest", "Labour and oedema of tumour fibres"], "B", False,
-    ),
     "letters that the source has lost": ("Chronic hypertension.", ["Hypeension", "x"], "A", False),
     "more letters lost": ("The renal arteries.", ["Renal aery", "rest"], "A", False),
     "the longer of two at one place": ("Rest in bed.", ["rest", "rest in bed"], "B", False),
     "the first of two": ("Rest comes first, then surgery.", ["surgery", "rest"], "B", False),
     "a small word": ("It might be rest.", ["be", "ad"], None, False),
-    "a small word that is meant": ("So the answer is be.", ["ad", "be"], "B", False),
     "a letter": ("A man with vitamin B.", ["B", "A"], None, False),
-    "a letter that is meant": ("Hence option B.", ["A", "B"], "B", False),
     "capitals of two letters": ("He has TB.", ["rest", "TB"], "B", False),
     "a word in capitals is another": ("After all, it aids him.", ["ALL", "AIDS"], None, False),
     "capitals": ("It is ALL.", ["AML", "ALL"], "B", False),
@@ -1260,7 +1254,7 @@ def test_a_response_that_sets_its_answer_aside_is_no_agreement(tmp_path):
     assert [row["faults"] for row in rejected] == [said]
 
 
-def test_what_an_import_refuses_says_which_record_it_was_and_shows_what_is_blamed(tmp_path, capsys):
+def test_what_an_import_refuses_says_which_record_it_was(tmp_path, capsys):
     rows = [record("1?", "Surgery."), record("2?", "Rest, then surgery."), record("3?", "Hm.")]
     data.write_jsonl(tmp_path / "chains.jsonl", [*rows, {**rows[0], "answer": "rest"}])
     _, rejected = run_import(tmp_path / "chains.jsonl", "huatuo")
@@ -1269,28 +1263,17 @@ def test_what_an_import_refuses_says_which_record_it_was_and_shows_what_is_blame
     assert (row["options"], row["Response"]) == (OPTIONS, "Rest, then surgery.")
     assert row["response"] == GOOD and list(row["faults"]) == ["conclusion"]
     assert [row["number"] for row in rejected] == [2, 3, 4]
-    printed = capsys.readouterr().out
-    for line in (
-        "3 responses refused: conclusion 2, record 1",
-        "1 x its Response first names C, not B",
-        "record 2: its Response first names C, not B",
-        "the answer is B; Rest, then surgery.",
-    ):
-        assert line in printed
+    assert row["question"] and rejected[2]["question"] == ""  # nothing is read of a bad record
+    assert "3 responses refused: conclusion 2, record 1" in capsys.readouterr().out
 
 
-def test_the_reasons_of_an_import_are_counted_and_the_first_records_named(tmp_path, capsys):
+def test_the_reasons_of_an_import_are_counted(tmp_path, capsys):
     rows = [record(f"{i}?", "Hm." if i % 2 else "Rest.") for i in range(9)]
     data.write_jsonl(tmp_path / "chains.jsonl", [*rows, record("good?", "Surgery.")])
     run_import(tmp_path / "chains.jsonl", "huatuo")
     lines = capsys.readouterr().out.splitlines()
     counted = [line.strip() for line in lines if " x " in line]
     assert counted == ["5 x its Response first names C, not B", "4 x its Response names no option"]
-    assert [line.split(":")[0].strip() for line in lines if "  record " in line] == [
-        "record 1",
-        "record 2",
-        "record 3",
-    ]
 
 
 WRONG = {  # name: (records, --format, what the error says)
