@@ -501,7 +501,7 @@ def from_huatuo(record: dict, where: str) -> Chain:
     """HuatuoGPT-o1's demo_data.json: the chain is Complex_CoT, the answer the option. Response, its
     own conclusion, must agree."""
     data.need(record, where, options=dict, answer_idx=str, Complex_CoT=str, Response=str)
-    item = replace(benchmarks.exam(record, where), meta={})
+    item = replace(benchmarks.READERS["huatuo"].item(record, where), meta={})
     question = benchmarks.question_of(item, [], "huatuo", where)
     letter, denied = first_named(record["Response"], question.options)
     faults = {}
@@ -544,12 +544,11 @@ FORMATS = {  # how a record is read, and the keys it has
 
 def read_records(path: str) -> list[tuple[str, dict]]:
     """(where, record) of a JSON array, or of JSONL."""
-    benchmarks.check_file(Path(path))
-    with open(path, "rb") as file:
+    with data.open_file(path) as file:
         first = next((line for line in file if line.strip()), b"")
     if not first.lstrip().startswith(b"["):
         return list(data.read_jsonl(path))
-    records = benchmarks.load_rows(Path(path), "record", 1)
+    records = data.read_json(path)
     return [(f"{path}: record {number}", record) for number, record in enumerate(records, 1)]
 
 
