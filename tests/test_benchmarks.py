@@ -783,8 +783,9 @@ BROKEN = {  # reader: (a good row, what is broken in it and what is said of that
     "medxpertqa-mm": (MM_GOOD, MM_FAULTS), "medxpertqa-text": (MM_GOOD, MM_FAULTS),
     "medqa": (EXAM, EXAM_FAULTS), "medqa-train": (EXAM, EXAM_FAULTS),
     "huatuo": (EXAM, EXAM_FAULTS), "medbullets-op4": (medbullets_rows()[1], BULLETS_FAULTS),
-    "medbullets-op5": (medbullets_rows()[1], [*BULLETS_FAULTS, ({"ope": " "}, TWO_TO_TEN)]), "mmmu": (MMMU_GOOD, MMMU_FAULTS),
-    "mmmu-pro": (MMMU_GOOD, MMMU_FAULTS), "mmmu-pro-vision": (PICTURE, VISION_FAULTS),
+    "medbullets-op5": (medbullets_rows()[1], [*BULLETS_FAULTS, ({"ope": " "}, TWO_TO_TEN)]),
+    "mmmu": (MMMU_GOOD, MMMU_FAULTS), "mmmu-pro": (MMMU_GOOD, MMMU_FAULTS),
+    "mmmu-pro-vision": (PICTURE, VISION_FAULTS),
     "questions": (data.Question(**BASE).to_row(), OWN_FAULTS),
     "sharegpt": ({"messages": EXCHANGE, "images": ["a.png"]}, CHAT_FAULTS),
 }  # fmt: skip
