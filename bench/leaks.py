@@ -223,8 +223,8 @@ def print_shared(bank: list[data.Question], benchmarks: list[data.Question]) -> 
     index = decontaminate.Grams([q.question.split() for q in benchmarks], decontaminate.GRAM)
     found = []
     for one in bank[:500]:
-        shared = index.shared(decontaminate.grams(one.question.split(), decontaminate.GRAM))
-        found.append(0 if shared is None else int(shared.sum()))
+        own = decontaminate.grams(one.question.split(), decontaminate.GRAM)
+        found.append(int(index.shared(own).sum()))
     print(f"{len(bank):,} questions against {len(benchmarks):,}", flush=True)
     print(f"a question shares {statistics.mean(found):,.0f} 5-grams with them on average")
 
