@@ -10,11 +10,10 @@ used. To add a set, add a row; if columns do not say it all, write a subclass of
     python -m benchmarks inspect NAME PATH      the counts, next to the paper's
     python -m benchmarks convert NAME PATH --out questions.jsonl --images FOLDER
 
-reads a published file or folder; writes questions.jsonl for evaluate.py and curate.py, and images
+reads a published file or folder; writes questions.jsonl, and the images of a zip or of parquet,
+each once below the image root, under its published name or the hash of its bytes
 
-Images come as files, in images.zip or as bytes in parquet. Each is written once below the image
-root, under its published name or the hash of its bytes. Every question is kept; a row that cannot
-be read is an error that names the row.
+Every question is kept. A row that cannot be read is an error that names the row.
 
 Where we depart from the paper, or it is silent:
   1. It names benchmarks, not files. The counts follow from its tables: MedXpertQA-MM test (2000),
@@ -64,14 +63,23 @@ SUBSETS = ("question_type", "medical_task", "body_system", "subject", "modality"
 # Values in a row
 
 
+@contextmanager
+def damaged(where: str, said: str):
+    """Makes any error a RowError: csv, pyarrow, zipfile and Pillow do not document all of theirs
+    for a damaged file."""
+    try:
+        yield
+    except data.RowError:
+        raise
+    except Exception as error:
+        raise data.RowError(f"{where}: {said} ({error}); download it again") from None
+
+
 def literal(value, where: str, key: str) -> list[str]:
     """A list of texts, as it is or as MMMU writes it: "['a', 'b']"."""
     if isinstance(value, str):
-        try:
+        with damaged(where, f"{key}: {value[:60]!r} is not the text of a list"):
             value = ast.literal_eval(value)
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            said = f"{value[:60]!r} is not the text of a list"
-            raise data.RowError(f"{where}: {key}: {said}") from None
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
         raise data.RowError(f"{where}: {key}: expected a list of texts, found {value!r:.60}")
     return value
@@ -225,12 +233,7 @@ class Reader:
             stem, options = split_options(text, where)
         else:
             options = options_of(cells if len(cells) > 1 else cells[0], where)
-            stem, mark, shown = text.rpartition(CHOICES)
-            beside = " ".join(f"({letter}) {option}" for letter, option in options.items())
-            if mark and shown.split() != beside.split():
-                said = f"its choices {shown[:80]!r} are not its options"
-                raise data.RowError(f"{where}: question: {said}")
-            stem = stem if mark else text
+            stem = text.rsplit(CHOICES, 1)[0]
         kind = row.get("question_type")
         if bool(options) == (kind == "open"):  # MMMU's word for a short answer
             said = f"there are {len(options)}, and the question's type is {kind!r}"
@@ -283,8 +286,7 @@ class Vision(Reader):
     def item(self, row: dict, where: str) -> Item:
         item = super().item(row | {self.question: VISION_STEM}, where)
         if not item.images:
-            said = "is missing, and it is all there is of the question"
-            raise data.RowError(f"{where}: image: {said}")
+            raise data.RowError(f"{where}: {self.images}: is missing")
         return item
 
 
@@ -339,19 +341,16 @@ MM = {
     "medical_task Basic Science": 353,
 }  # fmt: skip
 MM_META = ("question_type", "medical_task", "body_system")
-VALIDATION = {f"subject {key}": n for key, (n, _) in HEALTH.items()}
-VALIDATION_FILES = tuple(
-    f"{key}/validation{form}.parquet" for key in HEALTH for form in ("-*", "/*")
-)
-# the paper does not say which of the configs it used
-PRO = {"questions": 286} | {f"subject {key}": n for key, (_, n) in HEALTH.items()}
-PRO_FILES = ("standard (10 options)/test-*.parquet", "standard (10 options)/test/*.parquet")
 OP = ("opa", "opb", "opc", "opd", "ope")
 EXAM_META = ("meta_info", "Complex_CoT", "Response")
+MMMU_META = ("topic_difficulty", "subfield")
+VALIDATION = {f"subject {key}": n for key, (n, _) in HEALTH.items()}
+# the paper does not say which of the configs it used
+PRO = {"questions": 286} | {f"subject {key}": n for key, (_, n) in HEALTH.items()}
 
 READERS = {
     "medxpertqa-mm": Reader(
-        ("MM/test.jsonl", "test.jsonl"), answer="label", meta=MM_META, paper=MM
+        ("MM/test.jsonl", "test.jsonl"), answer="label", meta=MM_META, paper=MM,
     ),
     "medxpertqa-text": Reader(("Text/test.jsonl", "test.jsonl"), answer="label", meta=MM_META),
     "medqa": Reader(
@@ -367,16 +366,16 @@ READERS = {
         paper={"questions": 308, "options 5": 308},
     ),
     "mmmu": MMMU(
-        VALIDATION_FILES, meta=("topic_difficulty", "subfield"),
-        paper={"questions": 150, "options 0": 5} | VALIDATION, subjects=tuple(HEALTH),
+        tuple(f"{key}/validation{form}.parquet" for key in HEALTH for form in ("-*", "/*")),
+        meta=MMMU_META, subjects=(*HEALTH,), paper=VALIDATION | {"questions": 150, "options 0": 5},
     ),
     "mmmu-pro": MMMU(
-        PRO_FILES, meta=("topic_difficulty", "subfield"),
-        paper=PRO | {"options 10": 204}, subjects=tuple(HEALTH),
+        ("standard (10 options)/test-*.parquet", "standard (10 options)/test/*.parquet"),
+        meta=MMMU_META, subjects=(*HEALTH,), paper=PRO | {"options 10": 204},
     ),
     "mmmu-pro-vision": Vision(
-        ("vision/test-*.parquet", "vision/test/*.parquet"), images="image",
-        paper=PRO, subjects=tuple(HEALTH),
+        ("vision/test-*.parquet", "vision/test/*.parquet"),
+        images="image", subjects=(*HEALTH,), paper=PRO,
     ),
     # banks for curate.py: exams, demonstrations, our own files (case reports beside their images),
     # and records of other trainers
@@ -390,18 +389,6 @@ READERS = {
 
 # --------------------------------------------------------------------------------------------------
 # Rows of a file
-
-
-@contextmanager
-def damaged(where: str, said: str):
-    """Makes any error a RowError: csv, pyarrow, zipfile and Pillow do not document all of theirs
-    for a damaged file."""
-    try:
-        yield
-    except data.RowError:
-        raise
-    except Exception as error:
-        raise data.RowError(f"{where}: {said} ({error}); download it again") from None
 
 
 def json_rows(path: Path) -> Iterator[tuple[str, dict]]:
@@ -526,9 +513,9 @@ def read_file(
         missing += [f"{where}: image {image}" for image, there in kept if not there]
         yield where, question_of(item, [image for image, _ in kept], name, where)
     if missing and (found or image_root is not None):
-        said = f"{missing[0]} is not beside the file, nor in images/ or images.zip there"
+        said = "is not in the file's folder or the one above, nor in images/ or images.zip there"
         counts = f"{len(missing)} are missing, {found} are there"
-        raise data.RowError(f"{said} or one folder up ({counts})")
+        raise data.RowError(f"{missing[0]} {said} ({counts})")
     if missing:
         print(f"{file}: names {len(missing)} images and none is beside it; none was checked")
 
