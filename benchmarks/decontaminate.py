@@ -9,19 +9,17 @@ leakage ... rigorous filtering").
     repeat    exact, but with an earlier question of the bank; another answer is reported
 
 A short stem ("What is the diagnosis?") is generic. It leaks as a whole question, with its options
-and images, or by its image, but not by its words alone. All rules are exact: benchmarks are small
-enough to be indexed whole, so nothing is sampled.
+and images, or by its image, but not by its words alone. Every question is compared with all.
 
     python -m benchmarks.decontaminate --questions bank.jsonl --against test.jsonl --images . \\
         --out out/leaks
 
 reads questions.jsonl files; writes OUT/leaks.jsonl (a row for each leak, with its rule and
 evidence), OUT/stage.json. It prints the leaks by rule and benchmark, the Jaccard similarities of
-the kept questions, and the runs that dropped the most questions.
+the kept, and the runs that dropped the most questions.
 
 Where we depart from the paper, or it is silent:
-  1. The paper gives no rule; the rules and their limits are ours. Each limit is a flag, and 0
-     switches its rule off.
+  1. It gives no rule; rules and limits are ours. Each limit is a flag; 0 switches its rule off.
   2. Any shared run counts, even a stock phrase ("of the following is the most likely cause of this
      patient s symptoms"). Of 380 unrelated questions of MedQA and MedXpertQA-MM, 13 words drop one
      in ten, and more where benchmarks are larger; --ngram 20 drops none. A run's evidence has the
@@ -93,14 +91,9 @@ def read_bank(paths: list[str]) -> list[data.Question]:
 # Text
 
 
-def words_of(question: data.Question) -> list[str]:
-    """The words of its stem, normalised."""
-    return data.normalise(question.question).split()
-
-
 def same_question(question: data.Question, image_root: Path) -> tuple:
-    """A key that is equal for questions with the same stem, options and image files, whatever the
-    case, spacing, punctuation and order."""
+    """(stem, options, image files), equal for the same question whatever the case, spacing,
+    punctuation and order."""
     options = sorted(data.normalise(text) for text in question.options.values())
     images = sorted(data.file_hash(image_root / image) for image in question.images)
     return data.normalise(question.question), *options, *images
@@ -282,14 +275,16 @@ def find(
     near = leaked_images(questions, benchmarks, image_root, distance)
     # of equal questions or images the first counts
     owner = {image: question for question in reversed(benchmarks) for image in question.images}
-    exact = {same_question(question, image_root): question for question in reversed(benchmarks)}
-    stems = [words_of(question) for question in benchmarks]
+    keys = [same_question(question, image_root) for question in benchmarks]
+    exact = dict(zip(reversed(keys), reversed(benchmarks)))
+    stems = [stem.split() for stem, *_ in keys]
     runs = Grams(stems if ngram else [], ngram)
     pieces = Grams([words if len(words) >= SHORT else [] for words in stems], GRAM)
 
     found, likeness, seen = {}, {}, {}
     for question in tqdm(questions, desc="leaks", unit="question"):
-        key, words = same_question(question, image_root), words_of(question)
+        key = same_question(question, image_root)
+        words = key[0].split()
         alike, most, shared = 0.0, 0, runs.shared(grams(words, ngram))
         if len(words) >= SHORT:
             alike, most = pieces.nearest(grams(words, GRAM))
@@ -328,7 +323,7 @@ def print_audit(
     print(f"{len(found)} leaks and repeats among {len(bank)} questions")
     for (rule, source), count in sorted(counts.items()):
         print(f"  {rule:<8} {source or 'no source':<30} {count:>7}")
-    kept = [value for key, value in likeness.items() if key not in found]
+    kept = [likeness[key] for key in likeness.keys() - found.keys()]
     bins = np.histogram(kept, 10, (0, 1))[0].tolist()
     said = ", ".join(f"{i / 10:.1f}+ {count}" for i, count in enumerate(bins) if count)
     print(f"nearest Jaccard of the kept, from {SHORT} words on: {said}")
