@@ -485,7 +485,7 @@ def from_huatuo(record: dict, where: str) -> Chain:
     """HuatuoGPT-o1's demo_data.json: the chain is Complex_CoT, the answer the option. Response, its
     own conclusion, must agree."""
     data.need(record, where, options=dict, answer_idx=str, Complex_CoT=str, Response=str)
-    item = replace(benchmarks.exam(record, where), meta={})
+    item = replace(benchmarks.READERS["huatuo"].item(record, where), meta={})
     question = benchmarks.question_of(item, [], "huatuo", where)
     letter, denied = first_named(record["Response"], question.options)
     faults = {}
@@ -528,12 +528,11 @@ FORMATS = {  # how a record is read, and the keys it has
 
 def read_records(path: str) -> list[tuple[str, dict]]:
     """(where, record) of a JSON array, or of JSONL. Raises RowError if there is none."""
-    benchmarks.check_file(Path(path))
     with data.open_file(path) as file:
         is_array = file.read(1024).lstrip().startswith(b"[")
     if is_array:
-        rows = enumerate(benchmarks.load_rows(Path(path), "record", 1), 1)
-        records = [(f"{path}: record {number}", record) for number, record in rows]
+        numbered = enumerate(data.read_json(path), 1)
+        records = [(f"{path}: record {number}", record) for number, record in numbered]
     else:
         records = list(data.read_jsonl(path))
     if not records:

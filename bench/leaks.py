@@ -112,7 +112,7 @@ def changed(paths: list[Path], change: str, folder: Path) -> list[Path]:
     for path in paths:
         image = make(load_image(path))
         made.append(folder / f"{path.stem}.{'jpeg' if quality else 'png'}")
-        image.save(made[-1], **({"quality": quality} if quality else {"compress_level": 1}))
+        image.save(made[-1], quality=quality, compress_level=1)  # a format takes its own
     return made
 
 
@@ -137,19 +137,16 @@ def measure(data_root: Path) -> None:
         for title, (own_hash, limit) in hashes.items():
             films = np.sort(film_distances(data_root, folder, own_hash))
             false = films <= limit
-            print(
-                f"{title}: {false.sum()} of {len(films):,} pairs of chest films are one image "
-                f"({false.mean():.4%}); the nearest differ in {films[:5]} bits"
-            )
+            print(f"{title}: {false.sum()} of {len(films):,} pairs of chest films are one image")
+            print(f"  ({false.mean():.4%}); the nearest differ in {films[:5]} bits")
         whole = {t: np.concatenate([h(path) for path in paths]) for t, (h, _) in hashes.items()}
         print(f"of {len(paths)} images, the share known again, and pairs of others taken for one")
         print(f"  {'':<26}   {'usual':<24}ours")
         for change in [*CHANGES, *HARDER]:
             made, line = changed(paths, change, folder), f"  {change:<26}"
             for title, (own_hash, limit) in hashes.items():
-                differ = decontaminate.distances(
-                    whole[title], np.concatenate([own_hash(p) for p in made])
-                )
+                hashed = np.concatenate([own_hash(path) for path in made])
+                differ = decontaminate.distances(whole[title], hashed)
                 false, near = (differ[other] <= limit).sum(), differ[other].min()
                 recall = (differ.diagonal() <= limit).mean()
                 line += f"   {recall:.2f} {false:>3} (nearest {near:>3})"
@@ -164,62 +161,91 @@ def draw_stem(rng: random.Random) -> list[str]:
     """Two stock phrases are never adjacent: they would be a run of 13 words."""
     words: list[str] = []
     for phrase, share in rng.sample(STOCK, len(STOCK)):
-        words += rng.choices(WORDS, k=rng.randint(8, 25)) + (
-            phrase.split() if rng.random() < share else []
-        )
+        words += rng.choices(WORDS, k=rng.randint(8, 25))
+        words += phrase.split() if rng.random() < share else []
     return words + rng.choices(WORDS, k=rng.randint(8, 25))
-
-
-def draw_question(rng: random.Random, key: str, images: list[str]) -> data.Question:
-    options = {letter: " ".join(rng.choices(WORDS, k=3)) for letter in "ABCDE"}
-    return data.Question(" ".join(draw_stem(rng)), options, "A", images, key.split("-")[0], {}, key)
 
 
 def draw_image(path: Path, noise: np.random.Generator) -> str:
     """72 x 64 greys, a smooth enlargement of 9 x 8 random ones."""
-    Image.fromarray(noise.integers(0, 256, (8, 9), np.uint8)).resize(
-        (72, 64), Image.Resampling.BICUBIC
-    ).save(path, compress_level=1)
+    small = Image.fromarray(noise.integers(0, 256, (8, 9), np.uint8))
+    small.resize((72, 64), Image.Resampling.BICUBIC).save(path, compress_level=1)
     return path.name
+
+
+def draw_question(rng: random.Random, key: str, images: list[str]) -> data.Question:
+    options = {letter: " ".join(rng.choices(WORDS, k=3)) for letter in "ABCDE"}
+    return data.Question(" ".join(draw_stem(rng)), options, "A", images, id=key)
+
+
+def draw_set(
+    kind: str,
+    count: int,
+    with_image: int,
+    root: Path,
+    rng: random.Random,
+    noise: np.random.Generator,
+) -> list[data.Question]:
+    drawn = []
+    for i in range(count):
+        images = [draw_image(root / f"{kind}-{i}.png", noise)] if i < with_image else []
+        drawn.append(draw_question(rng, f"{kind}-{i}", images))
+    return drawn
 
 
 def planted(benchmarks: list[data.Question], rng: random.Random, root: Path) -> list[data.Question]:
     """PLANTED questions of each kind; an id begins with the name of its kind."""
     made = []
-    films = [question for question in benchmarks if question.images]
+    plain, films = ([q for q in benchmarks if bool(q.images) == kind] for kind in (False, True))
+    replaced = {  # kind: whether the word at a place is another
+        "one in ten": lambda place: rng.random() < 0.1,
+        "every tenth": lambda place: place % 10 == 9,
+    }
     for i in range(PLANTED):
-        copy, film = (
-            rng.choice([question for question in benchmarks if not question.images]),
-            rng.choice(films),
-        )
+        copy, film = rng.choice(plain), rng.choice(films)
         turned = dict(zip("ABCDE", reversed(copy.options.values())))
-        made.append(
-            data.Question(
-                copy.question.upper().replace(" ", ",  ") + " ?",
-                turned,
-                "E",
-                [],
-                "",
-                {},
-                f"copied-{i}",
-            )
-        )
-        for kind, edited in (
-            ("one in ten", lambda place: rng.random() < 0.1),
-            ("every tenth", lambda place: place % 10 == 9),
-        ):
-            words = [
-                rng.choice(WORDS) if edited(place) else word
-                for place, word in enumerate(rng.choice(benchmarks).question.split())
-            ]
-            made.append(data.Question(" ".join(words), {}, "something", [], "", {}, f"{kind}-{i}"))
+        stem = copy.question.upper().replace(" ", ",  ") + " ?"
+        made.append(data.Question(stem, turned, "E", id=f"copied-{i}"))
+        for kind, is_replaced in replaced.items():
+            words = rng.choice(benchmarks).question.split()
+            words = [rng.choice(WORDS) if is_replaced(n) else word for n, word in enumerate(words)]
+            made.append(data.Question(" ".join(words), {}, "something", id=f"{kind}-{i}"))
         with Image.open(root / film.images[0]) as image:
             scale = rng.uniform(0.7, 3)
-            image.resize((int(72 * scale), int(64 * scale)), Image.Resampling.LANCZOS).save(
-                root / f"leak-{i}.jpeg", quality=rng.randint(40, 95)
-            )
+            scaled = image.resize((int(72 * scale), int(64 * scale)), Image.Resampling.LANCZOS)
+            scaled.save(root / f"leak-{i}.jpeg", quality=rng.randint(40, 95))
         made.append(draw_question(rng, f"image-{i}", [f"leak-{i}.jpeg"]))
     return made
+
+
+def print_shared(bank: list[data.Question], benchmarks: list[data.Question]) -> None:
+    """Prints how many 5-grams one of the first 500 questions shares with the benchmarks."""
+    index = decontaminate.Grams([q.question.split() for q in benchmarks], decontaminate.GRAM)
+    found = []
+    for one in bank[:500]:
+        own = decontaminate.grams(one.question.split(), decontaminate.GRAM)
+        found.append(int(index.shared(own).sum()))
+    print(f"{len(bank):,} questions against {len(benchmarks):,}", flush=True)
+    print(f"a question shares {statistics.mean(found):,.0f} 5-grams with them on average")
+
+
+def check(bank: list[data.Question], benchmarks: list[data.Question], root: Path, ngram: int):
+    """Runs the check and prints time, memory, and what was found of each kind."""
+    begin, limits = time.perf_counter(), (decontaminate.JACCARD, decontaminate.DISTANCE)
+    found, likeness = decontaminate.find(bank, benchmarks, root, ngram, *limits)
+    seconds = time.perf_counter() - begin
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    print(f"--ngram {ngram} --jaccard {limits[0]}: {seconds:.0f} s, peak {peak:.2f} GB", end="")
+    print(", bank included   (targets: 120 s, 2 GB)")
+    for kind in ("copied", "one in ten", "every tenth", "image"):
+        rules = [row["evidence"]["rule"] for key, row in found.items() if key.startswith(kind)]
+        by = ", ".join(sorted(set(rules))) or "no rule"
+        print(f"  {kind:<12} {len(rules):>4} of {PLANTED} found, by {by}")
+    rest = [key for key in likeness if key.startswith("bank")]
+    dropped = len(found.keys() & {*rest})
+    print(f"  {'the rest':<12} {dropped:>4} of {len(rest):,} dropped   (target: 0)", flush=True)
+    nearest = max(likeness[key] for key in rest)
+    print(f"  nearest Jaccard similarity among the rest: {nearest:.3f}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -234,74 +260,13 @@ def main(argv: list[str] | None = None) -> None:
     rng, noise = random.Random(0), np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        benchmarks = [
-            draw_question(
-                rng,
-                f"benchmark{i % 5}-{i}",
-                [draw_image(root / f"b{i}.png", noise)] if i < args.benchmark_images else [],
-            )
-            for i in range(args.benchmarks)
-        ]
-        bank = [
-            draw_question(
-                rng, f"bank-{i}", [draw_image(root / f"q{i}.png", noise)] if i < args.image else []
-            )
-            for i in range(args.text + args.image)
-        ]
+        sizes = args.benchmarks, args.benchmark_images
+        benchmarks = draw_set("benchmark", *sizes, root, rng, noise)
+        bank = draw_set("bank", args.text + args.image, args.image, root, rng, noise)
         bank += planted(benchmarks, rng, root)
-        pieces = decontaminate.Grams(
-            [question.question.split() for question in benchmarks], decontaminate.GRAM
-        )
-        touched = [
-            0
-            if (
-                shared := pieces.shared(
-                    decontaminate.grams(question.question.split(), decontaminate.GRAM)
-                )
-            )
-            is None
-            else int(shared.sum())
-            for question in bank[:500]
-        ]
-        del pieces
-        print(
-            f"{len(bank):,} questions against {len(benchmarks):,}; a question shares "
-            f"{statistics.mean(touched):,.0f} 5-grams with them on average",
-            flush=True,
-        )
-        for ngram, jaccard in (
-            (decontaminate.NGRAM, decontaminate.JACCARD),
-            (20, decontaminate.JACCARD),
-        ):
-            begin = time.perf_counter()
-            found, likeness = decontaminate.find(
-                bank, benchmarks, root, ngram, jaccard, decontaminate.DISTANCE
-            )
-            seconds, peak = (
-                time.perf_counter() - begin,
-                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
-            )
-            print(
-                f"--ngram {ngram} --jaccard {jaccard}: {seconds:.0f} s, peak {peak:.2f} GB, "
-                "bank included   (targets: 120 s, 2 GB)"
-            )
-            for kind in ("copied", "one in ten", "every tenth", "image"):
-                rules = sorted(
-                    {row["evidence"]["rule"] for key, row in found.items() if key.startswith(kind)}
-                )
-                print(
-                    f"  {kind:<12} {sum(key.startswith(kind) for key in found):>4} of {PLANTED} "
-                    f"found, by {', '.join(rules) or 'no rule'}"
-                )
-            print(
-                f"  {'the rest':<12} {sum(key.startswith('bank') for key in found):>4} of "
-                f"{args.text + args.image:,} dropped   (target: 0)",
-                flush=True,
-            )
-        print(
-            "nearest Jaccard similarity among the rest: "
-            f"{max(value for key, value in likeness.items() if key.startswith('bank')):.3f}"
-        )
+        print_shared(bank, benchmarks)
+        for ngram in (decontaminate.NGRAM, 20):
+            check(bank, benchmarks, root, ngram)
 
 
 if __name__ == "__main__":

@@ -9,30 +9,27 @@ leakage ... rigorous filtering").
     repeat    exact, but with an earlier question of the bank; another answer is reported
 
 A short stem ("What is the diagnosis?") is generic. It leaks as a whole question, with its options
-and images, or by its image, but not by its words alone. All rules are exact: benchmarks are small
-enough to be indexed whole, so nothing is sampled.
+and images, or by its image, but not by its words alone. Every question is compared with all.
 
     python -m benchmarks.decontaminate --questions bank.jsonl --against test.jsonl --images . \\
         --out out/leaks
 
 reads questions.jsonl files; writes OUT/leaks.jsonl (a row for each leak, with its rule and
 evidence), OUT/stage.json. It prints the leaks by rule and benchmark, the Jaccard similarities of
-the kept questions, and the runs that dropped the most questions.
+the kept, and the runs that dropped the most questions.
 
 Where we depart from the paper, or it is silent:
-  1. The paper gives no rule; the rules and their limits are ours. Each limit is a flag, and 0
-     switches its rule off.
+  1. It gives no rule; rules and limits are ours. Each limit is a flag; 0 switches its rule off.
   2. Any shared run counts, even a stock phrase ("of the following is the most likely cause of this
      patient s symptoms"). Of 380 unrelated questions of MedQA and MedXpertQA-MM, 13 words drop one
      in ten, and more where benchmarks are larger; --ngram 20 drops none. A run's evidence has the
      Jaccard similarity of the stems, which tells a phrase from a leak. The limit of 0.25 was
      chosen on those 380: it drops none of them, and finds a stem with every tenth word replaced.
   3. The hash compares neighbours in the image shrunk to 17 x 17 greys, without its black or white
-     border. It survives scaling, compression, a change of brightness, padding and a border. It
-     finds most images with 5 % cropped off, and no mirrored or turned ones. Two films of one
-     patient may be taken for one image, and so may two faint pictures with the same sharp outline.
-     A nearly flat image would match all others: it can leak only as a file. `bench/leaks.py` counts
-     on real images.
+     border. It survives scaling, compression, a change of brightness, padding and a border; not a
+     mirror or a turn. Two films of one patient may be taken for one image, and so may two faint
+     pictures with the same sharp outline. A nearly flat image would match all others: it can leak
+     only as a file. `bench/leaks.py` measures all this on real images.
   4. Words are separated by spaces and punctuation. In a script without spaces, `run` and `jaccard`
      find next to nothing.
 """
@@ -51,15 +48,15 @@ from tqdm import tqdm
 import data
 from command import flags, schema, stage
 from command.images import load_image
+from engines.inference import image_paths
 
 NGRAM = 13  # ours: paper silent
 JACCARD = 0.25  # ours: paper silent; see departure 2
 # ours: measured by bench/leaks.py. Of the 124,750 pairs of 500 different chest films, one is this
 # near (26 bits; it looks like one patient twice); the next pairs differ in 49, 52 and 55 bits. Of
-# 24 real images, 96 % are found again as a JPEG of quality 20. All are found in another size, a
-# fifth brighter, darker or of other contrast, in grey, padded to a square or with a white border.
-# With 5 % cropped off, 71 % are found. The limit and the hash's constants were chosen on these same
-# images.
+# 24 real images, 96 % are found as a JPEG of quality 20, 71 % with 5 % cropped off, and all in
+# another size, brightness or contrast, in grey, padded to a square or with a white border. The
+# limit and the hash's constants were chosen on these same images.
 DISTANCE = 48
 GRAM = 5  # ours: words in an n-gram of the Jaccard similarity
 SHORT = 13  # ours: a stem of fewer words is generic
@@ -94,14 +91,9 @@ def read_bank(paths: list[str]) -> list[data.Question]:
 # Text
 
 
-def words_of(question: data.Question) -> list[str]:
-    """The words of its stem, normalised."""
-    return data.normalise(question.question).split()
-
-
 def same_question(question: data.Question, image_root: Path) -> tuple:
-    """A key that is equal for questions with the same stem, options and image files, whatever the
-    case, spacing, punctuation and order."""
+    """(stem, options, image files), equal for the same question whatever the case, spacing,
+    punctuation and order."""
     options = sorted(data.normalise(text) for text in question.options.values())
     images = sorted(data.file_hash(image_root / image) for image in question.images)
     return data.normalise(question.question), *options, *images
@@ -121,6 +113,9 @@ def shared_run(words: list[str], others: list[str]) -> dict:
     return {"run": run, "words": match.size, "jaccard": similarity}
 
 
+NONE = np.zeros(0, np.int32)
+
+
 class Grams:
     """An inverted index: which stems hold each n-gram of words."""
 
@@ -133,15 +128,15 @@ class Grams:
         all_found = [i for found in held.values() for i in found]
         self.sizes = np.bincount(all_found, minlength=len(stems))
 
-    def shared(self, own: set[str]) -> np.ndarray | None:
-        """How many of these n-grams each stem holds, (stems,), or None if no stem holds any."""
+    def shared(self, own: set[str]) -> np.ndarray:
+        """How many of these n-grams each stem holds, (stems,)."""
         found = [self.holders[gram] for gram in own if gram in self.holders]
-        return np.bincount(np.concatenate(found), minlength=len(self.sizes)) if found else None
+        return np.bincount(np.concatenate([NONE, *found]), minlength=len(self.sizes))
 
     def nearest(self, own: set[str]) -> tuple[float, int]:
         """(Jaccard similarity, index) of the stem most like these n-grams."""
         shared = self.shared(own)
-        if shared is None:
+        if not shared.any():
             return 0.0, 0
         likeness = shared / (len(own) + self.sizes - shared)
         return float(likeness.max()), int(likeness.argmax())
@@ -184,8 +179,8 @@ def hashes(images: list[str], image_root: Path, title: str) -> dict[str, np.ndar
     """{image: its hashes} of every image that is not flat."""
     with ThreadPoolExecutor() as pool:  # decoding releases Python's lock
         found = pool.map(lambda image: dhash(image_root / image), images)
-        found = list(tqdm(found, total=len(images), desc=title, unit="image"))
-    return {image: words for image, words in zip(images, found) if words is not None}
+        pairs = zip(images, tqdm(found, total=len(images), desc=title, unit="image"))
+        return {image: words for image, words in pairs if words is not None}
 
 
 def distances(own: np.ndarray, theirs: np.ndarray) -> np.ndarray:
@@ -223,15 +218,12 @@ def leaked_images(
     """{image: (bits that differ, benchmark image)}; a file that is the benchmark's has 0. Raises
     RowError for a missing image."""
     for question in questions + benchmarks:
-        for image in question.images:
-            if not data.image_file(image_root, image).is_file():
-                said = f"image {image} is not below {image_root}; check --images"
-                raise data.RowError(f"question {question.id}: {said}")
+        image_paths(question, image_root)
     own = sorted({image for question in questions for image in question.images})
     theirs = sorted({image for question in benchmarks for image in question.images})
     files = {data.file_hash(image_root / image): image for image in theirs}
     near = {}
-    if distance and own and theirs:
+    if distance and theirs:
         bank = hashes(own, image_root, "the bank's images")
         near = nearest_images(bank, hashes(theirs, image_root, "the benchmarks' images"), distance)
     same = ((image, data.file_hash(image_root / image)) for image in own)
@@ -283,14 +275,16 @@ def find(
     near = leaked_images(questions, benchmarks, image_root, distance)
     # of equal questions or images the first counts
     owner = {image: question for question in reversed(benchmarks) for image in question.images}
-    exact = {same_question(question, image_root): question for question in reversed(benchmarks)}
-    stems = [words_of(question) for question in benchmarks]
+    keys = [same_question(question, image_root) for question in benchmarks]
+    exact = dict(zip(reversed(keys), reversed(benchmarks)))
+    stems = [stem.split() for stem, *_ in keys]
     runs = Grams(stems if ngram else [], ngram)
     pieces = Grams([words if len(words) >= SHORT else [] for words in stems], GRAM)
 
     found, likeness, seen = {}, {}, {}
     for question in tqdm(questions, desc="leaks", unit="question"):
-        key, words = same_question(question, image_root), words_of(question)
+        key = same_question(question, image_root)
+        words = key[0].split()
         alike, most, shared = 0.0, 0, runs.shared(grams(words, ngram))
         if len(words) >= SHORT:
             alike, most = pieces.nearest(grams(words, GRAM))
@@ -298,7 +292,7 @@ def find(
         images = [(*near[image], image) for image in question.images if image in near]
         if key in exact:
             found[question.id] = leak("exact", "same as", exact[key], {})
-        elif shared is not None:
+        elif shared.any():
             at = int(shared.argmax())
             evidence = shared_run(words, stems[at])
             reason = f"shares '{evidence['run']}' with"
@@ -329,7 +323,7 @@ def print_audit(
     print(f"{len(found)} leaks and repeats among {len(bank)} questions")
     for (rule, source), count in sorted(counts.items()):
         print(f"  {rule:<8} {source or 'no source':<30} {count:>7}")
-    kept = [value for key, value in likeness.items() if key not in found]
+    kept = [likeness[key] for key in likeness.keys() - found.keys()]
     bins = np.histogram(kept, 10, (0, 1))[0].tolist()
     said = ", ".join(f"{i / 10:.1f}+ {count}" for i, count in enumerate(bins) if count)
     print(f"nearest Jaccard of the kept, from {SHORT} words on: {said}")
@@ -347,11 +341,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--questions", nargs="+", required=True, help="the bank")
     add("--against", nargs="+", required=True, help="benchmark questions that must not leak")
     add("--images", default=".", help="image root of both")
-    said = "words in a row that may not be shared with a benchmark; 0: any may"
-    add("--ngram", type=flags.whole(0), default=NGRAM, help=said)
-    said = "similarity from which on a stem is a benchmark's; 0: none is"
-    add("--jaccard", type=flags.number(0, 1), default=JACCARD, help=said)
-    said = f"bits of {BITS} up to which an image is a benchmark's; 0: same file only"
+    add("--ngram", type=flags.whole(0), default=NGRAM, help="words in a row of a leak; 0: off")
+    add("--jaccard", type=flags.number(0, 1), default=JACCARD, help="similarity of a leak; 0: off")
+    said = f"bits of {BITS} up to which images are the same; 0: same file only"
     add("--distance", type=flags.whole(0, BITS), default=DISTANCE, help=said)
     add("--out", required=True, help="folder to write")
     return parser.parse_args(argv)

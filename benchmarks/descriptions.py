@@ -92,23 +92,15 @@ def first_change(before: list[str], after: list[str]) -> str | None:
     return None
 
 
-def passage_fault(question: str, text: str, removed: list[str]) -> str | None:
-    """The fault of a passage, or None: not in the question, not removed, a measured value, or what
-    is asked."""
-    asked, rest = re.split(r"(?<=[.?!:;])\s+", question)[-1], question
-    for passage in sorted(removed, key=len, reverse=True):
-        if passage not in rest:
-            return f"'{passage}' is said to be removed, but is no part of the question"
-        rest = rest.replace(passage, " ", 1)
-        if text.count(passage) > rest.count(passage):
-            return f"'{passage}' is said to be removed, but is still there"
-        values = [number for number in NUMBER.findall(passage) if MEASURED.search(number)]
-        if values:
-            return f"the value '{values[0]}' is removed; is that of the image?"
-    gone = sum(len(passage.split()) for passage in removed if passage in asked)
-    if any(asked in passage for passage in removed) or 2 * gone > len(asked.split()):
-        return f"what is asked, '{asked}', is removed"
-    return None
+def passage_fault(passage: str, rest: str, text: str) -> str | None:
+    """The fault of a removed passage, or None: not in the question, not removed, or a measured
+    value. rest: the question without longer passages."""
+    if passage not in rest:
+        return f"'{passage}' is said to be removed, but is no part of the question"
+    if text.count(passage) >= rest.count(passage):
+        return f"'{passage}' is said to be removed, but is still there"
+    values = [number for number in NUMBER.findall(passage) if MEASURED.search(number)]
+    return f"the value '{values[0]}' is removed; is that of the image?" if values else None
 
 
 def word_fault(question: str, text: str, removed: list[str]) -> str | None:
@@ -134,20 +126,23 @@ def word_fault(question: str, text: str, removed: list[str]) -> str | None:
 def edit_fault(question: str, text: str, removed: list[str]) -> str | None:
     """The rule that an edit breaks, or None. Only the removed passages may be lost, nothing may be
     new, and the order stays. Outside them no number, negation or side may come or go; inside them
-    no measured value may go."""
+    no measured value may go, nor most of what is asked."""
     question, text, removed = one_line(question), one_line(text), [one_line(p) for p in removed]
     if not text:
         return "nothing is left"
     if len(text) > len(question):
         return "it is longer than the question"
-    lost = sorted(set(FIGURE.findall(question)) - set(FIGURE.findall(text)))
-    if lost:
+    if lost := sorted(set(FIGURE.findall(question)) - set(FIGURE.findall(text))):
         return f"the reference '{lost[0]}' is lost"
-    if fault := passage_fault(question, text, removed):
-        return fault
     rest = question
     for passage in sorted(removed, key=len, reverse=True):
+        if fault := passage_fault(passage, rest, text):
+            return fault
         rest = rest.replace(passage, " ", 1)
+    asked = re.split(r"(?<=[.?!:;])\s+", question)[-1]
+    gone = sum(len(passage.split()) for passage in removed if passage in asked)
+    if any(asked in passage for passage in removed) or 2 * gone > len(asked.split()):
+        return f"what is asked, '{asked}', is removed"
     if change := first_change(NUMBER.findall(rest), NUMBER.findall(text)):
         return f"the number {change}"
     if change := first_change(MEANING.findall(rest.casefold()), MEANING.findall(text.casefold())):
@@ -228,18 +223,16 @@ def read_sheet(path: str | Path, columns: list[str]) -> list[tuple[int, dict[str
     except (UnicodeDecodeError, csv.Error) as error:
         said = f"cannot be read ({error}); save the filled-in sheet as CSV in UTF-8"
         raise data.RowError(f"{path}: {said}") from None
-    if len(set(names)) < len(names):
-        raise data.RowError(f"{path}: a column is there twice in {names}; remove one of the two")
     if lost := [name for name in columns if name not in names]:
         wanted = f"expected {' and '.join(columns)} among them"
-        said = f"no column {lost[0]!r}: columns are {names}, {wanted}"
+        faults = [f"no column {lost[0]!r}: columns are {names}, {wanted}"]
     else:
         short = [(number, name) for number, row in rows for name in columns if row[name] is None]
-        said = "; ".join(f"row {number}: no column {name!r}" for number, name in short[:20])
-        said += f"; ... and {len(short) - 20} more" if len(short) > 20 else ""
-    if said:
-        how = "save the sheet as CSV with commas, its first line unchanged"
-        raise data.RowError(f"{path}: {said}; {how}")
+        faults = [f"row {number}: no column {name!r}" for number, name in short]
+    if faults:
+        shown = faults[:20] + [f"... and {len(faults) - 20} more"] * (len(faults) > 20)
+        said = "save the sheet as CSV with commas, its first line unchanged"
+        raise data.RowError(f"{path}: {'; '.join(shown)}; {said}")
     return [(number, {name: unmarked(row[name]) for name in names}) for number, row in rows]
 
 

@@ -27,8 +27,11 @@ MEDXPERTQA = (
     "({}) {} ",
     "Q: {question}\nAnswer Choices: {choices}\nA: Let's think step by step.{images}",
 )
-DIRECT = "Answer with the option's letter from the given choices directly."
-MMMU = "({}) {}\n", "{images}{question}\n\n{choices}\n\n" + DIRECT
+MMMU = (
+    "({}) {}\n",
+    "{images}{question}\n\n{choices}\n\n"
+    "Answer with the option's letter from the given choices directly.",
+)
 SHORT = "", "{images}{question}\n\nAnswer the question using a single word or phrase."
 LAST_LINE = (
     "The last line of your response should be of the following format: "
@@ -39,6 +42,11 @@ ASKED = "Answer the preceding multiple choice question. "
 PRO = "{}. {}\n", "{images}{question}\n{choices}" + ASKED + LAST_LINE
 WRITE_OUT = "Write out the multiple-choice question in the image and then solve it. "
 VISION = "", WRITE_OUT + LAST_LINE + "{images}"
+PROMPTS = {  # by the name of a set, as questions carry it in `source`
+    "medxpertqa-mm": MEDXPERTQA, "medxpertqa-text": MEDXPERTQA, "medqa": MEDXPERTQA,
+    "medbullets-op4": MEDXPERTQA, "medbullets-op5": MEDXPERTQA,
+    "mmmu": MMMU, "mmmu-pro": PRO, "mmmu-pro-vision": VISION,
+}  # fmt: skip
 
 
 def trigger(question: data.Question) -> str:
@@ -82,8 +90,6 @@ def last_mention(response: str, question: data.Question) -> str | None:
 
 
 NUMBER = r"-?(?:\d{1,3}(?:,\d{3})+|\d*\.\d+|\d+)(?:e[+-]?\d+)?\b"
-
-
 CUES = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
 
 
@@ -115,18 +121,6 @@ def short_answer(response: str, question: data.Question) -> str | None:
     return None
 
 
-# --------------------------------------------------------------------------------------------------
-# By the name of a set, as questions carry it in `source`
-
-PROMPTS = {
-    **dict.fromkeys(
-        ("medxpertqa-mm", "medxpertqa-text", "medqa", "medbullets-op4", "medbullets-op5"),
-        MEDXPERTQA,
-    ),
-    "mmmu": MMMU, "mmmu-pro": PRO, "mmmu-pro-vision": VISION,
-}  # fmt: skip
-
-
 def has_rule(question: data.Question) -> bool:
     return question.source in PROMPTS
 
@@ -141,7 +135,7 @@ def prompt_of(question: data.Question) -> tuple[str, str]:
 
 def choice(response: str, question: data.Question) -> str | None:
     """The letter that the benchmark's script would read; for a short answer the reference, if it
-    counts as right; or None. Raises RowError for a source that is none of these benchmarks."""
+    counts as right; or None."""
     rule = first_letter if prompt_of(question) is MEDXPERTQA else last_mention
     return rule(response, question)
 
@@ -149,8 +143,7 @@ def choice(response: str, question: data.Question) -> str | None:
 def messages(question: data.Question) -> tuple[list[dict], list[str]]:
     """The benchmark's own prompt, and the question's images in the order in which it shows them.
     The user turn's content is a list of text and image parts, as in OpenAI's protocol: these
-    benchmarks place images inside the text. Raises RowError for a source that is none of these
-    benchmarks."""
+    benchmarks place images inside the text."""
     prompt, count = prompt_of(question), len(question.images)
     form, text = prompt if question.options else SHORT
     marked = question.meta.get("image_marks", [])
@@ -177,5 +170,7 @@ def second_turn(question: data.Question, completion: str) -> list[dict] | None:
     once."""
     if prompt_of(question) is not MEDXPERTQA:
         return None
-    said, asked = ("assistant", completion), ("user", trigger(question))
-    return [{"role": role, "content": text} for role, text in (said, asked)]
+    return [
+        {"role": "assistant", "content": completion},
+        {"role": "user", "content": trigger(question)},
+    ]

@@ -1494,18 +1494,18 @@ def test_sharegpt_and_message_records_with_thinking_become_demonstrations(tmp_pa
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"[{", "record 1: not JSON"),
+        (b"[{", "not JSON"),
         (b"\xff\xfe", ":1: not JSON"),
         (None, "no such file"),
-        (b"", "is empty"),
+        (b"", "no record in it"),
         (os.mkfifo, "is not a file"),
         (os.mkdir, "is not a file"),
-        (b'[{}, {"a": 1, "a": 2}]', "record 2: .*'a' is there twice"),
+        (b'[{}, {"a": 1, "a": 2}]', "'a' is there twice"),
         (b'{"a": 1, "a": 2}', ":1: .*'a' is there twice"),
-        (b'[{"a": NaN}]', "record 1: .*NaN"),
-        (b"[{}, " + b"[" * 99_999, "record 2: .*nested"),
+        (b'[{"a": NaN}]', "NaN"),
+        (b"[{}, " + b"[" * 99_999, "nested"),
         (b"[{}]]", "not JSON"),
-        (b'[{"a": "\\ud800"}]', "record 1: .*surrogate"),
+        (b'[{"a": "\\ud800"}]', "surrogate"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path, content, said):
