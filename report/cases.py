@@ -69,11 +69,6 @@ def read_run(folder: str | Path) -> Run:
     return Run(results["name"], Path(folder), entries, bool(results.get("open_ended")))
 
 
-def where_is(path: Path, key: tuple[str, int]) -> str:
-    """The file and line of a sample."""
-    return next(w for w, row in data.read_jsonl(path) if (row["id"], row["sample"]) == key)
-
-
 def read_samples(
     run: Run, wanted: dict[str, data.Question]
 ) -> dict[str, list[tuple[dict, dict | None]]]:
@@ -88,29 +83,29 @@ def read_samples(
             raise row
         if row["id"] not in wanted:
             continue
-        row.pop("token_ids", None)  # large, and not shown
-        key = row["id"], row["sample"]
-        verdict = verdicts.get(key)
+        verdict, fault = verdicts.get(key := (row["id"], row["sample"])), ""
         if lacking := [name for name in ("engine", "seed", "correct") if name not in row]:
-            why = f"missing '{lacking[0]}'; evaluate this run again"
-            raise data.RowError(f"{where_is(path, key)}: {why}")
-        if verdict and verdict["response_sha"] != row["response_sha"]:
-            why = f"the verdict on sample {key[1]} of question {key[0]} is on another text"
-            raise data.RowError(f"{where_is(path, key)}: {why}; judge this run again")
+            fault = f"missing '{lacking[0]}'; evaluate this run again"
+        elif verdict and verdict["response_sha"] != row["response_sha"]:
+            on = f"the verdict on sample {key[1]} of question {key[0]} is on another text"
+            fault = f"{on}; judge this run again"
+        if fault:
+            lines = ((where, (one["id"], one["sample"])) for where, one in data.read_jsonl(path))
+            raise data.RowError(f"{next(where for where, one in lines if one == key)}: {fault}")
+        row.pop("token_ids")  # large, and not shown
         found[row["id"]].append((row, verdict))
     for id, question in wanted.items():
         found[id].sort(key=lambda pair: pair[0]["sample"])
-        entry, where = run.entries[id], f"{path}: question {id}"
+        entry, fault = run.entries[id], ""
         if [row["correct"] for row, _ in found[id]] != entry["right"]:
-            raise data.RowError(
-                f"{where}: not the answers that results.json counts; evaluate this run again"
-            )
-        known = not question.options or set(entry["choices"]) <= {None, *question.options}
-        if entry["answer"] != question.answer or not known:
-            why = "was put with another reference or other options"
-            raise data.RowError(
-                f"{where}: {why}; give the --questions that the run was evaluated on"
-            )
+            fault = "not the answers that results.json counts; evaluate this run again"
+        elif entry["answer"] != question.answer or (
+            question.options and not {*entry["choices"]} <= {None, *question.options}
+        ):
+            put = "was put with another reference or other options"
+            fault = f"{put}; give the --questions that the run was evaluated on"
+        if fault:
+            raise data.RowError(f"{path}: question {id}: {fault}")
     return found
 
 
@@ -241,11 +236,12 @@ def choices_html(question: data.Question, runs: list[Run]) -> str:
     items = ""
     for choice, text in (question.options or {question.answer: ""}).items():
         chosen = [run.name for run in runs if run.entries[question.id]["choices"][0] == choice]
-        marks = ["✓ reference answer"] if choice == question.answer else []
-        kind = "option reference" if marks else "option"
+        is_reference = choice == question.answer
+        marks = ["✓ reference answer"] * is_reference
         marks += [f"chosen by {', '.join(chosen)}"] if chosen else []
         shown = html.escape(f"({choice}) {text}" if text else choice)
-        items += f'<li class="{kind}">{shown} <small>{html.escape(" · ".join(marks))}</small></li>'
+        items += f'<li class="option{" reference" * is_reference}">{shown} '
+        items += f"<small>{html.escape(' · '.join(marks))}</small></li>"
     return f"<ul>{items}</ul>"
 
 
@@ -329,19 +325,19 @@ def write_page(
     `read`, or holds another page."""
     conditions, entries = parse_only(only, runs), {run.name: run.entries for run in runs}
     common, root = common_questions(runs, questions), Path(image_root)
-    met = {}  # by condition: whether each question meets it
+    chosen, alone = common, {}  # alone: how many questions meet each condition
     for name, wanted, by_majority in conditions:
-        found = [meets(entries[name][question.id], wanted, by_majority) for question in common]
-        met[f"{name}-{wanted}{'-majority' * by_majority}"] = found
-    chosen = [question for i, question in enumerate(common) if all(one[i] for one in met.values())]
+        met = {q.id for q in common if meets(entries[name][q.id], wanted, by_majority)}
+        alone[f"{name}-{wanted}{'-majority' * by_majority}"] = len(met)
+        chosen = [question for question in chosen if question.id in met]
     if not chosen:
-        alone = ", ".join(f"{text} {sum(found)}" for text, found in met.items())
+        counts = ", ".join(f"{text} {number}" for text, number in alone.items())
         none = f"no question meets all conditions; of {len(common)} questions, each alone"
-        raise data.RowError(f"--only: {none}: {alone}")
+        raise data.RowError(f"--only: {none}: {counts}")
     shown = chosen[:count]
     samples = [read_samples(run, {question.id: question for question in shown}) for run in runs]
     articles = [case_html(n, question, root, runs, samples) for n, question in enumerate(shown, 1)]
-    asked = " and ".join(met) or "every question"
+    asked = " and ".join(alone) or "every question"
     header = header_html(runs, common, len(chosen), len(shown), asked)
     texts = {"title": html.escape(asked), "style": STYLE, "header": header}
     page = PAGE.format(**texts, cases="\n".join(articles))
