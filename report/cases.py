@@ -32,6 +32,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from io import BytesIO
+from itertools import accumulate
 from pathlib import Path
 
 import data
@@ -83,7 +84,8 @@ def read_samples(
             raise row
         if row["id"] not in wanted:
             continue
-        verdict, fault = verdicts.get(key := (row["id"], row["sample"])), ""
+        key, fault = (row["id"], row["sample"]), ""
+        verdict = verdicts.get(key)
         if lacking := [name for name in ("engine", "seed", "correct") if name not in row]:
             fault = f"missing '{lacking[0]}'; evaluate this run again"
         elif verdict and verdict["response_sha"] != row["response_sha"]:
@@ -156,17 +158,15 @@ def meets(entry: dict, wanted: str, by_majority: bool) -> bool:
 def chain_html(response: str) -> str:
     """A response as HTML, every character kept, its spans marked: think, answer, tags, and text
     outside any block."""
-    edges = {0, len(response)}
-    for tag in data.TAGS.finditer(response):
-        edges |= {*tag.span()}
-    ordered = sorted(edges)
-    parts, pieces = list(zip(ordered, ordered[1:])), []
-    for (start, end), label in zip(parts, data.label_spans(response, parts)):
-        text, kind = response[start:end], data.SPAN_NAMES[label]
-        if kind == "tag" and not data.TAGS.fullmatch(text):
-            kind = "outside" if text.strip() else "tag"
-        pieces.append(f'<span class="{kind}">{html.escape(text)}</span>')
-    return f'<div class="chain" dir="auto">{"".join(pieces) or "<em>(empty)</em>"}</div>'
+    parts, html_parts = re.split(rf"({data.TAGS.pattern})", response), ""
+    ends = [0, *accumulate(map(len, parts))]
+    labels = data.label_spans(response, list(zip(ends, ends[1:])))
+    for part, label in zip(parts, labels):
+        kind = data.SPAN_NAMES[label]
+        if kind == "tag" and part.strip() and not data.TAGS.fullmatch(part):
+            kind = "outside"
+        html_parts += f'<span class="{kind}">{html.escape(part)}</span>' if part else ""
+    return f'<div class="chain" dir="auto">{html_parts or "<em>(empty)</em>"}</div>'
 
 
 def image_html(path: Path, name: str, alt: str) -> str:
@@ -360,43 +360,41 @@ style-src 'unsafe-inline'">
 </main></body></html>
 """
 
+# one rule a line; light-dark(): the first colour in a light browser, the second in a dark one
 STYLE = """
-:root { --paper: #fbfaf7; --card: #fff; --ink: #23262b; --dim: #63676e; --line: #dedad0;
-  --right: #1c6a3a; --wrong: #a3281d; --think: #4f9d69; --answer: #2493a8; --outside: #8a5a00; }
-@media screen and (prefers-color-scheme: dark) { :root { --paper: #15171a; --card: #1c1f23; \
---ink: #e4e2dc; --dim: #a1a5ac; --line: #363a40;
-  --right: #7fcf9a; --wrong: #f2968b; --think: #5f9f76; --answer: #52acbe; --outside: #d9ab4e; \
-color-scheme: dark; } }
-body { margin: 0 auto; padding: 1.5rem; max-width: 100rem; overflow-wrap: anywhere; \
-background: var(--paper); color: var(--ink);
-  font: 1rem/1.55 system-ui, sans-serif; }
-h1, h2, h3 { line-height: 1.25; margin: 0 0 .5rem; } \
+:root { color-scheme: light dark; --dim: light-dark(#63676e, #a1a5ac);
+  --line: light-dark(#dedad0, #363a40); --right: light-dark(#1c6a3a, #7fcf9a);
+  --wrong: light-dark(#a3281d, #f2968b); --outside: light-dark(#8a5a00, #d9ab4e); }
+body { margin: 0 auto; padding: 1.5rem; max-width: 100rem; overflow-wrap: anywhere;
+  font: 1rem/1.55 system-ui, sans-serif; background: light-dark(#fbfaf7, #15171a); }
+h1, h2, h3 { line-height: 1.25; margin: 0 0 .5rem; }
 p, ul { margin: .5rem 0; padding: 0; list-style: none; }
-hr { border: 0; border-top: 1px solid var(--line); margin: 1.25rem 0; } \
-a { color: inherit; padding: .1rem .4rem; } summary { cursor: pointer; }
-article { margin-top: 2.5rem; padding-top: 1.5rem; border-top: 2px solid var(--line); } \
+hr { border: 0; border-top: 1px solid var(--line); margin: 1.25rem 0; }
+a { color: inherit; padding: .1rem .4rem; }
+summary { cursor: pointer; }
+article { margin-top: 2.5rem; padding-top: 1.5rem; border-top: 2px solid var(--line); }
 .facts, small, figcaption { color: var(--dim); font-size: .85rem; }
-.asked, .images { display: flex; flex-wrap: wrap; gap: 1rem 1.5rem; max-width: 100%; } \
+.asked, .images { display: flex; flex-wrap: wrap; gap: 1rem 1.5rem; max-width: 100%; }
+.images:empty { display: none; }
 .question { flex: 1 1 24rem; min-width: 0; }
-.images:empty { display: none; } figure { margin: 0; max-width: 28rem; } \
-img { max-width: 100%; height: auto; } .png { image-rendering: pixelated; }
-.stem, .chain, .option { white-space: pre-wrap; max-width: 52rem; } \
-.stem { font-size: 1.1rem; margin-top: 0; }
-.option { padding: .2rem .6rem; border-left: 3px solid transparent; } \
+figure { margin: 0; max-width: 28rem; }
+img { max-width: 100%; height: auto; }
+.png { image-rendering: pixelated; }
+.stem, .chain, .option { white-space: pre-wrap; max-width: 52rem; }
+.option { padding: .2rem .6rem; border-left: 3px solid transparent; }
 .reference { border-color: var(--right); font-weight: 600; }
-.runs { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); \
-gap: 1rem; margin-top: 1rem; align-items: start; }
-section { min-width: 0; padding: 1rem; background: var(--card); border: 1px solid var(--line); \
-border-radius: 8px; }
-.right { color: var(--right); } .wrong, .unreadable, .cut, .unanswered { color: var(--wrong); }
-.criteria { display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: .9rem; } \
+.runs { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr));
+  gap: 1rem; margin-top: 1rem; align-items: start; }
+section { min-width: 0; padding: 1rem; border: 1px solid var(--line); border-radius: 8px;
+  background: light-dark(#fff, #1c1f23); }
+.right { color: var(--right); }
+.wrong, .unreadable, .cut, .unanswered { color: var(--wrong); }
+.criteria { display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: .9rem; }
 .tag { color: var(--dim); font: .8rem ui-monospace, monospace; }
-.think, .answer, .outside { display: block; margin: .15rem 0; padding: .1rem .8rem; \
-border-left: 3px solid var(--think); }
-.answer { border-left: 6px double var(--answer); font-weight: 600; } \
+.think, .answer, .outside { display: block; margin: .15rem 0; padding: .1rem .8rem; }
+.think { border-left: 3px solid #4f9d69; }
+.answer { border-left: 6px double #2493a8; font-weight: 600; }
 .outside { border-left: 3px dotted var(--outside); color: var(--outside); }
 .outside::before { content: "outside any block"; display: block; font-size: .75rem; }
-@media print { body { padding: 0; font-size: 10pt; } nav { display: none; } \
-.runs { display: block; } section { margin-top: .5rem; }
-  figure, ul { break-inside: avoid; } h2, h3, .outcome { break-after: avoid; } }
+@media print { nav { display: none; } .runs { display: block; } }
 """
