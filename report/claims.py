@@ -22,7 +22,7 @@ from report import score
 RESAMPLES = 2000  # ours: bootstrap over questions
 STAGES = ("eval-base", "eval-stage1", "eval-stage2")  # folders of a run of the demo
 BASE, STAGE1, STAGE2 = STAGES
-# what a share counts, of what: keys of `counts_of`
+# what a share counts, of what: keys of counts_of
 ACCURACY, VOTE = ("right", "samples"), ("vote", "questions")
 MET, HALLUCINATED = ("met", "judged"), ("hallucinated", "looking")
 
@@ -56,18 +56,9 @@ def counts_of(folder: Path) -> dict[str, dict[str, float]]:
     by_id = {}
     for entry in score.read_results(folder)["entries"]:
         if entry["image"]:
-            judged = [criteria for criteria in entry["criteria"] if criteria]
-            looking = [criteria for criteria in judged if criteria["Image_Analysis_Involvement"]]
-            by_id[entry["id"]] = {
-                "questions": 1,
-                "right": sum(entry["right"]),
-                "samples": len(entry["right"]),
-                "vote": score.vote(entry["choices"], entry["right"]),
-                "judged": len(judged),
-                "met": sum(all(criteria.values()) for criteria in judged),
-                "looking": len(looking),
-                "hallucinated": sum(not criteria["No_Hallucination"] for criteria in looking),
-            }
+            samples = {"right": sum(entry["right"]), "samples": len(entry["right"])}
+            votes = {"vote": score.vote(entry["choices"], entry["right"]), "questions": 1}
+            by_id[entry["id"]] = samples | votes | score.judged_counts([entry])
     return by_id
 
 

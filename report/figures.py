@@ -42,7 +42,7 @@ LOOKS = (  # ours: one a result, told apart in grey too
 )
 STYLE = {  # SVG: text stays text, and the same results give the same file
     "axes.titlesize": 10, "legend.frameon": False, "legend.fontsize": 8, "hatch.linewidth": 0.6,
-    "svg.fonttype": "none", "svg.hashsalt": "medee",
+    "errorbar.capsize": 3, "svg.fonttype": "none", "svg.hashsalt": "medee",
 }  # fmt: skip
 SIDE = 60_000  # pixels of a picture's side: matplotlib draws at most 65,536
 
@@ -55,23 +55,18 @@ def canvas(rows: int, columns: int, width: float, height: float, widths=None, he
     """(figure, axes (rows, columns)) of width x height inches. widths, heights: of the columns and
     rows, in proportion."""
     import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update(STYLE)
-    size = {"figsize": (width, height), "constrained_layout": True, "squeeze": False}
-    return plt.subplots(rows, columns, width_ratios=widths, height_ratios=heights, **size)
+    matplotlib.rcParams.update(STYLE)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    ratios = {"width_ratios": widths, "height_ratios": heights}
+    return figure, figure.subplots(rows, columns, squeeze=False, **ratios)
 
 
 def save(figure, *paths: Path) -> list[Path]:
-    """Writes a figure to each path, and closes it."""
-    import matplotlib.pyplot as plt
-
     dpi = min(110, SIDE / max(figure.get_size_inches()))
     for path in paths:
         figure.savefig(path, dpi=dpi, metadata={"Date": None} if path.suffix == ".svg" else None)
-    plt.close(figure)
     return list(paths)
 
 
@@ -105,12 +100,11 @@ def legend_below(figure, axes, columns: int) -> None:
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns)
 
 
-def curve(ax, figures: dict, key: str, shade: str, line, marker: str, label: str) -> None:
+def curve(ax, figures: dict, key: str, look: Look, label: str) -> None:
     """MV@n or pass@n over n, as key says, with its band."""
     n, (means, lows, highs) = list(map(int, figures[key])), zip(*figures[key].values())
-    ax.fill_between(n, lows, highs, color=shade, alpha=0.15, lw=0)
-    mark = {"marker": marker, "ms": 5, "mec": "black", "mew": 0.5}
-    ax.plot(n, means, color=shade, ls=line, label=label, **mark)
+    ax.fill_between(n, lows, highs, color=look.shade, alpha=0.15, lw=0)
+    ax.plot(n, means, color=look.shade, ls=look.line, marker=look.marker, ms=5, label=label)
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter("{x:.0f}")
 
@@ -137,7 +131,7 @@ def plot_paper(results: list[dict], out: Path) -> tuple[list[Path], list[str]]:
     for size, members in by_size.items():
         suffix = re.sub(r"[^\w.]+", "-", f"-{size}") if size else ""
         drawn["figure5" + suffix] = strategies(size, members, left_out)
-        plain = [result for result in members if result in stages]
+        plain = [result for result in stages if stage_of(result)[0] == size]
         if len(plain) > len(LOOKS):
             which = f"Figure 6, modalities: {len(plain)} results of one size {size!r}"
             left_out.append(f"{which}, and only {len(LOOKS)} can be told apart; give fewer")
@@ -181,16 +175,16 @@ def size_panel(ax, size: str, ours: dict[str, dict]) -> None:
     paper, own = ["–"] * 3, ["–"] * 3  # as printed under the axis
     if size in PAPER_SIZES:
         values = [paper_overall(PAPER_SIZES[size], stage) for stage in STAGES]
-        look = {"lw": 1, "ms": 7, "color": "black", "mfc": "white"}
-        ax.plot(np.arange(3) - 0.1, values, "--o", label=f"paper, {PAPER_SIZES[size]}", **look)
+        label = f"paper, {PAPER_SIZES[size]}"
+        ax.plot(np.arange(3) - 0.1, values, "--o", color="black", mfc="white", label=label)
         paper = [f"{value:.2f}" for value in values]
     if ours:
         places = [x for x, stage in enumerate(STAGES) if stage in ours]
         figures = [ours[STAGES[x]] for x in places]
         means, bars = accuracies(figures, 100)
-        asked = f"{counts('questions', figures)} questions × {counts('samples', figures)} samples"
-        look = {"fmt": "-s", "color": "#c0504d", "ms": 6, "capsize": 3}
-        ax.errorbar(np.array(places) + 0.1, means, bars, label=f"ours, {asked}", **look)
+        questions, samples = counts("questions", figures), counts("samples", figures)
+        label = f"ours, {questions} questions × {samples} samples"
+        ax.errorbar(np.array(places) + 0.1, means, bars, fmt="-s", color="#c0504d", label=label)
         for x, mean in zip(places, means):
             own[x] = f"{mean:.2f}"
     ticks = [f"{stage}\npaper {a}\nours {b}" for stage, a, b in zip(STAGES, paper, own)]
@@ -221,9 +215,8 @@ def strategies(size: str, results: list[dict], left_out: list[str]):
         name = STRATEGIES.get(stage, "before Stage I")
         label = f"{name} ({counts('samples', here.values())} samples)"
         style = {"color": look.shade, "hatch": look.hatch, "edgecolor": "black", "lw": 0.5}
-        ax.bar(list(here), means, 0.92 * width, yerr=bars, label=label, capsize=2, **style)
-        for x, mean, up in zip(here, means, bars[1]):
-            ax.text(x, mean + up + 1, f"{mean:.1f}", ha="center", fontsize=7)
+        drawn = ax.bar(list(here), means, 0.92 * width, yerr=bars, label=label, **style)
+        ax.bar_label(drawn, fmt="%.1f", fontsize=7, padding=1)
     labels = [f"{TITLES[key]}\nn = {counts('questions', has)}" for key, has in found.items()]
     ax.set(xticks=range(len(found)), xticklabels=labels, ylim=(0, 105))
     ax.set(title=f"{size}: what Stage I is trained on", xlabel="benchmark, n questions")
@@ -252,7 +245,7 @@ def curves(results: list[dict], left_out: list[str]):
         asked = f"{counts('questions', [found for _, _, found in drawn])} questions"
         for ax, (key, title) in zip(row, panels):
             for label, look, found in drawn:
-                curve(ax, found, key, look.shade, look.line, look.marker, label)
+                curve(ax, found, key, look, label)
             ax.set(xlabel="n samples", ylabel="share right (band: 95 % interval)")
             ax.set_title(f"{TITLES.get(benchmark, benchmark)} ({asked}): {title}")
     legend_below(figure, axes.flat, min(3, len(results)))
@@ -283,9 +276,9 @@ def modalities(results: list[dict], left_out: list[str]):
         heights = [y for y, modality in enumerate(order) if modality in parts]
         means, bars = accuracies(parts[order[y]] for y in heights)
         heights = np.array(heights) - offset(i, len(found), step)
-        style = {"color": look.shade, "ecolor": "#606060", "elinewidth": 0.8, "mec": "black"}
+        style = {"fmt": look.marker, "color": look.shade, "mec": "black", "capsize": 0}
         label = f"{name} ({counts('samples', parts.values())} samples)"
-        ax.errorbar(means, heights, xerr=bars, fmt=look.marker, label=label, ms=5, **style)
+        ax.errorbar(means, heights, xerr=bars, ms=5, label=label, **style)
     for y in range(len(order) - 1):
         ax.axhline(y + 0.5, color="#dddddd", lw=0.6)
     labels = []
@@ -315,28 +308,32 @@ def plot_report(results: list[dict], sft: list[dict], dpo: list[dict], path: Pat
     with image questions. sft, dpo: the rows of the stages' metrics.jsonl."""
     figure, axes = canvas(2, 3, 15, 8.5)
     (right, criteria, invented), (losses, preferences, votes) = axes
-    shades = [look.shade for look in LOOKS * len(results)]
-    drawn = [pair for pair in zip(results, shades) if "image" in pair[0]["groups"]]
-    names, labels = [result["name"] for result, _ in drawn], [*CRITERIA, "all four"]
+    drawn = [pair for pair in zip(results, LOOKS * len(results)) if "image" in pair[0]["groups"]]
     width = 0.81 / max(1, len(drawn))
-    for x, (result, shade) in enumerate(drawn):
-        image = result["groups"]["image"]
-        accuracy_bars(right, x, result["groups"], shade)
+    for x, (result, look) in enumerate(drawn):
+        image, name = result["groups"]["image"], result["name"]
+        for place, kind, hatch in ((x - 0.2, "image", ""), (x + 0.2, "text", "//")):
+            if kind in result["groups"]:
+                mean, bars = accuracies([result["groups"][kind]])
+                style = {"color": look.shade, "hatch": hatch, "edgecolor": "white"}
+                bar = right.bar(place, mean, 0.38, yerr=bars, **style)
+                right.bar_label(bar, fmt="%.2f", fontsize=9, padding=1)
         if "criteria" in image:
             values = [*(image["criteria"][name] for name in CRITERIA), image["all_criteria"][0]]
-            places = np.arange(len(labels)) + offset(x, len(drawn), width)
-            criteria.bar(places, values, 0.93 * width, color=shade, label=result["name"])
+            places = np.arange(len(values)) + offset(x, len(drawn), width)
+            criteria.bar(places, values, 0.93 * width, color=look.shade, label=name)
         if (share := image.get("hallucinated")) is not None:
-            invented.bar(x, share, 0.5, color=shade)
             text = f"{share:.2f}\n{image['judged_looking']} chains"
-            invented.text(x, share + 0.012, text, ha="center", fontsize=9)
-        curve(votes, image, "majority", shade, "-", "o", result["name"])
-        curve(votes, image, "pass", shade, "--", "^", "")
+            bar = invented.bar(x, share, 0.5, color=look.shade)
+            invented.bar_label(bar, [text], fontsize=9, padding=1)
+        curve(votes, image, "majority", look._replace(marker="o", line="-"), name)
+        curve(votes, image, "pass", look._replace(marker="^", line="--"), "")
     training_curves(losses, preferences, sft, dpo)
+    names = [result["name"] for result, _ in drawn]
     for ax in (right, invented):
         ax.set_xticks(range(len(names)), names, fontsize=10 if len(names) < 4 else 7)
-    ticks = [label.replace("_", "\n") for label in labels]
-    criteria.set_xticks(range(len(labels)), ticks, fontsize=8)
+    ticks = [name.replace("_", "\n") for name in (*CRITERIA, "all four")]
+    criteria.set_xticks(range(len(ticks)), ticks, fontsize=8)
     for ax, title, top in (
         (right, "accuracy (plain: image, hatched: text; bars 95 %; dotted: 1 in 4)", 1.08),
         (criteria, "share of chains meeting each criterion (image questions)", 1.15),
@@ -349,15 +346,6 @@ def plot_report(results: list[dict], sft: list[dict], dpo: list[dict], path: Pat
     criteria.legend(loc="upper center", ncols=3)
     votes.legend(loc="lower right", ncols=3)
     save(figure, path)
-
-
-def accuracy_bars(ax, x: int, groups: dict, shade: str) -> None:
-    for place, kind, hatch in ((x - 0.2, "image", None), (x + 0.2, "text", "//")):
-        if kind in groups:
-            (mean,), bars = accuracies([groups[kind]])
-            look = {"color": shade, "hatch": hatch, "edgecolor": "white", "capsize": 3}
-            ax.bar(place, mean, 0.38, yerr=bars, **look)
-            ax.text(place, mean + bars[1, 0] + 0.012, f"{mean:.2f}", ha="center", fontsize=9)
 
 
 def series(rows: list[dict], key: str) -> tuple[list[int], list[float]]:

@@ -83,9 +83,7 @@ def shared_vote(choices: list[str | None], right: list[bool]) -> float:
 
 
 @lru_cache(maxsize=None)  # a question is in several groups, with the same vote
-def majority_at(
-    n: int, choices: tuple[str | None, ...], right: tuple[bool, ...], seed: int
-) -> float:
+def majority_at(n: int, choices: tuple, right: tuple, seed: int) -> float:
     """Share of random n-subsets of the samples, in their order, whose majority is right."""
     if n == len(choices):
         return float(vote(choices, right))
@@ -212,23 +210,35 @@ def summarise(entries: list[dict]) -> dict:
     return figures | judged_figures(entries)
 
 
-def judged_figures(entries: list[dict]) -> dict:
-    """Shares of the chains that have a readable verdict; {} where none has."""
+def judged_counts(entries: list[dict]) -> dict[str, int]:
+    """Numbers of chains: sent to the judge, with a readable verdict, meeting all criteria, looking
+    at the image, and of those hallucinating: others invent nothing in the image."""
     sent = [given for given in flatten(entries, "criteria") if given is not None]
     judged = [given for given in sent if given]
+    looking = [given for given in judged if given["Image_Analysis_Involvement"]]
+    return {
+        "sent": len(sent),
+        "judged": len(judged),
+        "met": sum(all(given.values()) for given in judged),
+        "looking": len(looking),
+        "hallucinated": sum(not given["No_Hallucination"] for given in looking),
+    }
+
+
+def judged_figures(entries: list[dict]) -> dict:
+    """Shares of the chains that have a readable verdict; {} where none has."""
+    counts = judged_counts(entries)
+    judged = [given for given in flatten(entries, "criteria") if given]
     if not judged:
         return {}
-    # hallucination is a share of the chains that look at the image: others invent nothing in it
-    looking = [given for given in judged if given["Image_Analysis_Involvement"]]
-    invented = [not given["No_Hallucination"] for given in looking]
-    met = statistics.fmean(all(given.values()) for given in judged)
+    met, looking = counts["met"] / len(judged), counts["looking"]
     return {
         "judged": len(judged),
-        "sent": len(sent),
+        "sent": counts["sent"],
         "criteria": {name: statistics.fmean(given[name] for given in judged) for name in CRITERIA},
         "all_criteria": [met, *wilson(met, sum(any(found["criteria"]) for found in entries))],
-        "judged_looking": len(looking),
-        "hallucinated": statistics.fmean(invented) if looking else None,
+        "judged_looking": looking,
+        "hallucinated": counts["hallucinated"] / looking if looking else None,
     }
 
 
@@ -237,7 +247,7 @@ def judged_figures(entries: list[dict]) -> dict:
 
 
 def names_of(found: dict) -> tuple[str, str]:
-    """What an entry's benchmark may be called: "mmmu", or with the kind of question "mmmu, text"."""
+    """What an entry's benchmark may be called: "mmmu", or with its kind "mmmu, text"."""
     source = found["source"] or "no source"
     return source, f"{source}, {'image' if found['image'] else 'text'}"
 
