@@ -26,11 +26,11 @@ the conditions instead of picked ones.
 """
 
 import base64
-import html
 import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from html import escape
 from io import BytesIO
 from itertools import accumulate
 from pathlib import Path
@@ -152,7 +152,7 @@ def meets(entry: dict, wanted: str, by_majority: bool) -> bool:
 
 
 # --------------------------------------------------------------------------------------------------
-# The page. Every text that is not ours goes through html.escape.
+# The page. Every text that is not ours goes through escape.
 
 
 def chain_html(response: str) -> str:
@@ -165,7 +165,7 @@ def chain_html(response: str) -> str:
         kind = data.SPAN_NAMES[label]
         if kind == "tag" and part.strip() and not data.TAGS.fullmatch(part):
             kind = "outside"
-        html_parts += f'<span class="{kind}">{html.escape(part)}</span>' if part else ""
+        html_parts += f'<span class="{kind}">{escape(part)}</span>' if part else ""
     return f'<div class="chain" dir="auto">{html_parts or "<em>(empty)</em>"}</div>'
 
 
@@ -177,20 +177,20 @@ def image_html(path: Path, name: str, alt: str) -> str:
     image, buffer = load_image(path), BytesIO()
     image.thumbnail((LONGEST, LONGEST))
     times = SMALL // max(image.size)  # 0 if it is not small
-    kind = "PNG" if times else "JPEG"
+    kind = "png" if times else "jpeg"
     image.save(buffer, kind, quality=85)  # ours
     width, height = (side * max(1, times) for side in image.size)
-    shown = f'width="{width}" height="{height}" alt="{html.escape(alt)}"'
-    source = f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    image_tag = f'<img class="{kind.lower()}" {shown} src="{source}">'
-    return f"<figure>{image_tag}<figcaption>{html.escape(name)}</figcaption></figure>"
+    source = f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    size = f'width="{width}" height="{height}"'
+    image_tag = f'<img class="{kind}" {size} alt="{escape(alt)}" src="{source}">'
+    return f"<figure>{image_tag}<figcaption>{escape(name)}</figcaption></figure>"
 
 
 def verdict_html(verdict: dict | None) -> str:
     if verdict is None:
         return ""
     if verdict["criteria"] is None:
-        return f'<p class="facts">no verdict: {html.escape(str(verdict["error"]))}</p>'
+        return f'<p class="facts">no verdict: {escape(str(verdict["error"]))}</p>'
     items = ""
     for key in score.CRITERIA:
         name, met = key.replace("_", " "), verdict["criteria"][key]
@@ -199,9 +199,7 @@ def verdict_html(verdict: dict | None) -> str:
     return f'<ul class="criteria" aria-label="the judge\'s four criteria">{items}</ul>'
 
 
-def sample_html(
-    entry: dict, k: int, row: dict, verdict: dict | None, options: dict[str, str]
-) -> str:
+def sample_html(entry: dict, k: int, row: dict, verdict: dict | None, options: dict) -> str:
     """One answer: its outcome, the choice read, the chain, the judge's criteria, its row."""
     found, choice, rule = outcome(entry, k), entry["choices"][k], entry["official"]
     read = "nothing" if choice is None else f"({choice}) {options[choice]}" if options else choice
@@ -210,12 +208,9 @@ def sample_html(
         read += "right" if rule["right"][k] else "wrong"
     facts = f"sample {row['sample']} · seed {row['seed']} · ended: {row['finish_reason']} · "
     facts += f"response {row['response_sha']} · {row['engine']}"
-    return (
-        f'<p class="outcome"><strong class="{found}">{OUTCOMES[found]}</strong>, '
-        f"read: {html.escape(read)}</p>"
-        f"{chain_html(row['response'])}{verdict_html(verdict)}"
-        f'<p class="facts">{html.escape(facts)}</p>'
-    )
+    result = f'<strong class="{found}">{OUTCOMES[found]}</strong>, read: {escape(read)}'
+    chain = chain_html(row["response"]) + verdict_html(verdict)
+    return f'<p class="outcome">{result}</p>{chain}<p class="facts">{escape(facts)}</p>'
 
 
 def run_html(run: Run, question: data.Question, samples: list[tuple[dict, dict | None]]) -> str:
@@ -228,7 +223,7 @@ def run_html(run: Run, question: data.Question, samples: list[tuple[dict, dict |
     summary = f"all {len(samples)} samples: {counts}; majority {majority}"
     first, others = parts[0], "<hr>".join(parts[1:])
     folded = f"<details><summary>{summary}</summary>{others}</details>" if others else ""
-    return f"<section><h3>{html.escape(run.name)}</h3>{first}{folded}</section>"
+    return f"<section><h3>{escape(run.name)}</h3>{first}{folded}</section>"
 
 
 def choices_html(question: data.Question, runs: list[Run]) -> str:
@@ -239,9 +234,9 @@ def choices_html(question: data.Question, runs: list[Run]) -> str:
         is_reference = choice == question.answer
         marks = ["✓ reference answer"] * is_reference
         marks += [f"chosen by {', '.join(chosen)}"] if chosen else []
-        shown = html.escape(f"({choice}) {text}" if text else choice)
+        shown = escape(f"({choice}) {text}" if text else choice)
         items += f'<li class="option{" reference" * is_reference}">{shown} '
-        items += f"<small>{html.escape(' · '.join(marks))}</small></li>"
+        items += f"<small>{escape(' · '.join(marks))}</small></li>"
     return f"<ul>{items}</ul>"
 
 
@@ -258,9 +253,9 @@ def case_html(
     about = " · ".join(filter(None, [f"id {question.id}", question.source, *meta]))
     return (
         f'<article id="case-{number}"><h2>Case {number}</h2>'
-        f'<p class="facts">{html.escape(about)}</p>'
+        f'<p class="facts">{escape(about)}</p>'
         f'<div class="asked"><div class="images">{images}</div>'
-        f'<div class="question"><p class="stem" dir="auto">{html.escape(question.question)}</p>'
+        f'<div class="question"><p class="stem" dir="auto">{escape(question.question)}</p>'
         f"{choices_html(question, runs)}</div></div>"
         f'<div class="runs">{chains}</div></article>'
     )
@@ -276,10 +271,10 @@ def header_html(
     fares = ""
     for run in runs:
         counts = tally([run.entries[question.id] for question in common], [0])
-        fares += f"<li>{html.escape(f'{run.name}: {counts} · {run.folder}')}</li>"
+        fares += f"<li>{escape(f'{run.name}: {counts} · {run.folder}')}</li>"
     links = " ".join(f'<a href="#case-{number}">{number}</a>' for number in range(1, shown + 1))
     return (
-        f"<h1>Cases</h1><p><strong>{html.escape(asked)}</strong>: {found} of the {len(common)} "
+        f"<h1>Cases</h1><p><strong>{escape(asked)}</strong>: {found} of the {len(common)} "
         "questions put to every run. "
         f"{'All' if shown == found else f'The first {shown}'} of them, "
         f'in the order of the questions:</p><nav aria-label="cases">{links}</nav>'
@@ -292,13 +287,10 @@ def header_html(
 
 def common_questions(runs: list[Run], questions: list[data.Question]) -> list[data.Question]:
     """The questions that were put to every run, as they were. Raises RowError for none, and for
-    runs that cannot stand on one page."""
+    two runs of one name."""
     names = [run.name for run in runs]
-    if len(set(names)) < len(runs):
+    if len({*names}) < len(runs):
         raise data.RowError(f"runs of one name: {names}; evaluate one under another --name")
-    if len({run.open_ended for run in runs}) > 1:
-        told = "some runs were asked with options and some without"
-        raise data.RowError(f"--results: {told}; show them on pages of their own")
     if runs[0].open_ended:
         questions = [question.opened() for question in questions]
     common = [question for question in questions if all(question.id in run.entries for run in runs)]
@@ -339,7 +331,7 @@ def write_page(
     articles = [case_html(n, question, root, runs, samples) for n, question in enumerate(shown, 1)]
     asked = " and ".join(alone) or "every question"
     header = header_html(runs, common, len(chosen), len(shown), asked)
-    texts = {"title": html.escape(asked), "style": STYLE, "header": header}
+    texts = {"title": escape(asked), "style": STYLE, "header": header}
     page = PAGE.format(**texts, cases="\n".join(articles))
     # a folder's name may hold half a surrogate pair, which UTF-8 cannot; browsers drop a raw "\r"
     page = page.encode("utf-8", "xmlcharrefreplace").decode().replace("\r", "&#13;")

@@ -17,6 +17,7 @@ questions. A Δ of ours compares the same questions or is not given: some of the
 with 286 (note c).
 """
 
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -206,28 +207,23 @@ def paper_records(number: int) -> Iterator[dict]:
 
 def paper_overall(model: str, stage: str) -> float:
     """The paper's accuracy on MedXpertQA-MM in per cent, from Table 2 where it has the model."""
-    rows = [*paper_records(1), *paper_records(2)]
-    overall = {
-        row["method"]: row["percent"]
-        for row in rows
-        if (row["benchmark"], row["subset"]) == (MM, "")
-    }
-    return float(overall[model if stage == "base" else f"{model} +{stage}"])
+    method, found = model if stage == "base" else f"{model} +{stage}", math.nan
+    for row in (*paper_records(1), *paper_records(2)):
+        if (row["method"], row["benchmark"], row["subset"]) == (method, MM, ""):
+            found = float(row["percent"])
+    return found
 
 
 def gain(result: dict, results: list[dict], benchmark: str) -> list[float] | None:
     """[difference, low, high] to SIZE/base, or None without that or where it was asked others."""
-    for base in results:
-        if base["name"] == f"{stage_of(result)[0]}/base":
-            runs = []
-            for one in (base, result):
-                entries = one["entries"]
-                runs.append([found for found in entries if benchmark in score.names_of(found)])
-            try:
-                return score.compare(*runs)["difference"]
-            except data.RowError:  # not the same questions
-                return None
-    return None
+    base = [other for other in results if other["name"] == f"{stage_of(result)[0]}/base"]
+    asked = []
+    for run in (*base, result):
+        asked.append([found for found in run["entries"] if benchmark in score.names_of(found)])
+    try:
+        return score.compare(*asked)["difference"] if base else None
+    except data.RowError:  # not the same questions
+        return None
 
 
 def our_records(number: int, results: list[dict], left_out: list[str]) -> Iterator[dict]:
