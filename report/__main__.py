@@ -47,23 +47,24 @@ def page(args: argparse.Namespace) -> None:
     # read everything before writing: after a mistake in a row the folder can still be used
     curves = [schema.read_metrics(folder) for folder in (args.sft, args.dpo) if folder]
     pairs = schema.read_rows(Path(args.pairs) / "pairs.jsonl", "pairs") if args.pairs else []
-    text, outputs = tables.table(results), [out / "table.md"]
+    text = tables.table(results)
     data.write_text(out / "table.md", text + "\n")
     if curves:
         figures.plot_report(results, *curves, out / "report.png")
-        outputs.append(out / "report.png")
     if pairs:
         figures.plot_films(pairs, Path(args.images), out / "films.png")
-        outputs += [out / "films.png"] if (out / "films.png").exists() else []
         print_report(data.read_json(Path(args.pairs) / "report.json"))
     print("\n" + text)
-    stage.finish(args, outputs, started, {})
+    names = [name for name in ("table.md", "report.png", "films.png") if (out / name).exists()]
+    stage.finish(args, [out / name for name in names], started, {})
 
 
 def show_cases(args: argparse.Namespace) -> None:
-    questions, runs = list(read_all(args.questions).values()), map(cases.read_run, args.results)
-    page = (args.images, args.only, args.n, args.out, args.questions)
-    print(f"{args.out}: {cases.write_page(list(runs), questions, *page)} cases")
+    questions = list(read_all(args.questions).values())
+    runs = [cases.read_run(folder) for folder in args.results]
+    selection = args.images, args.only, args.n
+    shown = cases.write_page(runs, questions, *selection, args.out, args.questions)
+    print(f"{args.out}: {shown} cases")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -105,8 +106,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = command("page", page, about, f"{folders}, in the order of the stages", folder)
     add("--sft", default="", help="Stage I folder, for its curves")
     add("--dpo", default="", help="Stage II folder, for its curves")
-    about = "folder of judge.py pairs, for the sheet of films and the report"
-    add("--pairs", default="", help=about)
+    add(
+        "--pairs",
+        default="",
+        help="folder of judge.py pairs, for the sheet of films and the report",
+    )
     add("--images", default=".", help="image root")
 
     add = command("claims", claims, "what several runs of the demo show, with intervals")
@@ -121,8 +125,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = command("check", schema.check, "every mistake of JSONL files, by line and key")
     add("files", nargs="+")
 
-    about = "draw the blinded sheet that humans fill in"
-    add = command("sample", agreement.sample, about, out=folder)
+    add = command("sample", agreement.sample, "draw the blinded sheet for raters", out=folder)
     add("--verdicts", required=True, help="verdicts.jsonl")
     add("--seed", type=flags.SEED, default=0)
     add("--rollouts", required=True)
@@ -130,8 +133,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--images", default=".", help="image root")
     add("-n", type=flags.whole(1), default=1000, help="cases")  # paper 3.3
 
-    about = "compare filled-in sheets with the verdicts"
-    add = command("agree", agreement.agree, about, out=folder)
+    add = command("agree", agreement.agree, "compare filled-in sheets with verdicts", out=folder)
     add("--verdicts", required=True, help="verdicts.jsonl")
     add("--seed", type=flags.SEED, default=0)
     add("--human", nargs="+", required=True, help="filled-in sheets, one a rater")

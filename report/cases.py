@@ -26,12 +26,13 @@ the conditions instead of picked ones.
 """
 
 import base64
-import html
 import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from html import escape
 from io import BytesIO
+from itertools import accumulate
 from pathlib import Path
 
 import data
@@ -69,11 +70,6 @@ def read_run(folder: str | Path) -> Run:
     return Run(results["name"], Path(folder), entries, bool(results.get("open_ended")))
 
 
-def where_is(path: Path, key: tuple[str, int]) -> str:
-    """The file and line of a sample."""
-    return next(w for w, row in data.read_jsonl(path) if (row["id"], row["sample"]) == key)
-
-
 def read_samples(
     run: Run, wanted: dict[str, data.Question]
 ) -> dict[str, list[tuple[dict, dict | None]]]:
@@ -86,29 +82,30 @@ def read_samples(
     for row in schema.checked_rows(path, "rollouts"):  # one by one: token ids are gigabytes
         if row["id"] not in wanted:
             continue
-        row.pop("token_ids", None)  # large, and not shown
-        key = row["id"], row["sample"]
+        key, fault = (row["id"], row["sample"]), ""
         verdict = verdicts.get(key)
         if lacking := [name for name in ("engine", "seed", "correct") if name not in row]:
-            why = f"missing '{lacking[0]}'; evaluate this run again"
-            raise data.RowError(f"{where_is(path, key)}: {why}")
-        if verdict and verdict["response_sha"] != row["response_sha"]:
-            why = f"the verdict on sample {key[1]} of question {key[0]} is on another text"
-            raise data.RowError(f"{where_is(path, key)}: {why}; judge this run again")
+            fault = f"missing '{lacking[0]}'; evaluate this run again"
+        elif verdict and verdict["response_sha"] != row["response_sha"]:
+            on = f"the verdict on sample {key[1]} of question {key[0]} is on another text"
+            fault = f"{on}; judge this run again"
+        if fault:
+            lines = ((where, (one["id"], one["sample"])) for where, one in data.read_jsonl(path))
+            raise data.RowError(f"{next(where for where, one in lines if one == key)}: {fault}")
+        row.pop("token_ids")  # large, and not shown
         found[row["id"]].append((row, verdict))
     for id, question in wanted.items():
         found[id].sort(key=lambda pair: pair[0]["sample"])
-        entry, where = run.entries[id], f"{path}: question {id}"
+        entry, fault = run.entries[id], ""
         if [row["correct"] for row, _ in found[id]] != entry["right"]:
-            raise data.RowError(
-                f"{where}: not the answers that results.json counts; evaluate this run again"
-            )
-        known = not question.options or set(entry["choices"]) <= {None, *question.options}
-        if entry["answer"] != question.answer or not known:
-            why = "was put with another reference or other options"
-            raise data.RowError(
-                f"{where}: {why}; give the --questions that the run was evaluated on"
-            )
+            fault = "not the answers that results.json counts; evaluate this run again"
+        elif entry["answer"] != question.answer or (
+            question.options and not {*entry["choices"]} <= {None, *question.options}
+        ):
+            put = "was put with another reference or other options"
+            fault = f"{put}; give the --questions that the run was evaluated on"
+        if fault:
+            raise data.RowError(f"{path}: question {id}: {fault}")
     return found
 
 
@@ -153,23 +150,21 @@ def meets(entry: dict, wanted: str, by_majority: bool) -> bool:
 
 
 # --------------------------------------------------------------------------------------------------
-# The page. Every text that is not ours goes through html.escape.
+# The page. Every text that is not ours goes through escape.
 
 
 def chain_html(response: str) -> str:
     """A response as HTML, every character kept, its spans marked: think, answer, tags, and text
     outside any block."""
-    edges = {0, len(response)}
-    for tag in data.TAGS.finditer(response):
-        edges |= {*tag.span()}
-    ordered = sorted(edges)
-    parts, pieces = list(zip(ordered, ordered[1:])), []
-    for (start, end), label in zip(parts, data.label_spans(response, parts)):
-        text, kind = response[start:end], data.SPAN_NAMES[label]
-        if kind == "tag" and not data.TAGS.fullmatch(text):
-            kind = "outside" if text.strip() else "tag"
-        pieces.append(f'<span class="{kind}">{html.escape(text)}</span>')
-    return f'<div class="chain" dir="auto">{"".join(pieces) or "<em>(empty)</em>"}</div>'
+    parts, html_parts = re.split(rf"({data.TAGS.pattern})", response), ""
+    ends = [0, *accumulate(map(len, parts))]
+    labels = data.label_spans(response, list(zip(ends, ends[1:])))
+    for part, label in zip(parts, labels):
+        kind = data.SPAN_NAMES[label]
+        if kind == "tag" and part.strip() and not data.TAGS.fullmatch(part):
+            kind = "outside"
+        html_parts += f'<span class="{kind}">{escape(part)}</span>' if part else ""
+    return f'<div class="chain" dir="auto">{html_parts or "<em>(empty)</em>"}</div>'
 
 
 def image_html(path: Path, name: str, alt: str) -> str:
@@ -180,20 +175,20 @@ def image_html(path: Path, name: str, alt: str) -> str:
     image, buffer = load_image(path), BytesIO()
     image.thumbnail((LONGEST, LONGEST))
     times = SMALL // max(image.size)  # 0 if it is not small
-    kind = "PNG" if times else "JPEG"
+    kind = "png" if times else "jpeg"
     image.save(buffer, kind, quality=85)  # ours
     width, height = (side * max(1, times) for side in image.size)
-    shown = f'width="{width}" height="{height}" alt="{html.escape(alt)}"'
-    source = f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    image_tag = f'<img class="{kind.lower()}" {shown} src="{source}">'
-    return f"<figure>{image_tag}<figcaption>{html.escape(name)}</figcaption></figure>"
+    source = f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    size = f'width="{width}" height="{height}"'
+    image_tag = f'<img class="{kind}" {size} alt="{escape(alt)}" src="{source}">'
+    return f"<figure>{image_tag}<figcaption>{escape(name)}</figcaption></figure>"
 
 
 def verdict_html(verdict: dict | None) -> str:
     if verdict is None:
         return ""
     if verdict["criteria"] is None:
-        return f'<p class="facts">no verdict: {html.escape(str(verdict["error"]))}</p>'
+        return f'<p class="facts">no verdict: {escape(str(verdict["error"]))}</p>'
     items = ""
     for key in score.CRITERIA:
         name, met = key.replace("_", " "), verdict["criteria"][key]
@@ -202,9 +197,7 @@ def verdict_html(verdict: dict | None) -> str:
     return f'<ul class="criteria" aria-label="the judge\'s four criteria">{items}</ul>'
 
 
-def sample_html(
-    entry: dict, k: int, row: dict, verdict: dict | None, options: dict[str, str]
-) -> str:
+def sample_html(entry: dict, k: int, row: dict, verdict: dict | None, options: dict) -> str:
     """One answer: its outcome, the choice read, the chain, the judge's criteria, its row."""
     found, choice, rule = outcome(entry, k), entry["choices"][k], entry["official"]
     read = "nothing" if choice is None else f"({choice}) {options[choice]}" if options else choice
@@ -213,12 +206,9 @@ def sample_html(
         read += "right" if rule["right"][k] else "wrong"
     facts = f"sample {row['sample']} · seed {row['seed']} · ended: {row['finish_reason']} · "
     facts += f"response {row['response_sha']} · {row['engine']}"
-    return (
-        f'<p class="outcome"><strong class="{found}">{OUTCOMES[found]}</strong>, '
-        f"read: {html.escape(read)}</p>"
-        f"{chain_html(row['response'])}{verdict_html(verdict)}"
-        f'<p class="facts">{html.escape(facts)}</p>'
-    )
+    result = f'<strong class="{found}">{OUTCOMES[found]}</strong>, read: {escape(read)}'
+    chain = chain_html(row["response"]) + verdict_html(verdict)
+    return f'<p class="outcome">{result}</p>{chain}<p class="facts">{escape(facts)}</p>'
 
 
 def run_html(run: Run, question: data.Question, samples: list[tuple[dict, dict | None]]) -> str:
@@ -231,7 +221,7 @@ def run_html(run: Run, question: data.Question, samples: list[tuple[dict, dict |
     summary = f"all {len(samples)} samples: {counts}; majority {majority}"
     first, others = parts[0], "<hr>".join(parts[1:])
     folded = f"<details><summary>{summary}</summary>{others}</details>" if others else ""
-    return f"<section><h3>{html.escape(run.name)}</h3>{first}{folded}</section>"
+    return f"<section><h3>{escape(run.name)}</h3>{first}{folded}</section>"
 
 
 def choices_html(question: data.Question, runs: list[Run]) -> str:
@@ -239,11 +229,12 @@ def choices_html(question: data.Question, runs: list[Run]) -> str:
     items = ""
     for choice, text in (question.options or {question.answer: ""}).items():
         chosen = [run.name for run in runs if run.entries[question.id]["choices"][0] == choice]
-        marks = ["✓ reference answer"] if choice == question.answer else []
-        kind = "option reference" if marks else "option"
+        is_reference = choice == question.answer
+        marks = ["✓ reference answer"] * is_reference
         marks += [f"chosen by {', '.join(chosen)}"] if chosen else []
-        shown = html.escape(f"({choice}) {text}" if text else choice)
-        items += f'<li class="{kind}">{shown} <small>{html.escape(" · ".join(marks))}</small></li>'
+        shown = escape(f"({choice}) {text}" if text else choice)
+        items += f'<li class="option{" reference" * is_reference}">{shown} '
+        items += f"<small>{escape(' · '.join(marks))}</small></li>"
     return f"<ul>{items}</ul>"
 
 
@@ -260,9 +251,9 @@ def case_html(
     about = " · ".join(filter(None, [f"id {question.id}", question.source, *meta]))
     return (
         f'<article id="case-{number}"><h2>Case {number}</h2>'
-        f'<p class="facts">{html.escape(about)}</p>'
+        f'<p class="facts">{escape(about)}</p>'
         f'<div class="asked"><div class="images">{images}</div>'
-        f'<div class="question"><p class="stem" dir="auto">{html.escape(question.question)}</p>'
+        f'<div class="question"><p class="stem" dir="auto">{escape(question.question)}</p>'
         f"{choices_html(question, runs)}</div></div>"
         f'<div class="runs">{chains}</div></article>'
     )
@@ -278,10 +269,10 @@ def header_html(
     fares = ""
     for run in runs:
         counts = tally([run.entries[question.id] for question in common], [0])
-        fares += f"<li>{html.escape(f'{run.name}: {counts} · {run.folder}')}</li>"
+        fares += f"<li>{escape(f'{run.name}: {counts} · {run.folder}')}</li>"
     links = " ".join(f'<a href="#case-{number}">{number}</a>' for number in range(1, shown + 1))
     return (
-        f"<h1>Cases</h1><p><strong>{html.escape(asked)}</strong>: {found} of the {len(common)} "
+        f"<h1>Cases</h1><p><strong>{escape(asked)}</strong>: {found} of the {len(common)} "
         "questions put to every run. "
         f"{'All' if shown == found else f'The first {shown}'} of them, "
         f'in the order of the questions:</p><nav aria-label="cases">{links}</nav>'
@@ -294,13 +285,10 @@ def header_html(
 
 def common_questions(runs: list[Run], questions: list[data.Question]) -> list[data.Question]:
     """The questions that were put to every run, as they were. Raises RowError for none, and for
-    runs that cannot stand on one page."""
+    two runs of one name."""
     names = [run.name for run in runs]
-    if len(set(names)) < len(runs):
+    if len({*names}) < len(runs):
         raise data.RowError(f"runs of one name: {names}; evaluate one under another --name")
-    if len({run.open_ended for run in runs}) > 1:
-        told = "some runs were asked with options and some without"
-        raise data.RowError(f"--results: {told}; show them on pages of their own")
     if runs[0].open_ended:
         questions = [question.opened() for question in questions]
     common = [question for question in questions if all(question.id in run.entries for run in runs)]
@@ -327,21 +315,21 @@ def write_page(
     `read`, or holds another page."""
     conditions, entries = parse_only(only, runs), {run.name: run.entries for run in runs}
     common, root = common_questions(runs, questions), Path(image_root)
-    met = {}  # by condition: whether each question meets it
+    chosen, alone = common, {}  # alone: how many questions meet each condition
     for name, wanted, by_majority in conditions:
-        found = [meets(entries[name][question.id], wanted, by_majority) for question in common]
-        met[f"{name}-{wanted}{'-majority' * by_majority}"] = found
-    chosen = [question for i, question in enumerate(common) if all(one[i] for one in met.values())]
+        met = {q.id for q in common if meets(entries[name][q.id], wanted, by_majority)}
+        alone[f"{name}-{wanted}{'-majority' * by_majority}"] = len(met)
+        chosen = [question for question in chosen if question.id in met]
     if not chosen:
-        alone = ", ".join(f"{text} {sum(found)}" for text, found in met.items())
+        counts = ", ".join(f"{text} {number}" for text, number in alone.items())
         none = f"no question meets all conditions; of {len(common)} questions, each alone"
-        raise data.RowError(f"--only: {none}: {alone}")
+        raise data.RowError(f"--only: {none}: {counts}")
     shown = chosen[:count]
     samples = [read_samples(run, {question.id: question for question in shown}) for run in runs]
     articles = [case_html(n, question, root, runs, samples) for n, question in enumerate(shown, 1)]
-    asked = " and ".join(met) or "every question"
+    asked = " and ".join(alone) or "every question"
     header = header_html(runs, common, len(chosen), len(shown), asked)
-    texts = {"title": html.escape(asked), "style": STYLE, "header": header}
+    texts = {"title": escape(asked), "style": STYLE, "header": header}
     page = PAGE.format(**texts, cases="\n".join(articles))
     # a folder's name may hold half a surrogate pair, which UTF-8 cannot; browsers drop a raw "\r"
     page = page.encode("utf-8", "xmlcharrefreplace").decode().replace("\r", "&#13;")
@@ -362,43 +350,41 @@ style-src 'unsafe-inline'">
 </main></body></html>
 """
 
+# one rule a line; light-dark(): the first colour in a light browser, the second in a dark one
 STYLE = """
-:root { --paper: #fbfaf7; --card: #fff; --ink: #23262b; --dim: #63676e; --line: #dedad0;
-  --right: #1c6a3a; --wrong: #a3281d; --think: #4f9d69; --answer: #2493a8; --outside: #8a5a00; }
-@media screen and (prefers-color-scheme: dark) { :root { --paper: #15171a; --card: #1c1f23; \
---ink: #e4e2dc; --dim: #a1a5ac; --line: #363a40;
-  --right: #7fcf9a; --wrong: #f2968b; --think: #5f9f76; --answer: #52acbe; --outside: #d9ab4e; \
-color-scheme: dark; } }
-body { margin: 0 auto; padding: 1.5rem; max-width: 100rem; overflow-wrap: anywhere; \
-background: var(--paper); color: var(--ink);
-  font: 1rem/1.55 system-ui, sans-serif; }
-h1, h2, h3 { line-height: 1.25; margin: 0 0 .5rem; } \
+:root { color-scheme: light dark; --dim: light-dark(#63676e, #a1a5ac);
+  --line: light-dark(#dedad0, #363a40); --right: light-dark(#1c6a3a, #7fcf9a);
+  --wrong: light-dark(#a3281d, #f2968b); --outside: light-dark(#8a5a00, #d9ab4e); }
+body { margin: 0 auto; padding: 1.5rem; max-width: 100rem; overflow-wrap: anywhere;
+  font: 1rem/1.55 system-ui, sans-serif; background: light-dark(#fbfaf7, #15171a); }
+h1, h2, h3 { line-height: 1.25; margin: 0 0 .5rem; }
 p, ul { margin: .5rem 0; padding: 0; list-style: none; }
-hr { border: 0; border-top: 1px solid var(--line); margin: 1.25rem 0; } \
-a { color: inherit; padding: .1rem .4rem; } summary { cursor: pointer; }
-article { margin-top: 2.5rem; padding-top: 1.5rem; border-top: 2px solid var(--line); } \
+hr { border: 0; border-top: 1px solid var(--line); margin: 1.25rem 0; }
+a { color: inherit; padding: .1rem .4rem; }
+summary { cursor: pointer; }
+article { margin-top: 2.5rem; padding-top: 1.5rem; border-top: 2px solid var(--line); }
 .facts, small, figcaption { color: var(--dim); font-size: .85rem; }
-.asked, .images { display: flex; flex-wrap: wrap; gap: 1rem 1.5rem; max-width: 100%; } \
+.asked, .images { display: flex; flex-wrap: wrap; gap: 1rem 1.5rem; max-width: 100%; }
+.images:empty { display: none; }
 .question { flex: 1 1 24rem; min-width: 0; }
-.images:empty { display: none; } figure { margin: 0; max-width: 28rem; } \
-img { max-width: 100%; height: auto; } .png { image-rendering: pixelated; }
-.stem, .chain, .option { white-space: pre-wrap; max-width: 52rem; } \
-.stem { font-size: 1.1rem; margin-top: 0; }
-.option { padding: .2rem .6rem; border-left: 3px solid transparent; } \
+figure { margin: 0; max-width: 28rem; }
+img { max-width: 100%; height: auto; }
+.png { image-rendering: pixelated; }
+.stem, .chain, .option { white-space: pre-wrap; max-width: 52rem; }
+.option { padding: .2rem .6rem; border-left: 3px solid transparent; }
 .reference { border-color: var(--right); font-weight: 600; }
-.runs { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); \
-gap: 1rem; margin-top: 1rem; align-items: start; }
-section { min-width: 0; padding: 1rem; background: var(--card); border: 1px solid var(--line); \
-border-radius: 8px; }
-.right { color: var(--right); } .wrong, .unreadable, .cut, .unanswered { color: var(--wrong); }
-.criteria { display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: .9rem; } \
+.runs { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr));
+  gap: 1rem; margin-top: 1rem; align-items: start; }
+section { min-width: 0; padding: 1rem; border: 1px solid var(--line); border-radius: 8px;
+  background: light-dark(#fff, #1c1f23); }
+.right { color: var(--right); }
+.wrong, .unreadable, .cut, .unanswered { color: var(--wrong); }
+.criteria { display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: .9rem; }
 .tag { color: var(--dim); font: .8rem ui-monospace, monospace; }
-.think, .answer, .outside { display: block; margin: .15rem 0; padding: .1rem .8rem; \
-border-left: 3px solid var(--think); }
-.answer { border-left: 6px double var(--answer); font-weight: 600; } \
+.think, .answer, .outside { display: block; margin: .15rem 0; padding: .1rem .8rem; }
+.think { border-left: 3px solid #4f9d69; }
+.answer { border-left: 6px double #2493a8; font-weight: 600; }
 .outside { border-left: 3px dotted var(--outside); color: var(--outside); }
 .outside::before { content: "outside any block"; display: block; font-size: .75rem; }
-@media print { body { padding: 0; font-size: 10pt; } nav { display: none; } \
-.runs { display: block; } section { margin-top: .5rem; }
-  figure, ul { break-inside: avoid; } h2, h3, .outcome { break-after: avoid; } }
+@media print { nav { display: none; } .runs { display: block; } }
 """

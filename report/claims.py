@@ -13,48 +13,40 @@ Where we depart from the paper, or it is silent: it has one run, and gives no in
 import argparse
 import random
 import statistics
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from command import stage
 from report import score
 
 RESAMPLES = 2000  # ours: bootstrap over questions
 STAGES = ("eval-base", "eval-stage1", "eval-stage2")  # folders of a run of the demo
+BASE, STAGE1, STAGE2 = STAGES
+# what a share counts, of what: keys of counts_of
+ACCURACY, VOTE = ("right", "samples"), ("vote", "questions")
+MET, HALLUCINATED = ("met", "judged"), ("hallucinated", "looking")
 
 
-@dataclass(frozen=True)
-class Claim:
-    """Figures are shares: keys of a question's counts, of which the first is summed over the second
-    (`counts_of`). direction: +1 rises, -1 falls, 0 rises or holds."""
+class Claim(NamedTuple):
+    """before, after: (stage, the share's two keys). direction: +1 rises, -1 falls, 0 rises or
+    holds."""
 
     text: str
-    before: tuple[str, str, str]  # stage, and the two keys
-    after: tuple[str, str, str]
+    before: tuple[str, tuple[str, str]]
+    after: tuple[str, tuple[str, str]]
     direction: int
 
 
 CLAIMS = (
-    Claim(
-        "text-only Stage I raises accuracy on image questions",
-        ("eval-base", "right", "samples"), ("eval-stage1", "right", "samples"), 1,
-    ),
-    Claim(
-        "Stage II raises the share of chains that meet all four criteria",
-        ("eval-stage1", "all", "judged"), ("eval-stage2", "all", "judged"), 1,
-    ),
-    Claim(
-        "with Stage II accuracy on image questions rises or holds",
-        ("eval-stage1", "right", "samples"), ("eval-stage2", "right", "samples"), 0,
-    ),
-    Claim(
-        "Stage II lowers hallucination among chains that look at the image",
-        ("eval-stage1", "false", "looking"), ("eval-stage2", "false", "looking"), -1,
-    ),
-    Claim(
-        "majority vote raises accuracy after Stage II",
-        ("eval-stage2", "right", "samples"), ("eval-stage2", "vote", "questions"), 1,
-    ),
+    Claim("text-only Stage I raises accuracy on image questions",
+          (BASE, ACCURACY), (STAGE1, ACCURACY), 1),
+    Claim("Stage II raises the share of chains that meet all four criteria",
+          (STAGE1, MET), (STAGE2, MET), 1),
+    Claim("with Stage II accuracy on image questions rises or holds",
+          (STAGE1, ACCURACY), (STAGE2, ACCURACY), 0),
+    Claim("Stage II lowers hallucination among chains that look at the image",
+          (STAGE1, HALLUCINATED), (STAGE2, HALLUCINATED), -1),
+    Claim("majority vote raises accuracy after Stage II", (STAGE2, ACCURACY), (STAGE2, VOTE), 1),
 )  # fmt: skip
 
 
@@ -64,53 +56,43 @@ def counts_of(folder: Path) -> dict[str, dict[str, float]]:
     by_id = {}
     for entry in score.read_results(folder)["entries"]:
         if entry["image"]:
-            judged = [criteria for criteria in entry["criteria"] if criteria]
-            looking = [criteria for criteria in judged if criteria["Image_Analysis_Involvement"]]
-            by_id[entry["id"]] = {
-                "questions": 1,
-                "right": sum(entry["right"]),
-                "samples": len(entry["right"]),
-                "vote": score.vote(entry["choices"], entry["right"]),
-                "judged": len(judged),
-                "all": sum(all(criteria.values()) for criteria in judged),
-                "looking": len(looking),
-                "false": sum(not criteria["No_Hallucination"] for criteria in looking),
-            }
+            samples = {"right": sum(entry["right"]), "samples": len(entry["right"])}
+            votes = {"vote": score.vote(entry["choices"], entry["right"]), "questions": 1}
+            by_id[entry["id"]] = samples | votes | score.judged_counts([entry])
     return by_id
 
 
-def measure(figure: tuple[str, str, str], run: dict[str, dict], ids: list[str]) -> float:
-    """A share over these questions of a run. run: by stage, the counts of each question."""
-    stage, over, of = figure
-    chosen = [run[stage][key] for key in ids]
-    return sum(counts[over] for counts in chosen) / max(1, sum(counts[of] for counts in chosen))
+def levels(claim: Claim, run: dict[str, dict], ids: list[str]) -> tuple[float, float]:
+    """A claim's shares before and after over these questions of a run. run: by stage, the counts of
+    each question."""
+    shares = []
+    for name, (part, whole) in (claim.before, claim.after):
+        counts = [run[name][key] for key in ids]
+        shares.append(sum(c[part] for c in counts) / max(1, sum(c[whole] for c in counts)))
+    return shares[0], shares[1]
 
 
 def measure_claims(runs: list[Path]) -> list[dict]:
     """Each claim over several runs: {claim, levels [(before, after) of each run], mean, low,
     high, shown}."""
-    found = []
-    tables = [{name: counts_of(run / name) for name in STAGES} for run in runs]
+
+    def mean_difference(claim: Claim, drawn: list[list[str]]) -> float:
+        pairs = [levels(claim, run, ids) for run, ids in zip(tables, drawn)]
+        return statistics.fmean(after - before for before, after in pairs)
+
+    tables, found = [{name: counts_of(run / name) for name in STAGES} for run in runs], []
     for claim in CLAIMS:
         ids = [list(run[claim.after[0]]) for run in tables]
-        levels = [
-            (measure(claim.before, run, keys), measure(claim.after, run, keys))
-            for run, keys in zip(tables, ids)
-        ]
         rng, draws = random.Random(0), []
         for _ in range(RESAMPLES):
-            differences = []
-            for run, keys in zip(tables, ids):
-                drawn = rng.choices(keys, k=len(keys))
-                before, after = (measure(end, run, drawn) for end in (claim.before, claim.after))
-                differences.append(after - before)
-            draws.append(statistics.fmean(differences))
+            drawn = [rng.choices(keys, k=len(keys)) for keys in ids]
+            draws.append(mean_difference(claim, drawn))
         draws.sort()
         low, high = draws[int(0.025 * RESAMPLES)], draws[int(0.975 * RESAMPLES) - 1]
         # "holds": a loss of more than 2 points is excluded
         shown = {1: low > 0, -1: high < 0, 0: low > -0.02}[claim.direction]
-        mean = statistics.fmean(after - before for before, after in levels)
-        row = {"claim": claim.text, "levels": levels, "mean": mean}
+        pairs = [levels(claim, run, keys) for run, keys in zip(tables, ids)]
+        row = {"claim": claim.text, "levels": pairs, "mean": mean_difference(claim, ids)}
         found.append({**row, "low": low, "high": high, "shown": shown})
     return found
 

@@ -5,9 +5,8 @@
     plot_report    accuracy, criteria, training curves and votes on one sheet
     plot_films     a sheet of preference pairs
 
-reads results of score.read_results, named SIZE/STAGE as tables.py has it; for Figure 5
-"7B/multimodal" and "7B/both" stand beside the text-only "7B/Stage-I". plot_paper returns (files
-written, lines that say what was left out and why). Every picture can be read in grey.
+reads results of score.read_results, named SIZE/STAGE as in tables.py; for Figure 5 "7B/multimodal"
+and "7B/both" stand beside the text-only "7B/Stage-I". Every picture can be read in grey.
 
 Where we depart from the paper, or it is silent: it gives no intervals, ours are 95 %, and no
 numbers behind Figures 5 and 6.
@@ -16,8 +15,11 @@ numbers behind Figures 5 and 6.
 import math
 import re
 import textwrap
+from collections import namedtuple
 from collections.abc import Iterable
 from pathlib import Path
+
+import numpy as np
 
 import data
 from judge import CRITERIA
@@ -28,16 +30,19 @@ STRATEGIES = {"Stage-I": "text-only", "multimodal": "multimodal", "both": "text 
 # paper 4.3; it does not say which Medbullets
 FIGURE5 = ("medxpertqa-mm", "mmmu", "medqa", "medbullets-op4", "medbullets-op5")
 FIGURE4_SIZES = ("7B", "32B", "72B")  # paper Fig. 4
-LOOKS = (  # ours: one a result, told apart in grey too: shade, hatch, marker, line
-    ("#b0b0b0", "", "o", "-"),
-    ("#5b8db8", "///", "s", "--"),
-    ("#c0504d", "...", "^", "-."),
-    ("#4f9d69", "xxx", "D", ":"),
-    ("#8064a2", "\\\\\\", "v", (0, (6, 1, 1, 1, 1, 1))),
+
+
+Look = namedtuple("Look", "shade hatch marker line")
+LOOKS = (  # ours: one a result, told apart in grey too
+    Look("#b0b0b0", "", "o", "-"),
+    Look("#5b8db8", "///", "s", "--"),
+    Look("#c0504d", "...", "^", "-."),
+    Look("#4f9d69", "xxx", "D", ":"),
+    Look("#8064a2", "\\\\\\", "v", (0, (6, 1, 1, 1, 1, 1))),
 )
 STYLE = {  # SVG: text stays text, and the same results give the same file
     "axes.titlesize": 10, "legend.frameon": False, "legend.fontsize": 8, "hatch.linewidth": 0.6,
-    "svg.fonttype": "none", "svg.hashsalt": "medee",
+    "errorbar.capsize": 3, "svg.fonttype": "none", "svg.hashsalt": "medee",
 }  # fmt: skip
 SIDE = 60_000  # pixels of a picture's side: matplotlib draws at most 65,536
 
@@ -50,37 +55,34 @@ def canvas(rows: int, columns: int, width: float, height: float, widths=None, he
     """(figure, axes (rows, columns)) of width x height inches. widths, heights: of the columns and
     rows, in proportion."""
     import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update(STYLE)
-    size = {"figsize": (width, height), "constrained_layout": True, "squeeze": False}
-    return plt.subplots(rows, columns, width_ratios=widths, height_ratios=heights, **size)
+    matplotlib.rcParams.update(STYLE)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    ratios = {"width_ratios": widths, "height_ratios": heights}
+    return figure, figure.subplots(rows, columns, squeeze=False, **ratios)
 
 
-def save(figure, path: Path, *suffixes: str) -> list[Path]:
-    """Writes a figure, once a suffix, and closes it."""
-    import matplotlib.pyplot as plt
-
-    paths = [path.with_name(path.name + suffix) for suffix in suffixes]
+def save(figure, *paths: Path) -> list[Path]:
     dpi = min(110, SIDE / max(figure.get_size_inches()))
-    for file in paths:
-        metadata = {"Date": None} if file.suffix == ".svg" else None
-        figure.savefig(file, dpi=dpi, metadata=metadata)
-    plt.close(figure)
-    return paths
+    for path in paths:
+        figure.savefig(path, dpi=dpi, metadata={"Date": None} if path.suffix == ".svg" else None)
+    return list(paths)
 
 
-def arms(triples: list[list[float]]) -> list[list[float]]:
-    """Error bars (2, N), down and up, of [mean, low, high] each."""
-    down = [max(0.0, mean - low) for mean, low, _ in triples]
-    return [down, [max(0.0, high - mean) for mean, _, high in triples]]
+def figures_of(result: dict, benchmark: str) -> dict | None:
+    return result["benchmarks"].get(benchmark, {}).get("figures")
 
 
-def percent(figures: Iterable[dict]) -> list[list[float]]:
-    """The accuracy [mean, low, high] of each, in per cent."""
-    return [[100 * value for value in found["accuracy"]] for found in figures]
+def accuracies(figures: Iterable[dict], times: float = 1):
+    """(means (N), error bars (2, N) down and up) of the accuracies, times 100 for per cent."""
+    means, lows, highs = times * np.array([found["accuracy"] for found in figures]).T
+    return means, np.maximum(0, [means - lows, highs - means])
+
+
+def offset(i: int, count: int, width: float) -> float:
+    """From the middle of `count` places side by side to place i."""
+    return (i - (count - 1) / 2) * width
 
 
 def counts(key: str, figures: Iterable[dict]) -> str:
@@ -89,7 +91,7 @@ def counts(key: str, figures: Iterable[dict]) -> str:
     return " / ".join(dict.fromkeys(str(found[key]) for found in figures))
 
 
-def below(figure, axes, columns: int) -> None:
+def legend_below(figure, axes, columns: int) -> None:
     """One legend for all the panels, each label once, under them."""
     entries = {}
     for ax in axes:
@@ -98,12 +100,11 @@ def below(figure, axes, columns: int) -> None:
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns)
 
 
-def curve(ax, figures: dict, key: str, shade: str, line, marker: str, label: str) -> None:
+def curve(ax, figures: dict, key: str, look: Look, label: str) -> None:
     """MV@n or pass@n over n, as key says, with its band."""
     n, (means, lows, highs) = list(map(int, figures[key])), zip(*figures[key].values())
-    ax.fill_between(n, lows, highs, color=shade, alpha=0.15, lw=0)
-    mark = {"marker": marker, "ms": 5, "mec": "black", "mew": 0.5}
-    ax.plot(n, means, color=shade, ls=line, label=label, **mark)
+    ax.fill_between(n, lows, highs, color=look.shade, alpha=0.15, lw=0)
+    ax.plot(n, means, color=look.shade, ls=look.line, marker=look.marker, ms=5, label=label)
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_formatter("{x:.0f}")
 
@@ -139,7 +140,7 @@ def plot_paper(results: list[dict], out: Path) -> tuple[list[Path], list[str]]:
             drawn["modalities" + suffix] = modalities(plain, left_out)
     paths = []
     for name, figure in drawn.items():
-        paths += save(figure, out / name, ".png", ".svg") if figure else []
+        paths += save(figure, out / f"{name}.png", out / f"{name}.svg") if figure else []
     return paths, left_out
 
 
@@ -151,19 +152,18 @@ def stages_by_size(results: list[dict], left_out: list[str]):
         if not size or stage not in STAGES:
             wanted = f"not named SIZE/STAGE with a stage of {', '.join(STAGES)}"
             left_out.append(f"Figure 4: {result['name']} is {wanted}")
-        elif MM not in result["benchmarks"]:
-            left_out.append(f"Figure 4: {result['name']} has no {MM}")
+        elif found := figures_of(result, MM):
+            ours.setdefault(size, {})[stage] = found
         else:
-            ours.setdefault(size, {})[stage] = result["benchmarks"][MM]["figures"]
+            left_out.append(f"Figure 4: {result['name']} has no {MM}")
     if not ours:
         return None
     sizes = list(dict.fromkeys([*FIGURE4_SIZES, *ours]))
     figure, axes = canvas(1, len(sizes), 3.2 * len(sizes) + 0.6, 4.2)
-    triples = percent(figures for stages in ours.values() for figures in stages.values())
-    top = max(45, *(high for _, _, high in triples))
+    highs = [100 * found["accuracy"][2] for stages in ours.values() for found in stages.values()]
     for ax, size in zip(axes[0], sizes):
         size_panel(ax, size, ours.get(size, {}))
-        ax.set(title=size, xlim=(-0.5, 2.5), ylim=(0, 1.25 * top), xlabel="stage")
+        ax.set(title=size, xlim=(-0.5, 2.5), ylim=(0, 1.25 * max(45, *highs)), xlabel="stage")
         ax.legend(loc="upper left")
     axes[0, 0].set_ylabel("accuracy in % (bars: 95 % interval)")
     figure.suptitle("MedXpertQA-MM, by model size and stage", fontsize=10)
@@ -172,67 +172,56 @@ def stages_by_size(results: list[dict], left_out: list[str]):
 
 def size_panel(ax, size: str, ours: dict[str, dict]) -> None:
     """Accuracy by stage of one size. ours: figures by stage."""
-    paper, mine, ticks = {}, {}, []
-    for x, stage in enumerate(STAGES):
-        theirs, own = paper_overall(PAPER_SIZES.get(size, ""), stage), math.nan
-        if theirs is not None:
-            paper[x] = theirs
-        if stage in ours:
-            mine[x] = ours[stage]
-            own = 100 * ours[stage]["accuracy"][0]
-        tick = f"{stage}\npaper {paper.get(x, math.nan):.2f}\nours {own:.2f}"
-        ticks.append(tick.replace("nan", "–"))
-    if paper:
-        label, hollow = f"paper, {PAPER_SIZES[size]}", {"color": "black", "mfc": "white"}
-        x = [x - 0.1 for x in paper]
-        ax.plot(x, list(paper.values()), "--o", lw=1, ms=7, label=label, **hollow)
-    if mine:
-        triples, figures = percent(mine.values()), mine.values()
-        label = f"ours, {counts('questions', figures)} questions × {counts('samples', figures)}"
-        x, means = [x + 0.1 for x in mine], [mean for mean, _, _ in triples]
-        look = {"fmt": "-s", "color": "#c0504d", "ms": 6, "capsize": 3}
-        ax.errorbar(x, means, arms(triples), label=f"{label} samples", **look)
+    paper, own = ["–"] * 3, ["–"] * 3  # as printed under the axis
+    if size in PAPER_SIZES:
+        values = [paper_overall(PAPER_SIZES[size], stage) for stage in STAGES]
+        label = f"paper, {PAPER_SIZES[size]}"
+        ax.plot(np.arange(3) - 0.1, values, "--o", color="black", mfc="white", label=label)
+        paper = [f"{value:.2f}" for value in values]
+    if ours:
+        places = [x for x, stage in enumerate(STAGES) if stage in ours]
+        figures = [ours[STAGES[x]] for x in places]
+        means, bars = accuracies(figures, 100)
+        questions, samples = counts("questions", figures), counts("samples", figures)
+        label = f"ours, {questions} questions × {samples} samples"
+        ax.errorbar(np.array(places) + 0.1, means, bars, fmt="-s", color="#c0504d", label=label)
+        for x, mean in zip(places, means):
+            own[x] = f"{mean:.2f}"
+    ticks = [f"{stage}\npaper {a}\nours {b}" for stage, a, b in zip(STAGES, paper, own)]
     ax.set_xticks(range(3), ticks, fontsize=9)
 
 
 def strategies(size: str, results: list[dict], left_out: list[str]):
     """Figure 5: the model before Stage I, and after it on text, on images, on both."""
     by_stage = {stage_of(result)[1]: result for result in results if size}
-    members = [by_stage[stage] for stage in ("base", *STRATEGIES) if stage in by_stage]
+    members = {stage: by_stage[stage] for stage in ("base", *STRATEGIES) if stage in by_stage}
     found: dict[str, list[dict]] = {}  # by benchmark, the figures of those members that have it
-    for source in FIGURE5:
-        has = [
-            one["benchmarks"][source]["figures"] for one in members if source in one["benchmarks"]
-        ]
-        found |= {source: has} if has else {}
-    if len(STRATEGIES.keys() & by_stage.keys()) < 2 or not found:
+    for benchmark in FIGURE5:
+        has = [figures_of(member, benchmark) for member in members.values()]
+        found |= {benchmark: list(filter(None, has))} if any(has) else {}
+    if len(members.keys() - {"base"}) < 2 or not found:
         wanted = f"two of SIZE/{', SIZE/'.join(STRATEGIES)} on one of {', '.join(FIGURE5)}"
         have = ", ".join(result["name"] for result in results)
         left_out.append(f"Figure 5: needs {wanted}; {have} do not make it")
         return None
     figure, axes = canvas(1, 1, 3 + 1.7 * len(found), 4.6)
     ax, width = axes[0, 0], 0.8 / len(members)
-    for i, (result, (shade, hatch, _, _)) in enumerate(zip(members, LOOKS)):
-        here = {}
-        for x, source in enumerate(found):
-            if source in result["benchmarks"]:
-                here[x] = result["benchmarks"][source]["figures"]
-            else:
-                left_out.append(f"Figure 5: {result['name']} has no {source}")
-        triples = percent(here.values())
-        places = [x + (i - (len(members) - 1) / 2) * width for x in here]
-        name = STRATEGIES.get(stage_of(result)[1], "before Stage I")
+    for i, ((stage, result), look) in enumerate(zip(members.items(), LOOKS)):
+        own = {x: figures_of(result, benchmark) for x, benchmark in enumerate(found)}
+        lacking = [benchmark for x, benchmark in enumerate(found) if not own[x]]
+        left_out += [f"Figure 5: {result['name']} has no {benchmark}" for benchmark in lacking]
+        here = {x + offset(i, len(members), width): part for x, part in own.items() if part}
+        means, bars = accuracies(here.values(), 100)
+        name = STRATEGIES.get(stage, "before Stage I")
         label = f"{name} ({counts('samples', here.values())} samples)"
-        look = {"color": shade, "hatch": hatch, "edgecolor": "black", "lw": 0.5, "capsize": 2}
-        means = [mean for mean, _, _ in triples]
-        ax.bar(places, means, 0.92 * width, yerr=arms(triples), label=label, **look)
-        for x, (mean, _, high) in zip(places, triples):
-            ax.text(x, high + 1, f"{mean:.1f}", ha="center", fontsize=7)
-    labels = [f"{TITLES[source]}\nn = {counts('questions', has)}" for source, has in found.items()]
+        style = {"color": look.shade, "hatch": look.hatch, "edgecolor": "black", "lw": 0.5}
+        drawn = ax.bar(list(here), means, 0.92 * width, yerr=bars, label=label, **style)
+        ax.bar_label(drawn, fmt="%.1f", fontsize=7, padding=1)
+    labels = [f"{TITLES[key]}\nn = {counts('questions', has)}" for key, has in found.items()]
     ax.set(xticks=range(len(found)), xticklabels=labels, ylim=(0, 105))
     ax.set(title=f"{size}: what Stage I is trained on", xlabel="benchmark, n questions")
     ax.set(ylabel="accuracy in % (bars: 95 % interval)")
-    below(figure, [ax], len(members))
+    legend_below(figure, [ax], len(members))
     return figure
 
 
@@ -241,35 +230,36 @@ def curves(results: list[dict], left_out: list[str]):
     own."""
     many: dict[str, list[tuple]] = {}
     for result, look in zip(results, LOOKS):
-        for source, part in result["benchmarks"].items():
+        for benchmark, part in result["benchmarks"].items():
             if part["figures"]["samples"] > 1:
-                many.setdefault(source, []).append((result["name"], look, part["figures"]))
+                label = f"{result['name']} ({part['figures']['samples']} samples)"
+                many.setdefault(benchmark, []).append((label, look, part["figures"]))
             else:
-                why = f"has one sample a question of {source}; evaluate with -n 32"
+                why = f"has one sample a question of {benchmark}; evaluate with -n 32"
                 left_out.append(f"Figure 6: {result['name']} {why}")
     if not many:
         return None
     figure, axes = canvas(len(many), 2, 10, 0.6 + 3.2 * len(many))
     panels = (("majority", "majority vote, MV@n"), ("pass", "any of n right, pass@n"))
-    for (source, drawn), row in zip(many.items(), axes):
-        number = counts("questions", [found for _, _, found in drawn])
+    for (benchmark, drawn), row in zip(many.items(), axes):
+        asked = f"{counts('questions', [found for _, _, found in drawn])} questions"
         for ax, (key, title) in zip(row, panels):
-            for name, (shade, _, marker, line), found in drawn:
-                curve(ax, found, key, shade, line, marker, f"{name} ({found['samples']} samples)")
+            for label, look, found in drawn:
+                curve(ax, found, key, look, label)
             ax.set(xlabel="n samples", ylabel="share right (band: 95 % interval)")
-            ax.set_title(f"{TITLES.get(source, source)} ({number} questions): {title}")
-    below(figure, axes.flat, min(3, len(results)))
+            ax.set_title(f"{TITLES.get(benchmark, benchmark)} ({asked}): {title}")
+    legend_below(figure, axes.flat, min(3, len(results)))
     return figure
 
 
 def modalities(results: list[dict], left_out: list[str]):
     """Accuracy by kind of image, over all image questions: a line a modality, a mark a result."""
-    found, largest, sources = [], {}, {}  # sources: an ordered set
+    found, largest, benchmarks = [], {}, {}  # benchmarks: an ordered set
     for result, look in zip(results, LOOKS):
-        entries = [entry for entry in result["entries"] if entry["image"]]
-        sources |= {TITLES.get(entry["source"], entry["source"]): None for entry in entries}
-        subsets = {tuple(key.split("=", 1)): part for key, part in result["subsets"].items()}
-        parts = {name: part for (key, name), part in subsets.items() if key == "modality"}
+        sources = [entry["source"] for entry in result["entries"] if entry["image"]]
+        benchmarks |= dict.fromkeys(TITLES.get(source, source) for source in sources)
+        subsets = {key.partition("="): part for key, part in result["subsets"].items()}
+        parts = {name: part for (key, _, name), part in subsets.items() if key == "modality"}
         for name, part in parts.items():
             largest[name] = max(part["questions"], largest.get(name, 0))
         if parts:
@@ -282,14 +272,13 @@ def modalities(results: list[dict], left_out: list[str]):
     order = sorted(largest, key=lambda name: (largest[name], name))  # from below
     figure, axes = canvas(1, 1, 8, 1.6 + (0.18 + 0.13 * len(found)) * len(order))
     ax, step = axes[0, 0], 0.7 / len(found)
-    for i, (name, (shade, _, marker, _), parts) in enumerate(found):
-        places = [y for y, modality in enumerate(order) if modality in parts]
-        triples = [parts[order[y]]["accuracy"] for y in places]
-        heights = [y - (i - (len(found) - 1) / 2) * step for y in places]
-        look = {"color": shade, "ecolor": "#606060", "elinewidth": 0.8, "mec": "black", "ms": 5}
+    for i, (name, look, parts) in enumerate(found):
+        heights = [y for y, modality in enumerate(order) if modality in parts]
+        means, bars = accuracies(parts[order[y]] for y in heights)
+        heights = np.array(heights) - offset(i, len(found), step)
+        style = {"fmt": look.marker, "color": look.shade, "mec": "black", "capsize": 0}
         label = f"{name} ({counts('samples', parts.values())} samples)"
-        means = [mean for mean, _, _ in triples]
-        ax.errorbar(means, heights, xerr=arms(triples), fmt=marker, label=label, **look)
+        ax.errorbar(means, heights, xerr=bars, ms=5, label=label, **style)
     for y in range(len(order) - 1):
         ax.axhline(y + 0.5, color="#dddddd", lw=0.6)
     labels = []
@@ -297,9 +286,9 @@ def modalities(results: list[dict], left_out: list[str]):
         number = counts("questions", [parts[name] for *_, parts in found if name in parts])
         labels.append(f"{name} (n = {number})")
     ax.set(yticks=range(len(order)), yticklabels=labels, xlim=(0, 1), ylim=(-0.6, len(order) - 0.4))
-    ax.set(title=f"accuracy by imaging modality: {', '.join(sources)}")
+    ax.set(title=f"accuracy by imaging modality: {', '.join(benchmarks)}")
     ax.set(xlabel="accuracy (bars: 95 % interval)", ylabel="modality, n image questions")
-    below(figure, [ax], min(3, len(found)))
+    legend_below(figure, [ax], min(3, len(found)))
     return figure
 
 
@@ -319,67 +308,81 @@ def plot_report(results: list[dict], sft: list[dict], dpo: list[dict], path: Pat
     with image questions. sft, dpo: the rows of the stages' metrics.jsonl."""
     figure, axes = canvas(2, 3, 15, 8.5)
     (right, criteria, invented), (losses, preferences, votes) = axes
-    shades = [shade for shade, *_ in LOOKS * len(results)]
-    drawn = [pair for pair in zip(results, shades) if "image" in pair[0]["groups"]]
-    names, labels = [result["name"] for result, _ in drawn], [*CRITERIA, "all four"]
+    drawn = [pair for pair in zip(results, LOOKS * len(results)) if "image" in pair[0]["groups"]]
     width = 0.81 / max(1, len(drawn))
-    for x, (result, shade) in enumerate(drawn):
-        image = result["groups"]["image"]
-        accuracy_bars(right, x, result["groups"], shade)
+    for x, (result, look) in enumerate(drawn):
+        image, name = result["groups"]["image"], result["name"]
+        for place, kind, hatch in ((x - 0.2, "image", ""), (x + 0.2, "text", "//")):
+            if kind in result["groups"]:
+                mean, bars = accuracies([result["groups"][kind]])
+                style = {"color": look.shade, "hatch": hatch, "edgecolor": "white"}
+                bar = right.bar(place, mean, 0.38, yerr=bars, **style)
+                right.bar_label(bar, fmt="%.2f", fontsize=9, padding=1)
         if "criteria" in image:
             values = [*(image["criteria"][name] for name in CRITERIA), image["all_criteria"][0]]
-            places = [place + (x - (len(drawn) - 1) / 2) * width for place in range(len(labels))]
-            criteria.bar(places, values, 0.93 * width, color=shade, label=result["name"])
+            places = np.arange(len(values)) + offset(x, len(drawn), width)
+            criteria.bar(places, values, 0.93 * width, color=look.shade, label=name)
         if (share := image.get("hallucinated")) is not None:
-            invented.bar(x, share, 0.5, color=shade)
             text = f"{share:.2f}\n{image['judged_looking']} chains"
-            invented.text(x, share + 0.012, text, ha="center", fontsize=9)
-        curve(votes, image, "majority", shade, "-", "o", result["name"])
-        curve(votes, image, "pass", shade, "--", "^", "")
+            bar = invented.bar(x, share, 0.5, color=look.shade)
+            invented.bar_label(bar, [text], fontsize=9, padding=1)
+        curve(votes, image, "majority", look._replace(marker="o", line="-"), name)
+        curve(votes, image, "pass", look._replace(marker="^", line="--"), "")
     training_curves(losses, preferences, sft, dpo)
+    names = [result["name"] for result, _ in drawn]
     for ax in (right, invented):
         ax.set_xticks(range(len(names)), names, fontsize=10 if len(names) < 4 else 7)
-    ticks = [label.replace("_", "\n") for label in labels]
-    criteria.set_xticks(range(len(labels)), ticks, fontsize=8)
-    title = "accuracy (plain: image, hatched: text; bars 95 %; dotted: 1 in 4)"
-    right.set(title=title, ylim=(0, 1.08))
+    ticks = [name.replace("_", "\n") for name in (*CRITERIA, "all four")]
+    criteria.set_xticks(range(len(ticks)), ticks, fontsize=8)
+    for ax, title, top in (
+        (right, "accuracy (plain: image, hatched: text; bars 95 %; dotted: 1 in 4)", 1.08),
+        (criteria, "share of chains meeting each criterion (image questions)", 1.15),
+        (invented, "hallucination among chains that look at the image", 1.05),
+        (votes, "MV@n (solid), pass@n (dashed), image questions (95 %)", 1.02),
+    ):
+        ax.set(title=title, ylim=(0, top))
     right.axhline(0.25, color="black", lw=0.8, ls=":")
-    title = "share of chains meeting each criterion (image questions)"
-    criteria.set(title=title, ylim=(0, 1.15))
-    invented.set(title="hallucination among chains that look at the image", ylim=(0, 1.05))
-    title = "MV@n (solid), pass@n (dashed), image questions (95 %)"
-    votes.set(title=title, xlabel="n", ylim=(0, 1.02))
+    votes.set_xlabel("n")
     criteria.legend(loc="upper center", ncols=3)
-    losses.legend(loc="upper right")
-    preferences.legend(loc="upper left")
     votes.legend(loc="lower right", ncols=3)
-    save(figure, path.with_suffix(""), path.suffix)
+    save(figure, path)
 
 
-def accuracy_bars(ax, x: int, groups: dict, shade: str) -> None:
-    for place, kind, hatch in ((x - 0.2, "image", None), (x + 0.2, "text", "//")):
-        if kind in groups:
-            mean, _, high = triple = groups[kind]["accuracy"]
-            look = {"color": shade, "hatch": hatch, "edgecolor": "white", "capsize": 3}
-            ax.bar(place, mean, 0.38, yerr=arms([triple]), **look)
-            ax.text(place, high + 0.012, f"{mean:.2f}", ha="center", fontsize=9)
+def series(rows: list[dict], key: str) -> tuple[list[int], list[float]]:
+    """(steps, values) of those rows of a metrics.jsonl that have the key."""
+    rows = [row for row in rows if key in row]
+    return [row["step"] + 1 for row in rows], [row[key] for row in rows]
 
 
 def training_curves(losses, preferences, sft: list[dict], dpo: list[dict]) -> None:
     """Stage I's loss by span, and Stage II's figures, dashed on the pairs that are held out."""
     for name, colour in SPAN_COLOURS.items():
-        steps, values = [row["step"] + 1 for row in sft], [row[name] for row in sft]
-        losses.plot(steps, values, color=colour, label=name, lw=1.2)
+        losses.plot(*series(sft, name), color=colour, label=name, lw=1.2)
     for key, label, colour in DPO_CURVES:
-        steps, values = [row["step"] + 1 for row in dpo], [row[key] for row in dpo]
-        preferences.plot(steps, values, color=colour, label=label, lw=1.2)
-        if seen := [row for row in dpo if f"held_{key}" in row]:
-            steps, values = [row["step"] + 1 for row in seen], [row[f"held_{key}"] for row in seen]
+        preferences.plot(*series(dpo, key), color=colour, label=label, lw=1.2)
+        held = series(dpo, f"held_{key}")
+        if held[0]:
             look = {"color": colour, "marker": "o", "ls": "--", "lw": 0.8}
-            preferences.plot(steps, values, label=f"{label}, held out", **look)
+            preferences.plot(*held, label=f"{label}, held out", **look)
     losses.set(title="Stage I: loss per token of each span", xlabel="step", yscale="log")
     preferences.axhline(math.log(2), color="black", lw=0.8, ls=":")
     preferences.set(title="Stage II: DPO (dotted: ln 2)", xlabel="step")
+    losses.legend(loc="upper right")
+    preferences.legend(loc="upper left")
+
+
+def pair_columns(row: dict) -> list[tuple[str, str, str]]:
+    """(title, colour, wrapped text) of a pair's question and chains."""
+    failed = "rejected: fails " + ", ".join(row["failed"]).replace("_", " ")
+
+    def wrap(text: str, width: int) -> str:
+        return "\n".join(textwrap.fill(line, width) for line in text.split("\n"))
+
+    return [
+        ("question", "black", wrap(row["prompt"][-1]["content"], 36)),
+        ("chosen: meets all four", "#2e7d4f", wrap(row["chosen"], 56)),
+        (failed, "#b03a2e", wrap(row["rejected"], 56)),
+    ]
 
 
 def plot_films(pairs: list[dict], image_root: Path, path: Path) -> None:
@@ -387,8 +390,8 @@ def plot_films(pairs: list[dict], image_root: Path, path: Path) -> None:
     one and why it failed. Nothing is written where no pair has an image."""
     from command.images import load_image
 
-    shown: dict[str, dict] = {}  # one pair a question: one of each failure first, then any
-    for reason in [*CRITERIA, *[None] * (6 - len(CRITERIA))]:
+    shown: dict[str, dict] = {}  # one pair a question: one of each failure first, then any two
+    for reason in (*CRITERIA, None, None):
         for row in pairs:
             fits = row["images"] and (reason is None or reason in row["failed"])
             if fits and row["id"] not in shown:
@@ -396,19 +399,7 @@ def plot_films(pairs: list[dict], image_root: Path, path: Path) -> None:
                 break
     if not shown:
         return
-    sheet = []
-    for row in shown.values():
-        failed = "rejected: fails " + ", ".join(row["failed"]).replace("_", " ")
-        texts = (
-            ("question", "black", row["prompt"][-1]["content"], 36),
-            ("chosen: meets all four", "#2e7d4f", row["chosen"], 56),
-            (failed, "#b03a2e", row["rejected"], 56),
-        )
-        columns = []
-        for title, colour, text, width in texts:
-            wrapped = "\n".join(textwrap.fill(line, width) for line in text.split("\n"))
-            columns.append((title, colour, wrapped))
-        sheet.append(columns)
+    sheet = [pair_columns(row) for row in shown.values()]
     lines = [max(text.count("\n") + 1 for *_, text in columns) for columns in sheet]
     heights = [max(2.1, 0.6 + 0.16 * count) for count in lines]  # inches
     figure, axes = canvas(len(shown), 4, 16, sum(heights), [1, 2, 3, 3], heights)
@@ -421,4 +412,4 @@ def plot_films(pairs: list[dict], image_root: Path, path: Path) -> None:
             ax.text(0, 1, text.replace("$", r"\$"), va="top", fontsize=9, family="monospace")
             ax.set_title(title, loc="left", fontsize=9, color=colour)
             ax.axis("off")
-    save(figure, path.with_suffix(""), path.suffix)
+    save(figure, path)

@@ -14,13 +14,11 @@ results.json has one entry a question, from which every figure can be made again
     ended ["stop", "length", ...], words [int],
     criteria [{four booleans}, {} for an unreadable verdict, null where none was asked for]
 
-An answer that cannot be read, that was cut off or that was never given is wrong and stays in the
-denominator.
+An answer that cannot be read, was cut off or was never given is wrong and stays in the denominator.
 
 Where we depart from the paper, or it is silent: it gives no intervals. Ours are Wilson's at 95 %,
-over questions, since samples of one question are not independent. Where a question counts in part
-they are too wide rather than too narrow: a mean of shares varies less than Wilson's formula
-supposes.
+over questions, since samples of one question are not independent. For means of shares they are
+rather too wide: such a mean varies less than Wilson's formula supposes.
 """
 
 import json
@@ -28,7 +26,6 @@ import math
 import random
 import statistics
 from collections import Counter
-from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -47,9 +44,7 @@ GROUPS = (*benchmarks.SUBSETS, "kind")  # keys of a question's meta that reports
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share of `count` questions. Raises ValueError for none."""
-    if count < 1:
-        raise ValueError("a share of no questions has no interval")
+    """Wilson's 95 % interval of a share of `count` questions."""
     z = statistics.NormalDist().inv_cdf(0.975)
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
     root = math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
@@ -64,9 +59,7 @@ def mean_and_interval(values: list[float]) -> list[float]:
 
 
 def pass_at(n: int, samples: int, right: int) -> float:
-    """Chance that a random n of the samples hold a right one. Raises ValueError for n > samples."""
-    if n > samples:
-        raise ValueError(f"pass@{n} needs at least {n} samples, there are {samples}")
+    """Chance that a random n of the samples hold a right one."""
     return 1.0 - math.comb(samples - right, n) / math.comb(samples, n)
 
 
@@ -90,9 +83,7 @@ def shared_vote(choices: list[str | None], right: list[bool]) -> float:
 
 
 @lru_cache(maxsize=None)  # a question is in several groups, with the same vote
-def majority_at(
-    n: int, choices: tuple[str | None, ...], right: tuple[bool, ...], seed: int
-) -> float:
+def majority_at(n: int, choices: tuple, right: tuple, seed: int) -> float:
     """Share of random n-subsets of the samples, in their order, whose majority is right."""
     if n == len(choices):
         return float(vote(choices, right))
@@ -145,34 +136,33 @@ def entry(question: data.Question, rows: list[dict], verdicts: dict[tuple, dict 
     """One question's entry. rows: its samples in order, each with response, finish_reason,
     extracted, correct and, where the benchmark has a rule of its own, official and
     official_correct. verdicts: (id, sample) -> criteria, None for an unreadable verdict."""
-
-    def column(key: str) -> list:
-        return [row[key] for row in rows]
-
-    thinking = [text.split("</think>")[0].removeprefix("<think>") for text in column("response")]
     groups = {key: str(question.meta[key]) for key in GROUPS if question.meta.get(key)}
     if "modality" in groups:
         groups["modality"] = data.modality(groups["modality"])
-    official, criteria = None, []
-    if "official" in rows[0]:
-        official = {"choices": column("official"), "right": column("official_correct")}
-    for key in zip(column("id"), column("sample")):
-        verdict = verdicts.get(key)
-        read = {name: verdict[name] for name in CRITERIA} if verdict else {}
-        criteria.append(read if key in verdicts else None)
-    return {
+    found = {
         "id": question.id,
         "source": question.source,
         "image": bool(question.images),
         "answer": question.answer,
         "groups": groups,
-        "choices": column("extracted"),
-        "right": column("correct"),
-        "official": official,
-        "ended": column("finish_reason"),
-        "words": [len(text.split()) for text in thinking],
-        "criteria": criteria,
+        "choices": [row["extracted"] for row in rows],
+        "right": [row["correct"] for row in rows],
+        "official": None,
+        "ended": [row["finish_reason"] for row in rows],
+        "words": [],
+        "criteria": [],
     }
+    if "official" in rows[0]:
+        choices, right = zip(*((row["official"], row["official_correct"]) for row in rows))
+        found["official"] = {"choices": list(choices), "right": list(right)}
+    for row in rows:
+        thinking = row["response"].split("</think>")[0].removeprefix("<think>")
+        found["words"].append(len(thinking.split()))
+        key = row["id"], row["sample"]
+        met = verdicts.get(key) or {}
+        read = {name: met[name] for name in CRITERIA if met}
+        found["criteria"].append(read if key in verdicts else None)
+    return found
 
 
 def flatten(entries: list[dict], key: str) -> list:
@@ -215,28 +205,40 @@ def summarise(entries: list[dict]) -> dict:
     ruled = [found["official"] for found in entries]
     if all(ruled):
         figures["official"] = mean_and_interval([statistics.fmean(one["right"]) for one in ruled])
-        unread = statistics.fmean(choice is None for choice in flatten(ruled, "choices"))
-        figures["official_unparsed"] = unread
+        unread = [choice is None for choice in flatten(ruled, "choices")]
+        figures["official_unparsed"] = statistics.fmean(unread)
     return figures | judged_figures(entries)
+
+
+def judged_counts(entries: list[dict]) -> dict[str, int]:
+    """Numbers of chains: sent to the judge, with a readable verdict, meeting all criteria, looking
+    at the image, and of those hallucinating: others invent nothing in the image."""
+    sent = [given for given in flatten(entries, "criteria") if given is not None]
+    judged = [given for given in sent if given]
+    looking = [given for given in judged if given["Image_Analysis_Involvement"]]
+    return {
+        "sent": len(sent),
+        "judged": len(judged),
+        "met": sum(all(given.values()) for given in judged),
+        "looking": len(looking),
+        "hallucinated": sum(not given["No_Hallucination"] for given in looking),
+    }
 
 
 def judged_figures(entries: list[dict]) -> dict:
     """Shares of the chains that have a readable verdict; {} where none has."""
-    sent = [given for given in flatten(entries, "criteria") if given is not None]
-    judged = [given for given in sent if given]
+    counts = judged_counts(entries)
+    judged = [given for given in flatten(entries, "criteria") if given]
     if not judged:
         return {}
-    # hallucination is a share of the chains that look at the image: others invent nothing in it
-    looking = [given for given in judged if given["Image_Analysis_Involvement"]]
-    invented = [not given["No_Hallucination"] for given in looking]
-    met = statistics.fmean(all(given.values()) for given in judged)
+    met, looking = counts["met"] / len(judged), counts["looking"]
     return {
         "judged": len(judged),
-        "sent": len(sent),
+        "sent": counts["sent"],
         "criteria": {name: statistics.fmean(given[name] for given in judged) for name in CRITERIA},
         "all_criteria": [met, *wilson(met, sum(any(found["criteria"]) for found in entries))],
-        "judged_looking": len(looking),
-        "hallucinated": statistics.fmean(invented) if looking else None,
+        "judged_looking": looking,
+        "hallucinated": counts["hallucinated"] / looking if looking else None,
     }
 
 
@@ -244,23 +246,24 @@ def judged_figures(entries: list[dict]) -> dict:
 # results.json
 
 
+def names_of(found: dict) -> tuple[str, str]:
+    """What an entry's benchmark may be called: "mmmu", or with its kind "mmmu, text"."""
+    source = found["source"] or "no source"
+    return source, f"{source}, {'image' if found['image'] else 'text'}"
+
+
 def by_source(entries: list[dict], by_kind: bool = False) -> dict[str, list[dict]]:
     """Entries by benchmark. One with image and text questions is two groups, if by_kind or if the
     two were sampled differently often."""
-    sources: dict[str, list[dict]] = {}
+    asked: dict[str, set] = {}  # by benchmark: each kind (with an image or not), number of samples
     for found in entries:
-        sources.setdefault(found["source"], []).append(found)
-    apart = set()
-    for source, members in sources.items():
-        kinds = {found["image"] for found in members}
-        counts = {len(found["choices"]) for found in members}
-        if len(kinds) == 2 and (by_kind or len(counts) > 1):
-            apart.add(source)
+        asked.setdefault(names_of(found)[0], set()).add((found["image"], len(found["choices"])))
     groups: dict[str, list[dict]] = {}
     for found in entries:
-        name, kind = found["source"] or "no source", "image" if found["image"] else "text"
-        name = f"{name}, {kind}" if found["source"] in apart else name
-        groups.setdefault(name, []).append(found)
+        source, with_kind = names_of(found)
+        kinds, counts = map(set, zip(*asked[source]))
+        apart = len(kinds) == 2 and (by_kind or len(counts) > 1)
+        groups.setdefault(with_kind if apart else source, []).append(found)
     return groups
 
 
@@ -307,11 +310,11 @@ def read_results(folder: str | Path) -> dict:
     data.need({"results": results}, str(path), results=dict)
     figures = dict.fromkeys(("groups", "benchmarks", "subsets"), dict)
     data.need(results, str(path), name=str, **figures, entries=list)
-    texts = {"id": str, "source": str, "answer": str, "official": object}  # official: or null
-    lists = dict.fromkeys(("choices", "right", "ended", "criteria"), list)
+    keys = dict.fromkeys(("id", "source", "answer"), str) | {"image": bool, "official": object}
+    keys |= dict.fromkeys(("choices", "right", "ended", "criteria"), list)
     for number, found in enumerate(results["entries"], 1):
         data.need({"entry": found}, f"{path}: entry {number}", entry=dict)
-        data.need(found, f"{path}: entry {number}", **texts, **lists, image=bool)
+        data.need(found, f"{path}: entry {number}", **keys)
     if not results["entries"]:
         raise data.RowError(f"{path}: no question in it; run the evaluation again")
     return results
@@ -333,6 +336,19 @@ def shared(first: list[dict], second: list[dict]) -> list[tuple[dict, dict]]:
     return [(found, other[identity(found)]) for found in first if identity(found) in other]
 
 
+def compared_shares(found: dict) -> dict[str, float]:
+    """What two runs are compared by, of one question: by our rule and, where it has one, by the
+    benchmark's own."""
+    shares = {
+        "difference": statistics.fmean(found["right"]),
+        "readable_difference": statistics.fmean(choice is not None for choice in found["choices"]),
+        "vote_difference": vote(found["choices"], found["right"]),
+    }
+    if found["official"]:
+        shares["official_difference"] = statistics.fmean(found["official"]["right"])
+    return shares
+
+
 def compare(first: list[dict], second: list[dict]) -> dict:
     """Two models on the same questions, second less first. Differences are [mean, low, high]: in
     accuracy by our rule and, where all entries have it, by the benchmark's own; in the share of
@@ -342,29 +358,13 @@ def compare(first: list[dict], second: list[dict]) -> dict:
     if not len(first) == len(second) == len(pairs):
         counts = f"{len(first)} and {len(second)} questions, of which {len(pairs)} are the same"
         raise data.RowError(f"{counts} by id and answer")
-
-    def difference(value: Callable[[dict], float]) -> list[float]:
-        values = [value(two) - value(one) for one, two in pairs]
-        return [statistics.fmean(values), *bootstrap(values)]
-
-    def readable(found: dict) -> float:
-        return statistics.fmean(choice is not None for choice in found["choices"])
-
-    def voted(found: dict) -> bool:
-        return vote(found["choices"], found["right"])
-
-    votes = Counter((voted(one), voted(two)) for one, two in pairs)
-    only_first, only_second = votes[True, False], votes[False, True]
-    figures = {
-        "questions": len(pairs),
-        "difference": difference(lambda found: statistics.fmean(found["right"])),
-        "readable_difference": difference(readable),
-        "vote_difference": difference(voted),
-        "only_first": only_first,
-        "only_second": only_second,
-        "p": mcnemar(only_first, only_second),
-    }
-    if all(found["official"] for pair in pairs for found in pair):
-        ruled = difference(lambda found: statistics.fmean(found["official"]["right"]))
-        figures["official_difference"] = ruled
-    return figures
+    before, after = ([compared_shares(found) for found in run] for run in zip(*pairs))
+    figures: dict = {"questions": len(pairs)}
+    for name in before[0]:
+        if all(name in shares for shares in before + after):
+            values = [two[name] - one[name] for one, two in zip(before, after)]
+            figures[name] = [statistics.fmean(values), *bootstrap(values)]
+    gained = [two["vote_difference"] - one["vote_difference"] for one, two in zip(before, after)]
+    only_first, only_second = gained.count(-1), gained.count(1)
+    p = mcnemar(only_first, only_second)
+    return {**figures, "only_first": only_first, "only_second": only_second, "p": p}

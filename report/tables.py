@@ -5,8 +5,7 @@
 
 A column of paper_tables is a benchmark, a subset of it and a number of questions. What was asked
 otherwise than in the paper (another benchmark, fewer questions, without options) has columns of its
-own, right of the paper's, where the paper's rows have "–". What a table cannot use is among the
-lines that say who was left out of what, and why.
+own, right of the paper's, where the paper's rows have "–".
 
 reads results of score.read_results. A result's name says its size and stage, SIZE/STAGE: "7B/base",
 "7B/Stage-I", "32B/Stage-II". A size of PAPER_SIZES stands beside the paper's values. A result of
@@ -18,6 +17,7 @@ questions. A Δ of ours compares the same questions or is not given: some of the
 with 286 (note c).
 """
 
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,19 +89,19 @@ ROWS = (  # label, and key of the figures or of their criteria
 RARE = {"over_long": 0, "unanswered": 0}  # such a row is shown where there are any
 
 
+FORMS = {  # of figures that are neither a share nor a share with its interval
+    "questions": "{questions} × {samples}", "judged": "{judged} of {sent}",
+    "hallucinated": "{hallucinated:.3f} of {judged_looking}", "words": "{words:.0f}",
+}  # fmt: skip
+
+
 def cell(figures: dict, key: str) -> str:
     """One figure as text; "–" where there is none."""
     value = figures.get(key)
     if value is None:
         return "–"
-    if key == "questions":
-        return f"{value} × {figures['samples']}"
-    if key == "judged":
-        return f"{value} of {figures['sent']}"
-    if key == "hallucinated":
-        return f"{value:.3f} of {figures['judged_looking']}"
-    if key == "words":
-        return f"{value:.0f}"
+    if key in FORMS:
+        return FORMS[key].format(**figures)
     if isinstance(value, dict):  # by number of samples
         n = max(value, key=int)
         return f"{cell(value, n)}, n = {n}"
@@ -183,6 +183,10 @@ NOTES = {
     "each Δ is .01 off",
     "f": "two runs: 547 of 2000 in Table 1, 548 in Table 2",
 }
+OURS = (
+    "* Ours: in brackets the 95 % interval, over questions. The paper gives none; "
+    "some of its values are rounded, others cut off."
+)
 FIELDS = (  # of the CSV, one line a value
     "by", "method", "benchmark", "subset", "percent", "low", "high", "questions", "samples",
     "notes", "prompt", "temperature",
@@ -201,37 +205,25 @@ def paper_records(number: int) -> Iterator[dict]:
                 yield dict(zip(FIELDS, (*row, int(n or questions), "", notes, "", "")))
 
 
-def asked_of(result: dict, benchmark: str) -> list[dict]:
-    """The entries behind result["benchmarks"][benchmark], which may be "mmmu" or "mmmu, image"."""
-    found = []
-    for entry in result["entries"]:
-        source, kind = entry["source"] or "no source", "image" if entry["image"] else "text"
-        if benchmark in (source, f"{source}, {kind}"):
-            found.append(entry)
+def paper_overall(model: str, stage: str) -> float:
+    """The paper's accuracy on MedXpertQA-MM in per cent, from Table 2 where it has the model."""
+    method, found = model if stage == "base" else f"{model} +{stage}", math.nan
+    for row in (*paper_records(1), *paper_records(2)):
+        if (row["method"], row["benchmark"], row["subset"]) == (method, MM, ""):
+            found = float(row["percent"])
     return found
 
 
 def gain(result: dict, results: list[dict], benchmark: str) -> list[float] | None:
     """[difference, low, high] to SIZE/base, or None without that or where it was asked others."""
-    base = f"{stage_of(result)[0]}/base"
-    for other in results:
-        if other["name"] == base:
-            pair = asked_of(other, benchmark), asked_of(result, benchmark)
-            try:
-                return score.compare(*pair)["difference"]
-            except data.RowError:  # not the same questions
-                return None
-    return None
-
-
-def paper_overall(model: str, stage: str) -> float | None:
-    """The paper's accuracy on MedXpertQA-MM in per cent, from Table 2 where it has the model."""
-    wanted = (model if stage == "base" else f"{model} +{stage}", MM, "")
-    for number in (2, 1):
-        for row in paper_records(number):
-            if (row["method"], row["benchmark"], row["subset"]) == wanted:
-                return float(row["percent"])
-    return None
+    base = [other for other in results if other["name"] == f"{stage_of(result)[0]}/base"]
+    asked = []
+    for run in (*base, result):
+        asked.append([found for found in run["entries"] if benchmark in score.names_of(found)])
+    try:
+        return score.compare(*asked)["difference"] if base else None
+    except data.RowError:  # not the same questions
+        return None
 
 
 def our_records(number: int, results: list[dict], left_out: list[str]) -> Iterator[dict]:
@@ -246,17 +238,15 @@ def our_records(number: int, results: list[dict], left_out: list[str]) -> Iterat
         lacking = []
         for benchmark, subset in wanted:
             part = result["benchmarks"].get(benchmark, {"figures": None, "subsets": {}})
-            whole = {"": part["figures"], "delta": part["figures"]}
-            figures, lack = (
-                {**part["subsets"], **whole}.get(subset),
-                f"{benchmark} {subset}".strip(),
-            )
-            values, sign = figures and figures["accuracy"], ""
-            if subset == "delta":
-                if not figures or stage_of(result)[1] == "base":
-                    continue
-                values, sign = gain(result, results, benchmark), "+"
+            if subset != "delta":
+                figures = part["subsets"].get(subset) if subset else part["figures"]
+                values, sign = figures and figures["accuracy"], ""
+                lack = f"{benchmark} {subset}".strip()
+            elif part["figures"] and stage_of(result)[1] != "base":
+                figures, values, sign = part["figures"], gain(result, results, benchmark), "+"
                 lack = f"Δ on {benchmark} (no SIZE/base on the same questions)"
+            else:
+                continue
             if not values:
                 lacking.append(lack)
                 continue
@@ -295,25 +285,24 @@ def cell_text(record: dict) -> str:
 
 def paper_table(number: int, records: list[dict]) -> str:
     """Table 1 or 2 in Markdown: the paper's columns, then those that only we have."""
-    columns, rows, others = list(TABLES[number][0]), {}, []
-    printed = {column[:2]: column for column in columns}  # its own rows may be of other questions
+    printed = {column[:2]: column for column in TABLES[number][0]}
+    rows, others = {}, {}  # others: an ordered set
     for record in records:
         column = record["benchmark"], record["subset"], record["questions"]
-        column = printed[column[:2]] if record["by"] == "paper" else column
-        others += [column] if column not in columns + others else []
+        if record["by"] == "paper":  # some of its rows are of other questions than their column
+            column = printed[column[:2]]
+        if column not in printed.values():
+            others[column] = None
         rows.setdefault(row_name(record), {})[column] = cell_text(record)
-    order = [benchmark for benchmark, _, _ in others]
-    parts = [*(subset for _, subset, _ in columns), "", "delta"]
-    columns += sorted(others, key=lambda c: (order.index(c[0]), parts.index(c[1]), c[2]))
+    benchmarks = [benchmark for benchmark, _, _ in others]
+    parts = [*(subset for _, subset in printed), "", "delta"]
+    ranks = {c: (benchmarks.index(c[0]), parts.index(c[1]), c[2]) for c in others}
+    columns = [*printed.values(), *sorted(others, key=ranks.get)]
     cells = [["accuracy in %", *(title(*column) for column in columns)]]
     cells += [[name, *(row.get(column, "–") for column in columns)] for name, row in rows.items()]
     seen = {note for record in records for note in record["notes"]}
     notes = [f"* [{note}] {text}" for note, text in NOTES.items() if note in seen]
-    notes.append(
-        "* Ours: in brackets the 95 % interval, over questions. The paper gives none; "
-        "some of its values are rounded, others cut off."
-    )
-    return "\n".join([markdown(cells), "", *notes, ""])
+    return "\n".join([markdown(cells), "", *notes, OURS, ""])
 
 
 def paper_tables(results: list[dict], out: Path) -> tuple[list[Path], list[str]]:

@@ -382,7 +382,7 @@ def test_runs_without_options_are_shown_with_the_reference_text(tmp_path):
     assert cases.write_page(runs, [asked], tmp_path, "a-right", 5, tmp_path / "page.html") == 1
     page = (tmp_path / "page.html").read_text()
     assert "a stone <small>✓ reference answer" in page and "a cyst" not in page
-    with pytest.raises(data.RowError, match="some without"):
+    with pytest.raises(data.RowError, match="with another reference or other options"):
         cases.write_page(
             [
                 runs[0],

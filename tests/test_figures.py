@@ -1045,6 +1045,6 @@ def test_a_long_chain_is_shown_whole_in_a_row_of_its_own_height(tmp_path):
 
 def test_a_picture_too_high_to_draw_is_drawn_with_fewer_dots(tmp_path):
     figure, _ = figures.canvas(1, 1, 2, 700)
-    figures.save(figure, tmp_path / "high", ".png")
+    figures.save(figure, tmp_path / "high.png")
     with Image.open(tmp_path / "high.png") as picture:
         assert picture.size[0] == round(2 * 60000 / 700) and 59900 < picture.size[1] <= 60000

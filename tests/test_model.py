@@ -951,6 +951,28 @@ def test_show_prints_the_text_and_the_counts_of_supervised_tokens(
     assert "q1: prompt" in printed and "1 images" in printed and "q3" not in printed
 
 
+def test_show_prints_the_token_ids_that_a_pair_has(processor, folder, tmp_path, capsys):
+    response = GOOD.replace("</think>", "é → 髪 </think>")
+    ids = []  # one character at a time, as no tokenizer would cut the text
+    for character in response:
+        ids += processor.tokenizer(character, add_special_tokens=False)["input_ids"]
+    ids.append(processor.stop_id)
+    pair = {"id": "q", "prompt": turns("Why?"), "images": [], "failed": []}
+    pair |= {"chosen": response, "chosen_token_ids": ids, "rejected": POOR}
+    data.write_jsonl(tmp_path / "pairs.jsonl", [pair])
+    report.__main__.main(["show", str(tmp_path / "pairs.jsonl"), "--model", str(folder)])
+    printed = re.sub(r"\033\[\d+m", "", capsys.readouterr().out)
+    thinking = response[response.index("<think>") + 7 : response.index("</think>")]
+    answer = response[response.index("<answer>") + 8 : response.index("</answer>")]
+    count = {}
+    for name, text in (("think", thinking), ("answer", answer)):
+        pieces = processor.tokenizer(list(text), add_special_tokens=False)["input_ids"]
+        count[name] = sum(map(len, pieces))
+    tags = len(ids) - sum(count.values())
+    assert f"think {count['think']}, answer {count['answer']}, tag {tags} tokens" in printed
+    assert printed.count("supervised: ") == 2 and POOR + "<|im_end|>" in printed
+
+
 def test_a_folder_without_a_model_is_refused_by_name(tmp_path):
     with pytest.raises(data.RowError, match="is not a model's folder: it has no config.json"):
         model.Processor(tmp_path)
