@@ -94,12 +94,6 @@ def free_memory(device: "torch.device") -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def together(prompts: list[int], response: int, room: int) -> int:
-    """How many of the first prompts, sorted by length, fit into one batch of `room` tokens: each
-    row is as long as the longest prompt and `response` more."""
-    return sum(count * (prompt + response) <= room for count, prompt in enumerate(prompts, 1))
-
-
 def local_completion(
     processor: "model.Processor", id: str, k: int, ids: list[int], seed: int, logps: list[float]
 ) -> Completion:
@@ -151,30 +145,28 @@ class HFEngine:
     def steps(
         self, requests: list[Request], sampling: Sampling
     ) -> Iterator[tuple[int, list[Completion]]]:
-        """(tokens just sampled, completions just ended). Questions are encoded when they are
-        reached, and batched with others of similar prompt length: as many as fit into memory if
-        every answer is as long as it may be, or one."""
+        """(tokens just sampled, completions just ended), batch by batch: questions of similar
+        length, as many as fit into memory if every answer is as long as it may be, or one."""
         from engines.decode import token_bytes
 
         room = int(self.share * free_memory(self.device)) // token_bytes(self.policy)  # tokens
         samples = max((len(request.samples) for request in requests), default=1)
-        longest = samples * sampling.max_tokens
-        rows = max(1, min(self.batch // samples, room // longest))
-        window = 16 * rows  # few enough to keep their images, enough to find similar lengths
         context = self.processor.config.get_text_config().max_position_embeddings
-        for at in range(0, len(requests), window):
-            encoded = []
-            for request in requests[at : at + window]:
-                prompt = self.encode(request)
-                fits = len(prompt.ids) < context
-                encoded += [(request, prompt)] if fits else []
-                yield 0, [] if fits else overlong(request, sampling)
-            encoded.sort(key=lambda item: len(item[1].ids))
-            while encoded:
-                lengths = [len(prompt.ids) for _, prompt in encoded[:rows]]
-                count = max(1, together(lengths, longest, room))
-                yield from self.sample(encoded[:count], sampling)
-                del encoded[:count]
+        group, longest = [], 0
+        for request in sorted(requests, key=lambda one: (len(one.images), len(str(one.messages)))):
+            prompt = self.encode(request)
+            if len(prompt.ids) >= context:
+                yield 0, overlong(request, sampling)
+                continue
+            yield 0, []  # encoding images takes time, too
+            longest, count = max(longest, len(prompt.ids)), len(group) + 1
+            row = longest + samples * sampling.max_tokens
+            if group and (count * samples > self.batch or count * row > room):
+                yield from self.sample(group, sampling)
+                group, longest = [], len(prompt.ids)
+            group.append((request, prompt))
+        if group:
+            yield from self.sample(group, sampling)
 
     def encode(self, request: Request) -> "model.Segment":
         images = [self.processor.encode_file(path) for path in request.images]

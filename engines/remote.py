@@ -81,8 +81,7 @@ class RemoteEngine:
 
     def __init__(self, spec: str, setup: Setup, key: str):
         self.spec, self.setup, self.key = spec, setup, key
-        self.tally = Counter({"requests": 0, "again": 0, "tokens in": 0, "tokens out": 0})
-        self.lock, self.stopping = threading.Lock(), threading.Event()
+        self.tally, self.lock, self.stopping = Counter(), threading.Lock(), threading.Event()
         self.wishes = {self.SEVERAL, self.WISH}  # without those that the server refused
         self.completed, self.proven = 0, False  # requests of this run; whether any of earlier runs
         self.strikes, self.complaint = 0, ""  # questions in a row without text; the last one's why
@@ -232,7 +231,7 @@ class RemoteEngine:
         headers = getattr(getattr(error, "response", None), "headers", {})
         info = re.search(r"'retryDelay': '([\d.]+)s'", str(error))
         value = headers.get("retry-after") or (info[1] if info else "")
-        if not re.fullmatch(r"\d+(\.\d+)?", value):  # hardly a server names a date
+        if not re.fullmatch(r"\d+(\.\d+)?", value):  # ours: dates are not read
             return None
         seconds = float(value)
         if seconds > PATIENCE:

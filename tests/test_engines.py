@@ -531,11 +531,27 @@ def test_a_killed_rollout_keeps_what_had_ended_and_goes_on_to_the_same_rows(
 # --- memory
 
 
-def test_a_batch_is_as_many_questions_as_their_longest_answers_leave_room_for():
-    # one row of 10 + 200; two of 20 + 200; three of 30 + 200; four of 40 + 200
-    for room, count in [(209, 0), (210, 1), (439, 1), (440, 2), (689, 2), (690, 3), (960, 4)]:
-        assert engines.together([10, 20, 30, 40], 200, room) == count
-    assert engines.together([], 200, 10) == 0
+@pytest.mark.parametrize("batch, room", [(64, 10**9), (4, 10**9), (64, 400), (64, 180), (64, 1)])
+def test_a_batch_is_as_many_questions_as_their_longest_answers_leave_room_for(
+    talking, pictures, monkeypatch, batch, room
+):
+    engine, batches = engine_of(talking["qwen"], batch), []
+    bytes_free = room * decode.token_bytes(engine.policy) / engine.share + 1
+    monkeypatch.setattr(engines, "free_memory", lambda device: bytes_free)
+    lengths_of = lambda group, sampling: batches.append([len(prompt.ids) for _, prompt in group])
+    monkeypatch.setattr(engine, "sample", lambda *group: lengths_of(*group) or [])
+    list(engine.steps(asks_of(pictures, samples=2), WARM))
+
+    def fits(lengths: list[int]) -> bool:
+        tokens = len(lengths) * (max(lengths) + 2 * WARM.max_tokens)
+        return 2 * len(lengths) <= batch and tokens <= room
+
+    assert sum(map(len, batches)) == 5
+    assert all(fits(lengths) or len(lengths) == 1 for lengths in batches)
+    assert not any(fits([*one, other[0]]) for one, other in zip(batches, batches[1:]))
+    assert len(batches) == {(64, 10**9): 1, (4, 10**9): 3, (64, 1): 5}.get(
+        (batch, room), len(batches)
+    )
 
 
 def test_a_token_of_the_cache_takes_what_the_engine_counts_for_it(
