@@ -1,6 +1,7 @@
 """What makes the policy fast and equals the plain computation: a reader may skip this file.
 
     tree attention        a row whose responses share a prompt is attended to stretch by stretch
+    grouped attention     while sampling: heads that share keys do not repeat them
     segment attention     all images, or windows of images, of one size at once
     chunked log-probs     log softmax(h W^T)[target] without ever holding (N, V)
 
@@ -141,6 +142,28 @@ def segment_attention(
     return out[None], None
 
 
+def grouped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale) -> Tensor:
+    """Attention of n new tokens to a KV cache of T: query (R, heads, n, d), key and value (R, fewer
+    heads, T, d), mask (R, 1, n, T) -> (R, n, heads, d).
+
+    With a mask, transformers repeats keys and values for all heads that share them. A CPU kernel
+    shares them itself, with a bitwise equal result. CUDA's fast kernels cannot with a mask: there
+    heads that share a key are stacked, as more queries of one head.
+    """
+    if query.device.type == "cpu":
+        how = {"scale": scale, "enable_gqa": True}
+        return F.scaled_dot_product_attention(query, key, value, mask, **how).transpose(1, 2)
+    return stacked_attention(query, key, value, mask, scale).transpose(1, 2)
+
+
+def stacked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale) -> Tensor:
+    share = query.shape[1] // key.shape[1]
+    stacked = query.unflatten(1, (-1, share)).flatten(2, 3)  # (R, fewer heads, share * n, d)
+    mask = mask.repeat(1, 1, share, 1)
+    mixed = F.scaled_dot_product_attention(stacked, key, value, mask, scale=scale)
+    return mixed.unflatten(2, (share, -1)).flatten(1, 2)  # (R, heads, n, d)
+
+
 def tree_attention(module, query, key, value, attention_mask, scaling=None, tree=None, **_unused):
     """Attention of tree rows, stretch by stretch: query (B, heads, T, d), key and value (B, fewer
     heads, T, d) -> (B, T, heads, d).
@@ -149,7 +172,9 @@ def tree_attention(module, query, key, value, attention_mask, scaling=None, tree
     the earlier stretches are known already and are dropped. Computing them twice costs less than a
     (T, T) mask: half of it would be computed for nothing, and the fastest kernels take no mask.
     """
-    if tree is None:  # every row is a plain chain, or a decoder has its own mask
+    if attention_mask is not None:  # a step of engines/decode.py
+        return grouped_attention(query, key, value, attention_mask, scaling), None
+    if tree is None:  # every row is a plain chain
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)

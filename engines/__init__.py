@@ -24,6 +24,7 @@ Where we depart from the paper, or it is silent:
 
 import atexit
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ from typing import TYPE_CHECKING
 
 import data
 from engines.apis import ChatEngine, GeminiEngine
-from engines.inference import Completion, Engine, Request, Sampling, Setup, Unavailable
+from engines.inference import Completion, Engine, Request, Sampling, Setup, Unavailable, checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -40,38 +41,13 @@ if TYPE_CHECKING:
     import model
 
 
-def open_engine(spec: str, setup: Setup) -> Engine:
-    """The engine that a spec names. Raises Unavailable, with what to do, for a spec that is unknown
-    or lacks something."""
-    kind, _, rest = spec.partition(":")
-    if kind == "clinic":
-        return ClinicEngine(spec, rest)
-    if kind in ("http", "https"):
-        return ChatEngine(spec, setup)
-    if kind == "gemini":
-        return GeminiEngine(spec, rest, setup)
-    if kind not in ("hf", "vllm"):
-        known = "hf:PATH, vllm:PATH, http://HOST/v1#MODEL, gemini:NAME or clinic:ROLE"
-        raise Unavailable(f"{spec}: unknown engine; a spec is {known}")
-    groups = gpu_groups(setup.tensor_parallel)
-    replicas = setup.replicas or max(1, len(groups))
-    if replicas > 1:
-        return Replicas(spec, setup, (groups or [""] * replicas)[:replicas])
-    return open_local(spec, setup)
-
-
-def open_local(spec: str, setup: Setup) -> "HFEngine | VLLMEngine":
-    """A local checkpoint in this process."""
-    kind, _, folder = spec.partition(":")
-    return (HFEngine if kind == "hf" else VLLMEngine)(spec, folder, setup)
-
-
 class ClinicEngine:
     """The miniature's roles. Like a remote engine they give text and no token ids."""
 
-    def __init__(self, spec: str, role: str):
+    def __init__(self, spec: str, setup: Setup):
         from clinic import roles
 
+        role = spec.partition(":")[2]
         if role not in roles.ROLES:
             known = ", ".join(roles.ROLES)
             raise Unavailable(f"{spec}: is not a role of the clinic; known are {known}")
@@ -112,40 +88,35 @@ def free_memory(device: "torch.device") -> int:
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
     try:  # Linux; the file cache counts as free
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024 * int(dict(line.split(":") for line in lines)["MemAvailable"].split()[0])
+        memory = Path("/proc/meminfo").read_text()
+        return 1024 * int(re.search(r"MemAvailable: *(\d+)", memory)[1])
     except OSError:  # elsewhere: all memory
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def together(sizes: list[tuple[int, int]], max_tokens: int, most: int, room: int) -> int:
-    """How many of the first questions fit into one batch: at most `most`, and `room` tokens in all.
-    sizes: (prompt tokens, samples) of each. A row is as long as the longest prompt plus the longest
-    answers of all samples of a question."""
-    longest = samples = 0
-    for count, (length, wanted) in enumerate(sizes[:most]):
-        longest, samples = max(longest, length), max(samples, wanted)
-        if (count + 1) * (longest + samples * max_tokens) > room:
-            return count
-    return min(most, len(sizes))
+def local_completion(
+    processor: "model.Processor", id: str, k: int, ids: list[int], seed: int, logps: list[float]
+) -> Completion:
+    finish = "stop" if ids and ids[-1] == processor.stop_id else "length"
+    return Completion(id, k, processor.decode(ids), ids, finish, seed, "", logps)
 
 
 class HFEngine:
     """A local checkpoint in plain PyTorch and transformers' modules."""
 
-    def __init__(self, spec: str, folder: str, setup: Setup):
+    def __init__(self, spec: str, setup: Setup):
         import torch
 
         import hub
         import model
 
+        folder = checkpoint(spec)
         self.spec, self.batch, self.tally = spec, setup.batch, Counter()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         # cuDNN would plan anew for each length, so at every step
         torch.backends.cuda.enable_cudnn_sdp(False)
-        self.share = MEMORY  # replicas on one CPU share its memory
-        if self.device.type == "cpu":
-            self.share /= max(1, setup.replicas)
+        # replicas on one CPU share its memory
+        self.share = MEMORY / (max(1, setup.replicas) if self.device.type == "cpu" else 1)
         self.processor = model.Processor(folder, setup.pixels, setup.tiles)
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.policy = hub.load_policy(folder, dtype).to(self.device)
@@ -166,52 +137,36 @@ class HFEngine:
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and "CPUAllocator" not in str(error):
                 raise
-            first = f"lower --batch ({self.batch}), which keeps what is answered"
-            other = f"--max-tokens ({sampling.max_tokens}) or the samples a question (-n)"
-            raise Unavailable(f"{self.spec}: out of memory; {first}, or {other}") from None
+            raise Unavailable(
+                f"{self.spec}: out of memory; lower --batch ({self.batch}), which keeps what is "
+                f"answered, or --max-tokens ({sampling.max_tokens}) or the samples a question (-n)"
+            ) from None
 
     def steps(
         self, requests: list[Request], sampling: Sampling
     ) -> Iterator[tuple[int, list[Completion]]]:
-        """(tokens just sampled, completions just ended). Questions are encoded when they are
-        reached, and batched with others of similar prompt length."""
+        """(tokens just sampled, completions just ended), batch by batch: questions of similar
+        length, as many as fit into memory if every answer is as long as it may be, or one."""
         from engines.decode import token_bytes
 
-        room = int(self.share * free_memory(self.device)) // token_bytes(self.policy)
+        room = int(self.share * free_memory(self.device)) // token_bytes(self.policy)  # tokens
         samples = max((len(request.samples) for request in requests), default=1)
-        # rows that would fit if prompts had no tokens
-        least = [(0, samples)] * max(1, self.batch // samples)
-        rows = self.fit(least, sampling, len(least), room)
-        window = 16 * rows  # few enough to keep their images, enough to find similar lengths
         context = self.processor.config.get_text_config().max_position_embeddings
-        for at in range(0, len(requests), window):
-            encoded = []
-            for request in requests[at : at + window]:
-                prompt = self.encode(request)
-                fits = len(prompt.ids) < context
-                encoded += [(request, prompt)] if fits else []
-                yield 0, [] if fits else overlong(request, sampling)
-            encoded.sort(key=lambda item: len(item[1].ids))
-            while encoded:
-                sizes = [(len(prompt.ids), len(request.samples)) for request, prompt in encoded]
-                count = self.fit(sizes, sampling, rows, room)
-                yield from self.sample(encoded[:count], sampling)
-                del encoded[:count]
-
-    def fit(self, sizes: list[tuple[int, int]], sampling: Sampling, most: int, room: int) -> int:
-        """`together`. Raises Unavailable if not even the first question fits."""
-        from engines.decode import token_bytes
-
-        count = together(sizes, sampling.max_tokens, most, room)
-        if not count:
-            (prompt, samples), size = sizes[0], token_bytes(self.policy) / 1e9
-            needed = size * (prompt + samples * sampling.max_tokens)
-            raise Unavailable(
-                f"{self.spec}: out of memory: {samples} answers of up to {sampling.max_tokens} "
-                f"tokens need {needed:.1f} GB for keys and values, {size * room:.1f} GB are free; "
-                "lower --max-tokens, or the samples a question (-n)"
-            )
-        return count
+        group, longest = [], 0
+        for request in sorted(requests, key=lambda one: (len(one.images), len(str(one.messages)))):
+            prompt = self.encode(request)
+            if len(prompt.ids) >= context:
+                yield 0, overlong(request, sampling)
+                continue
+            yield 0, []  # encoding images takes time, too
+            longest, count = max(longest, len(prompt.ids)), len(group) + 1
+            row = longest + samples * sampling.max_tokens
+            if group and (count * samples > self.batch or count * row > room):
+                yield from self.sample(group, sampling)
+                group, longest = [], len(prompt.ids)
+            group.append((request, prompt))
+        if group:
+            yield from self.sample(group, sampling)
 
     def encode(self, request: Request) -> "model.Segment":
         images = [self.processor.encode_file(path) for path in request.images]
@@ -241,11 +196,8 @@ class HFEngine:
             for row, responses in ended.items():
                 request = group[row][0]
                 for k, (ids, logps), seed in zip(request.samples, responses, seeds[row]):
-                    finish = "stop" if ids[-1] == self.processor.stop_id else "length"
-                    text = self.processor.decode(ids)
-                    completions.append(
-                        Completion(request.id, k, text, ids, finish, seed, "", logps)
-                    )
+                    one = local_completion(self.processor, request.id, k, ids, seed, logps)
+                    completions.append(one)
             yield sampled, completions
 
 
@@ -257,7 +209,8 @@ class VLLMEngine:
     LENGTH = 32768
     IMAGES = 8  # ours: most images of a question; the benchmarks have up to seven
 
-    def __init__(self, spec: str, folder: str, setup: Setup):
+    def __init__(self, spec: str, setup: Setup):
+        folder = checkpoint(spec)
         try:
             from vllm import EngineArgs, LLMEngine
         except ImportError:
@@ -353,9 +306,8 @@ class VLLMEngine:
         ids = list(output.outputs[0].token_ids)
         logprobs = zip(ids, output.outputs[0].logprobs, strict=True)
         logps = [of[token].logprob for token, of in logprobs]
-        finish = "stop" if ids and ids[-1] == self.processor.stop_id else "length"
         self.tally["tokens"] += len(ids)
-        return Completion(id, k, self.processor.decode(ids), ids, finish, seed, "", logps)
+        return local_completion(self.processor, id, k, ids, seed, logps)
 
 
 def gpu_groups(size: int) -> list[str]:
@@ -377,7 +329,6 @@ class Replicas:
         from multiprocessing import get_context
 
         self.spec, self.tally, self.pipes, self.processes = spec, Counter(), [], []
-        self.tallies = [Counter() for _ in groups]
         context = get_context("spawn")  # CUDA does not work after a fork
         for group in groups:
             ours, theirs = context.Pipe()
@@ -415,24 +366,49 @@ class Replicas:
                     which = f"replica {number} of {len(self.pipes)}"
                     raise Unavailable(f"{self.spec}: {which}: {message}; the same command goes on")
                 else:
-                    completions, self.tallies[number] = message
-                    self.tally = sum(self.tallies, Counter())
+                    completions, new = message
+                    self.tally.update(new)
                     yield completions
 
 
 def replica(spec: str, setup: Setup, gpus: str, pipe) -> None:
-    """A worker of Replicas. It receives (requests, sampling), sends (completions, its tally) again
-    and again, then None, or a text that says what went wrong."""
+    """A worker of Replicas. It receives (requests, sampling), sends (completions, what its tally
+    grew by) again and again, then None, or a text that says what went wrong."""
     if gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus
     try:
-        engine = open_local(spec, setup)
+        engine = ENGINES[spec.partition(":")[0]](spec, setup)
         while True:
             requests, sampling = pipe.recv()
             for completions in engine.answer(requests, sampling):
                 pipe.send((completions, engine.tally))
+                engine.tally.clear()
             pipe.send(None)
     except (EOFError, BrokenPipeError):
         pass  # the other side has ended
     except Exception as error:
         pipe.send(f"{type(error).__name__}: {error}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Opening
+
+ENGINES = {
+    "hf": HFEngine, "vllm": VLLMEngine, "http": ChatEngine, "https": ChatEngine,
+    "gemini": GeminiEngine, "clinic": ClinicEngine,
+}  # fmt: skip
+
+
+def open_engine(spec: str, setup: Setup) -> Engine:
+    """The engine that a spec names. Raises Unavailable, with what to do, for a spec that is unknown
+    or lacks something."""
+    kind = spec.partition(":")[0]
+    if kind not in ENGINES:
+        known = "hf:PATH, vllm:PATH, http://HOST/v1#MODEL, gemini:NAME or clinic:ROLE"
+        raise Unavailable(f"{spec}: unknown engine; a spec is {known}")
+    if checkpoint(spec) is not None:
+        groups = gpu_groups(setup.tensor_parallel)
+        replicas = setup.replicas or max(1, len(groups))
+        if replicas > 1:
+            return Replicas(spec, setup, (groups or [""] * replicas)[:replicas])
+    return ENGINES[kind](spec, setup)

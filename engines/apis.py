@@ -22,18 +22,15 @@ import ipaddress
 import os
 import re
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
 from io import BytesIO
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from tqdm import tqdm
-
 import data
-from engines import bill
 from engines.inference import Completion, Request, Sampling, Setup, Unavailable
-from engines.remote import Garbled, NoRoom, RemoteEngine
+from engines.remote import RemoteEngine
 
 TIMEOUT = 1800.0  # ours: seconds for one completion; a reasoning model may think for many minutes
 SEEDS = 2**31  # both APIs take seeds below this
@@ -54,10 +51,7 @@ class ChatEngine(RemoteEngine):
         if not self.model:
             raise Unavailable(f"{spec}: which model? Write {url}#MODEL")
         self.host = urlsplit(url).hostname or ""
-        variable = key_variable(self.host)
-        key = key_of(variable, url)
-        if not key and url.startswith("https:"):
-            raise Unavailable(f"{spec}: no key; set {variable}")
+        key = key_of(spec, key_variable(self.host), url)
         super().__init__(spec, setup, key)
         self.openai = openai
         http = openai.DefaultHttpxClient(event_hooks={"response": [self.hear]})
@@ -83,9 +77,15 @@ class ChatEngine(RemoteEngine):
         return False
 
     def call(self, request: Request, sampling: Sampling, seed: int, wish: bool) -> list[Completion]:
-        settings: dict = {"n": len(request.samples), "max_tokens": sampling.max_tokens}
-        settings |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
-        settings |= {"seed": seed % SEEDS, "model": self.model, "messages": self.messages(request)}
+        settings = {
+            "model": self.model,
+            "messages": self.messages(request),
+            "n": len(request.samples),
+            "max_tokens": sampling.max_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "seed": seed % SEEDS,
+        }
         if self.host == "api.openai.com":
             settings["max_completion_tokens"] = settings.pop("max_tokens")
             if re.match(r"o\d|gpt-5", self.model):  # reasoning models set their own
@@ -131,21 +131,19 @@ class ChatEngine(RemoteEngine):
         return self.openai.types.chat.ChatCompletion.construct(choices=ended, usage=usage)
 
     def messages(self, request: Request) -> list[dict]:
-        """Images come before the first user turn's text, as in training, or where its parts say."""
-        messages, waiting = [], list(request.images)
-        pixels = None if self.vllm else self.setup.pixels
-        for message in request.messages:
-            parts = list(data.parts_of(message, len(waiting)))
-            for index, part in enumerate(parts):
-                if part["type"] == "image":
-                    picture = base64.b64encode(picture_bytes(waiting.pop(0), pixels)).decode()
-                    url = {"url": "data:image/png;base64," + picture}
-                    parts[index] = {"type": "image_url", "image_url": url}
+        messages = []
+        for role, contents in turns(request, None if self.vllm else self.setup.pixels):
+            parts = [self.part(content) for content in contents]
             # a single text is sent as a string: some servers take no parts
             plain = [part["type"] for part in parts] == ["text"]
-            content = parts[0]["text"] if plain else parts
-            messages.append({"role": message["role"], "content": content})
+            messages.append({"role": role, "content": parts[0]["text"] if plain else parts})
         return messages
+
+    def part(self, content: str | bytes) -> dict:
+        if isinstance(content, str):
+            return {"type": "text", "text": content}
+        url = "data:image/png;base64," + base64.b64encode(content).decode()
+        return {"type": "image_url", "image_url": {"url": url}}
 
     def completion(self, id: str, sample: int, choice, seed: int) -> Completion:
         message, finish = choice.message, choice.finish_reason
@@ -154,14 +152,8 @@ class ChatEngine(RemoteEngine):
         if not isinstance(text, str) or not isinstance(reasoning, str):
             raise TypeError("what it says is no text")
         if finish == "content_filter" or message.refusal:
-            return Completion(id, sample, text, None, "blocked", seed, reasoning)
-        if finish not in ("stop", "length"):
-            raise Garbled(f"it ended with {finish}")
+            finish = "blocked"
         ids, logps = (choice.model_extra or {}).get("token_ids"), None
-        if not text and finish == "length":
-            raise NoRoom("thinking used up the token limit")
-        if not text and not ids:
-            raise Garbled("an empty completion")
         if ids and finish == "stop":
             # special tokens are asked for, so that they are seen; this one is the end
             text = re.sub(r"<\|im_end\|>$", "", text)
@@ -182,19 +174,19 @@ class GeminiEngine(RemoteEngine):
     API = "the Gemini API"
     WISH, REFUSED = "thoughts", r"think"  # "Thinking is not enabled for models/..."
     BLOCKED = ("SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "MODEL_ARMOR")
+    ENDS = {"STOP": "stop", "MAX_TOKENS": "length"} | dict.fromkeys(BLOCKED, "blocked")
     MOST = 8  # samples of one request
 
-    def __init__(self, spec: str, name: str, setup: Setup):
+    def __init__(self, spec: str, setup: Setup):
         from google import genai
 
-        key = key_of("GEMINI_API_KEY", os.environ.get("GOOGLE_GEMINI_BASE_URL") or "https:")
-        if not key:
-            raise Unavailable(f"{spec}: no key; set GEMINI_API_KEY")
+        url = os.environ.get("GOOGLE_GEMINI_BASE_URL") or "https:"
+        key = key_of(spec, "GEMINI_API_KEY", url)
         super().__init__(spec, setup, key)
-        self.name, self.genai = name, genai
+        self.model, self.genai = spec.partition(":")[2], genai
         hooks = {"event_hooks": {"response": [self.hear]}}
         options = genai.types.HttpOptions(timeout=int(TIMEOUT * 1000), client_args=hooks)
-        self.client = genai.Client(api_key=key, http_options=options)
+        self.client = genai.Client(api_key=key or "none", http_options=options)
 
     def call(self, request: Request, sampling: Sampling, seed: int, wish: bool) -> list[Completion]:
         types, request = self.genai.types, replace(request, samples=request.samples[: self.MOST])
@@ -211,47 +203,38 @@ class GeminiEngine(RemoteEngine):
         contents = self.contents(request)
         with self.reading():
             generate = self.client.models.generate_content
-            response = generate(model=self.name, contents=contents, config=config)
+            response = generate(model=self.model, contents=contents, config=config)
             if used := response.usage_metadata:
                 sampled = (used.candidates_token_count or 0) + (used.thoughts_token_count or 0)
                 self.count_tokens(used.prompt_token_count, sampled)
             if response.prompt_feedback and response.prompt_feedback.block_reason:
-                block = Completion(request.id, 0, "", None, "blocked", seed)
-                return [replace(block, sample=k) for k in request.samples]
+                samples = request.samples
+                return [Completion(request.id, k, "", None, "blocked", seed) for k in samples]
             if not response.candidates:
                 raise self.garbled("a response without candidates")
             return self.completions(request, response.candidates, seed)
 
     def contents(self, request: Request) -> list:
         """All turns but the system's, in Google's types."""
-        contents, waiting, types = [], list(request.images), self.genai.types
-        for message in request.messages:
-            if message["role"] == "system":
-                continue
-            parts = []
-            for part in data.parts_of(message, len(waiting)):
-                if part["type"] == "text":
-                    parts.append(types.Part.from_text(text=part["text"]))
-                else:
-                    picture = picture_bytes(waiting.pop(0), self.setup.pixels)
-                    parts.append(types.Part.from_bytes(data=picture, mime_type="image/png"))
-            role = "model" if message["role"] == "assistant" else "user"
-            contents.append(types.Content(role=role, parts=parts))
-        return contents
+        found = []
+        for role, contents in turns(request, self.setup.pixels):
+            if role != "system":
+                parts = [self.part(content) for content in contents]
+                role = "model" if role == "assistant" else role
+                found.append(self.genai.types.Content(role=role, parts=parts))
+        return found
+
+    def part(self, content: str | bytes):
+        if isinstance(content, str):
+            return self.genai.types.Part.from_text(text=content)
+        return self.genai.types.Part.from_bytes(data=content, mime_type="image/png")
 
     def completion(self, id: str, sample: int, choice, seed: int) -> Completion:
         parts = choice.content.parts or [] if choice.content else []
         text = "".join(part.text or "" for part in parts if not part.thought)
         reasoning = "".join(part.text or "" for part in parts if part.thought)
         end = choice.finish_reason.name if choice.finish_reason else "none"
-        finish = {"STOP": "stop", "MAX_TOKENS": "length"} | dict.fromkeys(self.BLOCKED, "blocked")
-        if end not in finish:
-            raise Garbled(f"it ended with {end}")
-        if not text and end == "MAX_TOKENS":
-            raise NoRoom("thinking used up the token limit")
-        if not text and end == "STOP":
-            raise Garbled("an empty completion")
-        return Completion(id, sample, text, None, finish[end], seed, reasoning)
+        return Completion(id, sample, text, None, self.ENDS.get(end, end), seed, reasoning)
 
     def status(self, error: Exception) -> int | None:
         if not isinstance(error, self.genai.errors.APIError):
@@ -259,6 +242,18 @@ class GeminiEngine(RemoteEngine):
         # a country or account without the API, or a key that is not valid
         unusable = error.status == "FAILED_PRECONDITION" or "API_KEY_INVALID" in str(error)
         return 401 if error.code == 400 and unusable else error.code
+
+
+def turns(request: Request, pixels: int | None) -> Iterator[tuple[str, list[str | bytes]]]:
+    """(role, texts and images as PNG) of each message. Images come before the first user turn's
+    text, as in training, or where its parts say."""
+    waiting = list(request.images)
+    for message in request.messages:
+        contents = []
+        for part in data.parts_of(message, len(waiting)):
+            text = part["type"] == "text"
+            contents.append(part["text"] if text else picture_bytes(waiting.pop(0), pixels))
+        yield message["role"], contents
 
 
 def picture_bytes(path: Path, pixels: int | None) -> bytes:
@@ -279,38 +274,28 @@ def picture_bytes(path: Path, pixels: int | None) -> bytes:
 
 def key_variable(host: str) -> str:
     """api.openai.com -> OPENAI_API_KEY; LOCAL_API_KEY for an address or a name without a dot."""
+    labels = host.split(".")
+    named = len(labels) > 1 and not labels[-1].isdigit()
+    return (re.sub(r"\W", "_", labels[-2]).upper() if named else "LOCAL") + "_API_KEY"
+
+
+def is_private(host: str) -> bool:
+    """Whether a host is this machine or in a private network."""
     try:
-        ipaddress.ip_address(host)
-        name = "LOCAL"
-    except ValueError:
-        name = host.split(".")[-2] if "." in host else "LOCAL"
-    return re.sub(r"\W", "_", name).upper() + "_API_KEY"
+        return not ipaddress.ip_address(host).is_global
+    except ValueError:  # a name; public names have a dot and no such end
+        return host.rpartition(".")[2] in (host, "localhost", "local", "internal")
 
 
-def key_of(variable: str, url: str) -> str:
+def key_of(spec: str, variable: str, url: str) -> str:
     """The key in an environment variable, "" for none. Raises Unavailable, without showing the key,
-    if no header can hold it or if it must not be sent to `url`."""
-    key = os.environ.get(variable, "").strip()
+    if no header can hold it, if it would cross the internet unencrypted, or if it is missing."""
+    key, address = os.environ.get(variable, "").strip(), urlsplit(url)
     if not re.fullmatch(r"[!-~]*", key):
         raise Unavailable(f"{variable}: is no key: it holds blanks, line breaks or odd letters")
-    if key:
-        guard_key(variable, url)
-    return key
-
-
-@cache  # one warning for each address
-def guard_key(variable: str, url: str) -> None:
-    """Raises Unavailable if a key would cross the internet unencrypted. Warns if it would cross a
-    private network so. On this machine it may."""
-    parts = urlsplit(url)
-    host = parts.hostname or ""
-    if parts.scheme == "https" or bill.is_here(host):
-        return
-    try:
-        private = not ipaddress.ip_address(host).is_global
-    except ValueError:  # a name; public names have a dot and no such end
-        private = host.rpartition(".")[2] in (host, "local", "internal")
-    if not private:
+    if not key and address.scheme == "https":
+        raise Unavailable(f"{spec}: no key; set {variable}")
+    if key and address.scheme != "https" and not is_private(address.hostname or ""):
         remedy = f"use https, or unset {variable} if the server wants no key"
         raise Unavailable(f"{url}: over http anybody on the way can read the key; {remedy}")
-    tqdm.write(f"{url}: anybody in this network can read the key of {variable}; https hides it")
+    return key

@@ -53,15 +53,6 @@ def cost(
     return Cost(role, spec, (requests, attempts * tokens, requests * longest), images)
 
 
-def is_here(host: str) -> bool:
-    """Whether a host is this machine."""
-    try:
-        address = ipaddress.ip_address(host)
-        return address.is_loopback or address.is_unspecified
-    except ValueError:
-        return host.rpartition(".")[2] == "localhost"
-
-
 def is_remote(spec: str) -> bool:
     return spec.startswith(("http://", "https://", "gemini:"))
 
@@ -69,9 +60,13 @@ def is_remote(spec: str) -> bool:
 def host_of(spec: str) -> str:
     """The host that an engine's requests go to; "" for this machine."""
     google = os.environ.get("GOOGLE_GEMINI_BASE_URL") or "https://generativelanguage.googleapis.com"
-    url = google if spec.startswith("gemini:") else spec if is_remote(spec) else "http://localhost"
-    host = urlsplit(url).hostname or ""
-    return "" if is_here(host) else host
+    host = urlsplit(google if spec.startswith("gemini:") else spec).hostname or ""
+    try:
+        address = ipaddress.ip_address(host)
+        here = address.is_loopback or address.is_unspecified
+    except ValueError:
+        here = host.rpartition(".")[2] == "localhost"
+    return "" if here else host
 
 
 def announce(costs: list[Cost], may_leave: bool) -> None:

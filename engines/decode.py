@@ -20,7 +20,6 @@ Where we depart from the paper, or it is silent:
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -56,20 +55,17 @@ def choose(logits: Tensor, draw: Tensor, temperature: float, top_p: float) -> Te
 def choose_likely(mass: Tensor, draw: Tensor, top_p: float, count: int) -> Tensor:
     """`choose` with top-p from mass (..., V). Sorting the vocabulary would cost more than the rest
     of a step, so only the `count` likeliest tokens are sorted, or more where these are too few."""
-    every = torch.arange(mass.shape[-1], device=mass.device)
-    some, tokens = mass, every.expand_as(mass)
-    if count < len(every):
-        some, tokens = mass.topk(count)
-        tokens, order = tokens.sort(-1)  # of equal tokens the first comes first, here and below
-        some = some.gather(-1, order)
-    some, order = some.double().sort(dim=-1, descending=True, stable=True)
+    count = min(count, mass.shape[-1])
+    some, tokens = mass.topk(count)
+    tokens, order = tokens.sort(-1)  # of equal tokens the first comes first, here and below
+    some, order = some.gather(-1, order).double().sort(dim=-1, descending=True, stable=True)
     total = some.cumsum(-1)
     kept = ((total - some) < top_p).sum(-1, keepdim=True)
     place = place_of(total, draw, kept)[..., None]
     chosen = tokens.gather(-1, order.gather(-1, place))[..., 0]
     # the rest matters only if the last sorted token is kept, or equals the last kept one
     short = some.gather(-1, kept - 1)[..., 0] <= some[..., -1]
-    if count < len(every) and short.any():
+    if count < mass.shape[-1] and short.any():
         chosen[short] = choose_likely(mass[short], draw[short], top_p, 16 * count)
     return chosen
 
@@ -83,8 +79,8 @@ def place_of(total: Tensor, draw: Tensor, kept: Tensor) -> Tensor:
 
 
 class TreeCache:
-    """One buffer of keys and one of values for each layer, filled from the left and doubled when
-    full, up to `limit` tokens a row. transformers' attention calls `update`."""
+    """The KV cache: one buffer of keys and one of values for each layer, filled from the left and
+    doubled when full, up to `limit` tokens a row. transformers' attention calls `update`."""
 
     def __init__(self, limit: int):
         self.limit, self.used = limit, 0
@@ -94,12 +90,10 @@ class TreeCache:
         """key, value (rows, heads, new, d) -> all so far (rows, heads, used + new, d)"""
         buffers = self.layers.setdefault(layer, [key[:, :, :0], value[:, :, :0]])
         stop = self.used + key.shape[2]
-        for index, new in enumerate((key, value)):  # the old buffer is freed before the next
+        for index, new in enumerate((key, value)):
+            more = min(2 * stop, self.limit) - buffers[index].shape[2]
             if buffers[index].shape[2] < stop:
-                room = min(2 * stop, self.limit)
-                larger = new.new_empty(*new.shape[:2], room, new.shape[3])
-                larger[:, :, : self.used] = buffers[index][:, :, : self.used]
-                buffers[index] = larger
+                buffers[index] = F.pad(buffers[index], (0, 0, 0, more))
             buffers[index][:, :, self.used : stop] = new
         return buffers[0][:, :, :stop], buffers[1][:, :, :stop]
 
@@ -109,8 +103,7 @@ class TreeCache:
     def keep(self, rows: Tensor) -> None:
         """Drops the other rows, and the unused room."""
         for buffers in self.layers.values():
-            for index in (0, 1):
-                buffers[index] = buffers[index][:, :, : self.used][rows]
+            buffers[:] = [buffer[:, :, : self.used][rows] for buffer in buffers]
 
 
 def token_bytes(policy: Policy) -> int:
@@ -121,76 +114,6 @@ def token_bytes(policy: Policy) -> int:
     return 2 * heads * head * weight.element_size()
 
 
-GROUPED_ATTENTION = "medee_grouped_attention"
-
-
-def _grouped_attention(module, query, key, value, attention_mask, scaling=None, **_unused):
-    """Attention of n new tokens to T in the cache: query (R, heads, n, d), key and value (R, fewer
-    heads, T, d), mask (R, 1, n, T) -> (R, n, heads, d).
-
-    With a mask, transformers repeats keys and values for all heads that share them. A CPU kernel
-    shares them itself, with a bitwise equal result. CUDA's fast kernels cannot with a mask. (The
-    keyword arguments are transformers' interface.)
-    """
-    if query.device.type == "cpu":
-        how = {"scale": scaling, "enable_gqa": True}
-        mixed = F.scaled_dot_product_attention(query, key, value, attention_mask, **how)
-    else:
-        mixed = stacked_attention(query, key, value, attention_mask, scaling)
-    return mixed.transpose(1, 2), None
-
-
-def stacked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale) -> Tensor:
-    """The same for kernels that want one key for each head: heads that share a key are stacked, as
-    more queries of one head. (R, heads, n, d)"""
-    share = query.shape[1] // key.shape[1]
-    stacked = query.unflatten(1, (-1, share)).flatten(2, 3)  # (R, fewer heads, share * n, d)
-    mask = mask.repeat(1, 1, share, 1)
-    mixed = F.scaled_dot_product_attention(stacked, key, value, mask, scale=scale)
-    return mixed.unflatten(2, (share, -1)).flatten(1, 2)
-
-
-@contextmanager
-def grouped_attention(policy: Policy) -> Iterator[None]:
-    """Inside it the language model attends as above. No mask is registered, as in model.Policy."""
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(GROUPED_ATTENTION, _grouped_attention)
-    config = policy.language_model.config
-    before, config._attn_implementation = config._attn_implementation, GROUPED_ATTENTION
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
-
-
-def padded(
-    prompts: list[Segment], processor: Processor, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Prompts as rows padded on the left to length L: ids (R, L), positions (3, R, L), which tokens
-    are real (R, L), and the position of the first sampled token (R,)."""
-    rows, longest = len(prompts), max(len(prompt.ids) for prompt in prompts)
-    ids, after = torch.zeros(rows, longest).long(), torch.zeros(rows).long()
-    positions = torch.zeros(3, rows, longest).long()
-    real = torch.zeros(rows, longest).bool()
-    grid = processor.family.grid_positions
-    for r, prompt in enumerate(prompts):
-        places, end = model.segment_positions(prompt, 0, processor.image_id, grid)
-        start = longest - len(prompt.ids)
-        ids[r, start:], real[r, start:], after[r] = torch.tensor(prompt.ids), True, end
-        positions[:, r, start:] = torch.tensor(places).T
-    return ids.to(device), positions.to(device), real.to(device), after.to(device)
-
-
-def image_features(policy: Policy, prompts: list[Segment], device: torch.device) -> Tensor | None:
-    """Features of all prompts' images, in order; None if there is no image."""
-    images = [image for prompt in prompts for image in prompt.images]
-    if not images:
-        return None
-    grids = torch.tensor([image.grid for image in images], device=device)
-    return policy.image_features(torch.cat([image.pixels for image in images]).to(device), grids)
-
-
 def never_sampled(policy: Policy, processor: Processor, device: torch.device) -> Tensor:
     """Special tokens except the end of the turn, and the padding rows that published checkpoints
     have in their head beyond the vocabulary. (V,)"""
@@ -199,6 +122,23 @@ def never_sampled(policy: Policy, processor: Processor, device: torch.device) ->
     banned[[index for index in special if index != processor.stop_id]] = True
     banned[len(processor.tokenizer) :] = True
     return banned
+
+
+def advance(
+    policy: Policy, cache: TreeCache, embedded: Tensor, positions: Tensor, mask: Tensor | None
+) -> Tensor:
+    """Feeds new tokens to the language model, which adds their keys and values to the cache: their
+    embeddings (R, new, D), positions (3, R, new), and which tokens of the cache each of them sees
+    (R, 1, new, T), None for all before it. Returns their last hidden states (R, new, D)."""
+    hidden = policy.language_model(
+        inputs_embeds=embedded,
+        position_ids=positions if policy.family.grid_positions else positions[0],
+        attention_mask=mask,
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state
+    cache.used += embedded.shape[1]
+    return hidden
 
 
 def responses(tokens: Tensor, logps: Tensor) -> list[tuple[list[int], list[float]]]:
@@ -221,63 +161,50 @@ def decode_trees(
     it sampled, and {row: its n responses} of the rows whose last branch ended: token ids and their
     log-probabilities. A response ends with the stop token unless it is cut off.
 
-    Rows are padded on the left. At step t a row feeds one token of each of its n branches. After
-    the prompt, the cache holds the branches' tokens interleaved: step 0 of branches 0 ... n-1, step
-    1 of branches 0 ... n-1, and so on.
+    Prompts are padded on the right to length L. Each step feeds one token of each of a row's n
+    branches. After the prompt, the cache holds the branches' tokens interleaved: step 0 of branches
+    0 ... n-1, step 1 of branches 0 ... n-1, and so on.
     """
     device, (rows, n, steps) = draws.device, draws.shape
-    ids, positions, real, after = padded(prompts, processor, device)
-    longest = ids.shape[1]
-    banned = never_sampled(policy, processor, device)
+    batch = model.collate([[prompt] for prompt in prompts], processor).to(device)
+    longest = batch.ids.shape[1]
     cache = TreeCache(longest + n * (steps - 1))  # the last token is not fed
+    features = None if batch.pixels is None else policy.image_features(batch.pixels, batch.grids)
+    hidden = advance(policy, cache, policy.embed(batch.ids, features), batch.positions, None)
 
-    def advance(embedded: Tensor, places: Tensor, mask: Tensor) -> Tensor:
-        """New tokens (rows, new, D) through the language model; their logits' hidden states."""
-        with grouped_attention(policy):
-            state = policy.language_model(
-                inputs_embeds=embedded,
-                attention_mask=mask,
-                past_key_values=cache,
-                use_cache=True,
-                position_ids=places if policy.family.grid_positions else places[0],
-            ).last_hidden_state
-        cache.used += embedded.shape[1]
-        return state
+    lengths = torch.tensor([len(prompt.ids) for prompt in prompts], device=device)
+    real = torch.arange(longest, device=device) < lengths[:, None]  # (R, L), not padding
+    alive = torch.arange(rows, device=device)  # rows still in the batch, by their first number
+    hidden = hidden[alive, lengths - 1][:, None].expand(-1, n, -1)  # (R, n, D)
+    # a prompt ends in text, so the response goes on from its last position
+    after = batch.positions[0, alive, lengths - 1] + 1
 
-    # a padded query sees no key, and softmax would give nan: it sees itself
-    itself = torch.eye(longest, dtype=torch.bool, device=device)
-    mask = (real[:, None, :] & torch.ones_like(itself).tril()) | itself
-    embedded = policy.embed(ids, image_features(policy, prompts, device))
-    hidden = advance(embedded, positions, mask[:, None])[:, -1:].expand(-1, n, -1)  # (R, n, D)
-
+    banned = never_sampled(policy, processor, device)
     tokens = torch.full((rows, n, steps), -1, dtype=torch.long, device=device)
     logps = torch.zeros(rows, n, steps, device=device)
-    alive = torch.arange(rows, device=device)  # rows still in the batch, by their first number
-    waited_for = set(range(rows))
     done = torch.zeros(rows, n, dtype=torch.bool, device=device)
     own = torch.eye(n, dtype=torch.bool, device=device)
     for step in range(steps):
         logits = policy.model.lm_head(hidden)  # (R, n, V)
         total = logits.float().logsumexp(-1)  # before the ban, as in training
-        chosen = choose(
-            logits.masked_fill_(banned, float("-inf")), draws[alive, :, step], temperature, top_p
-        )  # (R, n)
+        logits.masked_fill_(banned, float("-inf"))
+        chosen = choose(logits, draws[alive, :, step], temperature, top_p)  # (R, n)
         tokens[alive, :, step] = torch.where(done, -1, chosen)
         logps[alive, :, step] = logits.gather(-1, chosen[..., None])[..., 0].float() - total
-        sampled = done.numel() - int(done.sum())
-        done |= chosen == processor.stop_id
-        ended = done.all(1) if step + 1 < steps else torch.ones_like(done[:, 0])
-        new = waited_for & set(alive[ended].tolist())
-        waited_for -= new
-        yield sampled, {row: responses(tokens[row], logps[row]) for row in sorted(new)}
-        if not waited_for:
+        sampled, going = int((~done).sum()), ~done.all(1)
+        done |= (chosen == processor.stop_id) | (step + 1 == steps)
+        ended = alive[going & done.all(1)].tolist()
+        yield sampled, {row: responses(tokens[row], logps[row]) for row in ended}
+        going = ~done.all(1)
+        if not going.any():
             return
-        if len(waited_for) <= DROPPED * len(alive):
-            going = (~ended).nonzero()[:, 0]
+        if going.sum() <= DROPPED * len(going):
             cache.keep(going)
             alive, done, chosen = alive[going], done[going], chosen[going]
             real, after = real[going], after[going]
+        # a branch sees the prompt and its own tokens
         branch = own.repeat(1, step + 1).expand(len(alive), -1, -1)  # (R, n, n * (step + 1))
         mask = torch.cat([real[:, None, :].expand(-1, n, -1), branch], -1)[:, None]
         places = (after + step)[None, :, None].expand(3, -1, n)
-        hidden = advance(policy.language_model.embed_tokens(chosen), places, mask)
+        embedded = policy.language_model.embed_tokens(chosen)
+        hidden = advance(policy, cache, embedded, places, mask)

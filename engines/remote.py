@@ -20,8 +20,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import datetime, timezone
-from email.utils import parsedate_to_datetime
 from typing import NamedTuple
 
 from tqdm import tqdm
@@ -83,8 +81,7 @@ class RemoteEngine:
 
     def __init__(self, spec: str, setup: Setup, key: str):
         self.spec, self.setup, self.key = spec, setup, key
-        self.tally = Counter({"requests": 0, "again": 0, "tokens in": 0, "tokens out": 0})
-        self.lock, self.stopping = threading.Lock(), threading.Event()
+        self.tally, self.lock, self.stopping = Counter(), threading.Lock(), threading.Event()
         self.wishes = {self.SEVERAL, self.WISH}  # without those that the server refused
         self.completed, self.proven = 0, False  # requests of this run; whether any of earlier runs
         self.strikes, self.complaint = 0, ""  # questions in a row without text; the last one's why
@@ -94,7 +91,7 @@ class RemoteEngine:
         """One request, with WISH if `wish`. Returns at least one of the samples."""
 
     def completion(self, id: str, sample: int, choice, seed: int) -> Completion:
-        """One choice of a response. Raises Garbled or NoRoom if it has no text."""
+        """One choice of a response. An end that is not stop, length or blocked is kept as it is."""
 
     def status(self, error: Exception) -> int | None:
         """A failure's HTTP status; 0 for a broken connection; None if it is not the server's."""
@@ -229,23 +226,18 @@ class RemoteEngine:
             tqdm.write(f"{self.spec}: refuses requests for {wish}; asked without from now on")
 
     def wait_named(self, error: Exception) -> float | None:
-        """Seconds that the server asks us to wait, None if it does not say: Retry-After, in seconds
-        or as a date, or Google's RetryInfo ("17s"). Raises Unavailable for more than PATIENCE."""
+        """Seconds that the server asks us to wait, None if it does not say: Retry-After or Google's
+        RetryInfo ("17s"). Raises Unavailable for more than PATIENCE."""
         headers = getattr(getattr(error, "response", None), "headers", {})
         info = re.search(r"'retryDelay': '([\d.]+)s'", str(error))
         value = headers.get("retry-after") or (info[1] if info else "")
-        try:
-            if re.fullmatch(r"\d+(\.\d+)?", value):
-                seconds = float(value)
-            else:
-                date = parsedate_to_datetime(value)
-                seconds = (date - datetime.now(timezone.utc)).total_seconds()
-        except (TypeError, ValueError, OverflowError):  # no date, or one without a time zone
+        if not re.fullmatch(r"\d+(\.\d+)?", value):  # ours: dates are not read
             return None
+        seconds = float(value)
         if seconds > PATIENCE:
             wait = f"the server asks for a wait of {seconds:.0f} s ({self.shown(error)})"
             raise Unavailable(f"{self.spec}: {wait}; after it, the same command goes on")
-        return max(seconds, 0.0)
+        return seconds
 
     def count_request(self, again: bool) -> None:
         """Raises Unavailable if no request may be sent."""
@@ -292,9 +284,23 @@ class RemoteEngine:
         for k, choice in zip(request.samples, choices):
             try:
                 with self.reading():  # a choice of another form costs only itself
-                    completions.append(self.completion(request.id, k, choice, seed))
+                    one = self.completion(request.id, k, choice, seed)
+                    check_text(one)
+                    completions.append(one)
             except (Garbled, NoRoom) as failure:
                 failures.append(failure)
         if not completions:
             raise failures[0]
         return completions
+
+
+def check_text(one: Completion) -> None:
+    """Raises Garbled or NoRoom for a completion without text that no filter has blocked."""
+    if one.finish_reason not in ("stop", "length", "blocked"):
+        raise Garbled(f"it ended with {one.finish_reason}")
+    if one.text or one.finish_reason == "blocked":
+        return
+    if one.finish_reason == "length":
+        raise NoRoom("thinking used up the token limit")
+    if not one.token_ids:  # vLLM may end its turn at once
+        raise Garbled("an empty completion")
