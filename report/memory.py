@@ -103,14 +103,16 @@ def config_of(size: Size):
     return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
 
 
-def shapes(config, method: str, rank: int = lora.RANK) -> model.Policy:
-    """A policy on the `meta` device: shapes and which of them are trained, but no memory. method:
-    "full" or "lora"."""
+def policy_of(
+    config, method: str, rank: int = lora.RANK, device: str | torch.device = "meta"
+) -> model.Policy:
+    """A policy of random weights; on the `meta` device it has shapes and no memory. method: "full"
+    or "lora"."""
     from transformers import AutoModelForImageTextToText
 
-    with torch.device("meta"):
-        empty = AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa")
-        policy = model.Policy(empty)
+    with torch.device(device):
+        network = AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa")
+    policy = model.Policy(network)
     policy.freeze_vision()
     if method == "lora":
         lora.inject(policy.model, policy.language_model, rank)
