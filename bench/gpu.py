@@ -603,7 +603,8 @@ def write_rows(folder: Path) -> None:
     asked += world.make_questions(4, 0, "texts", False, folder)
     for question in asked:
         turns = data.prompt_messages(question)
-        case, kind, _ = roles.understand(turns, [folder / image for image in question.images])
+        films = [folder / image for image in question.images]
+        case, kind, _ = roles.understand(turns[-1]["content"], films)
         good, bad = (roles.chain(case, kind, style) for style in ("thorough", "hasty"))
         row = {"id": question.id, "images": question.images}
         demos.append(row | {"messages": [*turns, {"role": "assistant", "content": good}]})
