@@ -110,7 +110,7 @@ ROWS, COLUMNS = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32)
 
 
 def inside(distance: np.ndarray, height: float = 1) -> np.ndarray:
-    """`height` where the distance from an edge is negative, 0 where it is positive, soft between."""
+    """`height` where the distance from an edge is negative, 0 beyond it, soft between."""
     return height / (1 + np.exp(np.clip(distance, -30, 30)))
 
 
