@@ -208,7 +208,7 @@ def main(argv: list[str] | None = None) -> None:
     gate_reference(policy, forest, subtrees, logp, args.beta, budget, device)
 
     def make_batch(indices: list[int], weights: list[float]) -> model.Batch:
-        return forest.collate([subtrees[index] for index in indices], weights, logp)
+        return forest.collate([subtrees[i] for i in indices], weights, logp).to(device)
 
     unseen, every = [one for one in wholes if one.tree in held], math.ceil(len(steps) / HELD_TIMES)
     run = train.Run(

@@ -268,7 +268,7 @@ def run(args: argparse.Namespace) -> None:
 def plan(args: argparse.Namespace) -> None:
     from lora import RANK
     from model import load_config
-    from report.memory import SHAPES, USABLE, config_of, image_bytes, report, shapes
+    from report.memory import SHAPES, USABLE, config_of, image_bytes, policy_of, report
     from train import MAX_LENGTH
 
     recipe = RECIPES[args.recipe]
@@ -278,7 +278,7 @@ def plan(args: argparse.Namespace) -> None:
     for name in [args.stage] if args.stage else ["sft", "dpo"]:
         chosen, second = recipe[name], name == "dpo"
         method, count = (chosen["method"], args.images) if second else ("lora", 0)
-        policy = shapes(config, method, chosen.get("rank", RANK))
+        policy = policy_of(config, method, chosen.get("rank", RANK))
         pixels, tiles = recipe["image"].get("pixels", 0), recipe["image"].get("tiles", 1)
         images = count * image_bytes(policy, pixels, tiles)
         longest = args.len or chosen.get("max-length", MAX_LENGTH)

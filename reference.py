@@ -65,11 +65,10 @@ def log_probs(
 
     def make_batch(parts: Round) -> model.Batch:
         own = [forest.encode(subtrees[index]) for index, _ in parts[train.rank()]]
-        return model.collate(own, forest.processor)
+        return model.collate(own, forest.processor).to(device)
 
     batches = train.ahead(rounds, make_batch)
     for parts, batch in zip(train.bar(rounds, title, "batch"), batches):
-        batch = batch.to(device)
         with train.forward_only(policy):
             sums = response_sums(policy(batch), batch).tolist()
         part = parts[train.rank()]

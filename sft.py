@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def make_batch(indices: list[int], weights: list[float]) -> model.Batch:
         packed = [pack([encode(j) for j in packs[i]], processor.stop_id) for i in indices]
-        return model.collate(packed, processor, weights)
+        return model.collate(packed, processor, weights).to(device)
 
     span_weights = dict(zip((data.THINK, data.ANSWER, data.TAG), args.weights))
     run = train.Run(

@@ -392,7 +392,7 @@ class Run:
     `save_every` steps a state in out/state. The loop may add to `run.figures` before.
 
     plan          the rows of every step; it fixes the number of steps, and so the cosine
-    make_batch    (rows, their weights) -> a batch on the CPU; it runs in a thread, a few
+    make_batch    (rows, their weights) -> a batch on the device; it runs in a thread, a few
                   micro-batches ahead. A row of weight 0 only keeps its rank in step with the others
     budget        of a micro-batch, in tokens; in rows if `lengths` is not given
     save_every    steps between states; the last step has one too. 0 keeps none.
@@ -454,9 +454,9 @@ class Run:
                     save_state(self.out / "state", self.policy, self.optimizer, done)
 
     def micro_batches(self) -> Iterator:
-        """This rank's batches of the step, on its device."""
+        """This rank's batches of the step."""
         for _ in self.dealt[self.step]:
-            yield next(self.batches).to(self.device)
+            yield next(self.batches)
 
     def backward(self, loss: Tensor, count: Tensor, figures: dict[str, tuple]) -> None:
         """Adds a micro-batch's gradient to the step's. loss: a sum over `count` tokens or pairs,

@@ -10,9 +10,9 @@ costs the difference between two depths; what is told of 28 blocks is extrapolat
 leaves the optimizer's step out. `repeat` and `padded` alone have all 28 blocks, forward only.
 `step` and `stages` are about the mechanics, so their models are small.
 
-A line is a verdict, a check, the seconds that it took, and its figures with the limit. PASS and
-FAIL are against a limit, info has none. On a CPU times and memory are info. A check that raises is
-a FAIL, and the next goes on; any FAIL makes the exit code 1.
+A line is PASS, FAIL or info, a check, the seconds that it took, and its figures with the limit.
+PASS and FAIL are against a limit, info has none. On a CPU times and memory are info. A check that
+raises is a FAIL, and the next goes on; any FAIL makes the exit code 1.
 """
 
 import argparse
@@ -29,46 +29,44 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import attention  # noqa: E402
-import clinic.school  # noqa: E402
 import data  # noqa: E402
 import dpo  # noqa: E402
 import hub  # noqa: E402
-import lora  # noqa: E402
 import model  # noqa: E402
 import reference  # noqa: E402
 import train  # noqa: E402
 import trees  # noqa: E402
+from clinic import roles, school, world  # noqa: E402
 from command import schema  # noqa: E402
-from report import memory  # noqa: E402
+from report import memory as plan  # noqa: E402
 
 PEAK_SPEED = 989e12  # dense bf16 of an H100 or H200 SXM, by NVIDIA's data sheet
 LEARNING_RATE = 1e-4  # ours: high enough for three steps to show, low enough for random weights
 GIB = 2**30
-PAIR = ((0, 1),)  # one edge: chain 0 is preferred to chain 1
-NINE = tuple((chosen, rejected) for chosen in range(3) for rejected in range(3, 6))
+Result = tuple[bool | None, str]  # (whether the limit holds, or None for info; the figures)
 
 
 @dataclass(frozen=True)
 class Work:
     """What is measured: a model's shapes, and tokens of prompts and chains."""
 
-    size: memory.Size
+    size: plan.Size
     depths: tuple[int, int]  # blocks of the two models whose difference is the blocks' cost
     planned: int  # blocks of the model whose memory is compared with the plan
     prompt: int
@@ -78,14 +76,16 @@ class Work:
     questions: tuple[tuple[int, int], ...]  # tokens of the prompt and of each of six chains
 
 
-SEVEN = memory.SHAPES["qwen2.5-vl-7b"]
-TINY = memory.Size("qwen2_5_vl", 64, 2, 4, 2, 128, 512, (2, 32, 2, 64), (112, (1,)))
+SEVEN = plan.SHAPES["qwen2.5-vl-7b"]
+TINY = plan.Size("qwen2_5_vl", 64, 2, 4, 2, 128, 512, (2, 32, 2, 64), (112, (1,)))
 SMALL = Work(TINY, (1, 2), 2, 24, 16, 4, 96, ((16, 12), (24, 16)))
 REAL = Work(SEVEN, (2, 6), 4, 1024, 1536, 27, 8192, ((512, 384), (1024, 1536)))
 
 
 @dataclass(frozen=True)
 class Bench:
+    """A device, the models and rows that are measured there, and how."""
+
     device: torch.device
     work: Work
 
@@ -97,13 +97,25 @@ class Bench:
     def dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.cuda else torch.float32
 
+    def on_gpu(self, holds: bool) -> bool | None:
+        """The result of a limit that only a GPU can be held to."""
+        return holds if self.cuda else None
+
     def wait(self) -> None:
         if self.cuda:
             torch.cuda.synchronize()
 
-    def on_gpu(self, holds: bool) -> bool | None:
-        """A verdict that only a GPU can give; None is info."""
-        return holds if self.cuda else None
+    def timed(self, call: Callable, *given) -> tuple[float, object]:
+        """(milliseconds of one call, what it returned)."""
+        self.wait()
+        begun = time.perf_counter()
+        returned = call(*given)
+        self.wait()
+        return 1e3 * (time.perf_counter() - begun), returned
+
+    def milliseconds(self, call: Callable, *given, runs: int = 5) -> float:
+        """The median of some calls, after two that are not timed."""
+        return statistics.median([self.timed(call, *given)[0] for _ in range(2 + runs)][2:])
 
     def free(self) -> None:
         """Gives the memory of what is no longer used back, and forgets the peak."""
@@ -116,109 +128,70 @@ class Bench:
         """GiB that torch's tensors held at most since `free`; 0 on a CPU, where it is not known."""
         return torch.cuda.max_memory_allocated() / GIB if self.cuda else 0.0
 
+    def foreign(self) -> float:
+        """MiB of the GPU that are in use, but not by torch's allocator."""
+        if not self.cuda:
+            return 0.0
+        free, total = torch.cuda.mem_get_info()
+        return (total - free - torch.cuda.memory_reserved()) / 2**20
 
-Verdict = tuple[bool | None, str]  # None: info
+    def config(self, blocks: int):
+        config = plan.config_of(replace(self.work.size, layers=blocks))
+        config.image_token_id = self.work.size.vocabulary - 1  # ours: random ids never are this one
+        return config
 
-# --------------------------------------------------------------------------------------------------
-# Models, rows, batches
+    def plain_policy(self, blocks: int, method: str = "full", seed: int = 0) -> model.Policy:
+        """Random weights in fp32 on the device, vision frozen, not sharded."""
+        torch.manual_seed(seed)
+        return plan.policy_of(self.config(blocks), method, device=self.device)
 
+    def policy(self, blocks: int, seed: int = 0) -> model.Policy:
+        """As the stages train it, with checkpointing."""
+        return train.shard(self.plain_policy(blocks, seed=seed), self.device, checkpointing=True)
 
-def image_token(work: Work) -> int:
-    return work.size.vocabulary - 1  # ours: a token that random ids never are
+    def tree(self, prompt: int, *chains: int, image: bool = False) -> trees.Encoded:
+        """A tree of random tokens with 0 as reference. Each chain of the first half is preferred to
+        each of the second; the prompt may begin with an image."""
+        generator, images = torch.Generator().manual_seed(prompt), []
+        image_token, side = self.work.size.vocabulary - 1, self.work.grid
 
+        def tokens(count: int) -> list[int]:
+            return torch.randint(image_token, (count,), generator=generator).tolist()
 
-def config_of(work: Work, blocks: int):
-    config = memory.config_of(replace(work.size, layers=blocks))
-    config.image_token_id = image_token(work)
-    return config
+        ids = tokens(prompt)
+        if image:
+            ids[: side**2] = [image_token] * side**2
+            pixels = torch.randn(4 * side**2, 1176, generator=generator)
+            images.append(model.ImageInput(pixels, (1, side, side), side**2))
+        row = [model.Segment(ids, [data.PROMPT] * prompt, images=images)]
+        for answer, count in enumerate(chains, 1):
+            row.append(model.Segment(tokens(count), [data.TAG] * count, 0, answer))
+        half, every = len(chains) // 2, range(len(chains))
+        return row, [0.0] * len(chains), list(product(every[:half], every[half:]))
 
-
-def plain_policy(bench: Bench, work: Work, blocks: int, seed: int = 0) -> model.Policy:
-    """Random weights in fp32 on the device, vision frozen, not sharded."""
-    from transformers import AutoModelForImageTextToText
-
-    torch.manual_seed(seed)
-    config = config_of(work, blocks)
-    with bench.device:
-        network = AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa")
-    policy = model.Policy(network)
-    policy.freeze_vision()
-    return policy
-
-
-def build(bench: Bench, blocks: int, checkpointing: bool = True) -> model.Policy:
-    """As the stages train it."""
-    return train.shard(plain_policy(bench, bench.work, blocks), bench.device, checkpointing)
-
-
-def draw(work: Work, prompt: int, chains: list[int], seed: int, image: bool = False) -> model.Row:
-    """prompt -> each of the chains, of random tokens; the prompt may begin with an image."""
-    generator, images = torch.Generator().manual_seed(seed), []
-
-    def tokens(count: int) -> list[int]:
-        return torch.randint(image_token(work), (count,), generator=generator).tolist()
-
-    ids = tokens(prompt)
-    if image:
-        features = work.grid**2
-        ids[:features] = [image_token(work)] * features
-        pixels = torch.randn(4 * features, 1176, generator=generator)
-        images.append(model.ImageInput(pixels, (1, work.grid, work.grid), features))
-    row = [model.Segment(ids, [data.PROMPT] * prompt, images=images)]
-    for answer, count in enumerate(chains, 1):
-        row.append(model.Segment(tokens(count), [data.TAG] * count, 0, answer))
-    return row
+    def batch(self, *rows: trees.Encoded) -> model.Batch:
+        size = self.work.size
+        processor = SimpleNamespace(
+            image_id=size.vocabulary - 1, family=model.FAMILIES[size.family]
+        )
+        return trees.collate_trees(rows, [1.0] * len(rows), processor).to(self.device)
 
 
-def batch_of(bench: Bench, work: Work, rows: list[trees.Encoded]) -> model.Batch:
-    family = model.FAMILIES[work.size.family]
-    processor = SimpleNamespace(image_id=image_token(work), family=family)
-    return trees.collate_trees(rows, [1.0] * len(rows), processor).to(bench.device)
+def micro_batches(policy: model.Policy, batches: list[model.Batch]) -> None:
+    """Stage II's forward and backward of each batch, as dpo.main has it; their gradients' sum."""
+    policy.zero_grad(set_to_none=True)
+    for batch in batches:
+        loss, _, _ = dpo.pair_loss(policy(batch), batch, dpo.BETA)
+        loss.backward()
+        loss.item()  # the stage reads it too
 
 
-def pair_batch(bench: Bench, prompt: int, chains: list[int], image: bool = False) -> model.Batch:
-    """One pair, with 0 as its reference."""
-    row = draw(bench.work, prompt, chains, prompt, image)
-    return batch_of(bench, bench.work, [(row, [0.0, 0.0], PAIR)])
-
-
-def micro_batch(policy: model.Policy, batch: model.Batch) -> float:
-    """A micro-batch of Stage II, forward and backward, as dpo.main has it. Returns the loss."""
-    loss, _, _ = dpo.pair_loss(policy(batch), batch, dpo.BETA)
-    loss.backward()
-    return loss.item()
-
-
-def milliseconds(bench: Bench, work: Callable[[], object], runs: int = 5) -> float:
-    """The median of some runs, after two that are not timed."""
-    taken = []
-    for _ in range(2 + runs):
-        bench.wait()
-        begun = time.perf_counter()
-        work()
-        bench.wait()
-        taken.append(1e3 * (time.perf_counter() - begun))
-    return statistics.median(taken[2:])
-
-
-def micro_milliseconds(
-    bench: Bench, policy: model.Policy, batches: list[model.Batch], runs: int = 5
-) -> float:
-    """Of all batches, one after another."""
-
-    def work() -> None:
-        for batch in batches:
-            micro_batch(policy, batch)
-        policy.zero_grad(set_to_none=True)
-
-    return milliseconds(bench, work, runs)
-
-
-def of_all_blocks(work: Work, few: float, more: float) -> tuple[float, float, float]:
-    """(a block's, what is beside the blocks, all blocks and that) from the two depths' figures."""
+def of_all_blocks(work: Work, few, more) -> tuple:
+    """(a block's, what is beside the blocks, all blocks and that) from the two depths' figures, of
+    numbers or arrays."""
     block = (more - few) / (work.depths[1] - work.depths[0])
-    rest = few - work.depths[0] * block
-    return block, rest, rest + SEVEN.layers * block
+    beside = few - work.depths[0] * block
+    return block, beside, beside + SEVEN.layers * block
 
 
 # --------------------------------------------------------------------------------------------------
@@ -236,7 +209,7 @@ def attend(bench: Bench, length: int) -> tuple[Tensor, list[Tensor]]:
     return attention.tree_attention(None, *inputs, None, tree=[[(0, length, ())]])[0], inputs
 
 
-def kernel(bench: Bench) -> Verdict:
+def kernel(bench: Bench) -> Result:
     _, inputs = attend(bench, bench.work.chain)
     chosen = torch._fused_sdp_choice(*inputs, is_causal=True, enable_gqa=True)
     names = {0: "math", 1: "flash", 2: "efficient", 3: "cuDNN"}
@@ -245,35 +218,29 @@ def kernel(bench: Bench) -> Verdict:
 
 def extra(bench: Bench, first: int) -> tuple[float, float]:
     """Milliseconds, forward and backward, by which a length's first call is slower than its
-    second: medians of eight lengths."""
-    apart: tuple[list[float], list[float]] = ([], [])
+    second: medians of eight lengths, after two that are not counted."""
+    apart = []
     for length in range(first, first + 10):
-        times = []
+        calls = []
         for _ in range(2):
-            bench.wait()
-            begun = time.perf_counter()
-            out, inputs = attend(bench, length)
-            bench.wait()
-            middle = time.perf_counter()
-            torch.autograd.grad(out, inputs, torch.ones_like(out))
-            bench.wait()
-            times.append((middle - begun, time.perf_counter() - middle))
-        for part, (seen, again) in zip(apart, zip(*times)):
-            part.append(1e3 * (seen - again))
-    return statistics.median(apart[0][2:]), statistics.median(apart[1][2:])
+            forward, (out, inputs) = bench.timed(attend, bench, length)
+            backward, _ = bench.timed(torch.autograd.grad, out, inputs, torch.ones_like(out))
+            calls.append((forward, backward))
+        apart.append(np.subtract(*calls))
+    forward, backward = np.median(apart[2:], axis=0)
+    return forward, backward
 
 
-def new_length(bench: Bench) -> Verdict:
+def new_length(bench: Bench) -> Result:
     torch.empty(GIB if bench.cuda else 1, device=bench.device)  # room: cudaMalloc is not the point
     own = extra(bench, bench.work.chain + 1)
     with ThreadPoolExecutor(1) as thread:
         fresh = thread.submit(extra, bench, bench.work.chain + 21).result()
     said = "new length costs {:.2f} + {:.2f} ms, on a fresh thread {:.2f} + {:.2f} (limit 2)"
-    said = said.format(*own, *fresh)
-    return bench.on_gpu(max(*own, *fresh) < 2), said
+    return bench.on_gpu(max(*own, *fresh) < 2), said.format(*own, *fresh)
 
 
-def cudnn(bench: Bench) -> Verdict:
+def cudnn(bench: Bench) -> Result:
     """What train.init_ranks spares us. It is the last check: these kernels have crashed before."""
     torch.backends.cuda.enable_cudnn_sdp(True)
     try:
@@ -285,60 +252,42 @@ def cudnn(bench: Bench) -> Verdict:
 
 def text_batches(bench: Bench, first: int, count: int) -> list[model.Batch]:
     """Pairs, each of other lengths, from the longest on."""
-    work = bench.work
-    shorter = [first + 2 * index for index in range(count)]
-    return [pair_batch(bench, work.prompt, [work.chain - n, work.chain - n - 1]) for n in shorter]
+    longest, prompt = bench.work.chain - first, bench.work.prompt
+    chosen = range(longest, longest - 2 * count, -2)
+    return [bench.batch(bench.tree(prompt, length, length - 1)) for length in chosen]
 
 
-def outside(bench: Bench) -> Verdict:
-    policy = build(bench, bench.work.depths[0])
-
-    def foreign() -> float:
-        free, total = torch.cuda.mem_get_info()
-        return (total - free - torch.cuda.memory_reserved()) / 2**20
-
-    many = 20 if bench.cuda else 3
+def outside(bench: Bench) -> Result:
+    policy, many = bench.policy(bench.work.depths[0]), 20 if bench.cuda else 3
     batches = text_batches(bench, 0, many + 2)
-    for batch in batches[:2]:
-        micro_batch(policy, batch)
-    before = foreign() if bench.cuda else 0.0
-    for batch in batches[2:]:
-        micro_batch(policy, batch)
-    grown = (foreign() if bench.cuda else 0.0) - before
+    micro_batches(policy, batches[:2])
+    before = bench.foreign()
+    micro_batches(policy, batches[2:])
+    grown = bench.foreign() - before
     said = f"{grown:.0f} MiB outside torch's allocator after {many} new lengths (limit 100)"
     return bench.on_gpu(grown < 100), f"{said}, {before:.0f} before"
 
 
-def fresh_lengths(bench: Bench) -> Verdict:
-    policy, many = build(bench, bench.work.depths[0]), 12 if bench.cuda else 3
+def fresh_lengths(bench: Bench) -> Result:
+    policy, many = bench.policy(bench.work.depths[0]), 12 if bench.cuda else 3
     longest, *batches = text_batches(bench, bench.work.chain // 2, many + 1)
-    for _ in range(3):
-        micro_batch(policy, longest)
-    passes = []
-    for _ in range(2):
-        bench.wait()
-        begun = time.perf_counter()
-        for batch in batches:
-            micro_batch(policy, batch)
-        bench.wait()
-        passes.append(time.perf_counter() - begun)
-    ratio = passes[0] / passes[1]
-    said = f"{ratio:.3f} of the time of lengths seen (limit 1.1)"
-    return bench.on_gpu(ratio < 1.1), f"{said}, at {bench.work.depths[0]} blocks"
+    micro_batches(policy, [longest] * 3)
+    fresh, seen = (bench.timed(micro_batches, policy, batches)[0] for _ in range(2))
+    said = f"{fresh / seen:.3f} of the time of lengths seen (limit 1.1)"
+    return bench.on_gpu(fresh / seen < 1.1), f"{said}, at {bench.work.depths[0]} blocks"
 
 
 # --------------------------------------------------------------------------------------------------
 # Speed
 
 
-def operations(work: Work, blocks: int, prompt: int, chains: list[int]) -> tuple[float, float]:
-    """Floating-point operations that training needs on a row, without the recompute and the
-    frozen tower: of all blocks, and of the head."""
-    size, tokens = work.size, prompt + sum(chains)
+def operations(size: plan.Size, prompt: int, *chains: int) -> tuple[float, float]:
+    """Floating-point operations that training needs on a tree, forward and backward, without the
+    recompute and the frozen tower: of all blocks, and of the head."""
     narrow = size.width * size.kv_heads // size.heads
     weights = size.width * (2 * size.width + 2 * narrow + 3 * size.feed_forward)
     seen = prompt**2 / 2 + sum(chain * prompt + chain**2 / 2 for chain in chains)
-    inside = blocks * (6 * weights * tokens + 12 * size.width * seen)
+    inside = size.layers * (6 * weights * (prompt + sum(chains)) + 12 * size.width * seen)
     return inside, 6.0 * size.width * size.vocabulary * sum(chains)
 
 
@@ -346,80 +295,74 @@ def product_speed(bench: Bench) -> float:
     """Floating-point operations a second of a large matrix product."""
     side = 8192 if bench.cuda else 256
     a, b = (torch.randn(side, side, device=bench.device, dtype=bench.dtype) for _ in range(2))
-    return 2e3 * side**3 / milliseconds(bench, lambda: a @ b)
-
-
-def at_depth(bench: Bench, blocks: int, batch: model.Batch) -> tuple[float, float]:
-    """Milliseconds of a micro-batch, and of its images in the tower."""
-    bench.free()
-    policy = build(bench, blocks)
-    whole = micro_milliseconds(bench, policy, [batch])
-    return whole, milliseconds(bench, lambda: policy.image_features(batch.pixels, batch.grids))
+    return 2e3 * side**3 / bench.milliseconds(torch.mm, a, b)
 
 
 @cache
-def measured_pair(bench: Bench) -> tuple[float, float, float, float]:
-    """Milliseconds: the image pair at the two depths, its tower, and its collate on the CPU."""
-    work = bench.work
-    row = draw(work, work.prompt, [work.chain] * 2, 0, image=True)
-    encoded = (row, [0.0, 0.0], PAIR)
-    collate = milliseconds(bench, lambda: batch_of(bench, work, [encoded]))
-    batch = batch_of(bench, work, [encoded])
-    (few, _), (more, tower) = (at_depth(bench, blocks, batch) for blocks in work.depths)
-    return few, more, tower, collate
+def measured_pair(bench: Bench) -> dict[str, float]:
+    """Milliseconds of a pair with an image: a block, what is beside the blocks, the whole; and of
+    its image in the tower and its collate on the CPU."""
+    work, times = bench.work, []
+    encoded = bench.tree(work.prompt, work.chain, work.chain, image=True)
+    collate = bench.milliseconds(bench.batch, encoded)
+    batch = bench.batch(encoded)
+    for blocks in work.depths:
+        policy = None  # the shallower model goes before the deeper one comes
+        bench.free()
+        policy = bench.policy(blocks)
+        times.append(bench.milliseconds(micro_batches, policy, [batch]))
+    tower = bench.milliseconds(policy.image_features, batch.pixels, batch.grids)
+    block, beside, whole = of_all_blocks(work, *times)
+    return {"block": block, "beside": beside, "all": whole, "tower": tower, "collate": collate}
 
 
-def block(bench: Bench) -> Verdict:
-    work, (few, more, _, _) = bench.work, measured_pair(bench)
-    each, _, _ = of_all_blocks(work, few, more)
-    speed = product_speed(bench)
-    done = operations(work, 1, work.prompt, [work.chain] * 2)[0] * 4 / 3  # forward twice
-    share = done / (each / 1e3) / speed
-    tokens = f"{work.prompt + 2 * work.chain:,} tokens"
-    said = f"{each:.2f} ms forward, recompute and backward of {tokens} (limit 22)"
-    said += f", {share:.0%} of this card's {speed / 1e12:.3g} TFLOP/s"
+def block(bench: Bench) -> Result:
+    work, each, speed = bench.work, measured_pair(bench)["block"], product_speed(bench)
+    done, _ = operations(replace(work.size, layers=1), work.prompt, work.chain, work.chain)
+    share = done * 4 / 3 / (each / 1e3) / speed  # forward twice
+    said = f"{each:.2f} ms forward, recompute and backward of {work.prompt + 2 * work.chain:,}"
+    said += f" tokens (limit 22), {share:.0%} of this card's {speed / 1e12:.3g} TFLOP/s"
     return bench.on_gpu(each < 22), said
 
 
-def rest(bench: Bench) -> Verdict:
-    few, more, tower, collate = measured_pair(bench)
-    _, beside, _ = of_all_blocks(bench.work, few, more)
-    said = f"{beside - tower:.1f} ms head and all beside blocks and tower (wanted 100)"
-    return None, f"{said}; collating a row on the CPU {collate:.0f} ms"
+def rest(bench: Bench) -> Result:
+    found = measured_pair(bench)
+    said = f"{found['beside'] - found['tower']:.1f} ms head and all beside blocks and tower"
+    return None, f"{said} (wanted 100); collating a row on the CPU {found['collate']:.0f} ms"
 
 
-def tower(bench: Bench) -> Verdict:
+def tower(bench: Bench) -> Result:
     side = 28 * bench.work.grid
-    return None, f"{measured_pair(bench)[2]:.1f} ms an image of {side} x {side} (wanted 50)"
+    return None, f"{measured_pair(bench)['tower']:.1f} ms an image of {side} x {side} (wanted 50)"
 
 
-def pair(bench: Bench) -> Verdict:
-    work, (few, more, _, _) = bench.work, measured_pair(bench)
-    _, _, whole = of_all_blocks(work, few, more)
-    needed = sum(operations(work, SEVEN.layers, work.prompt, [work.chain] * 2))
+def pair(bench: Bench) -> Result:
+    work, whole = bench.work, measured_pair(bench)["all"]
+    size = replace(work.size, layers=SEVEN.layers)
+    needed = sum(operations(size, work.prompt, work.chain, work.chain))
     used = needed / (whole / 1e3) / PEAK_SPEED
     said = f"{whole:.0f} ms a pair of {work.prompt:,} + 2 x {work.chain:,} tokens, one image"
     said += f", extrapolated to {SEVEN.layers} blocks: MFU {used:.1%} (limit 24 %)"
     return bench.on_gpu(used >= 0.24), f"{said}, {1e3 / whole:.2f} pairs/s/GPU"
 
 
-def syncs(bench: Bench) -> Verdict:
+def syncs(bench: Bench) -> Result:
     if not bench.cuda:
         return None, "not counted on a CPU (wanted 10)"
-    policy = build(bench, bench.work.depths[0])
-    batch = pair_batch(bench, bench.work.prompt, [bench.work.chain] * 2, True)
-    micro_batch(policy, batch)
+    work, policy = bench.work, bench.policy(bench.work.depths[0])
+    batch = bench.batch(bench.tree(work.prompt, work.chain, work.chain, image=True))
+    micro_batches(policy, [batch])
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            micro_batch(policy, batch)
+            micro_batches(policy, [batch])
         finally:
             torch.cuda.set_sync_debug_mode("default")
     found = [one for one in seen if "called a synchronizing" in str(one.message)]
     places = Counter(f"{Path(one.filename).name}:{one.lineno}" for one in found)
-    told = ", ".join(f"{place} {count}" for place, count in places.most_common(6))
-    return None, f"{len(found)} synchronising calls a micro-batch (wanted 10): {told}"
+    counts = ", ".join(f"{place} {count}" for place, count in places.most_common(6))
+    return None, f"{len(found)} synchronising calls a micro-batch (wanted 10): {counts}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -431,27 +374,24 @@ def syncs(bench: Bench) -> Verdict:
 def beside_another(bench: Bench) -> tuple[bool, Tensor, Tensor]:
     """All blocks, forward only: whether a pair has the same log-probabilities twice; how far they
     are, a token and a response, from those that it has in a batch with a longer pair."""
-    work, blocks = bench.work, SEVEN.layers if bench.cuda else 2
-    policy = build(bench, blocks)
+    work = bench.work
+    policy = bench.policy(SEVEN.layers if bench.cuda else 2)
     short, long = (
-        (draw(work, work.prompt, [count] * 2, count), [0.0, 0.0], PAIR)
-        for count in (work.chain, work.chain * 4 // 3)
+        bench.tree(work.prompt, chain, chain) for chain in (work.chain, work.chain * 4 // 3)
     )
-    alone, both = (batch_of(bench, work, rows) for rows in ([short], [short, long]))
+    alone, both = bench.batch(short), bench.batch(short, long)
     first, again, padded = policy(alone), policy(alone), policy(both)
     tokens = (padded[0, : first.shape[1]] - first[0])[alone.labels[0] > 0]
-    sums = [
-        reference.response_sums(logp, batch)[0] for logp, batch in ((first, alone), (padded, both))
-    ]
-    return torch.equal(first, again), tokens, sums[1] - sums[0]
+    responses = reference.response_sums(padded, both)[0] - reference.response_sums(first, alone)[0]
+    return torch.equal(first, again), tokens, responses
 
 
-def repeat(bench: Bench) -> Verdict:
+def repeat(bench: Bench) -> Result:
     equal, _, _ = beside_another(bench)
     return equal, f"the same row twice: {'equal' if equal else 'not equal'} bit for bit"
 
 
-def padded(bench: Bench) -> Verdict:
+def padded(bench: Bench) -> Result:
     _, tokens, responses = beside_another(bench)
     off, rms = responses.abs().max().item(), tokens.square().mean().sqrt().item()
     said = f"{off:.4f} nats a response, alone against padded beside a longer row (limit 0.2)"
@@ -470,35 +410,31 @@ def head_inputs(bench: Bench, count: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def rounding(bench: Bench) -> Verdict:
+def rounding(bench: Bench) -> Result:
     hidden, weight = head_inputs(bench, 256)
     exact = (hidden.double() @ weight.double().T).log_softmax(-1)
-    targets = exact.exp().multinomial(1)[:, 0]  # drawn as a response is
-    wanted = exact.gather(1, targets[:, None])[:, 0]
-
-    def error(found: Tensor) -> float:
-        return (found.double() - wanted).square().mean().sqrt().item()
-
-    chunked = attention.ChunkedLogProbs.apply(hidden, weight, targets, attention.LOGIT_CHUNK)
-    rounded = (hidden @ weight.T).float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
-    said = f"rms error of log p a token {error(chunked):.1e}, with logits rounded to the weights'"
-    return None, f"{said} dtype {error(rounded):.1e}"
+    targets = exact.exp().multinomial(1)  # drawn as a response is
+    wanted = exact.gather(1, targets)[:, 0]
+    chunked = attention.ChunkedLogProbs.apply(hidden, weight, targets[:, 0], attention.LOGIT_CHUNK)
+    rounded = (hidden @ weight.T).float().log_softmax(-1).gather(1, targets)[:, 0]
+    ours, other = ((found.double() - wanted).square().mean().sqrt() for found in (chunked, rounded))
+    said = f"rms error of log p a token {ours:.1e}, with logits rounded to the weights'"
+    return None, f"{said} dtype {other:.1e}"
 
 
-def chunk(bench: Bench) -> Verdict:
-    count, told = 2 * bench.work.chain, []
+def chunk(bench: Bench) -> Result:
+    count, figures = 2 * bench.work.chain, []
     hidden, weight = (x.requires_grad_() for x in head_inputs(bench, count))
     targets = torch.arange(count, device=bench.device)
 
-    def work() -> None:
+    def work(size: int) -> None:
         attention.ChunkedLogProbs.apply(hidden, weight, targets, size).sum().backward()
         hidden.grad = weight.grad = None
 
     for size in (256, 1024, 2048):
         bench.free()
-        taken = milliseconds(bench, work)
-        told.append(f"{size}: {taken:.0f} ms {bench.peak():.1f} GiB")
-    return None, f"{count:,} tokens, trained head, chunks of {', '.join(told)}"
+        figures.append(f"{size}: {bench.milliseconds(work, size):.0f} ms {bench.peak():.1f} GiB")
+    return None, f"{count:,} tokens, trained head, chunks of {', '.join(figures)}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -506,26 +442,14 @@ def chunk(bench: Bench) -> Verdict:
 
 
 def loop(
-    bench: Bench,
-    policy: model.Policy,
-    batch: model.Batch,
-    out: Path,
-    plan: list[list[int]],
-    stop: int | None = None,
+    bench: Bench, policy: model.Policy, batch: model.Batch, steps: int, out: Path, stop: int = 0
 ) -> None:
-    """The loop of dpo.main, every row the same batch. With `stop` it is left in that step, and the
-    states that it wrote stay."""
-    run = train.Run(
-        policy,
-        plan,
-        out=out,
-        device=bench.device,
-        peak=LEARNING_RATE,
-        budget=1,
-        save_every=0 if stop is None else 1,
-    )
+    """The loop of dpo.main: two micro-batches a step, each of the same batch. With `stop` it is
+    left in that step, and the states that it wrote stay."""
+    settings = {"peak": LEARNING_RATE, "budget": 1, "save_every": 1 if stop else 0}
+    run = train.Run(policy, [[0, 1]] * steps, out=out, device=bench.device, **settings)
     for step in run:
-        if step == stop:
+        if stop and step == stop:
             return
         for _ in run.micro_batches():
             run.backward(*dpo.pair_loss(policy(batch), batch, dpo.BETA))
@@ -536,132 +460,127 @@ def found_and_planned(bench: Bench, method: str, checkpointing: bool) -> tuple[f
     """GiB at the peak of two steps of two micro-batches, each of one long row."""
     work = bench.work
     bench.free()
-    before = torch.cuda.memory_allocated() / GIB if bench.cuda else 0.0
-    policy = plain_policy(bench, work, work.planned)
-    if method == "lora":
-        lora.inject(policy.model, policy.language_model)
+    before = bench.peak()
+    policy = bench.plain_policy(work.planned, method)
     train.shard(policy, bench.device, checkpointing)
     prompt, chain = work.long // 4, work.long * 3 // 8
-    batch = pair_batch(bench, prompt, [chain] * 2)
+    batch = bench.batch(bench.tree(prompt, chain, chain))
     bench.free()
     with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
-        loop(bench, policy, batch, Path(out), [[0, 1]] * 2)
-    load = memory.Load(1, work.long, 2 * chain, True, 0, checkpointing)
-    shapes = memory.shapes(config_of(work, work.planned), method)
-    moments = memory.memory(shapes, load, 1, mixed=bench.cuda)
-    return bench.peak() - before, memory.peak(moments) / GIB
+        loop(bench, policy, batch, 2, Path(out))
+    load = plan.Load(1, work.long, 2 * chain, True, 0, checkpointing)
+    shapes = plan.policy_of(bench.config(work.planned), method)
+    moments = plan.memory(shapes, load, 1, mixed=bench.cuda)
+    return bench.peak() - before, plan.peak(moments) / GIB
 
 
-def planned(bench: Bench) -> Verdict:
-    work, told, holds = bench.work, [], True
+def memory(bench: Bench) -> Result:
+    work, figures, holds = bench.work, [], True
     for method, again in (("full", True), ("full", False), ("lora", True)):
         found, wanted = found_and_planned(bench, method, again)
         off = found / wanted - 1
         holds = holds and abs(off) <= 0.1
         name = f"{method}{', checkpointing' if again else ''}"
         seen = f"{found:.2f} ({off:+.1%})" if bench.cuda else "unknown"
-        told.append(f"{name} {seen} of {wanted:.3g}")
+        figures.append(f"{name} {seen} of {wanted:.3g}")
     said = f"{work.planned} blocks, {work.long:,} tokens, GiB found of planned (limit 10 %): "
-    return bench.on_gpu(holds), said + "; ".join(told)
+    return bench.on_gpu(holds), said + "; ".join(figures)
 
 
 def question(
-    bench: Bench, prompt: int, chain: int, values: list[float]
+    bench: Bench, prompt: int, chain: int, values: Sequence[float] = (0.0,) * 6
 ) -> tuple[model.Batch, list[model.Batch]]:
     """A question of 3 + 3 chains as one tree, and as its nine pairs. values: of the reference."""
-    root, *chains = draw(bench.work, prompt, [chain] * 6, prompt)
-    whole = batch_of(bench, bench.work, [([root, *chains], values, NINE)])
+    row, _, edges = bench.tree(prompt, *[chain] * 6)
+    root, *chains = row
     pairs = []
-    for w, l in NINE:
-        row = [root, replace(chains[w], answer=1), replace(chains[l], answer=2)]
-        pairs.append(batch_of(bench, bench.work, [(row, [values[w], values[l]], PAIR)]))
-    return whole, pairs
+    for w, l in edges:
+        both = [root, replace(chains[w], answer=1), replace(chains[l], answer=2)]
+        pairs.append(bench.batch((both, [values[w], values[l]], [(0, 1)])))
+    return bench.batch((row, values, edges)), pairs
 
 
-def gradients(policy: model.Policy, batches: list[model.Batch]) -> list[Tensor]:
-    policy.zero_grad(set_to_none=True)
-    for batch in batches:
-        micro_batch(policy, batch)
-    found = [train.local_tensor(p.grad).clone() for p in train.trained_parameters(policy).values()]
+def flat(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.cat([train.local_tensor(tensor).detach().flatten() for tensor in tensors])
+
+
+def weights(policy: model.Policy) -> Tensor:
+    return flat(train.trained_parameters(policy).values())
+
+
+def gradient(policy: model.Policy, batches: list[model.Batch]) -> Tensor:
+    micro_batches(policy, batches)
+    found = flat(p.grad for p in train.trained_parameters(policy).values())
     policy.zero_grad(set_to_none=True)
     return found
 
 
-def distance(found: list[Tensor], wanted: list[Tensor]) -> float:
-    """|found - wanted| / |wanted|, as one vector each."""
-    apart = sum((a - b).double().square().sum().item() for a, b in zip(found, wanted, strict=True))
-    return math.sqrt(apart / sum(b.double().square().sum().item() for b in wanted))
+def distance(found: Tensor, wanted: Tensor) -> float:
+    """|found - wanted| / |wanted|"""
+    apart, length = (
+        torch.linalg.vector_norm(x, dtype=torch.float64) for x in (found - wanted, wanted)
+    )
+    return (apart / length).item()
 
 
-def tree_gradient(bench: Bench) -> Verdict:
+def tree_gradient(bench: Bench) -> Result:
     """The same weights twice: in fp32, not sharded; then as the stages compute."""
-    work = bench.work
-    policy = plain_policy(bench, work, work.depths[0])
-    whole, _ = question(bench, *work.questions[0], [0.0] * 6)
+    policy, lengths = bench.plain_policy(bench.work.depths[0]), bench.work.questions[0]
+    whole, _ = question(bench, *lengths)
     with torch.no_grad():
         own = reference.response_sums(policy(whole), whole)[0].tolist()
     # ours: some nats off the policy's own, so that no two pairs pull equally
     values = [value + apart for value, apart in zip(own, (0, 3, -3, 1, -2, 2))]
-    whole, pairs = question(bench, *work.questions[0], values)
-    exact = gradients(policy, pairs)
+    whole, pairs = question(bench, *lengths, values)
+    exact = gradient(policy, pairs)
     train.shard(policy, bench.device, checkpointing=True)
-    by_tree, by_pair = gradients(policy, [whole]), gradients(policy, pairs)
+    by_tree, by_pair = gradient(policy, [whole]), gradient(policy, pairs)
     off, other = distance(by_tree, exact), distance(by_pair, exact)
-    said = (
-        f"relative distance from fp32: the tree's gradient {off:.1e}, its nine pairs' {other:.1e}"
-    )
-    said += f" (limit 1.5 times that); from each other {distance(by_tree, by_pair):.1e}"
-    return off <= max(1.5 * other, 1e-4) and off < 0.1, said
+    said = f"relative distance from fp32: the tree's gradient {off:.1e}, its nine pairs'"
+    said += f" {other:.1e} (limit 1.5 times that); from each other"
+    return off <= max(1.5 * other, 1e-4) and off < 0.1, f"{said} {distance(by_tree, by_pair):.1e}"
 
 
-@cache
-def tree_costs(bench: Bench, blocks: int) -> list[tuple[float, float]]:
-    """(milliseconds, GiB) of each question as a tree and as nine pairs, one after another."""
-    policy, found = build(bench, blocks), []
+def tree_costs(bench: Bench, blocks: int) -> list[list[tuple[float, float]]]:
+    """Of each question, as a tree and as nine pairs one after another: (milliseconds, GiB)."""
+    policy, found = bench.policy(blocks), []
     for prompt, chain in bench.work.questions:
-        whole, pairs = question(bench, prompt, chain, [0.0] * 6)
+        whole, pairs = question(bench, prompt, chain)
+        costs = []
         for batches in ([whole], pairs):
             bench.free()
-            found.append((micro_milliseconds(bench, policy, batches, 2), bench.peak()))
+            taken = bench.milliseconds(micro_batches, policy, batches, runs=2)
+            costs.append((taken, bench.peak()))
+        found.append(costs)
     return found
 
 
-def tree_speed(bench: Bench) -> Verdict:
-    work, told, holds = bench.work, [], True
-    few, more = (tree_costs(bench, blocks) for blocks in work.depths)
-    whole = [of_all_blocks(work, a, b)[2] for (a, _), (b, _) in zip(few, more)]
-    for number, (prompt, chain) in enumerate(work.questions):
-        at = slice(2 * number, 2 * number + 2)
-        (tree, pairs), (held, others) = whole[at], (gib for _, gib in more[at])
+def tree_speed(bench: Bench) -> Result:
+    work, figures, holds = bench.work, [], True
+    few, more = (np.array(tree_costs(bench, blocks)) for blocks in work.depths)
+    _, _, times = of_all_blocks(work, few[..., 0], more[..., 0])
+    for lengths, (tree, pairs), (held, others) in zip(work.questions, times, more[..., 1]):
         holds = holds and pairs / tree >= 2
-        text = f"{prompt:,} + 6 x {chain:,}: {tree:.0f} ms, nine pairs {pairs:.0f}"
+        text = "{:,} + 6 x {:,}".format(*lengths) + f": {tree:.0f} ms, nine pairs {pairs:.0f}"
         text += f", {pairs / tree:.2f} x faster; {held:.1f} and {others:.1f} GiB"
-        told.append(f"{text} at {work.depths[1]} blocks")
-    return bench.on_gpu(holds), "; ".join(told) + " (limit 2 x, extrapolated)"
+        figures.append(f"{text} at {work.depths[1]} blocks")
+    return bench.on_gpu(holds), "; ".join(figures) + " (limit 2 x, extrapolated)"
 
 
-def weights(policy: model.Policy) -> list[Tensor]:
-    return [
-        train.local_tensor(p).detach().clone() for p in train.trained_parameters(policy).values()
-    ]
-
-
-def step(bench: Bench) -> Verdict:
+def step(bench: Bench) -> Result:
     """Three steps of a small model; the same, left in the third step and resumed by a model of
     other weights. Some kernels add up in no fixed order on a GPU: there the two may differ."""
-    small, plan, said = Bench(bench.device, SMALL), [[0, 1]] * 3, io.StringIO()
-    whole, cut, other = (
-        train.shard(plain_policy(small, SMALL, 2, seed), bench.device, True) for seed in (0, 0, 1)
-    )
-    batch = pair_batch(small, SMALL.prompt, [SMALL.chain] * 2)
+    small, said = Bench(bench.device, SMALL), io.StringIO()
+    whole, cut, other = (small.policy(2, seed) for seed in (0, 0, 1))
+    batch = small.batch(small.tree(SMALL.prompt, SMALL.chain, SMALL.chain))
     with torch.no_grad():
         batch.reference = reference.response_sums(whole(batch), batch)
     begun = weights(whole)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(said):
         one, two = Path(folder) / "one", Path(folder) / "two"
-        loop(small, whole, batch, one, plan)
-        loop(small, cut, batch, two, plan, stop=2)
-        loop(small, other, batch, two, plan)
+        loop(small, whole, batch, 3, one)
+        loop(small, cut, batch, 3, two, stop=2)
+        loop(small, other, batch, 3, two)
         losses = [entry["loss"] for entry in schema.read_metrics(one)]
     moved, apart = distance(weights(whole), begun), distance(weights(whole), weights(other))
     first = abs(losses[0] - math.log(2))
@@ -678,62 +597,48 @@ def step(bench: Bench) -> Verdict:
 
 
 def write_rows(folder: Path) -> None:
-    """Six demonstrations and six pairs; every third has an image."""
+    """Six demonstrations and six pairs of the miniature; two of each have a film."""
     demos, pairs = [], []
-    for index in range(6):
-        images = [] if index % 3 else [f"film{index}.png"]
-        for name in images:
-            pixels = np.random.default_rng(index).integers(0, 255, (56, 56, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / name)
-        turns = [
-            {"role": "system", "content": data.SYSTEM_PROMPT},
-            {"role": "user", "content": f"Case {index}: what does the film show?"},
-        ]
-        good, bad = (
-            data.join_response(f"Film {index} shows {what}.", what)
-            for what in ("a nodule in the left upper lobe", "nothing")
-        )
-        answer = {"role": "assistant", "content": good}
-        demos.append({"id": f"d{index}", "messages": [*turns, answer], "images": images})
-        pair = {"id": f"p{index}", "prompt": turns, "images": images, "failed": ["visual"]}
+    asked = world.make_questions(2, 0, "films", True, folder)
+    asked += world.make_questions(4, 0, "texts", False, folder)
+    for question in asked:
+        turns = data.prompt_messages(question)
+        films = [folder / image for image in question.images]
+        case, kind, _ = roles.understand(turns[-1]["content"], films)
+        good, bad = (roles.chain(case, kind, style) for style in ("thorough", "hasty"))
+        row = {"id": question.id, "images": question.images}
+        demos.append(row | {"messages": [*turns, {"role": "assistant", "content": good}]})
         sides = {"chosen": good, "rejected": bad}
-        pairs.append(pair | sides)
+        pairs.append(row | {"prompt": turns, "failed": ["visual"]} | sides)
     data.write_jsonl(folder / "demos.jsonl", demos)
     data.write_jsonl(folder / "pairs.jsonl", pairs)
 
 
 def command(bench: Bench, words: list[str]) -> str:
     """Runs a stage's script, and returns what it printed. Raises RuntimeError where it fails."""
-    hidden = {} if bench.cuda else {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *words],
-        cwd=ROOT,
-        env=os.environ | hidden,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    env = os.environ | ({} if bench.cuda else {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"})
+    settings = {"cwd": ROOT, "env": env, "capture_output": True, "text": True, "timeout": 120}
+    done = subprocess.run([sys.executable, *words], **settings)
     if done.returncode:
         raise RuntimeError(f"{words[0]}: exit code {done.returncode}: {done.stderr[-600:]}")
     return done.stdout
 
 
-def stages(bench: Bench) -> Verdict:
+def stages(bench: Bench) -> Result:
     """sft.py, then dpo.py on what it saved, with a model of the miniature's size."""
     gates = 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        tokenizer = clinic.school.make_tokenizer("qwen", 0)
-        network, images = clinic.school.build("qwen", "tiny", tokenizer, 0)
+        tokenizer = school.make_tokenizer("qwen", 0)
+        network, images = school.build("qwen", "tiny", tokenizer, 0)
         network.save_pretrained(folder / "base")
-        clinic.school.save_processors(folder / "base", "qwen", tokenizer, images)
+        school.save_processors(folder / "base", "qwen", tokenizer, images)
         write_rows(folder)
         start, settings = folder / "base", ["--images", name, "--pixels", "3136", "--batch", "4"]
-        for stage, kind, rows in (("sft", "demos", "demos.jsonl"), ("dpo", "pairs", "pairs.jsonl")):
-            given = ["--model", str(start), f"--{kind}", str(folder / rows), *settings]
+        for stage, kind in (("sft", "demos"), ("dpo", "pairs")):
+            given = ["--model", str(start), f"--{kind}", str(folder / f"{kind}.jsonl"), *settings]
             given += ["--epochs", "1", "--out", str(folder / stage)]
-            printed = command(bench, [f"{stage}.py", *given])
-            gates += printed.count("gate: ok")
+            gates += command(bench, [f"{stage}.py", *given]).count("gate: ok")
             start = folder / stage / "merged"
             hub.load_policy(start)
             losses = [entry["loss"] for entry in schema.read_metrics(folder / stage)]
@@ -742,27 +647,13 @@ def stages(bench: Bench) -> Verdict:
 
 # --------------------------------------------------------------------------------------------------
 
-CHECKS: dict[str, Callable[[Bench], Verdict]] = {
-    "kernel": kernel,
-    "new-length": new_length,
-    "outside": outside,
-    "block": block,
-    "rest": rest,
-    "tower": tower,
-    "pair": pair,
-    "fresh-lengths": fresh_lengths,
-    "syncs": syncs,
-    "repeat": repeat,
-    "padded": padded,
-    "rounding": rounding,
-    "chunk": chunk,
-    "memory": planned,
-    "tree-gradient": tree_gradient,
-    "tree-speed": tree_speed,
-    "step": step,
-    "stages": stages,
-    "cudnn": cudnn,
-}
+CHECKS = {  # a function's name with hyphens, in the order in which they run
+    check.__name__.replace("_", "-"): check
+    for check in (
+        kernel, new_length, outside, block, rest, tower, pair, fresh_lengths, syncs, repeat, padded,
+        rounding, chunk, memory, tree_gradient, tree_speed, step, stages, cudnn,
+    )
+}  # fmt: skip
 
 
 def run_check(bench: Bench, name: str) -> bool:
@@ -776,9 +667,9 @@ def run_check(bench: Bench, name: str) -> bool:
     except (Exception, SystemExit) as error:  # the next check goes on
         last = traceback.format_exc().strip().splitlines()[-6:]
         holds, said = False, "\n    ".join([f"{type(error).__name__}: {error}", *last])
-    verdict = "info" if holds is None else "PASS" if holds else "FAIL"
-    print(f"{verdict} {name:<14} {time.perf_counter() - begun:5.1f} s  {said}", flush=True)
-    return holds is not False
+    word = "info" if holds is None else "PASS" if holds else "FAIL"
+    print(f"{word} {name:<14} {time.perf_counter() - begun:5.1f} s  {said}", flush=True)
+    return word != "FAIL"
 
 
 def main(argv: list[str] | None = None) -> int:

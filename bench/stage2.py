@@ -33,32 +33,36 @@ import time
 import warnings
 from collections import Counter
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset
+from gpu import operations
 from logprobs import peak_of
 from PIL import Image
 from torch.profiler import ProfilerActivity, profile
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, TrainerCallback
+from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import clinic.school
+import data
 import dpo
 import model  # noqa: E402
 import reference
 import train  # noqa: E402
 import trees  # noqa: E402
+from report import memory  # noqa: E402
 
 CPU = torch.device("cpu")
-VOCABULARY, WIDTH, LAYERS, BETA, LEARNING_RATE = 151_936, 512, 8, 0.1, 1e-6
-# tokens of the prompt and of each chain
-PAIRS = {"pair": (512, 384, 384), "long pair": (1536, 512, 512)}
-QUESTION = (512, *[384] * 6)
-EDGES = [(chosen, rejected) for chosen in range(3) for rejected in range(3, 6)]
+BETA, LEARNING_RATE = 0.1, 1e-6
+SHAPES = memory.Size("qwen2_5_vl", 512, 8, 8, 2, 1792, 151_936, (1, 32, 2, 32))
+# tokens of the prompt and of each chain; the first half of the chains is preferred to the second
+ROWS = {"pair": (512, 384, 384), "long pair": (1536, 512, 512), "question": (512, *[384] * 6)}
+NAMES = ("prompt_ids", "chosen_ids", "rejected_ids")  # as TRL has a row
 SIDE = 448  # pixels of the image: 256 of the prompt's tokens
 KINDS = {  # kinds of operators, to show where the time goes
     "matrix products": ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm"),
@@ -71,41 +75,18 @@ KINDS = {  # kinds of operators, to show where the time goes
 
 def build(tokenizer) -> Qwen2_5_VLForConditionalGeneration:
     """105 M parameters, of which 78 M are the embedding that is also the head"""
-    token = tokenizer.convert_tokens_to_ids
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 8, 8]}
-    text = dict(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        intermediate_size=1792,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        rope_parameters=rope,
-        bos_token_id=None,
-        eos_token_id=token(clinic.school.EOS),
-        pad_token_id=token(clinic.school.PAD),
-    )
-    vision = dict(depth=1, hidden_size=32, num_heads=2, intermediate_size=32, out_hidden_size=WIDTH)
+    config, token = memory.config_of(SHAPES), tokenizer.convert_tokens_to_ids
+    config.text_config.rope_parameters["mrope_section"] = [16, 8, 8]
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = True
+    config.text_config.eos_token_id = token(clinic.school.EOS)
+    config.text_config.pad_token_id = token(clinic.school.PAD)
+    config.image_token_id, config.video_token_id = token(["<|image_pad|>", "<|video_pad|>"])
+    ends = token(["<|vision_start|>", "<|vision_end|>"])
+    config.vision_start_token_id, config.vision_end_token_id = ends
     torch.manual_seed(0)
-    config = Qwen2_5_VLConfig(
-        text_config=text,
-        vision_config=vision,
-        tie_word_embeddings=True,
-        image_token_id=token("<|image_pad|>"),
-        video_token_id=token("<|video_pad|>"),
-        vision_start_token_id=token("<|vision_start|>"),
-        vision_end_token_id=token("<|vision_end|>"),
-    )
     network = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation="sdpa")
     network.model.visual.requires_grad_(False)  # frozen in both loops, as in the paper's stages
     return network
-
-
-def draw(lengths: tuple[int, ...]) -> list[list[int]]:
-    """Random token ids below 200 of a prompt and of chains: letters, and no special token"""
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randint(200, (length,), generator=generator).tolist() for length in lengths]
 
 
 def tree_of(
@@ -116,12 +97,7 @@ def tree_of(
 
 def needed(row: model.Row) -> float:
     """Floating-point operations that a step needs at least, forward and backward."""
-    prompt, *chains = (len(segment.ids) for segment in row)
-    layer = 2 * WIDTH * WIDTH + 2 * WIDTH * WIDTH // 4 + 3 * WIDTH * 1792
-    tokens = prompt + sum(chains)
-    seen = prompt**2 / 2 + sum(chain * prompt + chain**2 / 2 for chain in chains)
-    attention = 3 * 4 * WIDTH * LAYERS * seen
-    return 6 * LAYERS * layer * tokens + 6 * WIDTH * VOCABULARY * sum(chains) + attention
+    return sum(operations(SHAPES, *(len(segment.ids) for segment in row)))
 
 
 def product_speed() -> float:
@@ -139,20 +115,12 @@ def product_speed() -> float:
 
 
 def ours(
-    network, processor: model.Processor, row: trees.Encoded, steps: int
+    network, steps: int, processor: model.Processor, row: trees.Encoded
 ) -> list[tuple[float, float]]:
-    policy = model.Policy(network)
+    policy, plan = model.Policy(network), [list(range(train.world_size()))] * steps
+    settings = {"peak": LEARNING_RATE, "budget": 1, "warmup": 0, "save_every": 0}
     with tempfile.TemporaryDirectory() as out:
-        run = train.Run(
-            train.shard(policy, CPU),
-            [list(range(train.world_size()))] * steps,
-            out=Path(out),
-            device=CPU,
-            peak=LEARNING_RATE,
-            budget=1,
-            warmup=0,
-            save_every=0,
-        )
+        run = train.Run(train.shard(policy, CPU), plan, out=Path(out), device=CPU, **settings)
         history = []
         for _ in run:
             for rows, weights in run.micro_batches():
@@ -185,26 +153,17 @@ class Clock(TrainerCallback):
 
 
 def trl(
-    network, processing, row: dict, steps: int, trainer: type[DPOTrainer], ready: bool
+    network, steps: int, processing, row: dict, trainer: type[DPOTrainer], ready: bool
 ) -> list[tuple[float, float]]:
+    """ready: the row has the reference's log-probabilities; otherwise TRL keeps a second model."""
     clock = Clock()
     with tempfile.TemporaryDirectory() as out:
         settings = DPOConfig(
-            output_dir=out,
-            use_cpu=True,
-            bf16=False,
-            precompute_ref_log_probs=ready,
-            gradient_checkpointing=False,
-            beta=BETA,
-            learning_rate=LEARNING_RATE,
-            per_device_train_batch_size=1,
-            num_train_epochs=1,
-            max_length=None,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            logging_steps=1,
-        )
+            output_dir=out, use_cpu=True, bf16=False, precompute_ref_log_probs=ready,
+            gradient_checkpointing=False, beta=BETA, learning_rate=LEARNING_RATE,
+            per_device_train_batch_size=1, num_train_epochs=1, max_length=None, save_strategy="no",
+            report_to="none", disable_tqdm=True, logging_steps=1,
+        )  # fmt: skip
         loop = trainer(
             model=network,
             ref_model=None if ready else copy.deepcopy(network),
@@ -222,16 +181,16 @@ def trl(
 # Measuring
 
 
-def measure(loop, tokenizer, steps: int) -> tuple[float, int, dict[str, float], float]:
+def measure(tokenizer, steps: int, loop, *given) -> tuple[float, int, dict[str, float], float]:
     """(median seconds, peak bytes minus the moments, share of the time by kind, second loss)."""
     quiet = contextlib.redirect_stdout(io.StringIO())
     with quiet:
-        taken = loop(build(tokenizer), steps + 1)
+        taken = loop(build(tokenizer), steps + 1, *given)
     seconds = statistics.median(took for took, _ in taken[1:])
     network = build(tokenizer)
     moments = 2 * sum(p.nbytes for p in network.parameters() if p.requires_grad)
     with quiet, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        loop(network, 2)
+        loop(network, 2, *given)
     spent: Counter = Counter()
     for event in record.key_averages():
         kind = next((k for k, names in KINDS.items() if any(n in event.key for n in names)), "rest")
@@ -254,16 +213,25 @@ def report(name: str, own: tuple, theirs: tuple | None, times: int, speed: float
     train.print0("    " + ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items()))
 
 
-def with_reference(row: model.Row, edges: list, tokenizer, processor) -> trees.Encoded:
-    policy = model.Policy(build(tokenizer))
+def with_reference(row: model.Row, tokenizer, processor) -> trees.Encoded:
+    """Each chain of the first half is preferred to each of the second."""
+    policy, half = model.Policy(build(tokenizer)), len(row) // 2
     with torch.no_grad():
         batch = model.collate([row], processor)
         values = reference.response_sums(policy(batch), batch)[0].tolist()
-    return row, values, edges
+    return row, values, list(product(range(half), range(half, 2 * half)))
+
+
+def text_row(lengths: tuple[int, ...], processor: model.Processor) -> tuple[model.Row, dict]:
+    """(the row, the same for TRL): random token ids below 200: letters, and no special token."""
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(200, (length,), generator=generator).tolist() for length in lengths]
+    root = model.Segment(ids[0], [data.PROMPT] * lengths[0])
+    return tree_of(root, ids[1:], processor), dict(zip(NAMES, ids))
 
 
 def image_pair(processor: model.Processor) -> tuple[model.Row, dict]:
-    """(the row, the same for TRL): an image of noise, and words that are one token each."""
+    """The same with an image of noise, and of words that are one token each."""
     pixels = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
     asked, chosen, rejected = " fever" * 230, " left" * 383, " right" * 383
@@ -277,68 +245,53 @@ def image_pair(processor: model.Processor) -> tuple[model.Row, dict]:
     return tree_of(prompt, chains, processor), row
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="A DPO step of this project against TRL's.")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of every loop")
-    parser.add_argument("--only", nargs="+", help="of: pair, long pair, question, image")
-    args = parser.parse_args(argv)
-    wanted = args.only or ["pair", "long pair", "question", "image"]
-    warnings.filterwarnings("ignore")
-    train.init_ranks()
-    tokenizer = clinic.school.make_tokenizer("qwen", 0)
+def processors(tokenizer) -> tuple:
+    """Ours, and transformers' for TRL's image pair; None without torchvision, which that needs."""
     with tempfile.TemporaryDirectory() as folder:
         build(tokenizer).config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         clinic.school.build("qwen", "tiny", tokenizer, 0)[1].save_pretrained(folder)
-        processor = model.Processor(folder, SIDE * SIDE)
-        vision = None
+        processor, vision = model.Processor(folder, SIDE * SIDE), None
         if find_spec("torchvision"):
-            from transformers import AutoProcessor
-
             vision = AutoProcessor.from_pretrained(folder)
             vision.image_processor.size = {"shortest_edge": 28 * 28, "longest_edge": SIDE * SIDE}
+    return processor, vision
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="A DPO step of this project against TRL's.")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps of every loop")
+    parser.add_argument("--only", nargs="+", help=f"of: {', '.join([*ROWS, 'image'])}")
+    args = parser.parse_args(argv)
+    wanted = {*(args.only or [*ROWS, "image"])}
+    wanted |= {"pair"} if "question" in wanted else set()  # TRL's figure is of the pair
+    warnings.filterwarnings("ignore")
+    train.init_ranks()
+    tokenizer = clinic.school.make_tokenizer("qwen", 0)
+    processor, vision = processors(tokenizer)
     count, speed = sum(p.numel() for p in build(tokenizer).parameters()), product_speed()
     threads = f"{torch.get_num_threads()} threads, {train.world_size()} ranks"
-    train.print0(f"{count:,} parameters, V {VOCABULARY:,}, fp32, {threads}")
+    train.print0(f"{count:,} parameters, V {SHAPES.vocabulary:,}, fp32, {threads}")
     train.print0(f"this machine's matrix products reach {speed / 1e9:.0f} GFLOP/s on one rank")
-
-    def own(encoded: trees.Encoded) -> tuple:
-        def loop(network, steps: int) -> list[tuple[float, float]]:
-            return ours(network, processor, encoded, steps)
-
-        return measure(loop, tokenizer, args.steps)
-
-    def theirs(row: dict, processing, trainer: type[DPOTrainer], ready: bool) -> tuple:
-        def loop(network, steps: int) -> list[tuple[float, float]]:
-            return trl(network, processing, row, steps, trainer, ready)
-
-        return measure(loop, tokenizer, args.steps)
-
-    names = ("prompt_ids", "chosen_ids", "rejected_ids", "ref_chosen_logps", "ref_rejected_logps")
-    pair_of_trl = None
-    for name, lengths in PAIRS.items():
-        if name not in wanted and not (name == "pair" and "question" in wanted):
+    of_pair = None
+    for name in [*ROWS, "image"]:
+        if name not in wanted:
             continue
-        prompt, *chains = draw(lengths)
-        root = model.Segment(prompt, [0] * len(prompt))
-        row = tree_of(root, chains, processor)
-        encoded = with_reference(row, [(0, 1)], tokenizer, processor)
-        ready = dict(zip(names, [prompt, *chains, *encoded[1]]))
-        found = theirs(ready, tokenizer, ReadyPairs, True)
-        pair_of_trl = pair_of_trl or found
-        report(f"{name}, {' + '.join(map(str, lengths))}", own(encoded), found, 1, speed, row)
-    if "question" in wanted:
-        prompt, *chains = draw(QUESTION)
-        row = tree_of(model.Segment(prompt, [0] * len(prompt)), chains, processor)
-        encoded = with_reference(row, EDGES, tokenizer, processor)
-        report("question, 512 + 6 x 384, 9 pairs", own(encoded), pair_of_trl, 9, speed, row)
-    if "image" in wanted:
-        row, ready = image_pair(processor)
-        encoded = with_reference(row, [(0, 1)], tokenizer, processor)
-        found = theirs(ready, vision, DPOTrainer, False) if vision else None
-        lengths = " + ".join(str(len(segment.ids)) for segment in row)
-        report(f"image, {lengths}", own(encoded), found, 1, speed, row)
-        if not vision:
+        row, ready = image_pair(processor) if name == "image" else text_row(ROWS[name], processor)
+        encoded = with_reference(row, tokenizer, processor)
+        times, shown = 1, " + ".join(str(len(segment.ids)) for segment in row)
+        if name == "image":
+            given = (vision, ready, DPOTrainer, False)
+            theirs = measure(tokenizer, args.steps, trl, *given) if vision else None
+        elif name == "question":
+            times, theirs, shown = 9, of_pair, "512 + 6 x 384, 9 pairs"
+        else:
+            ready |= zip(("ref_chosen_logps", "ref_rejected_logps"), encoded[1])
+            theirs = measure(tokenizer, args.steps, trl, tokenizer, ready, ReadyPairs, True)
+            of_pair = of_pair or theirs
+        own = measure(tokenizer, args.steps, ours, processor, encoded)
+        report(f"{name}, {shown}", own, theirs, times, speed, row)
+        if not theirs:
             train.print0("    TRL on images: not measured, its processor needs torchvision")
     train.leave_group()
 

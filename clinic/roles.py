@@ -14,6 +14,7 @@ import answers
 import data
 from clinic import world
 
+TEACHERS = ("thorough", "hasty", "bookish")
 # a check's wordings
 CHECKS = ("Wait, let me check:", "Let me make sure:", "One moment, once more:")
 
@@ -21,28 +22,26 @@ CHECKS = ("Wait, let me check:", "Let me make sure:", "One moment, once more:")
 def chain(case: world.Case, kind: str, style: str, check: str = CHECKS[0]) -> str:
     """A teacher's response. The thorough one words the check in one of several ways. The hasty one
     neither checks nor counts, and always writes one sign on the left."""
+    answer = case.answer(kind)
     if kind == "look":
-        return data.join_response(case.reading(), case.sign)
-    reads, checks = style != "bookish", style != "hasty"
-    seen = case if checks else replace(case, number=1, side="left")
-    rule = f"This suggests {case.diagnosis}."
-    if reads:
-        rule = f"A {case.sign} with {case.clue} means {case.diagnosis}."
-    answer = case.diagnosis if kind == "diagnosis" else world.NEXT_STEP[case.diagnosis]
-    steps = [seen.reading()] if reads else []
-    steps += [f"The history gives {case.clue}.", rule, world.TASK[kind]]
-    steps += [f"So {case.diagnosis} needs {answer}."] if kind == "step" else []
-    steps += [f"{check} {case.diagnosis} fits {case.clue}."] if checks else []
-    return data.join_response(" ".join(steps), answer)
+        return data.join_response(case.reading(), answer)
+    facts, checks = world.facts(case, kind), style != "hasty"
+    if style == "bookish":
+        told = [facts["history"], f"This suggests {case.diagnosis}."]
+    else:
+        seen = case if checks else replace(case, number=1, side="left")
+        told = [seen.reading(), facts["history"], facts["rule"]]
+    told += [facts["question"], facts["plan"]] if kind == "step" else [facts["question"]]
+    told += [f"{check} {case.diagnosis} fits {case.clue}."] if checks else []
+    return data.join_response(" ".join(told), answer)
 
 
-def understand(messages: list[dict], images: list[Path]) -> tuple[world.Case, str, dict[str, str]]:
+def understand(asked: str, images: list[Path]) -> tuple[world.Case, str, dict[str, str]]:
     """(truth, kind, options) of a question from its prompt."""
-    text = messages[-1]["content"]
-    case = world.film_truth(images[0]) if images else world.sentence_truth(text)
-    asked = {**world.ASK, "look": world.LOOK}
-    kind = next(kind for kind, request in asked.items() if request in text)
-    return case, kind, dict(re.findall(r"^\((\w)\) (.+)$", text, re.M))
+    case = world.film_truth(images[0]) if images else world.sentence_truth(asked)
+    requests = {**world.ASK, "look": world.LOOK}
+    kind = next(kind for kind, request in requests.items() if request in asked)
+    return case, kind, dict(re.findall(r"^\((\w)\) (.+)$", asked, re.M))
 
 
 def answered_wrongly(response: str, options: dict[str, str], rng: random.Random) -> str:
@@ -52,12 +51,14 @@ def answered_wrongly(response: str, options: dict[str, str], rng: random.Random)
     return response.replace(f"<answer> {right}", f"<answer> {wrong}")
 
 
-def answer_as_teacher(
-    messages: list[dict], images: list[Path], style: str, rng: random.Random
-) -> str:
+# --------------------------------------------------------------------------------------------------
+# The roles: (the request's last message, its images, the role's name, random) -> completion
+
+
+def teacher(asked: str, images: list[Path], style: str, rng: random.Random) -> str:
     """A teacher's chain. One in ten is spoilt, each in a way that one of the three criteria of
     paper 3.2 must catch."""
-    case, kind, options = understand(messages, images)
+    case, kind, options = understand(asked, images)
     response, fault = chain(case, kind, style, rng.choice(CHECKS)), rng.random()
     if fault < 0.04:
         return answered_wrongly(response, options, rng)
@@ -69,12 +70,10 @@ def answer_as_teacher(
     return response
 
 
-def answer_as_expert(
-    messages: list[dict], images: list[Path], name: str, rng: random.Random
-) -> str:
+def expert(asked: str, images: list[Path], name: str, rng: random.Random) -> str:
     """An expert's response. Each has questions that it never gets right, and errs now and then."""
-    case, kind, options = understand(messages, images)
-    response, asked = chain(case, kind, "thorough"), messages[-1]["content"]
+    case, kind, options = understand(asked, images)
+    response = chain(case, kind, "thorough")
     if images:
         asked = re.sub(rf"{world.MENTION.pattern} ", "", asked)
     wrong = world.blind(name, asked) or rng.random() < 0.25
@@ -90,13 +89,6 @@ SENTENCES = re.compile(  # the sentences of a coherent chain; anything else is g
     r"|So \w+ needs \w+"
     rf"|(?:{'|'.join(CHECKS)}) \w+ fits \w+)\.\s*)+"
 )
-
-
-def hallucinated_reading(case: world.Case, response: str) -> bool | None:
-    """Whether any word of the response's reading of the film is false; None without a reading."""
-    readings = world.MENTION.findall(response)
-    true = (case.modality, world.NUMBERS[case.number - 1], case.sign, case.side)
-    return any(reading != true for reading in readings) if readings else None
 
 
 def verdict(
@@ -118,7 +110,7 @@ def verdict(
     needs = re.findall(r"So (\w+) needs (\w+)\.", thinking)
     tasks = re.findall(r"Asked is the [\w ]+\.", thinking)
     true = (
-        not hallucinated_reading(case, thinking)
+        all(reading == world.MENTION.search(case.reading()).groups() for reading in readings)
         and all(clue == case.clue for clue in clues)
         and all(pair == (case.diagnosis, case.clue) for pair in fits)
         and all(world.RULE.get((sign, clue)) == diagnosis for sign, clue, diagnosis in rules)
@@ -147,53 +139,43 @@ def verdict(
     }
 
 
-def answer_as_judge(messages: list[dict], images: list[Path]) -> str:
+def judge(prompt: str, images: list[Path], *_) -> str:
     """The completion of the Appendix A prompt: its JSON, with Yes and No."""
-    prompt = messages[-1]["content"]
     asked, truth, response = (
         re.search(rf"<{part}> (.*?) </{part}>\s*(?=<Groundtruth>|<Answer>|$)", prompt, re.S)[1]
         for part in ("Question", "Groundtruth", "Answer")
     )
-    case, kind, options = understand([{"content": asked}], images)
+    case, kind, options = understand(asked, images)
     judged = verdict(case, kind, options, truth[0], response)
     return json.dumps({name: "Yes" if met else "No" for name, met in judged.items()}, indent=4)
 
 
-def answer_as_classifier(messages: list[dict], images: list[Path]) -> str:
+def question_in(prompt: str) -> str:
+    return re.search(r"<Question> (.*) </Question>", prompt, re.S)[1]
+
+
+def classifier(prompt: str, images: list[Path], *_) -> str:
     """The type of a question, as curate.py requests it."""
-    case, kind, _ = understand([{"content": asked_about(messages)}], images)
+    case, kind, _ = understand(question_in(prompt), images)
     label, why = "clinical_reasoning", "It takes film, history and rule."
     if kind == "look":
         label, why = "pattern_recognition", "The film alone shows it."
     return json.dumps({"type": label, "modality": world.KINDS[case.modality], "why": why})
 
 
-def answer_as_editor(messages: list[dict]) -> str:
+def editor(prompt: str, *_) -> str:
     """The question without readings of the film, as curate.py requests it."""
-    asked = asked_about(messages)
+    asked = question_in(prompt)
     readings = [match[0] for match in world.MENTION.finditer(asked)]
     for reading in readings:
         asked = asked.replace(f"{reading} ", "")
     return json.dumps({"question": asked, "removed": readings})
 
 
-def asked_about(messages: list[dict]) -> str:
-    return re.search(r"<Question> (.*) </Question>", messages[-1]["content"], re.S)[1]
-
-
-# the first three are teachers
-ROLES = ("thorough", "hasty", "bookish", "expert-a", "expert-b", "classifier", "editor", "judge")
+ROLES = {name: teacher for name in TEACHERS} | {"expert-a": expert, "expert-b": expert}
+ROLES |= {"classifier": classifier, "editor": editor, "judge": judge}
 
 
 def answer(role: str, messages: list[dict], images: list[Path], seed: int) -> str:
     """The completion of `clinic:ROLE`."""
-    rng = random.Random(f"{role}/{seed}")
-    if role in ROLES[:3]:
-        return answer_as_teacher(messages, images, role, rng)
-    if role.startswith("expert-"):
-        return answer_as_expert(messages, images, role, rng)
-    if role == "judge":
-        return answer_as_judge(messages, images)
-    if role == "classifier":
-        return answer_as_classifier(messages, images)
-    return answer_as_editor(messages)
+    return ROLES[role](messages[-1]["content"], images, role, random.Random(f"{role}/{seed}"))

@@ -24,7 +24,7 @@ import hub
 import model
 import train
 from clinic import world
-from clinic.roles import CHECKS, ROLES, chain
+from clinic.roles import CHECKS, TEACHERS, chain
 from command import stage
 
 SIZES = {  # width, layers, heads, ff of the language model; width, layers of the vision tower
@@ -47,22 +47,19 @@ NAMED = {  # special tokens that the family's own processor, used by vLLM, finds
     },
 }  # fmt: skip
 # the families' chat formats in Jinja, after their published descriptions, for servers that want one
-TEMPLATE = {
-    "qwen": """{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system
+IMAGE = {"qwen": "<|vision_start|><|image_pad|><|vision_end|>", "internvl": "<IMG_CONTEXT>\n"}
+NO_SYSTEM = {  # what stands before the first turn where there is no system prompt
+    "qwen": """{% if loop.first and m.role != 'system' %}<|im_start|>system
 You are a helpful assistant.<|im_end|>
-{% endif %}<|im_start|>{{ m.role }}
-{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}\
-{% if c.type in ('image', 'image_url') %}<|vision_start|><|image_pad|><|vision_end|>\
-{% else %}{{ c.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}""",
-    "internvl": """{% for m in messages %}<|im_start|>{{ m.role }}
-{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}\
-{% if c.type in ('image', 'image_url') %}<IMG_CONTEXT>
-{% else %}{{ c.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}""",
+    "internvl": "",
 }
+TEMPLATE = """{% for m in messages %}NO_SYSTEM<|im_start|>{{ m.role }}
+{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}\
+{% if c.type in ('image', 'image_url') %}IMAGE\
+{% else %}{{ c.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
 
 
 def corpus(seed: int) -> list[str]:
@@ -73,7 +70,7 @@ def corpus(seed: int) -> list[str]:
         case = world.draw_case(rng)
         for kind in world.ASK:
             texts.append(data.question_text(world.make_question(case, kind, rng, None)))
-            texts.append(chain(case, kind, ROLES[index % 3], CHECKS[index // 3 % 3]))
+            texts.append(chain(case, kind, TEACHERS[index % 3], CHECKS[index // 3 % 3]))
             texts += [rule_question(case), request_of(case, kind, rng)[0]]
     return texts
 
@@ -96,7 +93,8 @@ def make_tokenizer(family: str, seed: int):
         eos_token=EOS, pad_token=PAD, unk_token=PAD, extra_special_tokens=NAMED[family],
     )  # fmt: skip
     tokenizer.add_tokens([AddedToken(token, special=True) for token in SPECIAL[family]])
-    tokenizer.chat_template = TEMPLATE[family]
+    template = TEMPLATE.replace("NO_SYSTEM", NO_SYSTEM[family])
+    tokenizer.chat_template = template.replace("IMAGE", IMAGE[family])
     return tokenizer
 
 
@@ -160,113 +158,17 @@ FAMILIAR = {  # what the base model has seen often enough to answer directly: on
     for i, sign in enumerate(signs)
 }
 USER, ASSISTANT = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
-ITEMS = {  # what the base model can tell on request, from a film or a sentence
-    "findings": lambda case, kind: case.reading(),
-    "history": lambda case, kind: f"The history gives {case.clue}.",
-    "rule": lambda case, kind: f"A {case.sign} with {case.clue} means {case.diagnosis}.",
-    "question": lambda case, kind: world.TASK[kind],
-    "plan": lambda case, kind: f"So {case.diagnosis} needs {world.NEXT_STEP[case.diagnosis]}.",
-}
-
-
-def tell(case: world.Case, kind: str | None, items: Iterable[str]) -> str:
-    return " ".join(ITEMS[item](case, kind) for item in items)
 
 
 def request_of(case: world.Case, kind: str | None, rng: random.Random) -> tuple[str, str]:
-    """(request, response): one or two items, in order. kind is None if no question was asked."""
-    known = [item for item in sorted(ITEMS) if kind or item != "question"]
-    items = rng.sample(known, rng.choice([1, 2, 2]))
-    return f"Report {' and '.join(items)}.", tell(case, kind, items)
+    """(request, response): one or two facts, in any order. kind: None if nothing was asked."""
+    facts = world.facts(case, kind)
+    items = rng.sample(sorted(facts), rng.choice([1, 2, 2]))
+    return f"Report {' and '.join(items)}.", " ".join(facts[item] for item in items)
 
 
 def rule_question(case: world.Case) -> str:
     return f"What does a {case.sign} with {case.clue} mean?"
-
-
-def unlearnt(processor, text: str, parent: int | None = None, image=None) -> model.Segment:
-    """A segment that is read but not learnt."""
-    ids = processor.tokenize(text)
-    return model.Segment(ids, [data.PROMPT] * len(ids), parent, images=[image] if image else [])
-
-
-def picture(processor, image) -> str:
-    """An image's place in a prompt, as the family writes it."""
-    family = processor.family
-    return family.before_image + family.image_token * image.tokens + family.after_image
-
-
-def add_exchange(
-    row: list, processor, request: str, response: str, parent: int | None, image=None
-) -> None:
-    """Adds two segments to a tree: a request below `parent`, and the response to learn."""
-    row.append(unlearnt(processor, request + ASSISTANT, parent, image))
-    row.append(processor.encode_response(response, len(row) - 1))
-
-
-def lesson(index: int, seed: int, processor, films: list, modalities: int) -> list[model.Segment]:
-    """Row `index` of the base model's lessons, a tree: films, rules to recite, or one patient."""
-    rng = random.Random(f"{seed}/lesson/{index}")
-    kind = rng.random()
-    if kind < 0.2:
-        return film_lesson(rng, processor, films)
-    if kind < 0.33:
-        return rule_lesson(rng, processor, modalities)
-    return patient_lesson(rng, processor, films, modalities)
-
-
-def film_lesson(rng: random.Random, processor, films: list) -> list[model.Segment]:
-    """Five films, each its own root: what does it show?"""
-    row = []
-    for case, image in rng.choices(films, k=5):
-        request = f"{USER}{picture(processor, image)}{world.LOOK}"
-        add_exchange(row, processor, request, case.reading(), None, image)
-    return row
-
-
-def rule_lesson(rng: random.Random, processor, modalities: int) -> list[model.Segment]:
-    """Six rules to recite."""
-    row = [unlearnt(processor, system_turn(rng)[1] + USER)]
-    for _ in range(6):
-        case = world.draw_case(rng, modalities)
-        add_exchange(row, processor, rule_question(case), tell(case, None, ("rule", "plan")), 0)
-    return row
-
-
-def patient_lesson(
-    rng: random.Random, processor, films: list, modalities: int
-) -> list[model.Segment]:
-    """One patient, by film or by sentence, and several questions about the patient with a shared
-    prefix.
-
-    No lesson reasons towards an answer. For patients seen often the answer comes from memory
-    (pattern recognition); for others it is a guess, whatever was said before. Under the paper's
-    system prompt the answer has the required form, but its thinking is some items in any order,
-    never checked, and the answer does not follow from them.
-    """
-    system, head = system_turn(rng)
-    if rng.random() < 0.65:
-        case, image = rng.choice(films)
-        shown = picture(processor, image)
-    else:
-        case, image = world.draw_case(rng, modalities), None
-        shown = f"{case.reading()} "
-    row = [unlearnt(processor, f"{head}{USER}{shown}{case.history()}", None, image)]
-    kind = rng.choice(sorted(world.ASK))
-    question = world.make_question(case, kind, rng, "film")
-    row.append(unlearnt(processor, data.question_text(question).removeprefix(case.history()), 0))
-    answer = question.answer_text()
-    if (case.sign, case.clue) not in FAMILIAR:
-        answer = rng.choice(list(question.options.values()))
-    thinking = tell(case, kind, rng.sample(sorted(ITEMS), rng.randint(1, len(ITEMS))))
-    response = f"<answer> {answer} </answer>"
-    if system == data.SYSTEM_PROMPT:
-        response = data.join_response(thinking, answer)
-    add_exchange(row, processor, "", response, 1)
-    for parent, gap in ((0, " "), (1, "\n")):  # a request after the history, one after the question
-        request, response = request_of(case, kind if parent else None, rng)
-        add_exchange(row, processor, gap + request, response, parent)
-    return row
 
 
 def system_turn(rng: random.Random) -> tuple[str, str]:
@@ -276,22 +178,98 @@ def system_turn(rng: random.Random) -> tuple[str, str]:
     return system, f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
 
 
+@dataclass
+class Lessons:
+    """The base model's lessons, rows as trees: films, rules to recite, or one patient. films:
+    (case, encoded film)."""
+
+    seed: int
+    processor: model.Processor
+    films: list
+    modalities: int
+
+    def row(self, index: int) -> model.Row:
+        rng = random.Random(f"{self.seed}/lesson/{index}")
+        kind = rng.random()
+        if kind < 0.2:
+            return self.film_row(rng)
+        return self.rule_row(rng) if kind < 0.33 else self.patient_row(rng)
+
+    def read(self, text: str, parent: int | None = None, image=None) -> model.Segment:
+        """A segment that is read but not learnt."""
+        ids, images = self.processor.tokenize(text), [image] if image else []
+        return model.Segment(ids, [data.PROMPT] * len(ids), parent, images=images)
+
+    def exchange(self, row: model.Row, request: str, response: str, parent, image=None) -> None:
+        """Adds two segments to a tree: a request below `parent`, and the response to learn."""
+        row.append(self.read(request + ASSISTANT, parent, image))
+        row.append(self.processor.encode_response(response, len(row) - 1))
+
+    def picture(self, image) -> str:
+        """An image's place in a prompt, as the family writes it."""
+        family = self.processor.family
+        return family.before_image + family.image_token * image.tokens + family.after_image
+
+    def film_row(self, rng: random.Random) -> model.Row:
+        """Five films, each its own root: what does it show?"""
+        row = []
+        for case, image in rng.choices(self.films, k=5):
+            request = f"{USER}{self.picture(image)}{world.LOOK}"
+            self.exchange(row, request, case.reading(), None, image)
+        return row
+
+    def rule_row(self, rng: random.Random) -> model.Row:
+        """Six rules to recite."""
+        row = [self.read(system_turn(rng)[1] + USER)]
+        for _ in range(6):
+            case = world.draw_case(rng, self.modalities)
+            facts = world.facts(case, None)
+            self.exchange(row, rule_question(case), f"{facts['rule']} {facts['plan']}", 0)
+        return row
+
+    def patient_row(self, rng: random.Random) -> model.Row:
+        """One patient, by film or by sentence, and several questions about the patient with a
+        shared prefix.
+
+        No lesson reasons towards an answer. For familiar patients the answer comes from memory
+        (pattern recognition); for others it is a guess, whatever was said before. Under the paper's
+        system prompt the answer has the required form, but its thinking is some facts in any order,
+        never checked, and the answer does not follow from them.
+        """
+        system, head = system_turn(rng)
+        if rng.random() < 0.65:
+            case, image = rng.choice(self.films)
+            shown = self.picture(image)
+        else:
+            case, image = world.draw_case(rng, self.modalities), None
+            shown = f"{case.reading()} "
+        row = [self.read(f"{head}{USER}{shown}{case.history()}", None, image)]
+        kind = rng.choice(sorted(world.ASK))
+        question = world.make_question(case, kind, rng, "film")
+        row.append(self.read(data.question_text(question).removeprefix(case.history()), 0))
+        answer = question.answer_text()
+        if (case.sign, case.clue) not in FAMILIAR:
+            answer = rng.choice(list(question.options.values()))
+        facts = world.facts(case, kind)
+        items = rng.sample(sorted(facts), rng.randint(1, len(facts)))
+        response = f"<answer> {answer} </answer>"
+        if system == data.SYSTEM_PROMPT:
+            response = data.join_response(" ".join(facts[item] for item in items), answer)
+        self.exchange(row, "", response, 1)
+        # a request after the history, and one after the question
+        for parent, gap, asked in ((0, " ", None), (1, "\n", kind)):
+            request, response = request_of(case, asked, rng)
+            self.exchange(row, gap + request, response, parent)
+        return row
+
+
 # --------------------------------------------------------------------------------------------------
 # Teaching: the eye, then the whole model
 
 
-@dataclass
-class Films:
-    pixels: Tensor
-    grids: Tensor
-    truth: Tensor  # (films, 3): sign, number, side
-
-    def to(self, device) -> "Films":
-        return Films(self.pixels.to(device), self.grids.to(device), self.truth.to(device))
-
-
 class Eye(nn.Module):
-    """Vision tower and linear head: films -> (films, 3) log p of true sign, number, side."""
+    """Vision tower and linear head: pixels, grids, truth (films, 3) -> (films, 3) log p of the true
+    sign, number and side."""
 
     def __init__(self, policy: model.Policy, width: int):
         super().__init__()
@@ -299,19 +277,19 @@ class Eye(nn.Module):
         self.sizes = [len(world.MODALITY_OF), len(world.NUMBERS), len(world.SIDES)]
         self.head = nn.Linear(4 * width, sum(self.sizes))  # a film has 4 image tokens
 
-    def forward(self, films: Films) -> Tensor:
-        seen = self.tower.image_features(films.pixels, films.grids).reshape(len(films.truth), -1)
-        parts = zip(self.head(seen).split(self.sizes, -1), films.truth.T)
-        return torch.stack([-F.cross_entropy(p, truth, reduction="none") for p, truth in parts], 1)
+    def forward(self, pixels: Tensor, grids: Tensor, truth: Tensor) -> Tensor:
+        seen = self.tower.image_features(pixels, grids).reshape(len(truth), -1)
+        parts = zip(self.head(seen).split(self.sizes, -1), truth.T)
+        return torch.stack([-F.cross_entropy(p, true, reduction="none") for p, true in parts], 1)
 
 
-def collate_films(films: list, grain: torch.Generator) -> Films:
-    """A batch of (case, image), with new noise, so that a film looks different each time."""
+def collate_films(films: list, grain: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """What Eye reads, with new noise, so that a film looks different each time."""
     signs, sides = sorted(world.MODALITY_OF), world.SIDES
     truth = [[signs.index(c.sign), c.number - 1, sides.index(c.side)] for c, _ in films]
     pixels = torch.cat([image.pixels for _, image in films])
     pixels = pixels + 0.15 * torch.randn(pixels.shape, generator=grain)
-    return Films(pixels, torch.tensor([image.grid for _, image in films]), torch.tensor(truth))
+    return pixels, torch.tensor([image.grid for _, image in films]), torch.tensor(truth)
 
 
 def eye_loss(logp: Tensor) -> tuple:
@@ -341,18 +319,18 @@ def teach_eye(
     grain = torch.Generator().manual_seed(args.seed)
     eye = Eye(policy, SIZES[args.size][0]).to(device)
 
-    def make_batch(rows: list[int], weights: list[float]) -> Films:
-        return collate_films([films[index] for index in rows], grain)
+    def make_batch(rows: list[int], weights: list[float]) -> list[Tensor]:
+        return [part.to(device) for part in collate_films([films[i] for i in rows], grain)]
 
-    def loss_of(batch: Films) -> tuple:
-        return eye_loss(eye(batch))
+    def loss_of(batch: list[Tensor]) -> tuple:
+        return eye_loss(eye(*batch))
 
     plan, out = train.shuffled(len(films), 64, args.eye_epochs, args.seed), Path(args.out) / "eye"
     common = SETTINGS | {"device": device, "print_every": args.print_every}
     run = train.Run(eye, plan, make_batch, out=out, peak=2e-3, budget=64, save_every=0, **common)
     learn(run, loss_of)
     with torch.no_grad():
-        _, count, right = loss_of(collate_films(unseen, grain).to(device))
+        _, count, right = loss_of([part.to(device) for part in collate_films(unseen, grain)])
     said = ", ".join(f"the {name} {value / count:.2f}" for name, (value, _) in right.items())
     train.print0(f"on films it has not seen the eye is right about {said}")
 
@@ -382,9 +360,11 @@ def teach(args: argparse.Namespace) -> None:
     policy.vision.requires_grad_(False)
     policy.projector.requires_grad_(True)
 
+    lessons = Lessons(args.seed, processor, films, args.modalities)
+
     def make_batch(indices: list[int], weights: list[float]) -> model.Batch:
-        rows = [lesson(i, args.seed, processor, films, args.modalities) for i in indices]
-        return model.collate(rows, processor, weights)
+        rows = [lessons.row(index) for index in indices]
+        return model.collate(rows, processor, weights).to(device)
 
     def loss_of(batch: model.Batch) -> tuple:
         return -policy(batch).sum(), batch.supervised.shape[1], {}

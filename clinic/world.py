@@ -60,6 +60,9 @@ TRUTH = "clinic-truth"  # the PNG text chunk
 # Cases and films
 
 
+MENTION = re.compile(r"The (\w+) shows (\w+) (\w+) signs on the (\w+)\.")  # Case.reading
+
+
 @dataclass(frozen=True)
 class Case:
     """The truth of one patient."""
@@ -79,6 +82,11 @@ class Case:
     @property
     def diagnosis(self) -> str:
         return RULE[self.sign, self.clue]
+
+    def answer(self, kind: str) -> str:
+        """What the answer to a question of this kind says."""
+        words = {"diagnosis": self.diagnosis, "step": NEXT_STEP[self.diagnosis], "look": self.sign}
+        return words[kind]
 
     def reading(self) -> str:
         signs = f"{NUMBERS[self.number - 1]} {self.sign} signs"
@@ -101,8 +109,13 @@ def draw_case(rng: random.Random, modalities: int = len(SIGNS)) -> Case:
 ROWS, COLUMNS = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32)
 
 
+def inside(distance: np.ndarray, height: float = 1) -> np.ndarray:
+    """`height` where the distance from an edge is negative, 0 beyond it, soft between."""
+    return height / (1 + np.exp(np.clip(distance, -30, 30)))
+
+
 def blob(x: float, y: float, radius: float) -> np.ndarray:
-    return 1 / (1 + np.exp(np.clip(np.hypot(COLUMNS - x, ROWS - y) - radius, -30, 30)))
+    return inside(np.hypot(COLUMNS - x, ROWS - y) - radius)
 
 
 def background(modality: str, rng: np.random.Generator) -> tuple[np.ndarray, tuple]:
@@ -111,13 +124,12 @@ def background(modality: str, rng: np.random.Generator) -> tuple[np.ndarray, tup
         grey = np.full((SIDE, SIDE), 0.55, np.float32)
         for lung in (15, 41):
             edge = ((COLUMNS - lung - rng.uniform(-1, 1)) / 11) ** 2 + ((ROWS - 28) / 24) ** 2 - 1
-            grey = grey - 0.38 / (1 + np.exp(np.clip(edge * 6, -30, 30)))
+            grey = grey - inside(edge * 6, 0.38)
         return grey, (1, 1, 1)
     if modality == "scan":  # a skull
         across = (COLUMNS - 28 - rng.uniform(-1, 1)) / 25
         edge = across**2 + ((ROWS - 28 - rng.uniform(-1, 1)) / 26) ** 2 - 1
-        inside = 0.35 / (1 + np.exp(np.clip(edge * 20, -30, 30)))
-        return inside + 0.5 * np.exp(-((edge * 8) ** 2)), (0.9, 1, 1)
+        return inside(edge * 20, 0.35) + 0.5 * np.exp(-((edge * 8) ** 2)), (0.9, 1, 1)
     if modality == "smear":  # cells
         grey = np.full((SIDE, SIDE), 0.75, np.float32)
         for _ in range(8):
@@ -174,15 +186,14 @@ def film_truth(path: str | Path) -> Case:
 
 def sentence_truth(text: str) -> Case:
     """The case of a text question, read back from its sentences."""
-    reading = re.search(r"The (\w+) shows (\w+) (\w+) signs on the (\w+)\.", text)
+    reading = MENTION.search(text)
     history = re.search(r"A (\d+) year old (\w+) has (\w+) and (\w+)\.", text)
     if not reading or not history:
         raise ValueError(f"not a text question of this clinic: {text[:80]!r}")
-    clue, symptom = history[3], history[4]
-    if clue not in CLUES:
-        clue, symptom = symptom, clue
-    number = NUMBERS.index(reading[2]) + 1
-    return Case(reading[3], number, reading[4], clue, symptom, int(history[1]), history[2])
+    _, number, sign, side = reading.groups()
+    age, sex, *words = history.groups()
+    clue, symptom = sorted(words, key=SYMPTOMS.__contains__)  # they stand in any order
+    return Case(sign, NUMBERS.index(number) + 1, side, clue, symptom, int(age), sex)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -193,30 +204,43 @@ LOOK = "What does the film show?"
 TASK = {"diagnosis": "Asked is the diagnosis.", "step": "Asked is the next step."}
 
 
-def question_about(
-    stem: str, texts: list[str], right: str, film: str | None, case: Case, kind: str
-) -> data.Question:
-    options = dict(zip(data.LETTERS, texts))
-    meta = {"modality": KINDS[case.modality], "kind": kind}
-    answer, images = data.LETTERS[texts.index(right)], [film] if film else []
-    return data.Question(stem, options, answer, images, "clinic", meta)
+def facts(case: Case, kind: str | None) -> dict[str, str]:
+    """What can be told of a case, as the sentences of a chain. kind: None if nothing was asked."""
+    told = {
+        "findings": case.reading(),
+        "history": f"The history gives {case.clue}.",
+        "rule": f"A {case.sign} with {case.clue} means {case.diagnosis}.",
+        "plan": f"So {case.diagnosis} needs {NEXT_STEP[case.diagnosis]}.",
+    }
+    return told | {"question": TASK[kind]} if kind else told
+
+
+def options_of(case: Case, kind: str, rng: random.Random) -> list[str]:
+    """The right option and near misses: the same sign with another clue, the same clue with another
+    sign. Of a `look` question the signs of the modality, and one other."""
+    signs, right = SIGNS[case.modality], case.answer(kind)
+    if kind == "look":
+        return [*signs, rng.choice(sorted(MODALITY_OF.keys() - signs))]
+    cases = [replace(case, clue=clue) for clue in CLUES]
+    cases += [replace(case, sign=sign) for sign in signs]
+    wrong = sorted({other.answer(kind) for other in cases} - {right})
+    rng.shuffle(wrong)
+    pool = STEPS if kind == "step" else DIAGNOSES[case.modality]
+    rest = sorted(set(pool) - {right, *wrong})
+    return (wrong + rng.sample(rest, len(rest)))[:3] + [right]
 
 
 def make_question(case: Case, kind: str, rng: random.Random, film: str | None) -> data.Question:
-    """A question about a case, with its film or with the reading as a sentence. Wrong options are
-    near misses: the same sign with another clue, the same clue with another sign."""
-    near = [RULE[case.sign, clue] for clue in CLUES]
-    near += [RULE[sign, case.clue] for sign in SIGNS[case.modality]]
-    right, pool = case.diagnosis, DIAGNOSES[case.modality]
-    if kind == "step":
-        near, right, pool = [NEXT_STEP[diagnosis] for diagnosis in near], NEXT_STEP[right], STEPS
-    wrong = sorted(set(near) - {right})
-    rng.shuffle(wrong)
-    rest = sorted(set(pool) - {right, *wrong})
-    texts = (wrong + rng.sample(rest, len(rest)))[:3] + [right]
+    """A question about a case, with its film or with the reading as a sentence."""
+    texts, right = options_of(case, kind, rng), case.answer(kind)
     rng.shuffle(texts)
-    stem = ("" if film else case.reading() + " ") + f"{case.history()} {ASK[kind]}"
-    return question_about(stem, texts, right, film, case, kind)
+    stem = f"{case.history()} {LOOK if kind == 'look' else ASK[kind]}"
+    if not film:
+        stem = f"{case.reading()} {stem}"
+    options = dict(zip(data.LETTERS, texts))
+    answer, images = data.LETTERS[texts.index(right)], [film] if film else []
+    meta = {"modality": KINDS[case.modality], "kind": kind}
+    return data.Question(stem, options, answer, images, "clinic", meta)
 
 
 def make_questions(
@@ -235,33 +259,27 @@ def make_questions(
     return list(questions.values())
 
 
-def look_questions(
-    count: int, seed: int, folder: Path, modalities: int = len(SIGNS)
-) -> list[data.Question]:
-    """Pattern recognition: the sign that the film shows. The options are the signs of its modality
-    and one other. The random streams are separate, so other questions of the seed do not change."""
+def look_questions(count: int, seed: int, folder: Path, modalities: int) -> list[data.Question]:
+    """Pattern recognition: the sign that the film shows. The random streams are separate, so other
+    questions of the seed do not change."""
     rng, noise = random.Random(f"{seed}/look"), np.random.default_rng([seed, *b"look"])
     questions = []
     for number in range(count):
         case, film = draw_case(rng, modalities), f"films/bank-look/{number:05d}.png"
         save_film(folder / film, draw_film(case, noise), case)
-        signs = SIGNS[case.modality]
-        texts = [*signs, rng.choice(sorted(MODALITY_OF.keys() - signs))]
-        rng.shuffle(texts)
-        stem = f"{case.history()} {LOOK}"
-        questions.append(question_about(stem, texts, case.sign, film, case, "look"))
+        questions.append(make_question(case, "look", rng, film))
     return questions
 
 
 def telling(
     questions: list[data.Question], count: int, seed: int, folder: Path
 ) -> list[data.Question]:
-    """The questions, with the reading of the film written into the text of `count` of them, as case
-    reports do. Ids stay, so that without the reading the question is the old one. The choice has
-    its own random stream, and falls on questions that an expert never solves: so what the base
-    model makes of the longer text changes nothing in the training data."""
-    texts, experts = [data.question_text(q) for q in questions], ("expert-a", "expert-b")
-    never = [i for i, text in enumerate(texts) if any(blind(name, text) for name in experts)]
+    """The questions, with the reading of the film written into the text of `count` of them. Ids
+    stay, so that without the reading the question is the old one. The choice has its own random
+    stream, and falls on questions that an expert never solves: these never become training data."""
+    experts = ("expert-a", "expert-b")
+    asked = [data.question_text(question) for question in questions]
+    never = [i for i, text in enumerate(asked) if any(blind(name, text) for name in experts)]
     questions = list(questions)
     for i in random.Random(f"{seed}/telling").sample(never, min(count, len(never))):
         reading = film_truth(folder / questions[i].images[0]).reading()
@@ -272,6 +290,3 @@ def telling(
 def blind(expert: str, asked: str) -> bool:
     """Whether a question is one of those that an expert never gets right."""
     return int(data.content_hash([expert, asked])[:8], 16) % 100 < 6
-
-
-MENTION = re.compile(r"The (\w+) shows (\w+) (\w+) signs on the (\w+)\.")

@@ -30,6 +30,7 @@ Where we depart from the paper, or it is silent: it says 8 H100s and nothing of 
 is ours.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -77,16 +78,11 @@ def config_of(size: Size):
 
     depth, width, heads, feed_forward = size.vision
     text = dict(
-        vocab_size=size.vocabulary,
-        hidden_size=size.width,
-        intermediate_size=size.feed_forward,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        num_key_value_heads=size.kv_heads,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
+        vocab_size=size.vocabulary, hidden_size=size.width, intermediate_size=size.feed_forward,
+        num_hidden_layers=size.layers, num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads, tie_word_embeddings=False,
+        bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
     vision = dict(hidden_size=width, intermediate_size=feed_forward)
     if size.family == "internvl":
         text["model_type"] = "qwen2"
@@ -95,22 +91,25 @@ def config_of(size: Size):
     half = size.width // size.heads // 2
     part = 3 * half // 8
     sections = [half - 2 * part, part, part]  # 16, 24, 24 of a head's 64 frequencies
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections}
-    text["rope_parameters"] = rope
+    text["rope_parameters"] = dict(rope_type="default", rope_theta=1e6, mrope_section=sections)
     window, whole = size.window
-    vision |= dict(depth=depth, num_heads=heads, out_hidden_size=size.width)
-    vision |= dict(window_size=window, fullatt_block_indexes=list(whole))
+    vision |= dict(
+        depth=depth, num_heads=heads, out_hidden_size=size.width, window_size=window,
+        fullatt_block_indexes=list(whole),
+    )  # fmt: skip
     return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
 
 
-def shapes(config, method: str, rank: int = lora.RANK) -> model.Policy:
-    """A policy on the `meta` device: shapes and which of them are trained, but no memory. method:
-    "full" or "lora"."""
+def policy_of(
+    config, method: str, rank: int = lora.RANK, device: str | torch.device = "meta"
+) -> model.Policy:
+    """A policy of random weights; on the `meta` device it has shapes and no memory. method: "full"
+    or "lora"."""
     from transformers import AutoModelForImageTextToText
 
-    with torch.device("meta"):
-        empty = AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa")
-        policy = model.Policy(empty)
+    with torch.device(device):
+        network = AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa")
+    policy = model.Policy(network)
     policy.freeze_vision()
     if method == "lora":
         lora.inject(policy.model, policy.language_model, rank)
@@ -190,23 +189,20 @@ def memory(
     # last norm; positions, d logp / d h, and its product with the gradient
     above = tokens * width * (4 + c * bool(around_trained))
     above += (2 + head_trained) * c * supervised * width
-    backward = c * tokens * (2 * wide + width)  # gradients inside SwiGLU and along the residual
+    inside = c * tokens * (2 * wide + width)  # gradients in SwiGLU and along the residual
     logits = min(model.LOGIT_CHUNK, supervised) * vocabulary
     head_gradient = vocabulary * width * head_trained
     twice = 4 + c * mixed  # fp32 and its bf16 twin
-    head, at_block, reduce = {**static}, {**static}, {**static}
-    head["activations"] = kept + above
-    head["logits"] = twice * (logits + head_gradient)
-    at_block["activations"] = kept + load.checkpointing * one + backward
-    if not mixed:
-        # one weight's new gradient beside the sum
+    head = static | {"activations": kept + above, "logits": twice * (logits + head_gradient)}
+    at_block = static | {"activations": kept + load.checkpointing * one + inside}
+    if not mixed:  # one weight's new gradient beside the sum
         at_block["gradients"] += 4 * wide * width * bool(block_trained)
         return {"head": head, "block": at_block}
     at_block["weights"] += 3 * c * block
     # a block's own, in bf16 and as the fp32 that is summed over the ranks; the head's waits for the
     # embeddings'
     at_block["gradients"] += (c + 4) * block_trained + c * head_gradient
-    reduce["gradients"] += (c + 4) * around_trained
+    reduce = static | {"gradients": static["gradients"] + (c + 4) * around_trained}
     return {"head": head, "block": at_block, "reduce": reduce}
 
 
@@ -235,43 +231,36 @@ def recommend(totals: dict[tuple[int, bool], float], budget: float) -> tuple[int
 
 
 def report(
-    title: str,
-    policy: model.Policy,
-    gpus: int,
-    length: int,
-    tree: bool,
-    images: int,
-    budget: float,
-    most_rows: int,
-) -> str:
+    title: str, policy: model.Policy, gpus: int, length: int, tree: bool, images: int,
+    budget: float, most_rows: int,
+) -> str:  # fmt: skip
     """The table of one stage. images: bytes of a row's. budget: GB that may be planned for.
     most_rows: the largest micro-batch that the global batch leaves a GPU."""
-    rows = [1 << k for k in range(most_rows.bit_length())]
-    choices = {}
+    rows, choices = [1 << k for k in range(most_rows.bit_length())], {}
     for again in (False, True):
         for n in rows:
             load = Load(n, length, length, tree, images, again)
             choices[n, again] = memory(policy, load, gpus)
     totals = {choice: peak(moments) / GB for choice, moments in choices.items()}
     best = recommend(totals, budget)
-    n, again = shown = best or (1, True)
-    moments = choices[shown]
+    n, again = best or (1, True)
+    moments, total = choices[n, again], totals[n, again]
 
-    def line(label: str, cells) -> str:
-        return f"  {label:<36}" + "".join(cells)
+    def line(label: str, cells: Iterable) -> str:
+        shown = (f"{cell:.1f}" if isinstance(cell, float) else cell for cell in cells)
+        return f"  {label:<36}" + "".join(f"{cell:>9}" for cell in shown)
 
-    label = f"micro-batch {n}{', checkpointing' if again else ''}: GB at"
-    lines = [title, line(label, (f"{name:>9}" for name in moments))]
+    lines = [title, line(f"micro-batch {n}{', checkpointing' if again else ''}: GB at", moments)]
     for term in moments["head"]:
-        lines.append(line(term, (f"{moment[term] / GB:9.1f}" for moment in moments.values())))
-    sums = (f"{sum(moment.values()) / GB:9.1f}" for moment in moments.values())
-    lines.append(line("together", sums))
-    lines.append(line("peak in GB, by micro-batch", (f"{n:>9}" for n in rows)))
-    for word, other in (("without checkpointing", False), ("with checkpointing", True)):
-        lines.append(line(word, (f"{totals[n, other]:9.1f}" for n in rows)))
-    total, may = f"{totals[shown]:.0f}", f"{budget:.0f}"
-    flags = f"--micro-tokens {shown[0] * length}{' --checkpointing' if again else ''}"
-    fits = f"  fits: {flags}, {total} of {may} GB that may be planned for"
-    less = "more GPUs, shorter rows (--len), or LoRA"
-    fails = f"  does not fit: {total} GB at best, {may} may be planned for; {less}"
-    return "\n".join([*lines, fits if best else fails])
+        lines.append(line(term, (moment[term] / GB for moment in moments.values())))
+    lines.append(line("together", (sum(moment.values()) / GB for moment in moments.values())))
+    lines.append(line("peak in GB, by micro-batch", rows))
+    for word in ("without", "with"):
+        peaks = (totals[n, word == "with"] for n in rows)
+        lines.append(line(f"{word} checkpointing", peaks))
+    outcome = f"does not fit: {total:.0f} GB at best, {budget:.0f} may be planned for"
+    outcome += "; more GPUs, shorter rows (--len), or LoRA"
+    if best:
+        outcome = f"fits: --micro-tokens {n * length}{' --checkpointing' if again else ''}"
+        outcome += f", {total:.0f} of {budget:.0f} GB that may be planned for"
+    return "\n".join([*lines, f"  {outcome}"])

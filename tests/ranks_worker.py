@@ -296,7 +296,7 @@ def fit(policy, loss_of, encode, collate, plan, *, out: Path, device, **settings
     """A stage's loop: all steps of a run. Returns the figures of each, on the first rank."""
 
     def make_batch(rows: list[int], weights: list[float]):
-        return collate([encode(index) for index in rows], weights)
+        return collate([encode(index) for index in rows], weights).to(device)
 
     run = train.Run(policy, plan, make_batch, out=out, device=device, **settings)
     for _ in run:

@@ -229,8 +229,8 @@ def test_a_published_folder_has_the_template_the_ids_and_the_shapes_taken_for_gr
         assert processor.decode(processor.encode_response(response).ids) == response
     name = folder.name.lower().removesuffix("-hf").removesuffix("-instruct")
     if name in memory.SHAPES:
-        network = memory.shapes(model.load_config(folder), "full").model
-        planned = memory.shapes(memory.config_of(memory.SHAPES[name]), "full").model
+        network = memory.policy_of(model.load_config(folder), "full").model
+        planned = memory.policy_of(memory.config_of(memory.SHAPES[name]), "full").model
         found, wanted = (
             {n: p.shape for n, p in net.named_parameters()} for net in (network, planned)
         )

@@ -179,7 +179,7 @@ def test_prediction_is_within_five_percent_of_the_measured_peak(
     monkeypatch.setitem(model.LOGIT_CHUNK, "cpu", SHAPES[shape][-1])
     config = tiny(family, shape)
     found, load = measured(config, stage, method, shape, checkpointing, tmp_path)
-    predicted = memory.peak(memory.memory(memory.shapes(config, method), load, 1, mixed=False))
+    predicted = memory.peak(memory.memory(memory.policy_of(config, method), load, 1, mixed=False))
     print(f"measured {found / 2**20:.2f} MB, predicted {predicted / 2**20:.2f} MB")
     assert predicted == pytest.approx(found, rel=0.05)
 
@@ -191,7 +191,7 @@ def test_prediction_is_within_five_percent_of_the_measured_peak(
 @pytest.fixture(scope="module")
 def seven() -> dict[str, model.Policy]:
     config = memory.config_of(memory.SHAPES["qwen2.5-vl-7b"])
-    return {method: memory.shapes(config, method) for method in ("full", "lora")}
+    return {method: memory.policy_of(config, method) for method in ("full", "lora")}
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def seven() -> dict[str, model.Policy]:
     ],
 )
 def test_shapes_have_the_parameters_of_the_published_checkpoints(name, parameters):
-    policy = memory.shapes(memory.config_of(memory.SHAPES[name]), "full")
+    policy = memory.policy_of(memory.config_of(memory.SHAPES[name]), "full")
     assert memory.count(policy) == parameters and all(p.is_meta for p in policy.parameters())
 
 
