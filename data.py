@@ -20,7 +20,6 @@ import math
 import os
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -58,37 +57,36 @@ class RowError(UserError):
 
 def load_json(text: str | bytes, where: str):
     """The JSON value of a text. Raises RowError naming `where` for anything that is not JSON, for
-    NaN and Infinity, for a key that an object has twice, for nesting too deep, and for half a
-    surrogate pair, which no file can hold."""
+    NaN and Infinity, a key that an object has twice, nesting too deep, and half a surrogate pair,
+    which no file can hold."""
 
     def unique(pairs: list[tuple]) -> dict:
-        counts = Counter(key for key, _ in pairs)
-        if len(counts) < len(pairs):
-            raise ValueError(f"the key {counts.most_common(1)[0][0]!r} is there twice")
-        return dict(pairs)
-
-    def refuse(constant: str):
-        raise ValueError(f"{constant} is no JSON number")
+        row = {}
+        for key, value in pairs:
+            if key in row:
+                raise ValueError(f"the key {key!r} is there twice")
+            row[key] = value
+        return row
 
     def finite(number: str) -> float:
-        return float(number) if math.isfinite(float(number)) else refuse(number)
+        if not math.isfinite(float(number)):
+            raise ValueError(f"{number} is no JSON number")
+        return float(number)
 
     try:
-        if isinstance(text, bytes):
-            text = text.decode()
-        strict = {"object_pairs_hook": unique, "parse_constant": refuse, "parse_float": finite}
+        text = text.decode() if isinstance(text, bytes) else text
+        strict = {"object_pairs_hook": unique, "parse_constant": finite, "parse_float": finite}
         value = json.loads(text, **strict)
         if "\\u" in text:  # an escape may spell half a pair
             json.dumps(value, ensure_ascii=False).encode()
         return value
     except UnicodeEncodeError as error:
-        half = error.object[error.start : error.end]
-        message = f"holds half a surrogate pair ({half!r})"
+        fault = f"holds half a surrogate pair ({error.object[error.start : error.end]!r})"
     except RecursionError:
-        message = "is nested too deeply"
+        fault = "is nested too deeply"
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are such
-        message = f"not JSON ({error})"
-    raise RowError(f"{where}: {message}; remove it or write it again")
+        fault = f"not JSON ({error})"
+    raise RowError(f"{where}: {fault}; remove it or write it again")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -189,6 +187,8 @@ def parts_of(message: dict, images: int) -> list[dict]:
 
 RESPONSE = re.compile(r"\s*<think>(.*?)</think>\s*<answer>(.*?)</answer>\s*", re.S)
 TAGS = re.compile(r"</?(?:think|answer)>")
+# a block, or its beginning in a response that was cut off
+BLOCK = re.compile(r"<(think|answer)>(.*?)(?:</\1>|\Z)", re.S)
 
 
 def join_response(thinking: str, answer: str) -> str:
@@ -210,23 +210,15 @@ def split_response(response: str) -> tuple[str, str] | None:
 def label_spans(response: str, offsets: list[tuple[int, int]]) -> list[int]:
     """One label a token, by the character at which the token begins.
 
-    offsets: (start, end) of each token in `response`, as a fast tokenizer returns them. The text
-    between <think> and </think> is THINK, between <answer> and </answer> ANSWER; the tags and all
-    else are TAG. So a response without tags is all TAG: it is supervised.
+    offsets: (start, end) of each token in `response`, as a fast tokenizer returns them. The text of
+    a <think> block is THINK, of an <answer> block ANSWER; the tags and all else are TAG. So a
+    response without tags is all TAG: it is supervised.
     """
-    labels = [TAG] * len(response)
-    inside, since = TAG, 0
-    opens = {"<think>": THINK, "<answer>": ANSWER}
-    closes = {"</think>": THINK, "</answer>": ANSWER}
-    for tag in TAGS.finditer(response):
-        if closes.get(tag[0]) == inside:
-            labels[since : tag.start()] = [inside] * (tag.start() - since)
-            inside = TAG
-        elif tag[0] in opens and inside == TAG:
-            inside, since = opens[tag[0]], tag.end()
-    if inside != TAG:  # cut off inside a block
-        labels[since:] = [inside] * (len(response) - since)
-    return [labels[start] if start < len(labels) else TAG for start, _ in offsets]
+    labels = [TAG] * (len(response) + 1)  # the end of the turn lies behind the text
+    for block in BLOCK.finditer(response):
+        start, end = block.span(2)
+        labels[start:end] = [THINK if block[1] == "think" else ANSWER] * (end - start)
+    return [labels[start] for start, _ in offsets]
 
 
 # "↑ TSH" is not "↓ TSH", and "-2" is not "2"
@@ -308,7 +300,8 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
-            row, where = load_json(line, f"{path}:{number}"), f"{path}:{number}"
+            where = f"{path}:{number}"
+            row = load_json(line, where)
             if not isinstance(row, dict):
                 raise RowError(f"{where}: expected an object, found {type(row).__name__}")
             yield where, row
@@ -319,26 +312,29 @@ def unfinished(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")
 
 
-def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
-    """Writes all rows under a temporary name and renames: a reader sees the whole file or none."""
+def json_lines(rows: Iterable[dict]) -> Iterator[str]:
+    return (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def write_lines(path: str | Path, lines: Iterable[str]) -> None:
+    """Writes under a temporary name and renames: a reader sees the whole file or none."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(unfinished(path), "w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.writelines(lines)
     os.replace(unfinished(path), path)
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes under a temporary name and renames."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished(path).write_text(text, encoding="utf-8")
-    os.replace(unfinished(path), path)
+    write_lines(path, [text])
 
 
 def write_json(path: str | Path, value) -> None:
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    write_lines(path, [json.dumps(value, indent=1, ensure_ascii=False), "\n"])
+
+
+def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
+    write_lines(path, json_lines(rows))
 
 
 def resume_jsonl(path: str | Path) -> list[dict]:
@@ -349,22 +345,16 @@ def resume_jsonl(path: str | Path) -> list[dict]:
     if not path.exists():
         return []
     content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        torn = len(content) - len(whole)
+    whole = content.rfind(b"\n") + 1
+    if torn := len(content) - whole:
         print(f"{path}: dropped a torn last line of {torn} bytes; its row is done again")
-        with open(path, "r+b") as file:
-            file.truncate(len(whole))
+        os.truncate(path, whole)
     return [row for _, row in read_jsonl(path)]
-
-
-def jsonl_text(rows: Iterable[dict]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def append_jsonl(file, rows: Iterable[dict]) -> None:
     """Appends rows to an open text file and flushes it, so that a kill loses none of them."""
-    file.write(jsonl_text(rows))
+    file.writelines(json_lines(rows))
     file.flush()
 
 
@@ -383,13 +373,9 @@ HASHES: dict[tuple[str, int, int], str] = {}  # (path, size, mtime in ns) -> SHA
 
 def is_inside(path) -> bool:
     """Whether a name is a path that stays inside the folder it is relative to."""
-    return (
-        isinstance(path, str)
-        and bool(path.strip("./ "))
-        and "\0" not in path
-        and not PurePosixPath(path).is_absolute()
-        and ".." not in PurePosixPath(path).parts
-    )
+    if not isinstance(path, str) or "\0" in path or not path.strip("./ "):
+        return False
+    return not PurePosixPath(path).is_absolute() and ".." not in PurePosixPath(path).parts
 
 
 def image_file(image_root: str | Path, image: str) -> Path:
@@ -410,6 +396,7 @@ def some(questions: Iterable[Question], limit: int) -> list[Question]:
     if not limit:
         return questions
     drawn = sorted(questions, key=lambda question: content_hash(question.id))
-    shown, told = ([q for q in drawn if bool(q.images) == kind] for kind in (True, False))
-    kept = {question.id for question in shown[:limit] + told[:limit]}
+    text = [question.id for question in drawn if not question.images]
+    image = [question.id for question in drawn if question.images]
+    kept = {*text[:limit], *image[:limit]}
     return [question for question in questions if question.id in kept]

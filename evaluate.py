@@ -16,9 +16,8 @@ Where we depart from the paper, or it is silent:
   1. T = 0.5 is the paper's for majority vote and pass@n; its main tables name no decoding. Ours:
      the same samples serve all figures, so MV@1 = pass@1 = accuracy.
   2. For n below N, MV@n is a mean over seeded subsets (the paper may have used the first n).
-  3. With --judge one chain of every image question is judged (--judge-samples), right or wrong, so
-     that a stage cannot look better by answering less. The seed alone draws it: it is the same
-     sample at every stage.
+  3. With --judge one chain of every image question is judged, right or wrong, so that a stage
+     cannot look better by answering less. The seed draws it: the same sample at every stage.
   4. --prompt paper is Appendix A's system prompt for whatever model is asked; official is the
      benchmark's own prompt; bare is the question alone, for models that reason unasked.
   5. --open-ended removes the options (Fig. 8), and an engine says which answers mean the reference.
@@ -27,7 +26,7 @@ Where we depart from the paper, or it is silent:
 import argparse
 import random
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -51,10 +50,6 @@ Return your judgement as JSON and nothing else:
 <Question> %s </Question>
 <Reference> %s </Reference>
 <Answer> %s </Answer>"""
-
-
-# --------------------------------------------------------------------------------------------------
-# What is asked
 
 
 def read_all(paths: list[str]) -> dict[str, data.Question]:
@@ -81,37 +76,31 @@ def questions_of(args: argparse.Namespace) -> dict[str, data.Question]:
 
 def make_request(question: data.Question, style: str, image_root: Path, samples: int) -> Request:
     """The question in the prompt's style. Raises RowError for an image that is not there."""
-    if style == "official":
+    messages, images = data.prompt_messages(question), question.images
+    if style == "bare":
+        messages = messages[1:]
+    elif style == "official":
         messages, images = official.messages(question)
-        paths = inference.image_paths(replace(question, images=images), image_root)
-        return Request(question.id, messages, paths, tuple(range(samples)))
-    request = inference.question_requests([question], image_root, samples)[0]
-    return request if style == "paper" else replace(request, messages=request.messages[1:])
-
-
-def requests_of(by_id: dict[str, data.Question], args: argparse.Namespace) -> list[Request]:
-    """A request for every question, with as many samples as its kind has."""
-    counts = {True: args.n[0], False: args.n[-1]}
-    root = Path(args.images)
-    return [make_request(q, args.prompt, root, counts[bool(q.images)]) for q in by_id.values()]
+    paths = inference.image_paths(replace(question, images=images), image_root)
+    return Request(question.id, messages, paths, tuple(range(samples)))
 
 
 def judged_samples(
-    by_id: dict[str, data.Question], args: argparse.Namespace
+    questions: dict[str, data.Question], args: argparse.Namespace
 ) -> set[tuple[str, int]]:
     """(id, sample) of the chains for the judge: --judge-samples of each image question, drawn by
     the seed alone, so that every run over these questions has the same."""
-    count, n = args.judge_samples or args.n[0], args.n[0]
-    chosen = set()
-    for key, question in by_id.items():
-        if question.images:
-            rng = random.Random(data.sample_seed(args.seed, key, n))
-            chosen |= {(key, sample) for sample in rng.sample(range(n), min(count, n))}
+    n, chosen = args.n[0], set()
+    count = min(args.judge_samples or n, n)
+    image_questions = [key for key, question in questions.items() if question.images]
+    for key in image_questions:
+        rng = random.Random(data.sample_seed(args.seed, key, n))
+        chosen |= {(key, sample) for sample in rng.sample(range(n), count)}
     return chosen
 
 
 def costs(
-    by_id: dict[str, data.Question], requests: Iterable[Request], args: argparse.Namespace
+    questions: dict[str, data.Question], requests: Iterable[Request], args: argparse.Namespace
 ) -> list[bill.Cost]:
     """What the engine, the grader and the judge may be asked at most."""
     longest = bill.LETTERS * args.max_tokens  # characters of a chain
@@ -121,63 +110,60 @@ def costs(
         graded = [(len(GRADE_PROMPT) + letters + longest, 0) for letters, _ in sizes]
         found.append(inference.label_cost("grader", args.open_ended, graded, args))
     if args.judge:
-        chains = [(by_id[key], longest) for key, _ in judged_samples(by_id, args)]
+        chains = [(questions[key], longest) for key, _ in judged_samples(questions, args)]
         found.append(judge_cost(chains, args))
     return found
 
 
-# --------------------------------------------------------------------------------------------------
-# What comes back
+def sampling_of(args: argparse.Namespace) -> Sampling:
+    return Sampling(args.temperature, args.top_p, args.max_tokens, args.seed)
 
 
 def complete(
-    requests: dict[str, Request], by_id: dict[str, data.Question], args: argparse.Namespace
+    requests: dict[str, Request], questions: dict[str, data.Question], args: argparse.Namespace
 ) -> list[dict]:
     """Rows of predictions.jsonl: the engine's completions of image questions, then of text ones."""
-    sampling = Sampling(args.temperature, args.top_p, args.max_tokens, args.seed)
-    path = inference.completions_file(args, "evaluate", args.engine, sampling)
+    engine, sampling = open_engine(args.engine, setup_of(args)), sampling_of(args)
     to_row = partial(inference.completion_row, spec=args.engine)
-    engine, rows = open_engine(args.engine, setup_of(args)), []
-    for kind in ("image", "text"):  # apart, so that all questions of a batch have as many samples
-        part = [r for r in requests.values() if bool(by_id[r.id].images) == (kind == "image")]
+
+    def ask(role: str, part: list[Request], title: str) -> dict[tuple[str, int], dict]:
+        path = inference.completions_file(args, role, args.engine, sampling)
+        return inference.complete_all(engine, part, sampling, path, to_row, title)
+
+    image = [request for key, request in requests.items() if questions[key].images]
+    text = [request for key, request in requests.items() if not questions[key].images]
+    rows = []
+    # one after the other, so that all questions of a batch have as many samples
+    for title, part in (("image questions", image), ("text questions", text)):
         if part:
-            title = f"{kind} questions"
-            found = inference.complete_all(engine, part, sampling, path, to_row, title)
-            rows += found.values()
+            rows += ask("evaluate", part, title).values()
     if args.prompt == "official":
-        ask_for_letters(engine, requests, rows, by_id, sampling, args)
+        ask_for_letters(ask, requests, rows, questions)
     if isinstance(engine, Replicas):
         engine.close()
     return rows
 
 
 def ask_for_letters(
-    engine: inference.Engine,
+    ask: Callable,
     requests: dict[str, Request],
     rows: list[dict],
     questions: dict[str, data.Question],
-    sampling: Sampling,
-    args: argparse.Namespace,
 ) -> None:
     """MedXpertQA's second turn: asks for the letter after each finished chain, and adds it to the
     response."""
-    second = {}  # by the row's index; equal chains share one request
-    for index, row in enumerate(rows):
+    second, asked = {}, []  # id -> request, for equal chains the same; (row, id)
+    for row in rows:
         turn = official.second_turn(questions[row["id"]], row["response"])
         if turn and row["finish_reason"] == "stop":
-            first = requests[row["id"]]
-            key, messages = f"{first.id}/{data.content_hash(turn)[:16]}", [*first.messages, *turn]
-            second[index] = replace(first, id=key, messages=messages, samples=(0,))
-    if not second:
-        return
-    wanted = list({request.id: request for request in second.values()}.values())
-    path = inference.completions_file(args, "letter", args.engine, sampling)
-    to_row = partial(inference.completion_row, spec=args.engine)
-    letters = inference.complete_all(engine, wanted, sampling, path, to_row, "letters")
-    for index, request in second.items():
-        row, letter = rows[index], letters[request.id, 0]
-        trigger = official.trigger(questions[row["id"]])
-        row["response"] += f"\n\n{trigger} {letter['response']}"
+            first, key = requests[row["id"]], f"{row['id']}/{data.content_hash(turn)[:16]}"
+            messages = [*first.messages, *turn]
+            second[key] = replace(first, id=key, messages=messages, samples=(0,))
+            asked.append((row, key))
+    letters = ask("letter", list(second.values()), "letters") if second else {}
+    for row, key in asked:
+        letter = letters[key, 0]
+        row["response"] += f"\n\n{official.trigger(questions[row['id']])} {letter['response']}"
         row["response_sha"] = data.response_hash(row["response"])
         row |= {"token_ids": None, "finish_reason": letter["finish_reason"]}
 
@@ -227,58 +213,47 @@ def print_results(results: dict) -> None:
         if "official" in found:
             line += f"; by the benchmark's own rule {found['official'][0]:.3f}"
         print(line)
-
-
-def check(args: argparse.Namespace) -> None:
-    if len(args.n) > 2:
-        given = f"-n {' '.join(map(str, args.n))}"
-        raise data.RowError(f"{given}: expected one number of samples, or two: of image and text")
-    if args.open_ended and args.prompt == "official":
-        given = "--open-ended with --prompt official"
-        raise data.RowError(f"{given}: these prompts ask for a letter; take paper or bare")
+    if results["ungraded"]:
+        print(f"{results['ungraded']} answers have no readable grade, and count as wrong")
 
 
 def run(args: argparse.Namespace) -> None:
     started, out = time.time(), Path(args.out)
-    check(args)
-    by_id = questions_of(args)
+    questions = questions_of(args)
     specs = [spec for spec in (args.engine, args.open_ended, args.judge) if spec]
     inputs = [*args.questions, *filter(None, map(checkpoint, specs))]
-    images = data.image_files(args.images, map(vars, by_id.values()))
+    images = data.image_files(args.images, map(vars, questions.values()))
     if not stage.open_folder(args, inputs, inference.SPEED, images):
         return
-    requests = {request.id: request for request in requests_of(by_id, args)}
-    bill.announce(costs(by_id, requests.values(), args), args.images_may_leave)
-    # each before it is asked: its folder may be trained anew in the meantime
-    engines = {args.engine: identity(args.engine)}
-    rows = complete(requests, by_id, args)
-    read_answers(rows, by_id, bool(args.open_ended))
-    ungraded, criteria, outputs = 0, {}, [out / "predictions.jsonl", out / "results.json"]
-    if args.open_ended:
-        engines[args.open_ended] = identity(args.open_ended)
-        ungraded = grade(rows, by_id, args)
+    requests = {}
+    for key, question in questions.items():
+        count = args.n[0] if question.images else args.n[-1]
+        requests[key] = make_request(question, args.prompt, Path(args.images), count)
+    bill.announce(costs(questions, requests.values(), args), args.images_may_leave)
+    engines = {spec: identity(spec) for spec in specs}
+    rows = complete(requests, questions, args)
+    read_answers(rows, questions, bool(args.open_ended))
+    ungraded = grade(rows, questions, args) if args.open_ended else 0
     data.write_jsonl(out / "predictions.jsonl", rows)
+    criteria, outputs = {}, [out / "predictions.jsonl", out / "results.json"]
     if args.judge:
-        engines[args.judge] = identity(args.judge)
-        chosen = judged_samples(by_id, args)
-        chains = [row for row in rows if (row["id"], row["sample"]) in chosen]
-        chains = [row for row in chains if row["response"].strip()]  # nothing to judge in no text
-        verdicts = judge_chains(open_engine(args.judge, setup_of(args)), chains, by_id, args)
+        chosen = judged_samples(questions, args)
+        told = [row for row in rows if row["response"].strip()]  # nothing to judge in no text
+        chains = [row for row in told if (row["id"], row["sample"]) in chosen]
+        verdicts = judge_chains(open_engine(args.judge, setup_of(args)), chains, questions, args)
         data.write_jsonl(out / "verdicts.jsonl", verdicts)
         criteria = {(row["id"], row["sample"]): row["criteria"] for row in verdicts}
         outputs.append(out / "verdicts.jsonl")
-    samples: dict[str, list[dict]] = {key: [] for key in by_id}
+    samples: dict[str, list[dict]] = {key: [] for key in questions}
     for row in rows:
         samples[row["id"]].append(row)
-    entries = [score.entry(question, samples[key], criteria) for key, question in by_id.items()]
-    sampling = Sampling(args.temperature, args.top_p, args.max_tokens, args.seed)
+    entries = [score.entry(question, samples[key], criteria) for key, question in questions.items()]
     results = {"name": args.name or out.name, "engine": args.engine, "prompt": args.prompt}
-    results |= {"open_ended": args.open_ended, "ungraded": ungraded, "sampling": vars(sampling)}
+    results |= {"open_ended": args.open_ended, "ungraded": ungraded}
+    results |= {"sampling": vars(sampling_of(args))}
     results |= score.make_results(entries)
     score.write_results(out / "results.json", results)
     print_results(results)
-    if ungraded:
-        print(f"{ungraded} answers have no readable grade, and count as wrong")
     stage.finish(args, outputs, started, {}, engines)
 
 
@@ -305,7 +280,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--limit", type=flags.whole(0), default=0, help=about)
     inference.add_flags(parser)
     add("--seed", type=flags.SEED, default=0)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if len(args.n) > 2:
+        parser.error("argument -n: expected one number of samples, or two: of image and text")
+    if args.open_ended and args.prompt == "official":
+        parser.error("argument --open-ended: --prompt official asks for a letter")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:

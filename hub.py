@@ -15,7 +15,7 @@ import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -25,36 +25,23 @@ import data
 import lora
 from model import Policy, Processor, load_config, reading
 
-# ours: rows that are compared at a time, 30 MB in fp32 for the widest weight of a 72B
-COMPARED_ROWS = 256
+# ours: rows whose rounding is summed at a time, 30 MB in fp32 for the widest weight of a 72B
+ROUNDED_ROWS = 256
 # ours: the most bytes of a weight file, as on the hub, and so the most that saving holds
 SHARD_BYTES = 5_000_000_000
 
 
-def row_parts(rows: int) -> Iterator[slice]:
-    """A tensor's rows, COMPARED_ROWS at a time."""
-    return (slice(at, at + COMPARED_ROWS) for at in range(0, rows, COMPARED_ROWS))
-
-
-def equal(one, other) -> bool:
-    """Whether two stored tensors hold the same numbers. Neither is ever whole in memory."""
-    if one.get_shape() != other.get_shape():
-        return False
-    parts = row_parts(one.get_shape()[0])
-    return all(torch.equal(one[part].float(), other[part].float()) for part in parts)
-
-
 class Checkpoint:
     """The weights in a Hugging Face folder, under the names that `model` gives its parameters. Only
-    the rows asked for are read, when they are asked for: of a 72B, a rank that holds an eighth of
-    each weight reads an eighth.
+    the rows asked for are read: of a 72B, a rank that holds an eighth of each weight reads an
+    eighth.
 
     The hub's checkpoints have older names ("visual.blocks.0...", "model.layers.0..."). transformers
     maps them by the table used here when it loads, and back when it saves (`save_policy`).
 
-    Every tensor of the files has a place in the model. Raises RowError that names what is missing,
-    unexpected, stored twice or of another shape, before any number is read. Only a head that is
-    stored although it is tied is read, and must equal the embedding.
+    Raises RowError that names what is missing, unexpected, stored twice or of another shape, before
+    any number is read. Only a head that is stored although it is tied is read, and must equal the
+    embedding.
     """
 
     def __init__(self, folder: str | Path, model: nn.Module):
@@ -99,9 +86,8 @@ class Checkpoint:
 
     def check(self, model: nn.Module) -> None:
         """Raises RowError unless the files hold exactly what the model has."""
-        modules = model.state_dict()
-        wanted = dict([*model.named_parameters(), *model.named_buffers()])
-        wanted = {name: list(wanted[name].shape) for name in modules if name in wanted}
+        named, modules = [*model.named_parameters(), *model.named_buffers()], model.state_dict()
+        wanted = {name: list(tensor.shape) for name, tensor in named if name in modules}
         found = {name: stored.get_shape() for name, stored in self.stored.items()}
         both = wanted.keys() & found.keys()
         faults = {
@@ -121,8 +107,8 @@ class Checkpoint:
             )
         for name in found.keys() - wanted.keys():  # a tied head: a second name of the embedding
             head = model.get_parameter(name)
-            twin = next(other for other, parameter in model.named_parameters() if parameter is head)
-            if not equal(self.stored[name], self.stored[twin]):
+            twin = next(other for other, parameter in named if parameter is head)
+            if not torch.equal(self.read(name), self.read(twin)):
                 raise data.RowError(
                     f"{self.folder}: {self.keys[name]} differs from {self.keys[twin]}, but "
                     "config.json ties the two; set tie_word_embeddings to false there, or remove "
@@ -152,17 +138,14 @@ def meta_policy(folder: str | Path, dtype: torch.dtype = torch.float32) -> Polic
     if (folder / "generation_config.json").exists():
         with reading(folder / "generation_config.json"):
             model.generation_config = GenerationConfig.from_pretrained(folder)
-    # Buffers that no file holds (the frequencies of rotary positions) are on meta too, so they have
-    # no values. They are a few numbers: transformers' own initialisation, as in from_pretrained,
-    # computes them again on the CPU.
+    # Buffers that no file holds (the frequencies of rotary positions) are on meta too, without
+    # values. transformers' own initialisation, as in from_pretrained, computes them on the CPU.
     for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
+        buffers = dict(module.named_buffers(recurse=False))
+        for name, buffer in buffers.items():  # NaN, so that one without an initialisation shows
             setattr(module, name, torch.full_like(buffer, math.nan, device="cpu"))
-        if any(True for _ in module.buffers(recurse=False)):
+        if buffers:
             model._init_weights(module)
-    left = [name for name, buffer in model.named_buffers() if buffer.isnan().any()]
-    if left:
-        raise ValueError(f"{folder}: this version of transformers does not initialise {left[0]}")
     policy = Policy(model)
     policy.checkpoint = Checkpoint(folder, model)
     return policy
@@ -170,11 +153,8 @@ def meta_policy(folder: str | Path, dtype: torch.dtype = torch.float32) -> Polic
 
 def materialize(policy: Policy, read: Callable[[str, nn.Parameter], Tensor]) -> None:
     """Loads each parameter still on `meta` by read(Hugging Face name, parameter) -> tensor."""
-    state = {
-        name: read(name, parameter)
-        for name, parameter in policy.model.named_parameters()
-        if parameter.is_meta
-    }
+    parameters = policy.model.named_parameters()
+    state = {name: read(name, p) for name, p in parameters if p.is_meta}
     if state:
         policy.model.load_state_dict(state, strict=False, assign=True)
         # for a head that shares the embedding's weight: only the embedding was assigned
@@ -184,9 +164,8 @@ def materialize(policy: Policy, read: Callable[[str, nn.Parameter], Tensor]) -> 
 def load_policy(folder: str | Path, dtype: torch.dtype = torch.float32) -> Policy:
     """A whole policy from a Hugging Face folder, on the CPU. Errors as for `meta_policy`."""
     policy = meta_policy(folder, dtype)
-    materialize(
-        policy, lambda name, parameter: policy.checkpoint.read(name).to(parameter.dtype, copy=True)
-    )
+    read = policy.checkpoint.read
+    materialize(policy, lambda name, parameter: read(name).to(parameter.dtype, copy=True))
     return policy
 
 
@@ -204,9 +183,10 @@ class Rounding:
         """exact: a weight as training left it; saved: the same weight as in the file."""
         if self.start is None or name not in self.trained:
             return
-        for part in row_parts(len(exact)):
-            before, after = self.start.read(name, part).float(), saved[part].float()
-            now = exact[part].float()
+        for at in range(0, len(exact), ROUNDED_ROWS):
+            part = slice(at, at + ROUNDED_ROWS)
+            before = self.start.read(name, part).float()
+            now, after = exact[part].float(), saved[part].float()
             self.count += now.numel()
             self.changed += int((after != before).sum())
             self.change += float((now - before).square().sum(dtype=torch.float64))
@@ -272,7 +252,6 @@ def save_policy(
             write()
         held[name] = saved
         total += saved.nbytes
-        del saved
     write()
     write_config(making, policy, dtype)
     processor.save(making)

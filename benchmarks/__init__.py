@@ -609,7 +609,7 @@ def main(argv: list[str] | None = None) -> None:
             if not args.images:
                 raise data.RowError(f"{args.path}: has images; say with --images where they go")
             questions = read(args.name, args.path, Path(args.images))
-        text = data.jsonl_text(question.to_row() for question in questions)
+        text = "".join(data.json_lines(question.to_row() for question in questions))
         stage.new_file(args.out, text, [args.path])
         print(f"{args.out}: {len(questions)} questions")
     inspect(args.name, questions)

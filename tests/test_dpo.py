@@ -727,8 +727,8 @@ def test_the_reference_of_a_lora_run_is_the_merged_stage_one_and_not_the_base(
     for name, p in policy.named_parameters():
         if name.endswith("lora_B"):
             p.data.normal_(std=0.05, generator=torch.Generator().manual_seed(len(name)))
-    lora.merge(policy.language_model)
-    hub.save_policy(stage_one, policy, processor, train.gather_full(policy))
+    merged = lora.merge_state(train.gather_full(policy), 8.0 / 4)
+    hub.save_policy(stage_one, policy, processor, merged)
     rows = [pair(index, "film0.png" if index else None, processor) for index in range(2)]
     run(
         stage_one,

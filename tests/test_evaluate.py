@@ -575,22 +575,18 @@ def test_free_answers_without_tags_are_graded_too(tmp_path):
     )  # the benchmark's rule reads letters, and there are none
 
 
-def test_the_benchmarks_own_prompts_are_not_put_without_options(tmp_path):
-    with pytest.raises(data.RowError, match="ask for a letter"):
-        evaluate.main(
-            [
-                "--engine",
-                "clinic:hasty",
-                "--questions",
-                "none.jsonl",
-                "--out",
-                str(tmp_path / "out"),
-                "--prompt",
-                "official",
-                "--open-ended",
-                "clinic:judge",
-            ]
-        )
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--prompt", "official", "--open-ended", "clinic:judge"], "asks for a letter"),
+        (["-n", "1", "2", "3"], "expected one number of samples, or two"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_refused(tmp_path, capsys, more, said):
+    asked = ["--engine", "clinic:hasty", "--questions", "none.jsonl", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit):
+        evaluate.main([*asked, *more])
+    assert said in capsys.readouterr().err
 
 
 def test_a_direct_letter_is_read_under_mmmus_own_prompt(tmp_path):
@@ -821,24 +817,6 @@ def test_a_torn_or_older_results_file_is_named(tmp_path, content, said):
     (tmp_path / "results.json").write_text(content)
     with pytest.raises(data.RowError, match=said):
         report.__main__.main(["plot", "--results", str(tmp_path), "--out", str(tmp_path / "out")])
-
-
-def test_three_numbers_of_samples_are_refused(tmp_path):
-    with pytest.raises(data.RowError, match="expected one number of samples, or two"):
-        evaluate.main(
-            [
-                "--engine",
-                "clinic:hasty",
-                "--questions",
-                "none.jsonl",
-                "--out",
-                str(tmp_path / "out"),
-                "-n",
-                "1",
-                "2",
-                "3",
-            ]
-        )
 
 
 def test_a_folder_without_results_is_named(tmp_path):
