@@ -267,8 +267,8 @@ def run(args: argparse.Namespace) -> None:
 
 def plan(args: argparse.Namespace) -> None:
     from lora import RANK
+    from memory import SHAPES, USABLE, config_of, image_bytes, policy_of, report
     from model import load_config
-    from report.memory import SHAPES, USABLE, config_of, image_bytes, policy_of, report
     from train import MAX_LENGTH
 
     recipe = RECIPES[args.recipe]

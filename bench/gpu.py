@@ -48,13 +48,13 @@ import attention  # noqa: E402
 import data  # noqa: E402
 import dpo  # noqa: E402
 import hub  # noqa: E402
+import memory as plan  # noqa: E402
 import model  # noqa: E402
 import reference  # noqa: E402
 import train  # noqa: E402
 import trees  # noqa: E402
 from clinic import roles, school, world  # noqa: E402
 from command import schema  # noqa: E402
-from report import memory as plan  # noqa: E402
 
 PEAK_SPEED = 989e12  # dense bf16 of an H100 or H200 SXM, by NVIDIA's data sheet
 LEARNING_RATE = 1e-4  # ours: high enough for three steps to show, low enough for random weights

@@ -51,11 +51,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import clinic.school
 import data
 import dpo
+import memory  # noqa: E402
 import model  # noqa: E402
 import reference
 import train  # noqa: E402
 import trees  # noqa: E402
-from report import memory  # noqa: E402
 
 CPU = torch.device("cpu")
 BETA, LEARNING_RATE = 0.1, 1e-6

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # each file may import only files before it
 TABLE = [
     "command.flags", "data", "answers", "command.schema", "command.stage", "command.images", "lora",
-    "attention", "model", "hub", "train", "gate", "command.pipeline", "clinic.zero3",
+    "attention", "model", "memory", "hub", "train", "gate", "command.pipeline", "clinic.zero3",
     "clinic.world", "clinic.roles", "clinic.school", "clinic.__main__",
     "engines.bill", "engines.inference", "engines.decode", "engines.remote", "engines.apis",
     "engines", "engines.drift",
@@ -24,7 +24,7 @@ TABLE = [
     "benchmarks.descriptions", "curate", "distill", "sft", "rollout", "judge", "trees",
     "reference", "dpo",
     "report.score", "report.agreement", "report.tables", "report.figures", "report.cases",
-    "report.compare", "report.claims", "report.memory", "report.show", "evaluate",
+    "report.compare", "report.claims", "report.show", "evaluate",
     "report.__main__", "medee",
 ]  # fmt: skip
 STAGES = [

@@ -21,11 +21,11 @@ from transformers.core_model_loading import revert_weight_conversion
 import attention
 import data
 import hub
+import memory
 import model
 import report.__main__
 from bench.logprobs import peak_bytes
 from engines import decode
-from report import memory
 
 # the published checkpoints' own templates; the test folders carry templates written by this project
 PUBLISHED_TEMPLATE = {

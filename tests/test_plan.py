@@ -15,10 +15,10 @@ import data
 import dpo
 import lora
 import medee
+import memory
 import model
 import sft
 import train
-from report import memory
 
 IMAGE_ID = 500
 # width, layers, heads, key-value heads, feed-forward, vocabulary; tokens a row; rows at once; rows
@@ -225,13 +225,13 @@ def test_seven_billion_by_hand(seven):
     assert head["gradients"] == 4 * 7_615_616_512 / 8 == 3_807_808_256
     assert head["weights"] == 3_807_808_256 + 2 * 676_550_144 + 2 * 1_089_998_336
     assert block["weights"] == head["weights"] + 3 * 2 * 233_057_792
-    assert block["gradients"] == head["gradients"] + 6 * 233_057_792 + 2 * 152_064 * 3584
+    assert block["gradients"] == head["gradients"] + 10 * 233_057_792 + 2 * 152_064 * 3584
     assert (
         reduce["gradients"] == head["gradients"] + 6 * 1_089_998_336 and reduce["activations"] == 0
     )
-    # logits: 256 rows of them in fp32 and in bf16, the head's gradient in fp32, and these rows'
+    # logits: 1,024 rows of them in fp32 and in bf16, the head's gradient in fp32, and these rows'
     # share of it in bf16
-    assert head["logits"] == (4 + 2) * 256 * 152_064 + (4 + 2) * 152_064 * 3584
+    assert head["logits"] == (4 + 2) * 1024 * 152_064 + (4 + 2) * 152_064 * 3584
     # a token: norms 2 x (4 + 2 + 2) x 3584 + 8, attention 2 x 128 x (3 x 28 + 4 x 4) + 4 x 28 (rows
     # branch), SwiGLU 4 x 2 x 18944
     one = 8192 * (57_344 + 8 + 25_600 + 112 + 151_552)
@@ -249,7 +249,7 @@ def test_lora_on_seven_billion_by_hand(seven):
     assert moments["head"]["optimizer"] == adapter and moments["head"]["gradients"] == adapter / 2
     assert (
         moments["head"]["weights"]
-        == (7_615_616_512 + adapter) / 2 + 2 * 676_550_144 + 2 * 1_089_998_336
+        == 2 * 7_615_616_512 / 8 + adapter / 2 + 2 * 676_550_144 + 2 * 1_089_998_336
     )
     # frozen norms keep no product; k and v stay four heads; seven maps keep eight numbers a token;
     # no gradient of the head
@@ -258,7 +258,7 @@ def test_lora_on_seven_billion_by_hand(seven):
         memory.block_activations(seven["lora"], memory.Load(1, 8192, 8192, False, 0, False), 2)
         == 8192 * token
     )
-    assert moments["head"]["logits"] == 256 * 152_064 * (4 + 2)  # in fp32 and in bf16
+    assert moments["head"]["logits"] == 1024 * 152_064 * (4 + 2)  # in fp32 and in bf16
 
 
 def test_recommendation_prefers_no_checkpointing_then_the_most_rows():

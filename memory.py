@@ -12,10 +12,12 @@
 
 With P parameters of the language model, P_t of them trained, on N ranks (train.shard, train.fit):
 
-    weights      4 P / N bytes of fp32 master shards, the frozen vision tower whole in bf16, and
-                 bf16 copies of what is in use: embeddings and head all through, blocks three at a
-                 time (one at work, the next one, the buffer it comes in)
-    gradients    4 P_t / N, kept over the micro-batches of a step, and whole ones on their way
+    weights      4 P_t / N bytes of fp32 master shards, 2 (P - P_t) / N of frozen ones in bf16, the
+                 frozen vision tower whole in bf16, and bf16 copies of what is in use: embeddings
+                 and head all through, blocks three at a time (one at work, the next one, the
+                 buffer it comes in)
+    gradients    4 P_t / N, kept over the micro-batches of a step, and whole ones on their way: of
+                 two blocks, one at work and one that is summed over the ranks
     optimizer    8 P_t / N, AdamW's two moments
     reference    0: its log-probabilities are numbers in a file before training begins (dpo.py)
     activations  what autograd saves (`block_activations`); with checkpointing one input a block
@@ -173,7 +175,7 @@ def memory(
     around, around_trained = sharded - count(blocks), trained - count(blocks, True)
     head_trained = policy.model.lm_head.weight.requires_grad
     static = {
-        "weights": 4 * sharded / gpus + c * frozen + c * around * mixed,
+        "weights": (4 * trained + c * (sharded - trained)) / gpus + c * frozen + c * around * mixed,
         "gradients": 4 * trained / gpus,
         "optimizer": 8 * trained / gpus,
         "reference": 0,
@@ -190,7 +192,7 @@ def memory(
     above = tokens * width * (4 + c * bool(around_trained))
     above += (2 + head_trained) * c * supervised * width
     inside = c * tokens * (2 * wide + width)  # gradients in SwiGLU and along the residual
-    logits = min(model.LOGIT_CHUNK, supervised) * vocabulary
+    logits = min(model.LOGIT_CHUNK["cuda" if mixed else "cpu"], supervised) * vocabulary
     head_gradient = vocabulary * width * head_trained
     twice = 4 + c * mixed  # fp32 and its bf16 twin
     head = static | {"activations": kept + above, "logits": twice * (logits + head_gradient)}
@@ -199,9 +201,9 @@ def memory(
         at_block["gradients"] += 4 * wide * width * bool(block_trained)
         return {"head": head, "block": at_block}
     at_block["weights"] += 3 * c * block
-    # a block's own, in bf16 and as the fp32 that is summed over the ranks; the head's waits for the
-    # embeddings'
-    at_block["gradients"] += (c + 4) * block_trained + c * head_gradient
+    # a block's own, in bf16 and as the fp32 that is summed over the ranks, and that of the block
+    # before it; the head's waits for the embeddings'
+    at_block["gradients"] += (c + 8) * block_trained + c * head_gradient
     reduce = static | {"gradients": static["gradients"] + (c + 4) * around_trained}
     return {"head": head, "block": at_block, "reduce": reduce}
 
