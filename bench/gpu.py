@@ -415,7 +415,7 @@ def rounding(bench: Bench) -> Result:
     exact = (hidden.double() @ weight.double().T).log_softmax(-1)
     targets = exact.exp().multinomial(1)  # drawn as a response is
     wanted = exact.gather(1, targets)[:, 0]
-    chunked = attention.ChunkedLogProbs.apply(hidden, weight, targets[:, 0], attention.LOGIT_CHUNK)
+    chunked = attention.ChunkedLogProbs.apply(hidden, weight, targets[:, 0], 256)
     rounded = (hidden @ weight.T).float().log_softmax(-1).gather(1, targets)[:, 0]
     ours, other = ((found.double() - wanted).square().mean().sqrt() for found in (chunked, rounded))
     said = f"rms error of log p a token {ours:.1e}, with logits rounded to the weights'"
@@ -447,12 +447,14 @@ def loop(
     """The loop of dpo.main: two micro-batches a step, each of the same batch. With `stop` it is
     left in that step, and the states that it wrote stay."""
     settings = {"peak": LEARNING_RATE, "budget": 1, "save_every": 1 if stop else 0}
-    run = train.Run(policy, [[0, 1]] * steps, out=out, device=bench.device, **settings)
+    run = train.Run(
+        policy, [[0, 1]] * steps, lambda *_: batch, out=out, device=bench.device, **settings
+    )
     for step in run:
         if stop and step == stop:
             return
-        for _ in run.micro_batches():
-            run.backward(*dpo.pair_loss(policy(batch), batch, dpo.BETA))
+        for one in run.micro_batches():
+            run.backward(*dpo.pair_loss(policy(one), one, dpo.BETA))
         run.update()
 
 
@@ -495,7 +497,7 @@ def question(
     root, *chains = row
     pairs = []
     for w, l in edges:
-        both = [root, replace(chains[w], answer=1), replace(chains[l], answer=2)]
+        both = [root, replace(chains[w], branch=1), replace(chains[l], branch=2)]
         pairs.append(bench.batch((both, [values[w], values[l]], [(0, 1)])))
     return bench.batch((row, values, edges)), pairs
 

@@ -54,7 +54,7 @@ def whole(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def chunked(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    return attention.ChunkedLogProbs.apply(hidden, weight, targets, attention.LOGIT_CHUNK)
+    return attention.ChunkedLogProbs.apply(hidden, weight, targets, attention.LOGIT_CHUNK["cpu"])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     print(
         f"V {args.vocabulary:,}, {args.positions:,} positions, width {args.width:,}, fp32, "
-        f"{torch.get_num_threads()} threads, chunks of {attention.LOGIT_CHUNK}"
+        f"{torch.get_num_threads()} threads, chunks of {attention.LOGIT_CHUNK['cpu']}"
     )
 
     def work(function: Callable) -> list[Tensor]:

@@ -120,14 +120,18 @@ def ours(
     policy, plan = model.Policy(network), [list(range(train.world_size()))] * steps
     settings = {"peak": LEARNING_RATE, "budget": 1, "warmup": 0, "save_every": 0}
     with tempfile.TemporaryDirectory() as out:
-        run = train.Run(train.shard(policy, CPU), plan, out=Path(out), device=CPU, **settings)
+
+        def make_batch(rows: list[int], weights: list[float]) -> model.Batch:
+            return trees.collate_trees([row] * len(rows), weights, processor)
+
+        policy = train.shard(policy, CPU)
+        run = train.Run(policy, plan, make_batch, out=Path(out), device=CPU, **settings)
         history = []
         for _ in run:
-            for rows, weights in run.micro_batches():
-                batch = trees.collate_trees([row] * len(rows), weights, processor)
+            for batch in run.micro_batches():
                 run.backward(*dpo.pair_loss(policy(batch), batch, BETA))
             run.update()
-            history.append(run.row)
+            history.append(run.figures)
     return [(row["seconds"], row["loss"]) for row in history]
 
 
