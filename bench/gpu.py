@@ -529,7 +529,7 @@ def tree_gradient(bench: Bench) -> Result:
     """The same weights twice: in fp32, not sharded; then as the stages compute."""
     policy, lengths = bench.plain_policy(bench.work.depths[0]), bench.work.questions[0]
     whole, _ = question(bench, *lengths)
-    with torch.no_grad():
+    with train.forward_only(policy):
         own = reference.response_sums(policy(whole), whole)[0].tolist()
     # ours: some nats off the policy's own, so that no two pairs pull equally
     values = [value + apart for value, apart in zip(own, (0, 3, -3, 1, -2, 2))]
@@ -575,7 +575,7 @@ def step(bench: Bench) -> Result:
     small, said = Bench(bench.device, SMALL), io.StringIO()
     whole, cut, other = (small.policy(2, seed) for seed in (0, 0, 1))
     batch = small.batch(small.tree(SMALL.prompt, SMALL.chain, SMALL.chain))
-    with torch.no_grad():
+    with train.forward_only(whole):
         batch.reference = reference.response_sums(whole(batch), batch)
     begun = weights(whole)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(said):
