@@ -194,7 +194,8 @@ def main(argv: list[str] | None = None) -> None:
     held = trees.held_out(forest.trees, [len(own) for own in forest.edges], args.held_out)
     subtrees, steps = trees.make_plan(args, forest, held)
 
-    policy = train.build(args, device)
+    images = max(len(tree.images) for tree in forest.trees)
+    policy = train.build(args, device, max(one.tokens for one in subtrees), images)
     seen = next((one for one in subtrees if forest.trees[one.tree].images), None)
     shortest = forest.encode(min(subtrees, key=lambda one: one.tokens))
     with_lora, seen = args.method == "lora", seen and forest.encode(seen)

@@ -85,6 +85,17 @@ def make_request(question: data.Question, style: str, image_root: Path, samples:
     return Request(question.id, messages, paths, tuple(range(samples)))
 
 
+def requests_of(
+    questions: dict[str, data.Question], args: argparse.Namespace
+) -> dict[str, Request]:
+    """A request for every question, by its id, with as many samples as its kind has."""
+    counts, root = {True: args.n[0], False: args.n[-1]}, Path(args.images)
+    return {
+        key: make_request(question, args.prompt, root, counts[bool(question.images)])
+        for key, question in questions.items()
+    }
+
+
 def judged_samples(
     questions: dict[str, data.Question], args: argparse.Namespace
 ) -> set[tuple[str, int]]:
@@ -225,10 +236,7 @@ def run(args: argparse.Namespace) -> None:
     images = data.image_files(args.images, map(vars, questions.values()))
     if not stage.open_folder(args, inputs, inference.SPEED, images):
         return
-    requests = {}
-    for key, question in questions.items():
-        count = args.n[0] if question.images else args.n[-1]
-        requests[key] = make_request(question, args.prompt, Path(args.images), count)
+    requests = requests_of(questions, args)
     bill.announce(costs(questions, requests.values(), args), args.images_may_leave)
     engines = {spec: identity(spec) for spec in specs}
     rows = complete(requests, questions, args)

@@ -4,6 +4,7 @@
     python medee.py run qwen2.5-vl-7b ...        the same stages at the paper's size
     python medee.py status                       which stages of a run are done
     python medee.py adopt sft --out runs/7b      takes over a stage that was finished by hand
+    python medee.py plan --gpus 1                which rows fit, for every recipe
     python medee.py plan qwen2.5-vl-7b --gpus 8  memory of a GPU in both stages, term by term
     python medee.py claims                       the demo over several seeds, with intervals
 
@@ -64,14 +65,14 @@ base         python -m clinic teach --family {family} --size {size} {teach} --se
 FULL = {
     "engine": "vllm", "curate": {}, "distill": {},
     # paper App. C: lr; the rest ours
-    "sft": {"lr": 1e-4, "epochs": 3, "batch": 64, "rank": 8, "alpha": 16, "checkpointing": True},
+    "sft": {"lr": 1e-4, "epochs": 3, "batch": 64, "rank": 8, "alpha": 16},
     # paper 3.3: n; the rest ours
     "rollout": {"n": 8, "temperature": 0.95, "top-p": 0.95, "max-tokens": 8192},
     "pairs": {"rule": "all"},  # ours
     # paper App. C: method, lr; the rest ours. max-length: a prompt of up to 8K tokens and two
     # responses of a rollout's maximum, so no pair is dropped
     "dpo": {"max-length": 8192 + 2 * 8192, "method": "full", "lr": 1e-6, "beta": 0.1, "epochs": 1,
-            "batch": 64, "checkpointing": True},
+            "batch": 64},
     "evaluate": {"n": 32, "temperature": 0.5, "max-tokens": 8192},  # paper 4.3
 }  # fmt: skip
 MINI = {  # ours, chosen on development questions: so small a model learns at other rates than a 7B
@@ -100,8 +101,12 @@ def large(gpus: int) -> dict:
     return override(FULL, {"rollout": parallel, "evaluate": parallel, "dpo": lora})
 
 
+SMALL = override(FULL, {"dpo": {"method": "lora", "lr": 5e-6}})  # ours: fits a GPU of 24 GB
 QWEN, INTERNVL = {"image": {"pixels": 768 * 768}}, {"image": {"tiles": 1}}  # ours
 RECIPES = {
+    "qwen2.5-vl-3b": SMALL | QWEN | {"base": "models/Qwen2.5-VL-3B-Instruct"},
+    "internvl3-1b": SMALL | INTERNVL | {"base": "models/InternVL3-1B-hf"},
+    "internvl3-2b": SMALL | INTERNVL | {"base": "models/InternVL3-2B-hf"},
     "qwen2.5-vl-7b": FULL | QWEN | {"base": "models/Qwen2.5-VL-7B-Instruct"},
     "internvl3-8b": FULL | INTERNVL | {"base": "models/InternVL3-8B-hf"},
     "qwen2.5-vl-32b": large(2) | QWEN | {"base": "models/Qwen2.5-VL-32B-Instruct"},
@@ -221,7 +226,8 @@ def announce(stages: list[Stage], may_leave: bool) -> None:
     for name in ("eval-base", "eval-stage1", "eval-stage2"):
         settings = evaluate.parse(typed[name])
         by_id = evaluate.questions_of(settings)
-        costs[name] = evaluate.costs(by_id, evaluate.requests_of(by_id, settings), settings)
+        requests = evaluate.requests_of(by_id, settings).values()
+        costs[name] = evaluate.costs(by_id, requests, settings)
     rows = [(name, one) for name, several in costs.items() for one in several]
     bill.announce([replace(one, role=f"{name}: {one.role}") for name, one in rows], may_leave)
     paper = zip(curate.PAPER["bank"], curate.PAPER["solvable"])
@@ -265,12 +271,36 @@ def run(args: argparse.Namespace) -> None:
         announce(stages, may_leave=True)
 
 
+def plan_table(gpus: int) -> None:
+    """What each recipe can train on GPUs of three sizes: tokens of the longest row with an image,
+    if every block is recomputed, and if none is, which is faster."""
+    from memory import GB, SHAPES, USABLE, config_of, image_bytes, longest_row, policy_of
+
+    sizes = (24, 48, 80)
+    print(f"longest row in tokens (up to 32K), every block recomputed / none, GPUs: {gpus}")
+    print(f"{'':<16}{'':>6}" + "".join(f"{f'{size} GB':>17}" for size in sizes))
+    for name in PUBLISHED:
+        image = RECIPES[name]["image"]
+        for how in ("lora", "full"):
+            policy = policy_of(config_of(SHAPES[name]), how)
+            pixels = image_bytes(policy, image.get("pixels", 0), image.get("tiles", 1))
+            cells = []
+            for size in sizes:
+                room, blocks = USABLE * size * GB, len(policy.language_model.layers)
+                found = [longest_row(policy, n, pixels, gpus, room) for n in (blocks, 0)]
+                cells.append(" / ".join(f"{n:,}" if n else "-" for n in found))
+            print(f"{name:<16}{how:>6}" + "".join(f"{cell:>17}" for cell in cells))
+
+
 def plan(args: argparse.Namespace) -> None:
     from lora import RANK
     from memory import SHAPES, USABLE, config_of, image_bytes, policy_of, report
     from model import load_config
     from train import MAX_LENGTH
 
+    if not args.recipe:
+        plan_table(args.gpus)
+        return
     recipe = RECIPES[args.recipe]
     config = load_config(args.base) if args.base else config_of(SHAPES[args.recipe])
     source = args.base or "the published config, from memory (--base FOLDER reads yours)"
@@ -285,7 +315,7 @@ def plan(args: argparse.Namespace) -> None:
         title = f"\n{'Stage II, dpo.py' if second else 'Stage I, sft.py'} ({method}; "
         title += f"rows of {longest} tokens; images a row: {count})"
         budget, rows = USABLE * args.memory, max(1, chosen["batch"] // args.gpus)
-        print(report(title, policy, args.gpus, longest, second, images, budget, rows))
+        print(report(title, policy, args.gpus, longest, images, budget, rows))
 
 
 def claims(args: argparse.Namespace) -> None:
@@ -359,7 +389,7 @@ def add_run(add) -> None:
 
 
 def add_plan(add) -> None:
-    add("recipe", choices=PUBLISHED)
+    add("recipe", nargs="?", choices=PUBLISHED, help="default: a table of all of them")
     add("--gpus", type=flags.whole(1), default=8, help="that share the weights")
     said = "tokens of the longest row: prompt, images, responses; 0: as long as the recipe allows"
     add("--len", type=flags.whole(0), default=0, help=said)

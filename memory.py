@@ -5,8 +5,8 @@
 
     head     backward begins: every activation is held, and the log-probabilities' gradient is made
              (attention.ChunkedLogProbs)
-    block    a block runs backward: its weights are gathered, its gradients on their way; with
-             checkpointing it is recomputed
+    block    a block runs backward: its weights are gathered, its gradients on their way; if it is
+             one of those that are recomputed (checkpointing), it has just been
     reduce   backward ends: the embeddings' and the head's gradients are summed over the ranks in
              fp32, activations are gone
 
@@ -20,7 +20,7 @@ With P parameters of the language model, P_t of them trained, on N ranks (train.
                  two blocks, one at work and one that is summed over the ranks
     optimizer    8 P_t / N, AdamW's two moments
     reference    0: its log-probabilities are numbers in a file before training begins (dpo.py)
-    activations  what autograd saves (`block_activations`); with checkpointing one input a block
+    activations  what autograd saves (`block_activations`); of a recomputed block its input
     logits       LOGIT_CHUNK rows of the vocabulary at a time; the head's gradient if it is trained
 
     python medee.py plan qwen2.5-vl-7b --gpus 8 --len 8192
@@ -63,10 +63,16 @@ class Size:
     vocabulary: int
     vision: tuple[int, int, int, int]
     window: tuple[int, tuple[int, ...]] = (112, (7, 15, 23, 31))
+    tied: bool = False  # the head is the embedding
 
 
 # from memory of the published configs, not read on the hub: --base FOLDER reads a model's own
 SHAPES = {
+    "qwen2.5-vl-3b": Size(
+        "qwen2_5_vl", 2048, 36, 16, 2, 11008, 151936, (32, 1280, 16, 3420), tied=True
+    ),
+    "internvl3-1b": Size("internvl", 896, 24, 14, 2, 4864, 151674, (24, 1024, 16, 4096)),
+    "internvl3-2b": Size("internvl", 1536, 28, 12, 2, 8960, 151674, (24, 1024, 16, 4096)),
     "qwen2.5-vl-7b": Size("qwen2_5_vl", 3584, 28, 28, 4, 18944, 152064, (32, 1280, 16, 3420)),
     "qwen2.5-vl-32b": Size("qwen2_5_vl", 5120, 64, 40, 8, 27648, 152064, (32, 1280, 16, 3456)),
     "qwen2.5-vl-72b": Size("qwen2_5_vl", 8192, 80, 64, 8, 29568, 152064, (32, 1280, 16, 3456)),
@@ -82,14 +88,14 @@ def config_of(size: Size):
     text = dict(
         vocab_size=size.vocabulary, hidden_size=size.width, intermediate_size=size.feed_forward,
         num_hidden_layers=size.layers, num_attention_heads=size.heads,
-        num_key_value_heads=size.kv_heads, tie_word_embeddings=False,
+        num_key_value_heads=size.kv_heads, tie_word_embeddings=size.tied,
         bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     vision = dict(hidden_size=width, intermediate_size=feed_forward)
     if size.family == "internvl":
         text["model_type"] = "qwen2"
         vision |= dict(num_hidden_layers=depth, num_attention_heads=heads, attention_bias=True)
-        return InternVLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
+        return InternVLConfig(text_config=text, vision_config=vision, tie_word_embeddings=size.tied)
     half = size.width // size.heads // 2
     part = 3 * half // 8
     sections = [half - 2 * part, part, part]  # 16, 24, 24 of a head's 64 frequencies
@@ -99,7 +105,7 @@ def config_of(size: Size):
         depth=depth, num_heads=heads, out_hidden_size=size.width, window_size=window,
         fullatt_block_indexes=list(whole),
     )  # fmt: skip
-    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
+    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=size.tied)
 
 
 def policy_of(
@@ -131,7 +137,7 @@ class Load:
     supervised: int  # tokens of a row that have a log-probability; at most all
     tree: bool
     image_bytes: int  # pixels of a row, fp32
-    checkpointing: bool
+    recomputed: int  # blocks whose activations are computed again in backward (checkpointing)
 
 
 def count(module: nn.Module, trained: bool = False) -> int:
@@ -186,8 +192,9 @@ def memory(
     }
     tokens, supervised = load.rows * load.length, load.rows * load.supervised
     one = block_activations(policy, load, c)
-    kept = len(blocks) * (c * tokens * width if load.checkpointing else one)
-    kept += 2 * c * tokens * (width // text.num_attention_heads)  # rotations
+    whole = (len(blocks) - load.recomputed) * one
+    # inputs of the blocks that are recomputed, and rotations
+    kept = c * tokens * (load.recomputed * width + 2 * (width // text.num_attention_heads))
     # last norm; positions, d logp / d h, and its product with the gradient
     above = tokens * width * (4 + c * bool(around_trained))
     above += (2 + head_trained) * c * supervised * width
@@ -195,8 +202,12 @@ def memory(
     logits = min(model.LOGIT_CHUNK["cuda" if mixed else "cpu"], supervised) * vocabulary
     head_gradient = vocabulary * width * head_trained
     twice = 4 + c * mixed  # fp32 and its bf16 twin
-    head = static | {"activations": kept + above, "logits": twice * (logits + head_gradient)}
-    at_block = static | {"activations": kept + load.checkpointing * one + inside}
+    head = static | {
+        "activations": kept + whole + above,
+        "logits": twice * (logits + head_gradient),
+    }
+    # the first blocks are recomputed, one at a time, when those after them have gone backward
+    at_block = static | {"activations": kept + max(whole, one) + inside}
     if not mixed:  # one weight's new gradient beside the sum
         at_block["gradients"] += 4 * wide * width * bool(block_trained)
         return {"head": head, "block": at_block}
@@ -212,6 +223,32 @@ def peak(moments: dict[str, dict[str, float]]) -> float:
     return max(sum(moment.values()) for moment in moments.values())
 
 
+def blocks_to_recompute(
+    policy: model.Policy, rows: int, length: int, images: int, gpus: int, budget: float
+) -> int | None:
+    """The fewest blocks whose recomputation makes training fit into `budget` bytes; None if not
+    even all of them do. Recomputing all costs a third more time. Rows branch, and every token has a
+    log-probability: the most that a stage can ask for. images: bytes of a row's."""
+    for count in range(len(policy.language_model.layers) + 1):
+        load = Load(rows, length, length, True, images, count)
+        if peak(memory(policy, load, gpus)) <= budget:
+            return count
+    return None
+
+
+def longest_row(
+    policy: model.Policy, recomputed: int, images: int, gpus: int, budget: float
+) -> int:
+    """Tokens of the longest row, in steps of 256, that trains within `budget` bytes. images: bytes
+    of a row's. 0 if none does; at most 32K."""
+    fits, fails = 0, 129  # in steps
+    while fails - fits > 1:
+        length = 256 * (step := (fits + fails) // 2)
+        load = Load(1, length, length, True, images, recomputed)
+        fits, fails = (step, fails) if peak(memory(policy, load, gpus)) <= budget else (fits, step)
+    return 256 * fits
+
+
 def image_bytes(policy: model.Policy, pixels: int, tiles: int) -> int:
     """Bytes of the largest image a row can have, in fp32: two frames of three colours for Qwen,
     tiles and a thumbnail for InternVL."""
@@ -225,44 +262,41 @@ def image_bytes(policy: model.Policy, pixels: int, tiles: int) -> int:
 # What to run
 
 
-def recommend(totals: dict[tuple[int, bool], float], budget: float) -> tuple[int, bool] | None:
-    """(micro-batch, checkpointing) of what fits, or None: without checkpointing if one row fits so,
-    since recomputing costs a third more time; then the most rows."""
-    fitting = [choice for choice, total in totals.items() if total <= budget]
-    return max(fitting, key=lambda choice: (not choice[1], choice[0])) if fitting else None
-
-
 def report(
-    title: str, policy: model.Policy, gpus: int, length: int, tree: bool, images: int,
-    budget: float, most_rows: int,
+    title: str, policy: model.Policy, gpus: int, length: int, images: int, budget: float,
+    most_rows: int,
 ) -> str:  # fmt: skip
     """The table of one stage. images: bytes of a row's. budget: GB that may be planned for.
-    most_rows: the largest micro-batch that the global batch leaves a GPU."""
-    rows, choices = [1 << k for k in range(most_rows.bit_length())], {}
-    for again in (False, True):
-        for n in rows:
-            load = Load(n, length, length, tree, images, again)
-            choices[n, again] = memory(policy, load, gpus)
-    totals = {choice: peak(moments) / GB for choice, moments in choices.items()}
-    best = recommend(totals, budget)
-    n, again = best or (1, True)
-    moments, total = choices[n, again], totals[n, again]
+    most_rows: the largest micro-batch that the global batch leaves a GPU. What is chosen recomputes
+    the fewest blocks, and then has the most rows."""
+    rows, every = [1 << k for k in range(most_rows.bit_length())], len(policy.language_model.layers)
+    asked = {n: blocks_to_recompute(policy, n, length, images, gpus, budget * GB) for n in rows}
+    fitting = [n for n in rows if asked[n] is not None]
+    best = min(fitting, key=lambda n: (asked[n], -n)) if fitting else 1
+    again = asked[best] if fitting else every
+
+    def moments_of(n: int, recomputed: int) -> dict[str, dict[str, float]]:
+        return memory(policy, Load(n, length, length, True, images, recomputed), gpus)
 
     def line(label: str, cells: Iterable) -> str:
-        shown = (f"{cell:.1f}" if isinstance(cell, float) else cell for cell in cells)
+        shown = (f"{cell:.1f}" if isinstance(cell, float) else str(cell) for cell in cells)
         return f"  {label:<36}" + "".join(f"{cell:>9}" for cell in shown)
 
-    lines = [title, line(f"micro-batch {n}{', checkpointing' if again else ''}: GB at", moments)]
+    moments = moments_of(best, again)
+    lines = [title, line(f"micro-batch {best}, {again} of {every} blocks again: GB at", moments)]
     for term in moments["head"]:
         lines.append(line(term, (moment[term] / GB for moment in moments.values())))
     lines.append(line("together", (sum(moment.values()) / GB for moment in moments.values())))
     lines.append(line("peak in GB, by micro-batch", rows))
-    for word in ("without", "with"):
-        peaks = (totals[n, word == "with"] for n in rows)
-        lines.append(line(f"{word} checkpointing", peaks))
+    for label, count in (("nothing recomputed", 0), ("every block recomputed", every)):
+        lines.append(line(label, (peak(moments_of(n, count)) / GB for n in rows)))
+    lines.append(
+        line("blocks that auto recomputes", ("-" if k is None else k for k in asked.values()))
+    )
+    total = peak(moments) / GB
     outcome = f"does not fit: {total:.0f} GB at best, {budget:.0f} may be planned for"
     outcome += "; more GPUs, shorter rows (--len), or LoRA"
-    if best:
-        outcome = f"fits: --micro-tokens {n * length}{' --checkpointing' if again else ''}"
-        outcome += f", {total:.0f} of {budget:.0f} GB that may be planned for"
+    if fitting:
+        outcome = f"fits: --micro-tokens {best * length}, {total:.0f} of {budget:.0f} GB"
+        outcome += " that may be planned for"
     return "\n".join([*lines, f"  {outcome}"])

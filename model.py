@@ -388,6 +388,9 @@ def collate(rows: list[Row], processor: Processor, weights: list[float] | None =
                 raise ValueError(f"segment {s} has parent {parent}; a parent must come before it")
             if parent is None and segment.labels[0]:
                 raise ValueError("the first token of a root is supervised; nothing predicts it")
+            tokens = segment.ids.count(processor.image_id)
+            if tokens != (features := sum(image.tokens for image in segment.images)):
+                raise ValueError(f"{tokens} image tokens but {features} image features")
             begin, path = (0, ()) if parent is None else (nexts[parent], paths[parent])
             ids[b, at:stop] = torch.tensor(segment.ids)
             labels[b, at:stop] = torch.tensor(segment.labels)
@@ -407,10 +410,6 @@ def collate(rows: list[Row], processor: Processor, weights: list[float] | None =
         tree.append(stretches)
     images = [image for row in rows for segment in row for image in segment.images]
     supervised, image_tokens = (labels > 0).nonzero().T, ids == processor.image_id
-    tokens, features = int(image_tokens.sum()), sum(image.tokens for image in images)
-    if tokens != features:
-        said = "the pixel settings of prompt and images differ"
-        raise ValueError(f"{tokens} image tokens but {features} image features: {said}")
     return Batch(
         ids,
         labels,

@@ -155,7 +155,8 @@ def main(argv: list[str] | None = None) -> None:
     def encode(index: int) -> model.Row:
         return encode_demo(demos[index][0], processor, root)
 
-    policy = train.build(args, device)
+    images = max(len(row["images"]) for row, _ in demos)
+    policy = train.build(args, device, max(lengths), images)
     seen = next((encode(index) for index, (row, _) in enumerate(demos) if row["images"]), None)
     shortest = encode(lengths.index(min(lengths)))
     gate.gate_policy(policy, seen, shortest, processor, args.method == "lora", device)

@@ -59,6 +59,7 @@ from tqdm import tqdm
 import data
 import hub
 import lora
+import memory
 import model
 from command import flags, schema, stage
 
@@ -193,8 +194,11 @@ def ahead(items: Iterable, make: Callable) -> Iterator:
 # Sharding
 
 
-def build(args: argparse.Namespace, device: torch.device) -> model.Policy:
-    """The policy of a stage: its vision frozen, LoRA injected with --method lora, sharded."""
+def build(
+    args: argparse.Namespace, device: torch.device, longest: int, images: int
+) -> model.Policy:
+    """The policy of a stage: its vision frozen, LoRA injected with --method lora, sharded. longest:
+    tokens of the longest row; images: the most that a row has."""
     policy = hub.meta_policy(args.model)
     policy.freeze_vision()
     if args.method == "lora":
@@ -202,27 +206,35 @@ def build(args: argparse.Namespace, device: torch.device) -> model.Policy:
     count = sum(p.numel() for p in trained_parameters(policy).values())
     every = sum(p.numel() for p in policy.parameters())
     print0(f"training {count:,} of {every:,} parameters ({args.method})")
-    return shard(policy, device, args.checkpointing, args.replicas)
+    tokens, blocks = max(longest, args.micro_tokens), len(policy.language_model.layers)
+    again = {"none": 0, "all": blocks, "auto": 0}[args.checkpointing]
+    if args.checkpointing == "auto" and device.type == "cuda":
+        pixels = images * memory.image_bytes(policy, args.pixels, args.tiles)
+        gpus = max(1, world_size() // args.replicas)
+        room = memory.USABLE * torch.cuda.get_device_properties(device).total_memory
+        fewest = memory.blocks_to_recompute(policy, 1, tokens, pixels, gpus, room)
+        again = blocks if fewest is None else fewest
+    print0(f"checkpointing {again} of {blocks} blocks, for rows of {tokens:,} tokens")
+    return shard(policy, device, again, args.replicas)
 
 
 def shard(
-    policy: nn.Module, device: torch.device, checkpointing: bool = False, replicas: int = 1
+    policy: nn.Module, device: torch.device, checkpointing: int = 0, replicas: int = 1
 ) -> nn.Module:
     """Puts a policy on its device and, with several ranks, shards it block by block (FSDP2). The
     model is changed from outside: it knows nothing of ranks. Parameters on `meta` are read from the
     checkpoint afterwards, each rank its own rows.
 
-    checkpointing   recompute each block's activations in backward
+    checkpointing   of so many blocks the activations are computed again in backward
     replicas        copies of the model (HSDP), a divisor of the number of ranks
     On a GPU: bf16 compute, fp32 master weights and gradient sums; on a CPU everything is fp32.
     """
     if world_size() % replicas:
         said = f"--replicas {replicas} does not divide the number of ranks, {world_size()}"
         refuse(data.RowError(f"{said}; one replica a node is usual"))
-    if checkpointing:
-        for layer in policy.language_model.layers:
-            again = partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
-            layer.forward = again
+    for layer in policy.language_model.layers[:checkpointing] if checkpointing else ():
+        again = partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
+        layer.forward = again
     if dist.is_initialized():
         fully_shard_blocks(policy, device, replicas)
 
@@ -629,8 +641,9 @@ def add_flags(parser: argparse.ArgumentParser, row: str) -> None:
     add("--pixels", type=flags.PIXELS, default=model.MAX_PIXELS, help=said)
     said = "most tiles of an image, InternVL; as in the rollouts"
     add("--tiles", type=flags.TILES, default=model.TILES, help=said)
-    said = "recompute activations in backward: less memory, a third more time"
-    add("--checkpointing", action="store_true", help=said)
+    said = "whose activations are recomputed in backward: less memory, up to a third more time; "
+    said += "auto: on a GPU as few blocks as `medee.py plan` counts for the longest row"
+    add("--checkpointing", choices=["auto", "all", "none"], default="auto", help=said)
     said = "copies of the model, each sharded over its part of the ranks: the number of nodes, or 1"
     add("--replicas", type=flags.whole(1), default=1, help=said)
     said = "steps between states to resume from; 0: no states"

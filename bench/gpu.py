@@ -147,7 +147,7 @@ class Bench:
 
     def policy(self, blocks: int, seed: int = 0) -> model.Policy:
         """As the stages train it, with checkpointing."""
-        return train.shard(self.plain_policy(blocks, seed=seed), self.device, checkpointing=True)
+        return train.shard(self.plain_policy(blocks, seed=seed), self.device, blocks)
 
     def tree(self, prompt: int, *chains: int, image: bool = False) -> trees.Encoded:
         """A tree of random tokens with 0 as reference. Each chain of the first half is preferred to
@@ -458,19 +458,19 @@ def loop(
         run.update()
 
 
-def found_and_planned(bench: Bench, method: str, checkpointing: bool) -> tuple[float, float]:
+def found_and_planned(bench: Bench, method: str, recomputed: int) -> tuple[float, float]:
     """GiB at the peak of two steps of two micro-batches, each of one long row."""
     work = bench.work
     bench.free()
     before = bench.peak()
     policy = bench.plain_policy(work.planned, method)
-    train.shard(policy, bench.device, checkpointing)
+    train.shard(policy, bench.device, recomputed)
     prompt, chain = work.long // 4, work.long * 3 // 8
     batch = bench.batch(bench.tree(prompt, chain, chain))
     bench.free()
     with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
         loop(bench, policy, batch, 2, Path(out))
-    load = plan.Load(1, work.long, 2 * chain, True, 0, checkpointing)
+    load = plan.Load(1, work.long, 2 * chain, True, 0, recomputed)
     shapes = plan.policy_of(bench.config(work.planned), method)
     moments = plan.memory(shapes, load, 1, mixed=bench.cuda)
     return bench.peak() - before, plan.peak(moments) / GIB
@@ -478,11 +478,11 @@ def found_and_planned(bench: Bench, method: str, checkpointing: bool) -> tuple[f
 
 def memory(bench: Bench) -> Result:
     work, figures, holds = bench.work, [], True
-    for method, again in (("full", True), ("full", False), ("lora", True)):
+    for method, again in (("full", work.planned), ("full", 1), ("full", 0), ("lora", work.planned)):
         found, wanted = found_and_planned(bench, method, again)
         off = found / wanted - 1
         holds = holds and abs(off) <= 0.1
-        name = f"{method}{', checkpointing' if again else ''}"
+        name = f"{method}, {again} recomputed"
         seen = f"{found:.2f} ({off:+.1%})" if bench.cuda else "unknown"
         figures.append(f"{name} {seen} of {wanted:.3g}")
     said = f"{work.planned} blocks, {work.long:,} tokens, GiB found of planned (limit 10 %): "
@@ -535,7 +535,7 @@ def tree_gradient(bench: Bench) -> Result:
     values = [value + apart for value, apart in zip(own, (0, 3, -3, 1, -2, 2))]
     whole, pairs = question(bench, *lengths, values)
     exact = gradient(policy, pairs)
-    train.shard(policy, bench.device, checkpointing=True)
+    train.shard(policy, bench.device, bench.work.depths[0])
     by_tree, by_pair = gradient(policy, [whole]), gradient(policy, pairs)
     off, other = distance(by_tree, exact), distance(by_pair, exact)
     said = f"relative distance from fp32: the tree's gradient {off:.1e}, its nine pairs'"

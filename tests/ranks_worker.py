@@ -222,15 +222,15 @@ def gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 # Cases: stage, family, method, micro-batch, recomputation in backward, replicas
 
 CASES = {
-    "sft-full-qwen": ("sft", "qwen", "full", 1, False, 1),
-    "sft-lora-qwen": ("sft", "qwen", "lora", 1, False, 1),
-    "dpo-full-qwen": ("dpo", "qwen", "full", 1, False, 1),
-    "dpo-lora-qwen": ("dpo", "qwen", "lora", 1, False, 1),
-    "sft-full-internvl": ("sft", "internvl", "full", 1, False, 1),
-    "dpo-full-internvl": ("dpo", "internvl", "full", 1, False, 1),
-    "sft-full-qwen-micro2-recomputed": ("sft", "qwen", "full", 2, True, 1),
-    "dpo-full-internvl-replicas": ("dpo", "internvl", "full", 1, False, 2),
-    "sft-lora-qwen-replicas": ("sft", "qwen", "lora", 1, False, 2),
+    "sft-full-qwen": ("sft", "qwen", "full", 1, 0, 1),
+    "sft-lora-qwen": ("sft", "qwen", "lora", 1, 0, 1),
+    "dpo-full-qwen": ("dpo", "qwen", "full", 1, 0, 1),
+    "dpo-lora-qwen": ("dpo", "qwen", "lora", 1, 0, 1),
+    "sft-full-internvl": ("sft", "internvl", "full", 1, 0, 1),
+    "dpo-full-internvl": ("dpo", "internvl", "full", 1, 0, 1),
+    "sft-full-qwen-micro2-recomputed": ("sft", "qwen", "full", 2, 2, 1),
+    "dpo-full-internvl-replicas": ("dpo", "internvl", "full", 1, 0, 2),
+    "sft-lora-qwen-replicas": ("sft", "qwen", "lora", 1, 0, 2),
 }
 BATCH, PEAK = 5, 1e-3  # seven rows in batches of five: a full batch and a smaller one
 
@@ -244,7 +244,7 @@ def prepare(
     Without a device nothing is sharded and DPO has no reference yet: the pieces for a computation
     by hand.
     """
-    stage, family, method, micro, checkpointing, replicas = CASES[case]
+    stage, family, method, micro, recomputed, replicas = CASES[case]
     folder, root = Path(models) / family, Path(images)
     processor = model.Processor(folder, 56 * 56, 1)
     policy = hub.meta_policy(folder) if device else hub.load_policy(folder)
@@ -254,7 +254,7 @@ def prepare(
     policy.double()
     rows = mixed_rows(stage, processor, 7 if stage == "sft" else 10)
     if device:
-        train.shard(policy, device, checkpointing, replicas if train.world_size() > 1 else 1)
+        train.shard(policy, device, recomputed, replicas if train.world_size() > 1 else 1)
     if stage == "sft":
         ones = {label: 1.0 for label in data.SPAN_NAMES}
         encode = lambda i: sft.encode_demo(rows[i], processor, root)  # noqa: E731

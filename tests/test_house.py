@@ -146,9 +146,10 @@ def test_every_flag_is_read_and_a_command_has_at_most_twenty_of_its_own(name):
 
 
 def readme_commands() -> list[list[str]]:
-    """Every command in the README's code blocks, continuation lines joined, as words."""
-    commands = []
-    for block in re.findall(r"```(?:bash|sh)?\n(.*?)```", (ROOT / "README.md").read_text(), re.S):
+    """Every command in the code blocks of the README and of docs/, continuation lines joined."""
+    commands, pages = [], [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    text = "\n".join(page.read_text() for page in pages)
+    for block in re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.S):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
             if words:

@@ -2,6 +2,7 @@
 models in figures by hand."""
 
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -26,7 +27,7 @@ IMAGE_ID = 500
 SHAPES = {
     "wide blocks": (192, 3, 6, 2, 768, 512, 160, 2, 1024),
     "many tokens": (64, 3, 4, 1, 256, 512, 600, 1, 1024),
-    "logits in chunks": (128, 2, 4, 4, 256, 4096, 300, 1, 96),
+    "logits in chunks": (128, 3, 4, 4, 256, 4096, 300, 1, 96),
 }
 
 
@@ -92,7 +93,7 @@ def tiny(family: str, shape: str):
 
 
 def measured(
-    config, stage: str, method: str, shape: str, checkpointing: bool, out
+    config, stage: str, method: str, shape: str, recomputed: int, out
 ) -> tuple[int, memory.Load]:
     """The peak of two steps of two micro-batches each, by the stage's own loss and the project's
     own loop."""
@@ -103,7 +104,7 @@ def measured(
     policy.freeze_vision()
     if method == "lora":
         lora.inject(policy.model, policy.language_model)
-    train.shard(policy, torch.device("cpu"), checkpointing)
+    train.shard(policy, torch.device("cpu"), recomputed)
     processor = SimpleNamespace(image_id=IMAGE_ID, family=policy.family)
     pixels = torch.randn(16, 1176) if policy.family.grid_positions else torch.randn(1, 3, 56, 56)
 
@@ -157,11 +158,11 @@ def measured(
             save_every=0,
         )
     return live.peak, memory.Load(
-        micro, length, length - length // 4, stage == "dpo", pixels.numel() * 4, checkpointing
+        micro, length, length - length // 4, stage == "dpo", pixels.numel() * 4, recomputed
     )
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("recomputed", [0, 1, 2, 3])
 @pytest.mark.parametrize(
     "family, stage, method, shape",
     [
@@ -174,11 +175,11 @@ def measured(
     ],
 )
 def test_prediction_is_within_five_percent_of_the_measured_peak(
-    family, stage, method, shape, checkpointing, tmp_path, monkeypatch
+    family, stage, method, shape, recomputed, tmp_path, monkeypatch
 ):
     monkeypatch.setitem(model.LOGIT_CHUNK, "cpu", SHAPES[shape][-1])
     config = tiny(family, shape)
-    found, load = measured(config, stage, method, shape, checkpointing, tmp_path)
+    found, load = measured(config, stage, method, shape, recomputed, tmp_path)
     predicted = memory.peak(memory.memory(memory.policy_of(config, method), load, 1, mixed=False))
     print(f"measured {found / 2**20:.2f} MB, predicted {predicted / 2**20:.2f} MB")
     assert predicted == pytest.approx(found, rel=0.05)
@@ -197,6 +198,9 @@ def seven() -> dict[str, model.Policy]:
 @pytest.mark.parametrize(
     "name, parameters",
     [
+        ("qwen2.5-vl-3b", 3_754_622_976),
+        ("internvl3-2b", 2_088_957_440),
+        ("internvl3-1b", 938_193_024),
         ("qwen2.5-vl-7b", 8_292_166_656),
         ("qwen2.5-vl-72b", 73_410_777_344),
         ("qwen2.5-vl-32b", 33_452_718_336),
@@ -218,7 +222,7 @@ def test_seven_billion_by_hand(seven):
     Embeddings and head 2 x 152064 x 3584 and the last norm = 1,089,998,336. Language model
     28 x 233,057,792 + 1,089,998,336 = 7,615,616,512; the tower 676,550,144.
     """
-    load = memory.Load(1, 8192, 8192, True, 0, True)
+    load = memory.Load(1, 8192, 8192, True, 0, 28)
     moments = memory.memory(seven["full"], load, 8)
     head, block, reduce = (moments[name] for name in ("head", "block", "reduce"))
     assert head["optimizer"] == 8 * 7_615_616_512 / 8 == 7_615_616_512 and head["reference"] == 0
@@ -243,7 +247,7 @@ def test_seven_billion_by_hand(seven):
 
 
 def test_lora_on_seven_billion_by_hand(seven):
-    moments = memory.memory(seven["lora"], memory.Load(1, 8192, 8192, False, 0, False), 8)
+    moments = memory.memory(seven["lora"], memory.Load(1, 8192, 8192, False, 0, 0), 8)
     adapter = 28 * 8 * (2 * (3584 + 3584) + 2 * (3584 + 512) + 3 * (3584 + 18944))
     assert adapter == 20_185_088 == memory.count(seven["lora"], trained=True)
     assert moments["head"]["optimizer"] == adapter and moments["head"]["gradients"] == adapter / 2
@@ -255,24 +259,24 @@ def test_lora_on_seven_billion_by_hand(seven):
     # no gradient of the head
     token = 2 * (4 + 2) * 3584 + 8 + 2 * 128 * (2 * 28 + 2 * 4) + 4 * 28 + 8 * 18944 + 7 * 8 * 2
     assert (
-        memory.block_activations(seven["lora"], memory.Load(1, 8192, 8192, False, 0, False), 2)
+        memory.block_activations(seven["lora"], memory.Load(1, 8192, 8192, False, 0, 0), 2)
         == 8192 * token
     )
     assert moments["head"]["logits"] == 1024 * 152_064 * (4 + 2)  # in fp32 and in bf16
 
 
-def test_recommendation_prefers_no_checkpointing_then_the_most_rows():
-    totals = {
-        (1, False): 60,
-        (2, False): 90,
-        (1, True): 20,
-        (2, True): 30,
-        (4, True): 50,
-        (8, True): 90,
-    }
-    assert memory.recommend(totals, 72) == (1, False)
-    assert memory.recommend(totals, 55) == (4, True)
-    assert memory.recommend(totals, 25) == (1, True) and memory.recommend(totals, 10) is None
+@pytest.mark.parametrize("gpus, length", [(8, 8192), (8, 24576), (2, 4096)])
+def test_auto_recomputes_no_more_blocks_than_memory_asks_for(seven, gpus, length):
+    def peak(blocks: int) -> float:
+        load = memory.Load(1, length, length, True, 0, blocks)
+        return memory.peak(memory.memory(seven["full"], load, gpus))
+
+    budget = memory.USABLE * 80 * memory.GB
+    count = memory.blocks_to_recompute(seven["full"], 1, length, 0, gpus, budget)
+    if count is None:
+        assert peak(28) > budget
+        return
+    assert peak(count) <= budget and (count == 0 or peak(count - 1) > budget)
 
 
 def test_plan_command_answers_for_both_stages(capsys):
@@ -286,6 +290,14 @@ def test_plan_command_answers_for_both_stages(capsys):
     medee.main(["plan", "internvl3-8b", "--gpus", "1", "--stage", "dpo"])
     out = capsys.readouterr().out
     assert "Stage I," not in out and "does not fit" in out
+
+
+@pytest.mark.parametrize("gpus", [1, 8])
+def test_the_readmes_table_is_what_plan_prints(gpus, capsys):
+    medee.main(["plan", "--gpus", str(gpus)])
+    printed = capsys.readouterr().out
+    assert printed in (Path(__file__).parent.parent / "docs" / "running.md").read_text()
+    assert printed.count("\n") == 2 + 2 * len(medee.PUBLISHED)
 
 
 def test_plan_reads_a_local_config(folders, capsys):
