@@ -165,17 +165,22 @@ def main(argv: list[str] | None = None) -> None:
         packed = [pack([encode(j) for j in packs[i]], processor.stop_id) for i in indices]
         return model.collate(packed, processor, weights).to(device)
 
+    steps = train.shuffled(len(packs), args.batch, args.epochs, args.seed)
+    sizes, budget = [sum(lengths[j] for j in part) for part in packs], args.micro_tokens
+    used = train.efficiency(steps, budget or args.max_length, train.world_size(), sizes)
+    said = f"plan: {len(steps)} steps of {len(packs)} rows, {sum(sizes):,} tokens an epoch"
+    train.print0(f"{said}; efficiency on {train.world_size()} ranks {used:.2f}")
     span_weights = dict(zip((data.THINK, data.ANSWER, data.TAG), args.weights))
     run = train.Run(
         policy,
-        train.shuffled(len(packs), args.batch, args.epochs, args.seed),
+        steps,
         make_batch,
         out=out,
         device=device,
         peak=args.lr,
-        budget=args.micro_tokens or args.max_length,
+        budget=budget or args.max_length,
         save_every=args.save_every,
-        lengths=[sum(lengths[j] for j in part) for part in packs],
+        lengths=sizes,
     )
     for _ in run:
         for batch in run.micro_batches():

@@ -302,18 +302,19 @@ def trained_parameters(policy: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in policy.named_parameters() if p.requires_grad}
 
 
-def gather_full(
-    policy: nn.Module, only: Callable[[str], bool] = lambda name: True
-) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole tensor), one at a time, by Hugging Face module names; a tied weight once. The
-    first rank gets the tensors on the CPU, the others empty ones on `meta`. A collective: every
+def gather_full(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, whole tensor), one at a time, by Hugging Face module names; a tied weight once. What
+    was trained is gathered: the first rank gets it on the CPU, the others an empty tensor on
+    `meta`. What was not is read from the checkpoint by the first rank alone. A collective: every
     rank must iterate to the end."""
     for name, parameter in policy.model.named_parameters():
-        if only(name):
+        if parameter.requires_grad or policy.checkpoint is None:
             whole = parameter.detach()
             if isinstance(whole, DTensor):
                 whole = whole.full_tensor()
             yield name, whole.to("cpu" if rank() == 0 else "meta")
+        elif rank() == 0:
+            yield name, policy.checkpoint.read(lora.plain_name(name)).float()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -694,18 +695,24 @@ def sees(path: Path, content: bytes) -> bool:
 def save(args: argparse.Namespace, policy: model.Policy, processor: model.Processor) -> dict:
     """OUT/merged, and OUT/adapter with LoRA. Tensors are gathered, merged and written one by one:
     no rank holds the whole model. Returns hub.Rounding's figures on rank 0. A collective."""
-    out, tensors = Path(args.out), gather_full(policy)
-    if args.method == "lora":
-        matrices = dict(gather_full(policy, lambda name: name.endswith((".lora_A", ".lora_B"))))
-        if rank() == 0:
-            lora.save_adapter(out / "adapter", matrices, args.rank, args.alpha, args.model)
-        tensors = lora.merge_state(tensors, args.alpha / args.rank)
+    out, tensors, matrices = Path(args.out), gather_full(policy), {}
+
+    def kept(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in tensors:
+            if name.endswith((".lora_A", ".lora_B")):
+                matrices[name] = tensor
+            yield name, tensor
+
     if rank() > 0:
         for _ in tensors:  # the other ranks give their shards
             pass
         return {}
+    if args.method == "lora":
+        tensors = lora.merge_state(kept(tensors), args.alpha / args.rank)
     dtype = policy.checkpoint.dtype if args.save_dtype == "auto" else torch.float32
     figures = hub.save_policy(out / "merged", policy, processor, tensors, dtype=dtype)
+    if matrices:
+        lora.save_adapter(out / "adapter", matrices, args.rank, args.alpha, args.model)
     print0(
         f"saved in {dtype}: {figures['weights_changed']:.2%} of the trained weights differ from "
         f"the start's; rounding lost {figures['rounding_lost']:.2%} of the change (ratio of norms)"

@@ -693,3 +693,25 @@ def test_one_process_loads_and_saves_with_little_beside_the_model(folder, proces
         largest,
         whole,
     )  # a file, and a merge on its way
+
+
+def test_weights_that_are_not_trained_are_written_from_the_files(folder, processor, tmp_path):
+    """On a GPU they are held in bf16, while the files may have more."""
+    policy = hub.load_policy(folder)
+    lora.inject(policy.model, policy.language_model, 4, 8.0)
+    for name, parameter in policy.named_parameters():
+        if name.endswith(".lora_B"):
+            torch.nn.init.normal_(parameter, std=0.02)
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    wanted = {
+        name: tensor.clone() for name, tensor in hub.load_policy(folder).model.named_parameters()
+    }
+    for name, module in policy.model.named_modules():
+        if isinstance(module, lora.LoRALinear):
+            wanted[f"{name}.weight"] += 2.0 * (module.lora_B @ module.lora_A)
+    tensors = lora.merge_state(train.gather_full(policy), 2.0)
+    hub.save_policy(tmp_path / "saved", policy, processor, tensors)
+    found = hub.load_policy(tmp_path / "saved").model.named_parameters()
+    for name, tensor in found:
+        torch.testing.assert_close(tensor, wanted[name], atol=1e-7, rtol=0)
