@@ -41,7 +41,7 @@ Where we depart from the paper, or it is silent:
 import argparse
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -100,6 +100,29 @@ def pair_loss(logp: Tensor, batch: model.Batch, beta: float) -> tuple[Tensor, Te
     return (losses * w).sum(), w.sum(), summed
 
 
+def forward_rounds(
+    policy: model.Policy,
+    forest: trees.Forest,
+    subtrees: Sequence[trees.Subtree],
+    logp: dict[str, float],
+    budget: int,
+    device: torch.device,
+) -> Iterator[tuple[tuple[int, ...], model.Batch, Tensor]]:
+    """(indices of the subtrees, batch, its log-probabilities) of each of this rank's micro-batches
+    of these subtrees; no backward follows. A collective."""
+
+    def make_batch(parts: reference.Round) -> tuple[tuple[int, ...], model.Batch]:
+        own, weights = zip(*parts[train.rank()])
+        some = [subtrees[index] for index in own]
+        return own, forest.collate(some, list(weights), logp).to(device)
+
+    rounds = reference.rounds_of([one.tokens for one in subtrees], budget)
+    for own, batch in train.ahead(rounds, make_batch):
+        with train.forward_only(policy):
+            found = policy(batch)
+        yield own, batch, found
+
+
 def held_figures(
     policy: model.Policy,
     forest: trees.Forest,
@@ -111,11 +134,8 @@ def held_figures(
 ) -> dict[str, float]:
     """Loss, margin and accuracy of the pairs that are held out. A collective."""
     total = torch.zeros(4, dtype=torch.float64, device=device)
-    for parts in reference.rounds_of([one.tokens for one in held], budget):
-        own, weights = zip(*parts[train.rank()])
-        batch = forest.collate([held[index] for index in own], list(weights), logp).to(device)
-        with train.forward_only(policy):
-            loss, count, figures = pair_loss(policy(batch), batch, beta)
+    for _, batch, found in forward_rounds(policy, forest, held, logp, budget, device):
+        loss, count, figures = pair_loss(found, batch, beta)
         total += torch.stack([count, loss, figures["margin"][0], figures["accuracy"][0]])
     count, *sums = train.all_reduce(total).tolist()
     names = ("held_loss", "held_margin", "held_accuracy")
@@ -135,12 +155,8 @@ def gate_reference(
     loss of ln 2. Near h = 0 the loss moves by beta / 2 times h, and h by the rounding errors of two
     chains. A collective."""
     first, total, off = subtrees[: 4 * train.world_size()], [0.0, 0.0], []
-    for parts in reference.rounds_of([one.tokens for one in first], budget):
-        own, weights = zip(*parts[train.rank()])
-        batch = forest.collate([first[index] for index in own], list(weights), logp).to(device)
-        with train.forward_only(policy):
-            found = policy(batch)
-            loss, count, _ = pair_loss(found, batch, beta)
+    for own, batch, found in forward_rounds(policy, forest, first, logp, budget, device):
+        loss, count, _ = pair_loss(found, batch, beta)
         total = [total[0] + loss.item(), total[1] + count.item()]
         apart = (reference.response_sums(found, batch) - batch.reference).abs().tolist()
         for index, values in zip(own, apart):
@@ -195,7 +211,8 @@ def main(argv: list[str] | None = None) -> None:
     subtrees, steps = trees.make_plan(args, forest, held)
 
     images = max(len(tree.images) for tree in forest.trees)
-    policy = train.build(args, device, max(one.tokens for one in subtrees), images)
+    lengths = [one.tokens for one in subtrees]
+    policy = train.build(args, device, steps, lengths, images)
     seen = next((one for one in subtrees if forest.trees[one.tree].images), None)
     shortest = forest.encode(min(subtrees, key=lambda one: one.tokens))
     with_lora, seen = args.method == "lora", seen and forest.encode(seen)
@@ -221,7 +238,7 @@ def main(argv: list[str] | None = None) -> None:
         peak=args.lr,
         budget=budget,
         save_every=args.save_every,
-        lengths=[one.tokens for one in subtrees],
+        lengths=lengths,
         facts=[trees.step_facts(subtrees, step) for step in steps],
     )
     for step in run:

@@ -62,13 +62,10 @@ def gate_rows(
             if found != wanted:
                 different.append((index, f"{name}: {found[:60]!r} instead of {wanted[:60]!r}"))
     kept, invalid, different = (sorted(train.all_gather(one)) for one in (kept, invalid, different))
-    claim, otherwise = f"all {len(rows)} rows are valid", f"{path}: {len(invalid)} are not"
-    check_claim(claim, not invalid, f"{otherwise}: {first_of(invalid)}")
-    claim, otherwise = (
-        "supervised tokens decode to the responses",
-        f"{path}: {len(different)} do not",
-    )
-    check_claim(claim, not different, f"{otherwise}: {first_of(different)}")
+    said = f"{path}: {len(invalid)} are not: {first_of(invalid)}"
+    check_claim(f"all {len(rows)} rows are valid", not invalid, said)
+    said = f"{path}: {len(different)} do not: {first_of(different)}"
+    check_claim("supervised tokens decode to the responses", not different, said)
     return [one for _, one in kept]
 
 

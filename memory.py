@@ -10,7 +10,7 @@
     reduce   backward ends: the embeddings' and the head's gradients are summed over the ranks in
              fp32, activations are gone
 
-With P parameters of the language model, P_t of them trained, on N ranks (train.shard, train.fit):
+With P parameters of the language model, P_t of them trained, on N ranks (train.shard, train.Run):
 
     weights      4 P_t / N bytes of fp32 master shards, 2 (P - P_t) / N of frozen ones in bf16, the
                  frozen vision tower whole in bf16, and bf16 copies of what is in use: embeddings

@@ -328,7 +328,6 @@ class Batch:
     predecessor: Tensor  # (N,) long, the column whose hidden state predicts that token
     branch: Tensor  # (B, T) long, the response of its row that a supervised token belongs to
     positions: Tensor  # (3, B, T) long, time / row / column; all three equal for text
-    token_types: Tensor  # (B, T) long, 1 = image token (transformers' mm_token_type_ids)
     tree: list[list[Stretch]] | None
     pixels: Tensor | None  # the images of all rows, in order
     grids: list[tuple[int, int, int]]  # of each image, merged patches
@@ -409,7 +408,7 @@ def collate(rows: list[Row], processor: Processor, weights: list[float] | None =
             at = stop
         tree.append(stretches)
     images = [image for row in rows for segment in row for image in segment.images]
-    supervised, image_tokens = (labels > 0).nonzero().T, ids == processor.image_id
+    supervised = (labels > 0).nonzero().T
     return Batch(
         ids,
         labels,
@@ -417,7 +416,6 @@ def collate(rows: list[Row], processor: Processor, weights: list[float] | None =
         predecessor[*supervised],
         branch,
         positions,
-        token_types=image_tokens.long(),
         tree=tree if any(len(stretches) > 1 for stretches in tree) else None,
         pixels=torch.cat([image.pixels for image in images]) if images else None,
         grids=[image.grid for image in images],

@@ -151,12 +151,18 @@ def main(argv: list[str] | None = None) -> None:
     demos = read_demos(args, rows, processor)
     lengths = [tokens.total() for _, tokens in demos]
     packs = pack_plan(lengths, args.pack, args.seed)
+    steps = train.shuffled(len(packs), args.batch, args.epochs, args.seed)
+    sizes = [sum(lengths[j] for j in part) for part in packs]
+    budget = args.micro_tokens or args.max_length
+    used = train.efficiency(steps, budget, train.world_size(), sizes)
+    said = f"plan: {len(steps)} steps of {len(packs)} rows, {sum(sizes):,} tokens an epoch"
+    train.print0(f"{said}; efficiency on {train.world_size()} ranks {used:.2f}")
 
     def encode(index: int) -> model.Row:
         return encode_demo(demos[index][0], processor, root)
 
-    images = max(len(row["images"]) for row, _ in demos)
-    policy = train.build(args, device, max(lengths), images)
+    images = max(sum(len(demos[j][0]["images"]) for j in part) for part in packs)
+    policy = train.build(args, device, steps, sizes, images)
     seen = next((encode(index) for index, (row, _) in enumerate(demos) if row["images"]), None)
     shortest = encode(lengths.index(min(lengths)))
     gate.gate_policy(policy, seen, shortest, processor, args.method == "lora", device)
@@ -165,11 +171,6 @@ def main(argv: list[str] | None = None) -> None:
         packed = [pack([encode(j) for j in packs[i]], processor.stop_id) for i in indices]
         return model.collate(packed, processor, weights).to(device)
 
-    steps = train.shuffled(len(packs), args.batch, args.epochs, args.seed)
-    sizes, budget = [sum(lengths[j] for j in part) for part in packs], args.micro_tokens
-    used = train.efficiency(steps, budget or args.max_length, train.world_size(), sizes)
-    said = f"plan: {len(steps)} steps of {len(packs)} rows, {sum(sizes):,} tokens an epoch"
-    train.print0(f"{said}; efficiency on {train.world_size()} ranks {used:.2f}")
     span_weights = dict(zip((data.THINK, data.ANSWER, data.TAG), args.weights))
     run = train.Run(
         policy,
@@ -178,7 +179,7 @@ def main(argv: list[str] | None = None) -> None:
         out=out,
         device=device,
         peak=args.lr,
-        budget=budget or args.max_length,
+        budget=budget,
         save_every=args.save_every,
         lengths=sizes,
     )

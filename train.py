@@ -195,10 +195,14 @@ def ahead(items: Iterable, make: Callable) -> Iterator:
 
 
 def build(
-    args: argparse.Namespace, device: torch.device, longest: int, images: int
+    args: argparse.Namespace,
+    device: torch.device,
+    plan: Sequence[Sequence[int]],
+    lengths: Sequence[int],
+    images: int,
 ) -> model.Policy:
-    """The policy of a stage: its vision frozen, LoRA injected with --method lora, sharded. longest:
-    tokens of the longest row; images: the most that a row has."""
+    """The policy of a stage: its vision frozen, LoRA injected with --method lora, sharded. plan:
+    the rows of every step; lengths: of each row in tokens; images: the most that a row has."""
     policy = hub.meta_policy(args.model)
     policy.freeze_vision()
     if args.method == "lora":
@@ -206,15 +210,17 @@ def build(
     count = sum(p.numel() for p in trained_parameters(policy).values())
     every = sum(p.numel() for p in policy.parameters())
     print0(f"training {count:,} of {every:,} parameters ({args.method})")
-    tokens, blocks = max(longest, args.micro_tokens), len(policy.language_model.layers)
+    rows, length = largest(plan, args.micro_tokens or args.max_length, lengths)
+    blocks = len(policy.language_model.layers)
     again = {"none": 0, "all": blocks, "auto": 0}[args.checkpointing]
     if args.checkpointing == "auto" and device.type == "cuda":
         pixels = images * memory.image_bytes(policy, args.pixels, args.tiles)
         gpus = max(1, world_size() // args.replicas)
         room = memory.USABLE * torch.cuda.get_device_properties(device).total_memory
-        fewest = memory.blocks_to_recompute(policy, 1, tokens, pixels, gpus, room)
+        fewest = memory.blocks_to_recompute(policy, rows, length, pixels, gpus, room)
         again = blocks if fewest is None else fewest
-    print0(f"checkpointing {again} of {blocks} blocks, for rows of {tokens:,} tokens")
+    said = f"the largest micro-batch has {rows} x {length:,} tokens"
+    print0(f"checkpointing {again} of {blocks} blocks: {said}")
     return shard(policy, device, again, args.replicas)
 
 
@@ -366,6 +372,13 @@ def deal_rows(
         for own, row in zip(dealt, part[::-1] if number % 2 else part):
             own[-1].append(row) if room else own.append([row])
     return dealt
+
+
+def largest(plan: Sequence[Sequence[int]], budget: int, lengths: Sequence[int]) -> tuple[int, int]:
+    """(rows, tokens of the longest) of the micro-batch with the most tokens, padding included."""
+    dealt = (deal_rows(step, budget, world_size(), lengths) for step in plan)
+    parts = (part for ranks in dealt for own in ranks for part in own)
+    return max(((len(part), max(lengths[i] for i, _ in part)) for part in parts), key=math.prod)
 
 
 def efficiency(
@@ -643,7 +656,7 @@ def add_flags(parser: argparse.ArgumentParser, row: str) -> None:
     said = "most tiles of an image, InternVL; as in the rollouts"
     add("--tiles", type=flags.TILES, default=model.TILES, help=said)
     said = "whose activations are recomputed in backward: less memory, up to a third more time; "
-    said += "auto: on a GPU as few blocks as `medee.py plan` counts for the longest row"
+    said += "auto: on a GPU as few blocks as its memory asks for, by the largest micro-batch"
     add("--checkpointing", choices=["auto", "all", "none"], default="auto", help=said)
     said = "copies of the model, each sharded over its part of the ranks: the number of nodes, or 1"
     add("--replicas", type=flags.whole(1), default=1, help=said)

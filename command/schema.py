@@ -18,7 +18,7 @@ import data
 from data import Question, RowError
 
 ROLES = ("system", "user", "assistant")
-# engines.inference.Reply says what they mean
+# engines.inference.Completion says what they mean
 FINISH_REASONS = ("stop", "length", "overlong", "blocked", "refused", "empty")
 
 

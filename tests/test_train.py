@@ -134,6 +134,13 @@ def test_rows_dealt_by_length_make_ranks_wait_little():
     assert 8 * sum(longest) / sum(lengths) <= 1.08
 
 
+def test_the_largest_micro_batch_counts_its_padding():
+    lengths = [100, 30, 29, 28, 27]
+    assert train.largest([[0, 1, 2], [3, 4]], 90, lengths) == (1, 100)
+    assert train.largest([[1, 2, 3, 4]], 90, lengths) == (3, 30)
+    assert train.largest([[1, 2, 3, 4]], 120, lengths) == (4, 30)  # 120 tokens, 114 of rows
+
+
 def test_the_order_depends_on_seed_and_epoch_and_nothing_else():
     first = train.order(50, 1, 0)
     random.seed(99)
