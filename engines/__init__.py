@@ -104,6 +104,8 @@ def local_completion(
 class HFEngine:
     """A local checkpoint in plain PyTorch and transformers' modules."""
 
+    SAMPLES = 256  # ours: at once; fewer where memory is short
+
     def __init__(self, spec: str, setup: Setup):
         import torch
 
@@ -111,7 +113,7 @@ class HFEngine:
         import model
 
         folder = checkpoint(spec)
-        self.spec, self.batch, self.tally = spec, setup.batch, Counter()
+        self.spec, self.batch, self.tally = spec, setup.batch or self.SAMPLES, Counter()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         # cuDNN would plan anew for each length, so at every step
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -208,6 +210,8 @@ class VLLMEngine:
     # ours: most tokens of prompt and response; the models allow more, which costs memory
     LENGTH = 32768
     IMAGES = 8  # ours: most images of a question; the benchmarks have up to seven
+    # ours: at once (vLLM's own number for a GPU of 80 GB); what its KV cache cannot hold, waits
+    SAMPLES = 1024
 
     def __init__(self, spec: str, setup: Setup):
         folder = checkpoint(spec)
@@ -220,7 +224,7 @@ class VLLMEngine:
 
         import model
 
-        self.spec, self.batch, self.tally = spec, setup.batch, Counter()
+        self.spec, self.batch, self.tally = spec, setup.batch or self.SAMPLES, Counter()
         self.processor = model.Processor(folder, setup.pixels, setup.tiles)
         never = set(self.processor.special.values()) - {self.processor.stop_id}
         self.bias = dict.fromkeys(never, -100.0)
@@ -235,7 +239,7 @@ class VLLMEngine:
             dtype="bfloat16" if torch.cuda.is_available() else "float32",
             tensor_parallel_size=setup.tensor_parallel,
             max_model_len=self.length,
-            max_num_seqs=setup.batch,
+            max_num_seqs=self.batch,
             limit_mm_per_prompt={"image": self.IMAGES, "video": 0},
             mm_processor_kwargs=cut,
             disable_log_stats=True,

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import attention
 import model
 from model import Policy, Processor, Segment
 
@@ -185,12 +186,15 @@ def decode_trees(
     done = torch.zeros(rows, n, dtype=torch.bool, device=device)
     own = torch.eye(n, dtype=torch.bool, device=device)
     for step in range(steps):
-        logits = policy.model.lm_head(hidden)  # (R, n, V)
-        total = logits.float().logsumexp(-1)  # before the ban, as in training
+        # as in training: logits in fp32, their sum before the ban
+        logits = attention.wide_product(hidden.flatten(0, 1), policy.model.lm_head.weight)
+        logits = logits.unflatten(0, hidden.shape[:2])  # (R, n, V)
+        total = logits.logsumexp(-1)
         logits.masked_fill_(banned, float("-inf"))
         chosen = choose(logits, draws[alive, :, step], temperature, top_p)  # (R, n)
         tokens[alive, :, step] = torch.where(done, -1, chosen)
-        logps[alive, :, step] = logits.gather(-1, chosen[..., None])[..., 0].float() - total
+        found = logits.gather(-1, chosen[..., None])[..., 0]
+        logps[alive, :, step] = (found - total).float()
         sampled, going = int((~done).sum()), ~done.all(1)
         done |= (chosen == processor.stop_id) | (step + 1 == steps)
         ended = alive[going & done.all(1)].tolist()

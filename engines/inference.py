@@ -104,7 +104,7 @@ class Setup:
     # the same as in model.py
     pixels: int = flag(768 * 768, flags.PIXELS, "most pixels of an image; as in training")
     tiles: int = flag(1, flags.TILES, "InternVL: most tiles of an image; as in training")
-    batch: int = flag(256, flags.whole(1), "most samples at once of a local engine")
+    batch: int = flag(0, flags.whole(0), "most samples at once of a local engine; 0: its own")
     # each replica is a process with its own model
     replicas: int = flag(0, flags.whole(0, 256), "processes of a local engine; 0: one a GPU group")
     tensor_parallel: int = flag(1, flags.whole(1), "GPUs that share one vllm: engine (72B: 4)")
