@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 import data
 import model
@@ -48,7 +49,8 @@ def gate_rows(
     """Encodes every row once, each rank its share of them, and decodes its supervised tokens again.
     Returns keep(encoded row) of each. A collective."""
     kept, invalid, different = [], [], []
-    for index in train.bar(range(train.rank(), len(rows), train.world_size()), "checking", "row"):
+    own = range(train.rank(), len(rows), train.world_size())
+    for index in tqdm(own, "checking", unit="row", disable=train.rank() > 0):
         row, name = rows[index], ids[index]
         try:
             encoded = encode(row)

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 import data
 import gate
@@ -68,7 +69,8 @@ def log_probs(
         return model.collate(own, forest.processor).to(device)
 
     batches = train.ahead(rounds, make_batch)
-    for parts, batch in zip(train.bar(rounds, title, "batch"), batches):
+    shown = tqdm(rounds, title, unit="batch", disable=train.rank() > 0)
+    for parts, batch in zip(shown, batches):
         with train.forward_only(policy):
             sums = response_sums(policy(batch), batch).tolist()
         part = parts[train.rank()]
@@ -88,8 +90,8 @@ def compute(
     they would have been, so that a run that was killed has the values of one that was not, to the
     bit. A few of the others are computed again. Raises train.Refused where a chain's new value is
     not the stored one: the file is of another policy."""
-    found = data.resume_jsonl(path) if train.rank() == 0 else []  # a torn line is cut by one rank
-    stored = {row["key"]: row["logp"] for row in train.all_gather(found)}
+    found = train.from_first(lambda: data.resume_jsonl(path))  # a torn line is cut by one rank
+    stored = {row["key"]: row["logp"] for row in found}
     keys = [forest.keys_of(one) for one in subtrees]
     known, missing = [], []
     for parts in rounds:

@@ -714,7 +714,7 @@ def test_a_run_starts_at_ln_2_learns_the_preference_and_leaves_vision_alone(
     assert found["pairs"] == "4 trained on, 0 held out, 0 too long"
     for name in ("loss", "margin", "accuracy"):
         assert f"{name} {metrics[0][name]:.3f} -> {metrics[-1][name]:.3f}" in found["loss"]
-    assert re.fullmatch(r"4 steps in 0:0\d:\d\d, [\d,]+ tokens/s", found["training"])
+    assert re.fullmatch(r"4 steps in 0:0\d:\d\d", found["training"])
     assert found["next"].startswith(f"python evaluate.py --engine hf:{lines[0]} ")
 
 

@@ -5,6 +5,7 @@ import copy
 import json
 import re
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 import torch
@@ -487,9 +488,8 @@ def test_a_run_closes_with_what_it_was_trained_on_and_what_comes_next(
         assert f"{name} {metrics[0][name]:.3f} -> {metrics[-1][name]:.3f}" in found["loss"]
     told = f"median {kept[2]} tokens, 99 % up to {kept[-1]}, longest {kept[-1]}:"
     assert found["responses"].startswith(told)
-    spent, tokens = sum(row["seconds"] for row in metrics), 2 * (sum(whole) - max(whole))
-    rate = tokens / max(spent, 1e-3)
-    assert found["training"] == f"2 steps in {train.clock(spent)}, {rate:,.0f} tokens/s"
+    spent = sum(row["seconds"] for row in metrics)
+    assert found["training"] == f"2 steps in {timedelta(seconds=round(spent))}"
     assert found["next"].startswith(f"python rollout.py --engine hf:{merged} ")
 
 
