@@ -72,10 +72,8 @@ def read_demos(
     those are. A collective."""
     tokens = gate.gate_rows(
         " ".join(args.demos),
-        rows,
-        [row["id"] for row in rows],
+        [(row["id"], row, [row["messages"][-1]["content"]]) for row in rows],
         lambda row: encode_demo(row, processor, Path(args.images)),
-        lambda row: [row["messages"][-1]["content"]],
         lambda encoded: Counter(label for segment in encoded for label in segment.labels),
         processor,
     )

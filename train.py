@@ -301,8 +301,7 @@ def trained_parameters(policy: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def gather(parameter: Tensor) -> Tensor:
-    """The whole tensor: the first rank gets it on the CPU, the others an empty one on `meta`. A
-    collective."""
+    """The whole tensor, on the CPU of the first rank; `meta` on the others. A collective."""
     whole = parameter.detach()
     if isinstance(whole, DTensor):
         whole = whole.full_tensor()
@@ -677,16 +676,13 @@ def save(args: argparse.Namespace, policy: model.Policy, processor: model.Proces
         tensors = lora.merge_state(tensors, args.alpha / args.rank)
     dtype = policy.checkpoint.dtype if args.save_dtype == "auto" else torch.float32
     figures = hub.save_policy(out / "merged", policy, processor, tensors, dtype=dtype)
-    print0(
-        f"saved in {dtype}: {figures['weights_changed']:.2%} of the trained weights differ from "
-        f"the start's; rounding lost {figures['rounding_lost']:.2%} of the change (ratio of norms)"
-    )
+    said = f"{figures['weights_changed']:.2%} of the trained weights differ from the start's"
+    print0(f"saved in {dtype}: {said}; rounding lost {figures['rounding_lost']:.2%} of the change")
     return figures
 
 
 def end(out: Path) -> None:
-    """Removes the states of a run whose stage.json is written; then every rank leaves the group. A
-    collective."""
+    """Removes the states of a finished run; then every rank leaves the group. A collective."""
     barrier()
     if rank() == 0:
         shutil.rmtree(out / "state", ignore_errors=True)

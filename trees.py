@@ -356,10 +356,8 @@ def read_forest(args: argparse.Namespace, pairs: list[dict]) -> Forest:
 
     kept = gate.gate_rows(
         args.pairs,
-        grown,
-        [tree.id for tree in grown],
+        [(tree.id, tree, [chain.text for chain in tree.chains]) for tree in grown],
         lambda tree: encode_tree(tree, range(len(tree.chains)), processor, root),
-        lambda tree: [chain.text for chain in tree.chains],
         keep,
         processor,
     )
