@@ -229,22 +229,13 @@ def main(argv: list[str] | None = None) -> None:
         return forest.collate([subtrees[i] for i in indices], weights, logp).to(device)
 
     unseen, every = [one for one in wholes if one.tree in held], math.ceil(len(steps) / HELD_TIMES)
-    run = train.Run(
-        policy,
-        steps,
-        make_batch,
-        out=out,
-        device=device,
-        peak=args.lr,
-        budget=budget,
-        save_every=args.save_every,
-        lengths=lengths,
-        facts=[trees.step_facts(subtrees, step) for step in steps],
-    )
+    settings = train.run_settings(args)
+    run = train.Run(policy, steps, make_batch, device=device, lengths=lengths, **settings)
     for step in run:
         for batch in run.micro_batches():
             run.backward(*pair_loss(policy(batch), batch, args.beta))
         run.update()
+        run.figures |= trees.step_facts(subtrees, steps[step])
         if unseen and ((step + 1) % every == 0 or step + 1 == len(steps)):
             run.figures |= held_figures(policy, forest, unseen, logp, args.beta, budget, device)
 
@@ -256,7 +247,7 @@ def main(argv: list[str] | None = None) -> None:
     if train.rank() == 0:
         wanted = dict.fromkeys(key for one in wholes for key in forest.keys_of(one))
         data.write_jsonl(out / "after.jsonl", ({"key": k, "logp": after[k]} for k in wanted))
-        finish(args, started, forest, held, saved, run)
+        finish(args, started, forest, held, saved)
     train.end(out)
 
 
@@ -266,7 +257,6 @@ def finish(
     forest: trees.Forest,
     held: set[int],
     saved: dict[str, float],
-    run: train.Run,
 ) -> None:
     """stage.json and the summary."""
     merged, history = Path(args.out) / "merged", schema.read_metrics(args.out)
@@ -280,12 +270,11 @@ def finish(
     lines = {
         "pairs": f"{counts['pairs']:,} trained on, {unseen:,} held out, "
         f"{counts['dropped']:,} too long",
-        "loss": train.change(history, ["loss", "margin", "accuracy"]),
-        "training": train.cost(history, run.lengths, run.plan),
         "next": f"python evaluate.py --engine hf:{merged} --questions test.jsonl "
         "--images IMAGES --max-tokens N --out OUT",
     }
-    train.summary(f"Stage II is finished: {merged}", lines)
+    shown = ["loss", "margin", "accuracy"]
+    train.summary(f"Stage II is finished: {merged}", history, shown, lines)
 
 
 if __name__ == "__main__":

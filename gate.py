@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 import data
 import model
@@ -38,39 +39,37 @@ def check_claim(claim: str, holds: bool, otherwise: str) -> None:
 
 def gate_rows(
     path: str,
-    rows: Sequence,
-    ids: Sequence[str],
+    rows: Sequence[tuple[str, object, list[str]]],
     encode: Callable[[object], model.Row],
-    responses: Callable[[object], list[str]],
     keep: Callable[[model.Row], object],
     processor: model.Processor,
 ) -> list:
     """Encodes every row once, each rank its share of them, and decodes its supervised tokens again.
-    Returns keep(encoded row) of each. A collective."""
+    rows: (id, row, its responses). Returns keep(encoded row) of each. A collective."""
     kept, invalid, different = [], [], []
-    for index in train.bar(range(train.rank(), len(rows), train.world_size()), "checking", "row"):
-        row, name = rows[index], ids[index]
+    own = range(train.rank(), len(rows), train.world_size())
+    for index in tqdm(own, "checking", unit="row", disable=train.rank() > 0):
+        name, row, responses = rows[index]
         try:
             encoded = encode(row)
         except data.RowError as error:
             invalid.append((index, f"{name}: {error}"))
             continue
         kept.append((index, keep(encoded)))
-        for segment, text in zip(encoded[1:], responses(row), strict=True):
+        for segment, text in zip(encoded[1:], responses, strict=True):
             both = (processor.decode(segment.ids), text)
             found, wanted = (unicodedata.normalize("NFC", t) for t in both)  # as the tokenizers do
             if found != wanted:
                 different.append((index, f"{name}: {found[:60]!r} instead of {wanted[:60]!r}"))
-    kept, invalid, different = (sorted(train.all_gather(one)) for one in (kept, invalid, different))
-    said = f"{path}: {len(invalid)} are not: {first_of(invalid)}"
-    check_claim(f"all {len(rows)} rows are valid", not invalid, said)
-    said = f"{path}: {len(different)} do not: {first_of(different)}"
-    check_claim("supervised tokens decode to the responses", not different, said)
-    return [one for _, one in kept]
-
-
-def first_of(found: list[tuple[int, str]]) -> str:
-    return "; ".join(text for _, text in found[:3])
+    claims = {
+        f"all {len(rows)} rows are valid": invalid,
+        "supervised tokens decode to the responses": different,
+    }
+    for claim, own in claims.items():
+        wrong = sorted(train.all_gather(own))
+        first = "; ".join(text for _, text in wrong[:3])
+        check_claim(claim, not wrong, f"{path}: {len(wrong)} rows: {first}")
+    return [one for _, one in sorted(train.all_gather(kept))]
 
 
 def gate_policy(

@@ -47,10 +47,9 @@ class LoRALinear(nn.Module):
         # Real numbers even if the base's are on `meta`: no file holds them, and they are few. A has
         # PEFT's initialisation, drawn on the CPU, so every device and every rank gets the same.
         device = "cpu" if base.weight.is_meta else base.weight.device
-        bound = math.sqrt(6 / ((1 + 5) * base.in_features))
-        start = torch.empty(rank, base.in_features, device="cpu").uniform_(
-            -bound, bound, generator=generator
-        )
+        bound = math.sqrt(1 / base.in_features)
+        start = torch.empty(rank, base.in_features, device="cpu")
+        start.uniform_(-bound, bound, generator=generator)
         self.lora_A = nn.Parameter(start.to(device))  # (r, in)
         # (out, r), zero: no change at the start
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))

@@ -24,15 +24,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 import data
-import gate
 import model
 import train
 import trees
 from engines import drift
 
-CHECKED = 8  # ours: about so many stored rounds are computed again when a run goes on
 TOKEN_WISE = 64  # ours: chains whose drift is measured token by token
 
 
@@ -68,7 +67,8 @@ def log_probs(
         return model.collate(own, forest.processor).to(device)
 
     batches = train.ahead(rounds, make_batch)
-    for parts, batch in zip(train.bar(rounds, title, "batch"), batches):
+    shown = tqdm(rounds, title, unit="batch", disable=train.rank() > 0)
+    for parts, batch in zip(shown, batches):
         with train.forward_only(policy):
             sums = response_sums(policy(batch), batch).tolist()
         part = parts[train.rank()]
@@ -86,53 +86,31 @@ def compute(
 ) -> dict[str, float]:
     """log pi_ref of each chain, by its key. Rounds with a chain that is not stored are computed as
     they would have been, so that a run that was killed has the values of one that was not, to the
-    bit. A few of the others are computed again. Raises train.Refused where a chain's new value is
-    not the stored one: the file is of another policy."""
-    found = data.resume_jsonl(path) if train.rank() == 0 else []  # a torn line is cut by one rank
-    stored = {row["key"]: row["logp"] for row in train.all_gather(found)}
+    bit."""
+    found = train.from_first(lambda: data.resume_jsonl(path))  # a torn line is cut by one rank
+    stored = {row["key"]: row["logp"] for row in found}
     keys = [forest.keys_of(one) for one in subtrees]
-    known, missing = [], []
+    missing, counts = [], {True: 0, False: 0}
     for parts in rounds:
-        wanted = {key for part in parts for index, _ in part for key in keys[index]}
-        (known if wanted <= stored.keys() else missing).append(parts)
-    again = known[:: max(1, len(known) // CHECKED)]
+        own = [index for part in parts for index, weight in part if weight]
+        known = all(key in stored for index in own for key in keys[index])
+        counts[known] += len(own)
+        if not known:
+            missing.append(parts)
     with open(path, "a", encoding="utf-8") if train.rank() == 0 else nullcontext() as log:
-        for done in log_probs(policy, forest, subtrees, again + missing, device, "reference"):
-            new = keep(path, done, forest, subtrees, stored, device)
+        for done in log_probs(policy, forest, subtrees, missing, device, "reference"):
+            rows = []
+            for index, values in done:
+                one = subtrees[index]
+                for chain, key, value in zip(one.chains, keys[index], values):
+                    if key not in stored:
+                        stored[key] = value
+                        tokens = forest.sizes[one.tree][1 + chain]
+                        rows.append({"key": key, "logp": value, "tokens": tokens})
             if train.rank() == 0:
-                data.append_jsonl(log, new)
-    counts = [
-        sum(weight > 0 for parts in some for part in parts for _, weight in part)
-        for some in (missing, known, again)
-    ]
-    said = "reference: {} rows computed, {} from {} ({} checked)"
-    train.print0(said.format(*counts[:2], path.name, counts[2]))
+                data.append_jsonl(log, rows)
+    train.print0(f"reference: {counts[False]} rows computed, {counts[True]} from {path.name}")
     return stored
-
-
-def keep(
-    path: Path,
-    done: list[tuple[int, list[float]]],
-    forest: trees.Forest,
-    subtrees: Sequence[trees.Subtree],
-    stored: dict[str, float],
-    device: torch.device,
-) -> list[dict]:
-    """Adds the chains that are not stored yet to `stored`, and returns their rows. The others must
-    have their stored value."""
-    rows = []
-    for index, values in done:
-        one = subtrees[index]
-        for chain, key, value in zip(one.chains, forest.keys_of(one), values):
-            tokens = forest.sizes[one.tree][1 + chain]
-            if key not in stored:
-                stored[key] = value
-                rows.append({"key": key, "logp": value, "tokens": tokens})
-            elif not (off := abs(value - stored[key])) <= gate.tolerance(tokens, device):
-                what = f"the stored reference of question {forest.trees[one.tree].id}"
-                what += f" is off by {off:.4f} (chain {chain + 1})"
-                train.refuse(train.Refused(f"{path}: {what}; remove the file to compute it anew"))
-    return rows
 
 
 def token_log_probs(

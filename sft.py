@@ -72,10 +72,8 @@ def read_demos(
     those are. A collective."""
     tokens = gate.gate_rows(
         " ".join(args.demos),
-        rows,
-        [row["id"] for row in rows],
+        [(row["id"], row, [row["messages"][-1]["content"]]) for row in rows],
         lambda row: encode_demo(row, processor, Path(args.images)),
-        lambda row: [row["messages"][-1]["content"]],
         lambda encoded: Counter(label for segment in encoded for label in segment.labels),
         processor,
     )
@@ -151,17 +149,14 @@ def main(argv: list[str] | None = None) -> None:
     demos = read_demos(args, rows, processor)
     lengths = [tokens.total() for _, tokens in demos]
     packs = pack_plan(lengths, args.pack, args.seed)
+    sizes = [sum(lengths[index] for index in part) for part in packs]
     steps = train.shuffled(len(packs), args.batch, args.epochs, args.seed)
-    sizes = [sum(lengths[j] for j in part) for part in packs]
-    budget = args.micro_tokens or args.max_length
-    used = train.efficiency(steps, budget, train.world_size(), sizes)
-    said = f"plan: {len(steps)} steps of {len(packs)} rows, {sum(sizes):,} tokens an epoch"
-    train.print0(f"{said}; efficiency on {train.world_size()} ranks {used:.2f}")
+    train.print0(f"plan: {len(steps)} steps of {len(packs)} rows, {sum(sizes):,} tokens an epoch")
 
     def encode(index: int) -> model.Row:
         return encode_demo(demos[index][0], processor, root)
 
-    images = max(sum(len(demos[j][0]["images"]) for j in part) for part in packs)
+    images = max(sum(len(demos[index][0]["images"]) for index in part) for part in packs)
     policy = train.build(args, device, steps, sizes, images)
     seen = next((encode(index) for index, (row, _) in enumerate(demos) if row["images"]), None)
     shortest = encode(lengths.index(min(lengths)))
@@ -172,24 +167,15 @@ def main(argv: list[str] | None = None) -> None:
         return model.collate(packed, processor, weights).to(device)
 
     span_weights = dict(zip((data.THINK, data.ANSWER, data.TAG), args.weights))
-    run = train.Run(
-        policy,
-        steps,
-        make_batch,
-        out=out,
-        device=device,
-        peak=args.lr,
-        budget=budget,
-        save_every=args.save_every,
-        lengths=sizes,
-    )
+    settings = train.run_settings(args)
+    run = train.Run(policy, steps, make_batch, device=device, lengths=sizes, **settings)
     for _ in run:
         for batch in run.micro_batches():
             run.backward(*sft_loss(policy(batch), batch, span_weights))
         run.update()
     saved = train.save(args, policy, processor)
     if train.rank() == 0:
-        finish(args, started, [tokens for _, tokens in demos], len(rows) - len(demos), saved, run)
+        finish(args, started, [tokens for _, tokens in demos], len(rows) - len(demos), saved)
     train.end(out)
 
 
@@ -199,7 +185,6 @@ def finish(
     tokens: list[Counter],
     dropped: int,
     saved: dict[str, float],
-    run: train.Run,
 ) -> None:
     """stage.json and the summary. tokens: of each demonstration, by label."""
     merged, history = Path(args.out) / "merged", schema.read_metrics(args.out)
@@ -215,14 +200,12 @@ def finish(
     lines = {
         "examples": f"{len(tokens):,} trained on, {dropped:,} too long",
         "tokens": ", ".join(f"{name} {count:,}" for name, count in spans.items()),
-        "loss": train.change(history, ["loss", *spans]),
         "responses": f"median {median:,} tokens, 99 % up to {p99:,}, longest {longest:,}: "
         "rollouts and evaluation need such a --max-tokens",
-        "training": train.cost(history, run.lengths, run.plan),
         "next": f"python rollout.py --engine hf:{merged} --questions image.jsonl --images IMAGES "
         "--max-tokens N --out OUT",
     }
-    train.summary(f"Stage I is finished: {merged}", lines)
+    train.summary(f"Stage I is finished: {merged}", history, ["loss", *spans], lines)
 
 
 if __name__ == "__main__":

@@ -8,27 +8,21 @@ tokens, DPO counts pairs. Counts are added over micro-batches and ranks before t
 rank with two rows, two ranks with one row each, and one rank that accumulates twice take the same
 step. (A mean of means would weigh a token by the length of its micro-batch.)
 
-The same command runs as one process on a CPU, on 8 GPUs, and on several nodes:
-
-    torchrun --nproc_per_node 8 sft.py ...      bf16 compute, fp32 master weights, FSDP2 (ZeRO-3)
-
-No rank ever holds the whole model: it is built on the `meta` device and sharded there, each rank
-reads the rows of its own shards from the files, and saving gathers one tensor at a time.
+The same command runs as one process on a CPU, on 8 GPUs (torchrun --nproc_per_node 8 sft.py ...)
+and on several nodes. No rank ever holds the whole model: it is built on the `meta` device and
+sharded there, each rank reads the rows of its own shards from the files, and saving gathers one
+tensor at a time.
 
 Resume is exact: the plan of all steps is a pure function of the seed, and weights, optimizer and
-step are saved together. A run that was killed ends with the weights of a run that was not.
-
-A run begins with `begin` and ends with `end`. While it works, OUT holds metrics.jsonl and, in
-OUT/state, the newest state. The last step has a state too: the result is saved first, then
-stage.json, and only then is the state removed, so that a kill while saving costs no step. OUT must
-lie on a disk that all nodes share; `begin` checks it. All ranks stop together (`refuse`).
+step are saved together in OUT/state. A run that was killed ends with the weights of a run that was
+not. The last step has a state too: the result is saved, then stage.json, and only then is the state
+removed, so that a kill while saving costs no step.
 
 Where we depart from the paper, or it is silent:
   1. FSDP2 instead of DeepSpeed ZeRO-3: the same sharding of weights, gradients and optimizer.
   2. The frozen vision tower is not sharded: every rank holds it whole, so a rank whose rows have no
      image need not join an exchange for it.
-  3. --replicas N keeps N copies, each sharded over the ranks of one node or of a few (HSDP): the
-     large exchanges stay inside a node. The default, one copy, needs the least memory.
+  3. --replicas N keeps N copies, each sharded over its part of the ranks (HSDP).
   4. States are safetensors, one file a shard: torch.distributed.checkpoint's index is a pickle.
   5. Batch 64, warm-up 10 %, weight decay 0, clip 1.0 are LLaMA-Factory's; the paper gives learning
      rates and "cosine".
@@ -39,7 +33,6 @@ import math
 import os
 import random
 import shutil
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -54,14 +47,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from tqdm import tqdm
 
 import data
 import hub
 import lora
 import memory
 import model
-from command import flags, schema, stage
+from command import flags, stage
 
 # ours: paper silent (LLaMA-Factory's and transformers' defaults)
 BETAS, EPS, WEIGHT_DECAY = (0.9, 0.999), 1e-8, 0.0
@@ -72,18 +64,13 @@ AHEAD = 2  # ours: micro-batches that are made while another is computed
 FILLED = 0.9  # ours: least share of a micro-batch's tokens that is not padding
 # ours: the ranks wait while the first hashes or writes a large checkpoint; torch waits 10 minutes
 PATIENCE = timedelta(hours=1)
-LOG_EVERY = 60.0  # ours: seconds between two states of a progress bar in a log file
-SIGHT = 10.0  # ours: seconds in which a network disk must show a file that another node wrote
+SIGHT = 10  # ours: seconds in which a network disk must show a file that another node wrote
 # flags that change speed or memory, and results only by rounding
 FREE = ("save_every", "print_every", "micro_tokens", "checkpointing", "replicas")
 
 
 class Refused(flags.UserError):
     """A run that cannot go on."""
-
-
-class Diverged(flags.UserError):
-    """A loss or a gradient that is not finite."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -100,8 +87,8 @@ def init_ranks() -> torch.device:
     if dist.is_initialized():
         return device
     if "RANK" in os.environ:
-        own = {"device_id": device} if cuda else {}
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE, **own)
+        backend = "nccl" if cuda else "gloo"
+        dist.init_process_group(backend, timeout=PATIENCE, device_id=device if cuda else None)
     elif cuda:  # a group of one, for FSDP's mixed precision
         alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1, "device_id": device}
         dist.init_process_group("nccl", **alone)
@@ -120,14 +107,6 @@ def print0(*words) -> None:
     """Prints on the first rank only."""
     if rank() == 0:
         print(*words, flush=True)
-
-
-def bar(items: Sequence, what: str, unit: str) -> tqdm:
-    """A progress bar on the first rank: in a terminal ten states a second (tqdm's default), in a
-    file, which keeps them all, one a minute."""
-    every = 0.1 if sys.stderr.isatty() else LOG_EVERY
-    pace = {"mininterval": every, "maxinterval": max(10.0, every)}
-    return tqdm(items, desc=what, unit=unit, disable=rank() > 0, **pace)
 
 
 def barrier() -> None:
@@ -165,6 +144,20 @@ def all_gather(rows: list) -> list:
     parts: list = [None] * world_size()
     dist.all_gather_object(parts, rows)
     return [row for part in parts for row in part]
+
+
+def from_first(make: Callable):
+    """What the first rank makes, on every rank. If it raises, all ranks stop. A collective."""
+    made, error = None, None
+    if rank() == 0:
+        try:
+            made = make()
+        except Exception as raised:  # the others wait below: they are told before it is raised
+            error = raised
+    ((made, failed),) = all_gather([(made, error is not None)] if rank() == 0 else [])
+    if failed:
+        refuse(error)
+    return made
 
 
 @contextmanager
@@ -210,17 +203,19 @@ def build(
     count = sum(p.numel() for p in trained_parameters(policy).values())
     every = sum(p.numel() for p in policy.parameters())
     print0(f"training {count:,} of {every:,} parameters ({args.method})")
-    rows, length = largest(plan, args.micro_tokens or args.max_length, lengths)
+    budget, ranks = args.micro_tokens or args.max_length, world_size()
+    used, rows, length = packing(plan, budget, ranks, lengths)
+    said = f"efficiency on {ranks} ranks {used:.2f}; "
+    print0(f"{said}the largest micro-batch has {rows} x {length:,} tokens")
     blocks = len(policy.language_model.layers)
-    again = {"none": 0, "all": blocks, "auto": 0}[args.checkpointing]
+    again = blocks if args.checkpointing == "all" else 0
     if args.checkpointing == "auto" and device.type == "cuda":
         pixels = images * memory.image_bytes(policy, args.pixels, args.tiles)
-        gpus = max(1, world_size() // args.replicas)
+        gpus = max(1, ranks // args.replicas)
         room = memory.USABLE * torch.cuda.get_device_properties(device).total_memory
         fewest = memory.blocks_to_recompute(policy, rows, length, pixels, gpus, room)
         again = blocks if fewest is None else fewest
-    said = f"the largest micro-batch has {rows} x {length:,} tokens"
-    print0(f"checkpointing {again} of {blocks} blocks: {said}")
+    print0(f"checkpointing {again} of {blocks} blocks")
     return shard(policy, device, again, args.replicas)
 
 
@@ -246,12 +241,9 @@ def shard(
 
     def read(name: str, parameter: nn.Parameter) -> Tensor:
         rows = policy.checkpoint.read(lora.plain_name(name), shard_rows(parameter))
-        rows = rows.to(device, parameter.dtype, copy=True)
-        if not isinstance(parameter, DTensor):
-            return rows
-        mesh, cut = parameter.device_mesh, parameter.placements
-        shape, stride = parameter.shape, parameter.stride()
-        return DTensor.from_local(rows, mesh, cut, run_check=False, shape=shape, stride=stride)
+        tensor = torch.empty_like(parameter, device=device, requires_grad=False)
+        local_tensor(tensor).copy_(rows)
+        return tensor
 
     hub.materialize(policy, read)
     return policy.to(device)  # buffers, and parameters that were not on `meta`
@@ -308,17 +300,21 @@ def trained_parameters(policy: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in policy.named_parameters() if p.requires_grad}
 
 
+def gather(parameter: Tensor) -> Tensor:
+    """The whole tensor, on the CPU of the first rank; `meta` on the others. A collective."""
+    whole = parameter.detach()
+    if isinstance(whole, DTensor):
+        whole = whole.full_tensor()
+    return whole.to("cpu" if rank() == 0 else "meta")
+
+
 def gather_full(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name, whole tensor), one at a time, by Hugging Face module names; a tied weight once. What
-    was trained is gathered: the first rank gets it on the CPU, the others an empty tensor on
-    `meta`. What was not is read from the checkpoint by the first rank alone. A collective: every
-    rank must iterate to the end."""
+    was trained is gathered; what was not, the first rank alone reads from the checkpoint. A
+    collective: every rank must iterate to the end."""
     for name, parameter in policy.model.named_parameters():
         if parameter.requires_grad or policy.checkpoint is None:
-            whole = parameter.detach()
-            if isinstance(whole, DTensor):
-                whole = whole.full_tensor()
-            yield name, whole.to("cpu" if rank() == 0 else "meta")
+            yield name, gather(parameter)
         elif rank() == 0:
             yield name, policy.checkpoint.read(lora.plain_name(name)).float()
 
@@ -374,24 +370,19 @@ def deal_rows(
     return dealt
 
 
-def largest(plan: Sequence[Sequence[int]], budget: int, lengths: Sequence[int]) -> tuple[int, int]:
-    """(rows, tokens of the longest) of the micro-batch with the most tokens, padding included."""
-    dealt = (deal_rows(step, budget, world_size(), lengths) for step in plan)
-    parts = (part for ranks in dealt for own in ranks for part in own)
-    return max(((len(part), max(lengths[i] for i, _ in part)) for part in parts), key=math.prod)
-
-
-def efficiency(
+def packing(
     plan: Sequence[Sequence[int]], budget: int, ranks: int, lengths: Sequence[int]
-) -> float:
-    """The share of the ranks' work that is tokens of rows, neither padding nor waiting for another
-    rank, if time is proportional to tokens."""
-    own = spent = 0
+) -> tuple[float, int, int]:
+    """(efficiency, rows of the largest micro-batch, tokens of its longest row). Efficiency: the
+    share of the ranks' work that is tokens of rows, neither padding nor waiting for another rank,
+    if time is proportional to tokens."""
+    shapes = []  # (rows, tokens of the longest) of the micro-batches that run at the same time
     for step in plan:
-        own += sum(lengths[index] for index in step)
-        for part in zip(*deal_rows(step, budget, ranks, lengths)):
-            spent += ranks * len(part[0]) * max(lengths[row] for rows in part for row, _ in rows)
-    return own / spent
+        for parts in zip(*deal_rows(step, budget, ranks, lengths)):
+            longest = max(lengths[index] for part in parts for index, _ in part)
+            shapes.append((len(parts[0]), longest))
+    tokens = sum(lengths[index] for step in plan for index in step)
+    return tokens / (ranks * sum(map(math.prod, shapes))), *max(shapes, key=math.prod)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
@@ -423,7 +414,6 @@ class Run:
     budget        of a micro-batch, in tokens; in rows if `lengths` is not given
     save_every    steps between states; the last step has one too. 0 keeps none.
     lengths       the rows' tokens: rows are dealt to the ranks by them; they give the tokens/s
-    facts         more figures of each step, for its row and line
     """
 
     def __init__(
@@ -438,7 +428,6 @@ class Run:
         budget: int,
         save_every: int,
         lengths: Sequence[int] | None = None,
-        facts: Sequence[dict[str, float]] = (),
         warmup: float = WARMUP,
         print_every: int = 1,
         betas: tuple[float, float] = BETAS,
@@ -446,8 +435,7 @@ class Run:
     ):
         self.policy, self.plan, self.make_batch = policy, plan, make_batch
         self.out, self.device, self.peak, self.warmup = out, device, peak, warmup
-        self.lengths, self.facts = lengths, facts
-        self.save_every, self.print_every = save_every, print_every
+        self.lengths, self.save_every, self.print_every = lengths, save_every, print_every
         self.dealt = [deal_rows(step, budget, world_size(), lengths)[rank()] for step in plan]
         self.parameters = list(trained_parameters(policy).values())
         fused = device.type == "cuda" or not dist.is_initialized()
@@ -457,14 +445,16 @@ class Run:
         self.begin = load_state(out / "state", policy, self.optimizer)
         if self.begin:
             print0(f"resumed at step {self.begin} of {len(plan)} from {out / 'state'}")
-        if rank() == 0:
-            keep_metrics(out / "metrics.jsonl", self.begin)
+        self.log = out / "metrics.jsonl"
+        if rank() == 0:  # the steps from `begin` on are taken again
+            history = [row for row in data.resume_jsonl(self.log) if row["step"] < self.begin]
+            data.write_jsonl(self.log, history)
 
     def __iter__(self) -> Iterator[int]:
-        path, begun = self.out / "metrics.jsonl", time.time()
+        begun = time.time()
         parts = (part for step in self.dealt[self.begin :] for part in step)
         self.batches = ahead(parts, lambda part: self.make_batch(*map(list, zip(*part))))
-        with open(path, "a", encoding="utf-8") if rank() == 0 else nullcontext() as log:
+        with open(self.log, "a", encoding="utf-8") if rank() == 0 else nullcontext() as log:
             for step in range(self.begin, len(self.plan)):
                 self.step, self.started = step, time.time()
                 self.sums: dict[str, Tensor] = {}
@@ -494,7 +484,7 @@ class Run:
 
     def update(self) -> None:
         """The step itself: divides the gradients' sums by the global count, once; clips; moves the
-        weights. The device is read once. Raises Diverged before it does harm. A collective."""
+        weights. The device is read once. Raises Refused before it does harm. A collective."""
         sums = all_reduce(torch.stack([*self.sums.values()]))  # (figures, 2)
         for parameter in self.parameters:
             if parameter.grad is not None:
@@ -503,10 +493,9 @@ class Run:
         norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).double()
         *read, norm = torch.cat([sums.flatten(), norm[None]]).tolist()
         means = [x / max(y, 1e-12) for x, y in zip(read[::2], read[1::2])]
-        for name, value in (("loss", means[0]), ("gradient's norm", norm)):
-            if not math.isfinite(value):
-                untouched = f"the weights are untouched: those after {self.step} steps"
-                refuse(Diverged(f"step {self.step}: the {name} is {value}; {untouched}"))
+        if not (math.isfinite(means[0]) and math.isfinite(norm)):
+            said = f"step {self.step}: the loss is {means[0]}, the gradient's norm {norm}"
+            refuse(Refused(f"{said}; the weights are untouched: those after {self.step} steps"))
         now = learning_rate(self.step, len(self.plan), self.peak, self.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = now
@@ -516,43 +505,28 @@ class Run:
         seconds = round(self.ended - self.started, 3)
         self.figures = {"step": self.step}
         self.figures |= {name: round(mean, 6) for name, mean in zip(self.sums, means)}
-        self.figures |= self.facts[self.step] if self.facts else {}
         self.figures |= {"lr": now, "grad_norm": round(norm, 4), "seconds": seconds}
 
     def status_line(self, left: float) -> str:
         """Every figure of the step in its own column, line under line. left: seconds to the end.
 
-        step 0040/0139 | loss  0.612 | ... | lr 9.1e-07 |   3.20 s |  5,120 tokens/s | left 0:05:17
+        step 0040/0139 | left 0:05:17 |   5,120 tokens/s | loss    0.6124 | ... | seconds     3.201
         """
-        row, shown = self.figures, [f"step {self.step + 1:04d}/{len(self.plan):04d}"]
-        apart = ("step", "lr", "seconds", "grad_norm")
-        held = [name for name in row if name.startswith("held_")]
-        shown += [f"{n} {figure(x)}" for n, x in row.items() if n not in (*apart, *held)]
-        clipped = "clipped" if row["grad_norm"] > CLIP else " " * 7
-        shown += [f"norm {row['grad_norm']:5.2f} {clipped}", f"lr {row['lr']:.1e}"]
-        shown.append(f"{row['seconds']:6.2f} s")
+        shown = [f"step {self.step + 1:04d}/{len(self.plan):04d}"]
+        shown.append(f"left {timedelta(seconds=round(left))}")
         if self.lengths:
             tokens = sum(self.lengths[index] for index in self.plan[self.step])
-            shown.append(f"{tokens / max(row['seconds'], 1e-3):7,.0f} tokens/s")
-        shown.append(f"left {clock(left)}")
+            shown.append(f"{tokens / max(self.figures['seconds'], 1e-3):7,.0f} tokens/s")
         if self.device.type == "cuda":
             shown.append(f"{torch.cuda.max_memory_allocated() / 2**30:.0f} GB")
-        return " | ".join(shown + [f"{name} {figure(row[name])}" for name in held])
-
-
-def clock(seconds: float) -> str:
-    """Hours, minutes and seconds: 3725.4 is 1:02:05."""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
-
-
-def figure(value: float) -> str:
-    """Six characters, with three decimals of a small number and none of a large one."""
-    return f"{value:6.{3 if abs(value) < 10 else 1 if abs(value) < 1000 else 0}f}"
+        figures = [f"{name} {x:9.4g}" for name, x in self.figures.items() if name != "step"]
+        return " | ".join(shown + figures)
 
 
 # --------------------------------------------------------------------------------------------------
 # The state of a run: safetensors, one file a shard
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by torch's names
 
 
 def save_state(
@@ -569,9 +543,9 @@ def save_state(
     barrier()
     tensors, shards = {}, 1
     for name, parameter in trained_parameters(policy).items():
-        moments, (_, shards) = optimizer.state[parameter], shard_index(parameter)
-        kinds = {"weight": parameter, **{kind: moments[kind] for kind in ("exp_avg", "exp_avg_sq")}}
-        for kind, tensor in kinds.items():
+        _, shards = shard_index(parameter)
+        moments = {kind: optimizer.state[parameter][kind] for kind in MOMENTS}
+        for kind, tensor in {"weight": parameter, **moments}.items():
             tensors[f"{name}|{kind}"] = local_tensor(tensor).detach().cpu().contiguous()
     if rank() < shards:  # the ranks of the first replica; the other replicas hold the same
         about = {"step": str(step), "shards": str(shards)}
@@ -589,30 +563,28 @@ def load_state(folder: Path, policy: nn.Module, optimizer: torch.optim.Optimizer
     """Puts the newest whole state back and returns its step, or 0 if there is none. The number of
     ranks and of replicas may have changed: a sharded tensor is the files' parts one after another,
     and each rank reads from them the rows that are now its own."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     states = sorted(folder.glob("step_" + "[0-9]" * 6))
     if not states:
         return 0
-    try:
-        paths = sorted(states[-1].glob("rank_*.safetensors"))
-        files = [safe_open(path, framework="pt") for path in paths]
-        step, shards = int(files[0].metadata()["step"]), int(files[0].metadata()["shards"])
-        there = f"{len(files)} of {shards} rank files"
-    except (IndexError, SafetensorError) as error:
-        files, shards, there = [], 1, f"not a whole state ({error})"
+    files = []
+    for path in sorted(states[-1].glob("rank_*.safetensors")):
+        with model.reading(path):
+            files.append(safe_open(path, framework="pt"))
+    shards = int(files[0].metadata()["shards"]) if files else 1
     if len(files) != shards:
+        there = f"{len(files)} of {shards} rank files"
         refuse(Refused(f"{states[-1]}: {there}; move the folder away to start again"))
+    step = int(files[0].metadata()["step"])
     for name, parameter in trained_parameters(policy).items():
-        moments, rows = optimizer.state[parameter], shard_rows(parameter)
+        moments = {kind: torch.zeros_like(parameter) for kind in MOMENTS}
+        for kind, tensor in {"weight": parameter, **moments}.items():
+            parts = [file.get_slice(f"{name}|{kind}") for file in files]
+            copy_rows(parts, local_tensor(tensor.detach()), shard_rows(parameter))
         # a tensor on the device, where the fused kernel reads it
         moments["step"] = torch.tensor(float(step), device=parameter.device)
-        for kind in ("exp_avg", "exp_avg_sq"):
-            moments[kind] = torch.zeros_like(parameter)
-        for kind, tensor in {"weight": parameter, **moments}.items():
-            if kind != "step":
-                parts = [file.get_slice(f"{name}|{kind}") for file in files]
-                copy_rows(parts, local_tensor(tensor.detach()), rows)
+        optimizer.state[parameter] = moments
     return step
 
 
@@ -625,15 +597,6 @@ def copy_rows(parts: list, target: Tensor, rows: slice) -> None:
         if first < last:
             target[first - rows.start : last - rows.start].copy_(part[first - at : last - at])
         at = end
-
-
-def keep_metrics(path: Path, begin: int) -> None:
-    """Drops the figures of the steps from `begin` on, which are taken again. The file is replaced
-    whole: a kill here must not lose the others."""
-    history = data.resume_jsonl(path)
-    for row in history:
-        schema.check_row(row, str(path), "metrics")
-    data.write_jsonl(path, [row for row in history if row["step"] < begin])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -651,17 +614,13 @@ def add_flags(parser: argparse.ArgumentParser, row: str) -> None:
     add("--max-length", type=flags.whole(1), default=MAX_LENGTH, help=said)
     said = "tokens at once on one rank, padding included; a longer row is alone; 0: --max-length"
     add("--micro-tokens", type=flags.whole(0), default=0, help=said)
-    said = "largest image in pixels, Qwen; as in the rollouts"
-    add("--pixels", type=flags.PIXELS, default=model.MAX_PIXELS, help=said)
-    said = "most tiles of an image, InternVL; as in the rollouts"
-    add("--tiles", type=flags.TILES, default=model.TILES, help=said)
-    said = "whose activations are recomputed in backward: less memory, up to a third more time; "
-    said += "auto: on a GPU as few blocks as its memory asks for, by the largest micro-batch"
+    add("--pixels", type=flags.PIXELS, default=model.MAX_PIXELS, help="most of an image, Qwen")
+    add("--tiles", type=flags.TILES, default=model.TILES, help="most of an image, InternVL")
+    said = "blocks recomputed in backward: less memory, more time; auto: as few as memory allows"
     add("--checkpointing", choices=["auto", "all", "none"], default="auto", help=said)
     said = "copies of the model, each sharded over its part of the ranks: the number of nodes, or 1"
     add("--replicas", type=flags.whole(1), default=1, help=said)
-    said = "steps between states to resume from; 0: no states"
-    add("--save-every", type=flags.whole(0), default=50, help=said)
+    add("--save-every", type=flags.whole(0), default=50, help="steps between states; 0: no states")
     said = "numbers of OUT/merged; auto: as the weight files of --model have them"
     add("--save-dtype", choices=["auto", "float32"], default="auto", help=said)
     add("--seed", type=flags.SEED, default=0)
@@ -671,20 +630,11 @@ def begin(args: argparse.Namespace, inputs: list[str | Path], images: Iterable[P
     """stage.open_folder, by the first rank for all of them. If OUT is finished it does what `end`
     does, and returns False. All ranks stop if the first one raises, or if one of them does not see
     what the first one wrote. A collective."""
-    path, failed, said = Path(args.out) / "begun.json", None, None
-    if rank() == 0:
-        try:
-            todo = stage.open_folder(args, inputs, FREE, images)
-            said = (todo, path.read_bytes() if todo else b"")
-        except Exception as error:  # the others wait below: they are told before it is raised
-            failed = error
-    (said,) = all_gather([said] if rank() == 0 else [])
-    if said is None:
-        refuse(failed)
-    todo, begun = said
-    if not todo:
+    path = Path(args.out) / "begun.json"
+    if not from_first(lambda: stage.open_folder(args, inputs, FREE, images)):
         end(path.parent)
         return False
+    begun = from_first(path.read_bytes)
     blind = all_gather([] if sees(path, begun) else [str(rank())])
     if blind:
         seen = f"rank {', '.join(blind)} cannot see what rank 0 wrote there"
@@ -695,72 +645,56 @@ def begin(args: argparse.Namespace, inputs: list[str | Path], images: Iterable[P
 
 def sees(path: Path, content: bytes) -> bool:
     """Whether this rank sees a file with this content within SIGHT seconds."""
-    until = time.monotonic() + SIGHT
-    while True:
+    for _ in range(10 * SIGHT):
         with suppress(OSError):  # it is not there yet, or is replaced while it is read
             if path.read_bytes() == content:
                 return True
-        if time.monotonic() > until:
-            return False
         time.sleep(0.1)
+    return False
+
+
+def run_settings(args: argparse.Namespace) -> dict:
+    """What a Run takes from a stage's flags."""
+    budget = args.micro_tokens or args.max_length
+    out, every = Path(args.out), args.save_every
+    return {"out": out, "peak": args.lr, "budget": budget, "save_every": every}
 
 
 def save(args: argparse.Namespace, policy: model.Policy, processor: model.Processor) -> dict:
     """OUT/merged, and OUT/adapter with LoRA. Tensors are gathered, merged and written one by one:
     no rank holds the whole model. Returns hub.Rounding's figures on rank 0. A collective."""
     out, tensors, matrices = Path(args.out), gather_full(policy), {}
-
-    def kept(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in tensors:
-            if name.endswith((".lora_A", ".lora_B")):
-                matrices[name] = tensor
-            yield name, tensor
-
+    if args.method == "lora":  # all that was trained: A and B of each linear map
+        trained = trained_parameters(policy.model).items()
+        matrices = {name: gather(parameter) for name, parameter in trained}
     if rank() > 0:
         for _ in tensors:  # the other ranks give their shards
             pass
         return {}
-    if args.method == "lora":
-        tensors = lora.merge_state(kept(tensors), args.alpha / args.rank)
-    dtype = policy.checkpoint.dtype if args.save_dtype == "auto" else torch.float32
-    figures = hub.save_policy(out / "merged", policy, processor, tensors, dtype=dtype)
     if matrices:
         lora.save_adapter(out / "adapter", matrices, args.rank, args.alpha, args.model)
-    print0(
-        f"saved in {dtype}: {figures['weights_changed']:.2%} of the trained weights differ from "
-        f"the start's; rounding lost {figures['rounding_lost']:.2%} of the change (ratio of norms)"
-    )
+        tensors = lora.merge_state(tensors, args.alpha / args.rank)
+    dtype = policy.checkpoint.dtype if args.save_dtype == "auto" else torch.float32
+    figures = hub.save_policy(out / "merged", policy, processor, tensors, dtype=dtype)
+    said = f"{figures['weights_changed']:.2%} of the trained weights differ from the start's"
+    print0(f"saved in {dtype}: {said}; rounding lost {figures['rounding_lost']:.2%} of the change")
     return figures
 
 
 def end(out: Path) -> None:
-    """Removes the states of a run whose stage.json is written; then every rank leaves the group. A
-    collective."""
+    """Removes the states of a finished run; then every rank leaves the group. A collective."""
     barrier()
     if rank() == 0:
         shutil.rmtree(out / "state", ignore_errors=True)
     leave_group()
 
 
-def summary(title: str, lines: dict[str, str]) -> None:
-    """What a stage prints at its end, a figure a line."""
+def summary(title: str, history: list[dict], names: Sequence[str], lines: dict[str, str]) -> None:
+    """What a stage prints at its end. names: the figures whose first and last value it shows."""
+    first, last = history[0], history[-1]
+    spent = timedelta(seconds=round(sum(row["seconds"] for row in history)))
+    moved = ", ".join(f"{name} {first[name]:.3f} -> {last[name]:.3f}" for name in names)
     print0(f"\n{title}")
+    lines = {"training": f"{len(history):,} steps in {spent}", "loss": moved} | lines
     for name, text in lines.items():
         print0(f"  {name:<12}{text}")
-
-
-def change(history: list[dict], names: Sequence[str]) -> str:
-    """Figures of the first step and of the last: loss 1.204 -> 0.611, think 1.310 -> 0.702"""
-    first, last = history[0], history[-1]
-    return ", ".join(f"{name} {first[name]:.3f} -> {last[name]:.3f}" for name in names)
-
-
-def cost(history: list[dict], lengths: Sequence[int], plan: Sequence[Sequence[int]]) -> str:
-    """Time, tokens a second, and on a GPU the largest memory."""
-    seconds = sum(row["seconds"] for row in history)
-    tokens = sum(lengths[index] for row in history for index in plan[row["step"]])
-    rate = tokens / max(seconds, 1e-3)  # a step is told in thousandths of a second
-    said = f"{len(history):,} steps in {clock(seconds)}, {rate:,.0f} tokens/s"
-    if torch.cuda.is_available():
-        said += f", at most {torch.cuda.max_memory_allocated() / 2**30:.1f} GB on the first GPU"
-    return said

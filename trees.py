@@ -349,17 +349,15 @@ def read_forest(args: argparse.Namespace, pairs: list[dict]) -> Forest:
         pairs, lambda row, side: chain_of(row, side, processor), lambda row: question_key(row, root)
     )
     # a 72B takes minutes to hash: once, not on every rank
-    (checkpoint,) = train.all_gather([stage.fingerprint(args.model)] if train.rank() == 0 else [])
+    checkpoint = train.from_first(lambda: stage.fingerprint(args.model))
 
     def keep(row: model.Row) -> tuple[list[int], list[str]]:
         return [len(segment.ids) for segment in row], chain_keys(row, checkpoint)
 
     kept = gate.gate_rows(
         args.pairs,
-        grown,
-        [tree.id for tree in grown],
+        [(tree.id, tree, [chain.text for chain in tree.chains]) for tree in grown],
         lambda tree: encode_tree(tree, range(len(tree.chains)), processor, root),
-        lambda tree: [chain.text for chain in tree.chains],
         keep,
         processor,
     )
@@ -394,11 +392,9 @@ def make_plan(
         args.seed,
         args.max_length,
     )
-    lengths, ranks = [one.tokens for one in subtrees], train.world_size()
-    used = train.efficiency(steps, args.micro_tokens or args.max_length, ranks, lengths)
     train.print0(
-        f"plan: {len(steps)} steps of {len(subtrees)} trees, {sum(lengths):,} tokens, of "
-        f"{sum(map(bool, trained_on))} questions; efficiency on {ranks} ranks {used:.2f}"
+        f"plan: {len(steps)} steps of {len(subtrees)} trees, "
+        f"{sum(one.tokens for one in subtrees):,} tokens, of {sum(map(bool, trained_on))} questions"
     )
     pairs_held = len(forest.places) - len(places)
     train.print0(f"held out: {pairs_held} pairs of {len(held)} questions")

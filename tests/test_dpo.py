@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -391,17 +392,6 @@ def test_a_reference_value_is_computed_anew_where_what_it_depends_on_changes(
     ) in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("side", ["chosen", "rejected"])
-def test_a_corrupted_reference_value_stops_the_run(policy, processor, films, tmp_path, side):
-    rows = encode(processor, films, [None, "film0.png"])
-    refer(tmp_path, policy, rows, processor)
-    stored = data.resume_jsonl(tmp_path / "reference.jsonl")
-    stored[2 if side == "chosen" else 3]["logp"] += 0.5
-    data.write_jsonl(tmp_path / "reference.jsonl", stored)
-    with pytest.raises(train.Refused, match="reference of question q1 is off by 0.5"):
-        refer(tmp_path, policy, rows, processor)
-
-
 def with_responses(row: model.Row, chosen: model.Segment, rejected: model.Segment) -> model.Row:
     return [row[0], replace(chosen, branch=1), replace(rejected, branch=2)]
 
@@ -436,7 +426,7 @@ def test_stored_values_hold_under_another_micro_batch(
     rows = encode(processor, films, [None, "film0.png", "film1.png"])
     first = refer(tmp_path, policy, rows, processor)
     assert refer(tmp_path, policy, rows, processor, micro=micro) == first
-    assert "0 rows computed, 3 from reference.jsonl (3 checked)" in capsys.readouterr().out
+    assert "0 rows computed, 3 from reference.jsonl" in capsys.readouterr().out
 
 
 def gate_one(policy, row: model.Row, values: list[float], processor, beta: float) -> None:
@@ -462,18 +452,9 @@ def test_what_may_be_rounding_grows_with_the_root_of_the_length(
     (values,) = refer(tmp_path, policy, [row], processor)
     stored = data.resume_jsonl(tmp_path / "reference.jsonl")
     assert [line["tokens"] for line in stored] == [400, len(row[2].ids)] and len(row[2].ids) < 100
-    stored[side]["logp"] += off
-    data.write_jsonl(tmp_path / "reference.jsonl", stored)
     moved = [value + off * (side == at) for at, value in enumerate(values)]
-    for action in (
-        lambda: refer(tmp_path, policy, [row], processor),
-        lambda: gate_one(policy, row, moved, processor, dpo.BETA),
-    ):
-        if holds:
-            action()
-        else:
-            with pytest.raises(train.Refused):
-                action()
+    with nullcontext() if holds else pytest.raises(train.Refused):
+        gate_one(policy, row, moved, processor, dpo.BETA)
 
 
 def test_the_first_loss_may_be_off_by_half_of_beta_times_what_may_be_rounding(
@@ -528,7 +509,7 @@ def test_the_gate_refuses_pairs_that_cannot_be_encoded_and_names_them(
 ):
     refused(
         "all 2 rows are valid",
-        "pairs.jsonl: 1 are not: p1: .*no film.png",
+        "pairs.jsonl: 1 rows: p1: .*no film.png",
         folder,
         films,
         tmp_path,
@@ -542,7 +523,7 @@ def test_the_gate_refuses_token_ids_of_another_answer(folder, processor, films, 
     rows[1]["rejected_token_ids"] = rows[2]["rejected_token_ids"]
     refused(
         "supervised tokens decode to the responses",
-        "pairs.jsonl: 1 do not: p1: .* instead of",
+        "pairs.jsonl: 1 rows: p1: .* instead of",
         folder,
         films,
         tmp_path,
@@ -557,10 +538,8 @@ def test_the_gate_takes_an_answer_that_was_cut_off(processor, films):
     row["rejected"] = processor.decode(row["rejected_token_ids"])
     gate.gate_rows(
         "pairs.jsonl",
-        [row],
-        ["p0"],
+        [("p0", row, [row["chosen"], row["rejected"]])],
         lambda row: encode_pair(row, processor, films),
-        lambda row: [row["chosen"], row["rejected"]],
         len,
         processor,
     )
@@ -714,7 +693,7 @@ def test_a_run_starts_at_ln_2_learns_the_preference_and_leaves_vision_alone(
     assert found["pairs"] == "4 trained on, 0 held out, 0 too long"
     for name in ("loss", "margin", "accuracy"):
         assert f"{name} {metrics[0][name]:.3f} -> {metrics[-1][name]:.3f}" in found["loss"]
-    assert re.fullmatch(r"4 steps in 0:0\d:\d\d, [\d,]+ tokens/s", found["training"])
+    assert re.fullmatch(r"4 steps in 0:0\d:\d\d", found["training"])
     assert found["next"].startswith(f"python evaluate.py --engine hf:{lines[0]} ")
 
 

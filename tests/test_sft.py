@@ -5,6 +5,7 @@ import copy
 import json
 import re
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 import torch
@@ -309,8 +310,7 @@ def test_the_gate_refuses_rows_that_cannot_be_encoded_and_names_them(
     rows = [demo(0), demo(1, "film0.png"), demo(2, "no such film.png"), demo(3)]
     rows[3]["messages"][2]["content"] = "<think> <|im_end|> </think> <answer> A </answer>"
     said = (
-        "demos.jsonl: 2 are not: d2: .*no such film.png.*; "
-        "d3: the response contains the special token"
+        "demos.jsonl: 2 rows: d2: .*no such film.png.*; d3: the response contains the special token"
     )
     refused("all 4 rows are valid", said, folder, films, tmp_path, capsys, rows)
 
@@ -326,9 +326,7 @@ def test_the_gate_refuses_supervised_tokens_that_are_not_the_response(
     )
     with_nodule = [index for index in range(4) if "nodule" in demo(index)["messages"][2]["content"]]
     assert 0 < len(with_nodule) < 4
-    said = (
-        f"demos.jsonl: {len(with_nodule)} do not: d{with_nodule[0]}: .*mass.* instead of .*nodule"
-    )
+    said = f"demos.jsonl: {len(with_nodule)} rows: d{with_nodule[0]}: .*mass.* instead of .*nodule"
     refused(
         "supervised tokens decode to the responses",
         said,
@@ -346,10 +344,8 @@ def test_the_gate_takes_decomposed_letters_for_what_the_tokenizer_makes_of_them(
     assert "\u00e9" in processor.decode(sft.encode_demo(row, processor, films)[1].ids)
     gate.gate_rows(
         "demos.jsonl",
-        [row],
-        ["x"],
+        [("x", row, [row["messages"][2]["content"]])],
         lambda row: sft.encode_demo(row, processor, films),
-        lambda row: [row["messages"][2]["content"]],
         len,
         processor,
     )
@@ -487,9 +483,8 @@ def test_a_run_closes_with_what_it_was_trained_on_and_what_comes_next(
         assert f"{name} {metrics[0][name]:.3f} -> {metrics[-1][name]:.3f}" in found["loss"]
     told = f"median {kept[2]} tokens, 99 % up to {kept[-1]}, longest {kept[-1]}:"
     assert found["responses"].startswith(told)
-    spent, tokens = sum(row["seconds"] for row in metrics), 2 * (sum(whole) - max(whole))
-    rate = tokens / max(spent, 1e-3)
-    assert found["training"] == f"2 steps in {train.clock(spent)}, {rate:,.0f} tokens/s"
+    spent = sum(row["seconds"] for row in metrics)
+    assert found["training"] == f"2 steps in {timedelta(seconds=round(spent))}"
     assert found["next"].startswith(f"python rollout.py --engine hf:{merged} ")
 
 

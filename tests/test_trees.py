@@ -262,7 +262,7 @@ def test_ranks_have_rows_of_like_length_at_the_same_time(world):
     assert sorted(index for index, weight in own if weight) == list(range(7))
     assert all(index == lengths.index(60) for index, weight in own if not weight)  # the shortest
     spent = world * sum(longest[::world])
-    found = train.efficiency([list(range(7))], 1, world, lengths)
+    found, *_ = train.packing([list(range(7))], 1, world, lengths)
     assert found == pytest.approx(sum(lengths) / spent)
 
 
@@ -291,7 +291,7 @@ def test_a_micro_batch_is_as_many_rows_as_its_tokens_hold_padding_included(lengt
         fits = len(more) * own[0] <= budget and sum(more) >= train.FILLED * len(more) * own[0]
         assert not rounds or not fits
     spent = world * sum(costs[0] for costs in padded)
-    found = train.efficiency([list(range(len(lengths)))], budget, world, lengths)
+    found, *_ = train.packing([list(range(len(lengths)))], budget, world, lengths)
     assert found == pytest.approx(sum(lengths) / spent)
 
 
@@ -314,7 +314,8 @@ def test_a_run_tells_its_plan_and_trains_every_pair_in_either_order(
     said, history = capsys.readouterr().out, schema.read_metrics(tmp_path / "out")
     assert (
         "first loss 0.693147 is ln 2" in said
-        and "of 4 questions; efficiency on 1 ranks 1.00" in said
+        and "of 4 questions\n" in said
+        and "efficiency on 1 ranks 1.00" in said
     )
     assert sum(row["pairs"] for row in history) == 14 == len(pairs)
     if order == "question":
