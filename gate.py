@@ -7,8 +7,9 @@
     gate: ok  the shortest row, 212 tokens, goes forward and backward
     gate: ok  trees and chunks have the plain row's log-probabilities
 
-A wrong mask or a wrong picture does not stop a training, it spoils it. A claim that does not hold
-ends the run with Refused, on all ranks. dpo.py adds two: policy equals reference, first loss ln 2.
+A wrong mask or a wrong image raises no error in training; the model is only worse. A claim that
+does not hold ends the run with Refused, on all ranks. dpo.py adds two: policy equals reference,
+first loss ln 2.
 
 Where we depart from the paper, or it is silent: it has no such check.
 """
@@ -34,7 +35,7 @@ def check_claim(claim: str, holds: bool, otherwise: str) -> None:
     against = train.all_gather([] if holds else [otherwise])
     train.print0(f"  gate: {'NOT' if against else 'ok '} {claim}")
     if against:
-        train.refuse(train.Refused(f"gate: {claim}: not so; {against[0]}"))
+        train.refuse(train.Refused(f"gate: {claim}: false; {against[0]}"))
 
 
 def gate_rows(
@@ -111,13 +112,13 @@ def gate_step(
     batch = model.collate([row], processor).to(device)
     logp = policy(batch)
     (-logp.sum()).backward()
-    surprise = -logp.sum().item()
-    slopes = [p.grad for p in train.trained_parameters(policy).values() if p.grad is not None]
-    slopes = [bool(train.local_tensor(slope).isfinite().all()) for slope in slopes]
+    loss = -logp.sum().item()
+    grads = [p.grad for p in train.trained_parameters(policy).values() if p.grad is not None]
+    finite = [bool(train.local_tensor(grad).isfinite().all()) for grad in grads]
     policy.zero_grad(set_to_none=True)
     claim = f"the shortest row, {batch.ids.numel()} tokens, goes forward and backward"
-    said = f"its -log p is {surprise}, and {slopes.count(False)} gradients are not finite"
-    check_claim(claim, math.isfinite(surprise) and any(slopes) and all(slopes), said)
+    said = f"its -log p is {loss}, and {finite.count(False)} gradients are not finite"
+    check_claim(claim, math.isfinite(loss) and finite != [] and all(finite), said)
     tokens = len(row[1].ids)
     with train.forward_only(policy):
         plain = policy(model.collate([row[:2]], processor).to(device), plain=True).sum()

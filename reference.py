@@ -10,7 +10,8 @@ that stands in several pairs is stored once.
 The key is a hash of the weights, the prompt, its images and the response. A run that was killed
 computes the rest, in the batches it would have had: the values are the same to the bit.
 
-gate_drift compares the values with those that the sampler told (engines/drift.py).
+gate_drift compares the values with the log-probabilities that the sampler recorded
+(engines/drift.py).
 
 Where we depart from the paper, or it is silent: its trainer computes the reference at every step,
 or keeps a second model.
@@ -36,8 +37,9 @@ TOKEN_WISE = 64  # ours: chains whose drift is measured token by token
 
 
 def response_sums(logp: Tensor, batch: model.Batch) -> Tensor:
-    """log pi(y_k|x) of each row's branches k = 1, 2, ..., at least two, from per-token
-    log-probabilities (B, T). (B, K), 0 where a row has fewer. Of a single pair: y_w and y_l."""
+    """log pi(y_k|x) of each row's branches k = 1, 2, ... from per-token log-probabilities (B, T).
+    (B, K), K at least 2, so that a batch of plain rows has a column for y_l too; 0 where a row has
+    fewer. Column 0 of the sums, the prompt's branch, is dropped: chain i is branch i + 1."""
     sums = logp.new_zeros(len(logp), max(2, batch.branches) + 1)
     return sums.scatter_add(1, batch.branch, logp)[:, 1:]
 
@@ -141,15 +143,15 @@ def gate_drift(
     budget: int,
     device: torch.device,
 ) -> None:
-    """The reference's log-probabilities must be those that the sampler told: the same weights, the
-    same images, the same positions. Chains whose tokens the sampler told are computed once more,
-    each as a row of its own, the plain way: how far that is from the reference is the least that
-    can be seen. logp: the reference's value of each chain, by its key. A collective."""
+    """The sampler recorded the log-probabilities of what it sampled, and the reference must agree:
+    then both had the same weights, images and positions. Up to TOKEN_WISE chains are computed once
+    more, each as a row of its own: the trainer's difference from itself shows how much is only
+    rounding. logp: the reference's value of each chain, by its key. A collective."""
     ends = [(tree, forest.edges[tree][edge]) for tree, edge in forest.places]
     values = [[logp[forest.keys[tree][chain]] for chain in edge] for tree, edge in ends]
     chains = drift.chains_of([pairs[index] for index in forest.pairs], values)
     if not chains:
-        train.print0("drift: not measured, since no pair tells its sampler's log-probabilities")
+        train.print0("drift: not measured, since no pair has its sampler's log-probabilities")
         return
     token_wise = [place for place, chain in chains.items() if chain.sampler_tokens][:TOKEN_WISE]
     rows = []

@@ -2,8 +2,8 @@
 
     L = -(1 / sum w_t) * sum over response tokens t of w_t log p(y_t | x, y_<t)
 
-The prompt is not supervised. Supervised are the response's tokens and <|im_end|>, which teaches the
-model to stop. Each token has the label of its span (THINK, ANSWER, TAG), so that the loss on the
+The loss is on the response's tokens and on <|im_end|>, which teaches the model to stop; the prompt
+has none. Each token has the label of its span (THINK, ANSWER, TAG), so that the loss on the
 reasoning and on the answer are reported apart and can be weighted.
 
 reads demos.jsonl, a Hugging Face folder; writes OUT/adapter (PEFT's format), OUT/merged (what Stage
@@ -18,10 +18,10 @@ Where we depart from the paper, or it is silent:
   2. The loss is a mean over all tokens of the global batch; LLaMA-Factory's is a mean over
      micro-batches of means.
   3. The newline after <|im_end|> is not supervised: generation ends at <|im_end|>.
-  4. --pack puts several demonstrations in one row, each blind to the others; the system turn is
+  4. --pack puts several demonstrations in one row, which do not see each other; the system turn is
      computed once. The loss is the same, with fewer tokens.
-  5. A demonstration that is too long is dropped and counted, never cut: a chain without its answer
-     teaches endless thinking.
+  5. A demonstration that is too long is dropped and counted, never cut: from a
+     chain without its answer the model would learn to think without end.
   6. OUT/merged has the dtype of the base's weight files. Weights are trained in fp32, so a small
      change may be rounded away: stage.json has the share of weights that changed and what rounding
      took of the change. --save-dtype float32 keeps all of it, in twice the space of bf16.
@@ -48,6 +48,7 @@ def sft_loss(
     """Weighted sum of -log p over supervised tokens; logp (B, T). Returns (sum, sum of weights,
     {span: (sum, count)})."""
     row = batch.row_weights[:, None]  # (B, 1), 0 for a row that only keeps a rank in step
+    # 0 * logp: a batch without supervised tokens still has a gradient, on every rank
     loss, count, spans = 0.0 * logp.sum(), 0.0, {}
     for label, name in data.SPAN_NAMES.items():
         own = (batch.labels == label) * row  # (B, T)
@@ -105,7 +106,7 @@ def pack_plan(lengths: list[int], limit: int, seed: int) -> list[list[int]]:
     """Which demonstrations share a row: in a shuffled order, as many as fit into `limit` tokens (0:
     one each)."""
     plan, room = [], -1
-    for index in train.order(len(lengths), seed, -1):
+    for index in train.order(len(lengths), seed, -1):  # -1: before the first epoch
         if lengths[index] > room:
             plan.append([])
             room = limit

@@ -9,9 +9,11 @@ rank with two rows, two ranks with one row each, and one rank that accumulates t
 step. (A mean of means would weigh a token by the length of its micro-batch.)
 
 The same command runs as one process on a CPU, on 8 GPUs (torchrun --nproc_per_node 8 sft.py ...)
-and on several nodes. No rank ever holds the whole model: it is built on the `meta` device and
-sharded there, each rank reads the rows of its own shards from the files, and saving gathers one
-tensor at a time.
+and on several nodes. A *collective* is a function that every rank must call, or the others wait
+for ever.
+
+No rank ever holds the whole model: it is built on the `meta` device and sharded there, each rank
+reads the rows of its own shards from the files, and saving gathers one tensor at a time.
 
 Resume is exact: the plan of all steps is a pure function of the seed, and weights, optimizer and
 step are saved together in OUT/state. A run that was killed ends with the weights of a run that was
@@ -223,21 +225,31 @@ def shard(
     policy: nn.Module, device: torch.device, checkpointing: int = 0, replicas: int = 1
 ) -> nn.Module:
     """Puts a policy on its device and, with several ranks, shards it block by block (FSDP2). The
-    model is changed from outside: it knows nothing of ranks. Parameters on `meta` are read from the
-    checkpoint afterwards, each rank its own rows.
+    model is changed from outside: it knows nothing of ranks.
 
-    checkpointing   of so many blocks the activations are computed again in backward
+    checkpointing   how many blocks compute their activations again in backward
     replicas        copies of the model (HSDP), a divisor of the number of ranks
     On a GPU: bf16 compute, fp32 master weights and gradient sums; on a CPU everything is fp32.
     """
     if world_size() % replicas:
         said = f"--replicas {replicas} does not divide the number of ranks, {world_size()}"
         refuse(data.RowError(f"{said}; one replica a node is usual"))
-    for layer in policy.language_model.layers[:checkpointing] if checkpointing else ():
-        again = partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
-        layer.forward = again
+    recompute_blocks(policy, checkpointing)
     if dist.is_initialized():
         fully_shard_blocks(policy, device, replicas)
+    load_weights(policy, device)
+    return policy.to(device)  # buffers, and parameters that were not on `meta`
+
+
+def recompute_blocks(policy: nn.Module, count: int) -> None:
+    """The first `count` blocks keep no activations for backward, which computes them again."""
+    for layer in policy.language_model.layers[:count]:
+        again = partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
+        layer.forward = again
+
+
+def load_weights(policy: nn.Module, device: torch.device) -> None:
+    """Reads parameters on `meta` from the weight files, each rank the rows of its own shards."""
 
     def read(name: str, parameter: nn.Parameter) -> Tensor:
         rows = policy.checkpoint.read(lora.plain_name(name), shard_rows(parameter))
@@ -246,7 +258,6 @@ def shard(
         return tensor
 
     hub.materialize(policy, read)
-    return policy.to(device)  # buffers, and parameters that were not on `meta`
 
 
 def fully_shard_blocks(policy: nn.Module, device: torch.device, replicas: int) -> None:
@@ -263,8 +274,8 @@ def fully_shard_blocks(policy: nn.Module, device: torch.device, replicas: int) -
     precision = MixedPrecisionPolicy()
     if cuda:
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
-    # what is frozen is held as it is computed: the vision tower and, with LoRA, the base. Buffers,
-    # the rotary frequencies, stay in fp32.
+    # frozen weights (the vision tower and, with LoRA, the base) are stored in bf16, in which they
+    # are computed. Buffers, the rotary frequencies, stay in fp32.
     frozen = {parameter for parameter in policy.parameters() if not parameter.requires_grad}
     for parameter in frozen if cuda else ():
         parameter.data = parameter.data.to(torch.bfloat16)

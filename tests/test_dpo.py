@@ -495,7 +495,7 @@ def refused(
 ) -> None:
     """The run stops at one line of the gate, says why, and trains nothing."""
     with pytest.raises(
-        train.Refused, match=re.escape(f"gate: {claim}: not so; ") + ".*" + otherwise
+        train.Refused, match=re.escape(f"gate: {claim}: false; ") + ".*" + otherwise
     ):
         run(folder, films, tmp_path, rows, *flags)
     assert [line for line in capsys.readouterr().out.splitlines() if "gate:" in line][

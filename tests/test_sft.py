@@ -295,7 +295,7 @@ def test_a_run_prints_the_gate_line_by_line(folder, films, tmp_path, capsys):
 def refused(claim: str, otherwise: str, folder, films, tmp_path, capsys, rows: list[dict]) -> None:
     """The run stops at one line of the gate, says why, and trains nothing."""
     with pytest.raises(
-        train.Refused, match=re.escape(f"gate: {claim}: not so; ") + ".*" + otherwise
+        train.Refused, match=re.escape(f"gate: {claim}: false; ") + ".*" + otherwise
     ):
         run(folder, films, tmp_path, rows)
     assert [line for line in capsys.readouterr().out.splitlines() if "gate:" in line][
@@ -435,7 +435,7 @@ def test_the_gate_refuses_log_probabilities_that_are_not_the_plain_rows(
         return logp - 0.01, slope  # a hundredth of a nat a token
 
     monkeypatch.setattr(attention.ChunkedLogProbs, "residual", wrong)
-    with pytest.raises(train.Refused, match=f"{GATE[-1]}: not so; .* is off by"):
+    with pytest.raises(train.Refused, match=f"{GATE[-1]}: false; .* is off by"):
         gate.gate_step(policy, row, processor, torch.device("cpu"))
 
 
@@ -450,7 +450,7 @@ def test_the_gate_refuses_a_row_whose_log_p_or_gradient_is_not_finite(
     else:  # as where a kernel's backward overflows
         weight.register_hook(lambda slope: slope / 0.0)
     said = "its -log p is nan" if way == "forward" else "1 gradients are not finite"
-    with pytest.raises(train.Refused, match=f"goes forward and backward: not so; .*{said}"):
+    with pytest.raises(train.Refused, match=f"goes forward and backward: false; .*{said}"):
         gate.gate_step(policy, rows[0], processor, torch.device("cpu"))
     assert all(p.grad is None for p in policy.parameters())
 
