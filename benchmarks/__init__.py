@@ -639,7 +639,7 @@ def read_file(
         missing += [f"{where}: image {image}" for image, there in kept if not there]
         yield where, question_of(item, [image for image, _ in kept], name, where)
     if left_out:
-        print(f"{file}: {sum(map(len, left_out.values()))} faulty rows are left out")
+        print(f"{file}: faulty rows left out: {sum(map(len, left_out.values()))}")
     for reason, errors in left_out.items():
         print(f"  {len(errors)} x {reason}; the first is {errors[0]}")
     if missing and (found or image_root is not None):

@@ -461,7 +461,7 @@ def test_a_banks_faulty_rows_are_left_out_and_counted_by_reason(tmp_path, capsys
     rows = [PMC, PMC | {"Answer": "gout"}, PMC | {"Answer_label": "E"}, PMC | {"Choice C": "B: x"}]
     assert len(read("pmc-vqa", csv_file(tmp_path / "train.csv", rows), None)) == 1
     out = capsys.readouterr().out
-    assert "train.csv: 3 faulty rows are left out" in out
+    assert "train.csv: faulty rows left out: 3" in out
     assert "  2 x answer; the first is " in out and "train.csv: row 1: answer: 'B' 'gout'" in out
     assert "  1 x Choice C; the first is" in out
     with pytest.raises(data.RowError, match="no question of pmc-vqa"):
