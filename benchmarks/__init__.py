@@ -333,12 +333,12 @@ class PMCVQA(Reader):
     """A choice may begin with its letter: "B: a cyst". So may the answer's text."""
 
     def item(self, row: dict, where: str) -> Item:
-        data.need(row, where, **dict.fromkeys((*self.options, self.answer), str))
+        data.need(row, where, **dict.fromkeys((*self.options, self.answer, self.text), str))
         row = row | {self.answer: row[self.answer].strip()}
         letters = dict(zip(self.options, data.LETTERS)) | {self.text: row[self.answer]}
-        for column in [column for column in letters if column in row]:
+        for column, right in letters.items():
             letter, text = re.match(r"(?:([A-J])\s*:)?(.*)", row[column].strip(), re.S).groups()
-            if letter not in (None, letters[column]):
+            if letter not in (None, right):
                 raise data.RowError(f"{where}: {column}: its letter is {letter!r}")
             row[column] = text.strip()
         return super().item(row, where)
