@@ -970,7 +970,7 @@ PMC_FAULTS = [
     ({"Answer_label": "E"}, "'E' is not among"), ({"Answer": ""}, "not among"),
     ({"Answer_label": "b"}, "'b' is not among"),
     ({"Answer_label": ""}, "answer: expected a text"),
-    ({"Answer": "C: a scar"}, "Answer: its letter is 'C'"), ({"Answer": None}, "Answer: expected str"),
+    ({"Answer": "C: a scar"}, "Answer: its letter is 'C'"), ({"Answer": None}, "expected str"),
 ]  # fmt: skip
 PMC_2_FAULTS = [
     ({"Answer": "E"}, "'E' is not among"), ({"Answer": ""}, "answer: expected a text"),
