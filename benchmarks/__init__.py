@@ -9,11 +9,13 @@ used. To add a set, add a row; if columns do not say it all, write a subclass of
 
     python -m benchmarks inspect NAME PATH      the counts, next to the paper's
     python -m benchmarks convert NAME PATH --out questions.jsonl --images FOLDER
+    ... --answers answer_dict_test.json             for MMMU's test split, published without answers
 
 reads a published file or folder; writes questions.jsonl, and the images of a zip or of parquet,
 each once below the image root, under its published name or the hash of its bytes
 
-Every question is kept. A row that cannot be read is an error that names the row.
+Every question is kept, and a row that cannot be read is an error that names the row. Only the
+large training banks leave such rows out, and count them by reason (Reader.leaves_out).
 
 Where we depart from the paper, or it is silent:
   1. It names benchmarks, not files. The counts follow from its tables: MedXpertQA-MM test (2000),
@@ -27,6 +29,9 @@ Where we depart from the paper, or it is silent:
      benchmark's own prompt (official.py) does not.
   4. Published rows with equal content, images included, are all kept. The second has "-2" after
      its id, and the first's id in meta["repeats"].
+  5. MMMU's test split (1752 questions of Health & Medicine) and its other subjects are ours: the
+     paper reports neither, but says that general visual understanding is maintained (3.2).
+  6. It does not name its public training sets. PMC-VQA, MedMCQA and m23k are our choice.
 """
 
 import argparse
@@ -54,6 +59,7 @@ HEALTH = {  # MMMU's Health & Medicine: subject -> (questions in MMMU validation
     "Public_Health": (30, 58),
 }  # fmt: skip
 MOST_IMAGES = 7  # MMMU's columns image_1 ... image_7
+CHOSEN = "multiple-choice"  # MMMU's question_type of a question with options
 # ours: the vision config has no text of its own
 VISION_STEM = "Answer the multiple-choice question in the image."
 # keys of meta by which tables are split
@@ -164,6 +170,22 @@ def subject_of(row: dict, where: str) -> str:
     return (known.get("subject") or match[1]).replace(" ", "_")
 
 
+def with_answer(row: dict, answers: dict, where: str) -> dict:
+    """An MMMU row with its answer of MMMU's answer file {id: answer}. An answer is a text, a list
+    of texts, or {"question_type": ..., "ground_truth": one of these}. Raises RowError if the row
+    has another answer, or another type."""
+    given, kind = answers.get(row.get("id")), row.get("question_type")
+    if isinstance(given, dict):
+        kind, given = given.get("question_type"), given.get("ground_truth")
+    if given is None:
+        return row
+    own, own_kind = row.get("answer"), row.get("question_type", kind)
+    if own not in (None, "", "?", str(given)) or (kind == CHOSEN) != (own_kind == CHOSEN):
+        said = f"the row has {own!r}, {own_kind}, and the file of answers {given!r}, {kind}"
+        raise data.RowError(f"{where}: answer: {said}")
+    return row | {"answer": str(given)}
+
+
 def exchange(row: dict, where: str) -> tuple[str, str]:
     """(question, answer) of a ShareGPT or OpenAI record. A system turn is left out."""
     turns = row.get("messages") or row.get("conversations")
@@ -202,22 +224,35 @@ class Reader:
     """What is known of a published set: its files and its columns.
 
     files      its paths in a downloaded folder
-    question, options, answer, images
-               the columns with the stem, the options (several: an option each), the letter and the
-               images. Without options the stem holds them, after "Answer Choices:"
+    question, options, answer, text, images
+               the columns with the stem, the options (several: an option each), the answer's letter
+               and text, and the images. Without options the stem holds them, after "Answer
+               Choices:" or one a line
     meta       columns that are kept, besides the id
     paper      the paper's counts, named as in `count`
     subjects   those that belong to it; empty: all
+    outside    all subjects but these belong to it
+    folder     where its images are: in this folder, or in a zip file of this name
+    leaves_out whether faulty rows are left out and counted, instead of an error
     """
 
     files: tuple[str, ...]
     question: str = "question"
     options: tuple[str, ...] = ("options",)
     answer: str = "answer"
+    text: str = "answer"
     images: str = "images"
     meta: tuple[str, ...] = ()
     paper: dict[str, int] = field(default_factory=dict)
     subjects: tuple[str, ...] = ()
+    outside: bool = False
+    folder: str = "images"
+    leaves_out: bool = False
+
+    def rows(self, file: Path) -> Iterator[tuple[str, dict]]:
+        if file.suffix.lower() not in ROWS:
+            raise data.RowError(f"{file}: expected one of {', '.join(ROWS)}")
+        return ROWS[file.suffix.lower()](file)
 
     def item(self, row: dict, where: str) -> Item:
         data.need(row, where, **{self.question: str})
@@ -244,7 +279,7 @@ class Reader:
         """The answer's letter. Its text, if the row has one, must be that option's."""
         letter = row.get("label", row.get(self.answer))  # MedQA comes in MedXpertQA's form, too
         letter = letter[0] if isinstance(letter, list) and len(letter) == 1 else letter
-        text = letter if row.get("answer") is None else row["answer"]
+        text = letter if row.get(self.text) is None else row[self.text]
         if not isinstance(letter, str) or not isinstance(text, str):
             said = f"expected one letter, and its text if any, found {letter!r} and {text!r}"
             raise data.RowError(f"{where}: {self.answer}: {said}")
@@ -259,6 +294,10 @@ class MMMU(Reader):
     """Numbered images, with marks in the text; short answers, of which several may count."""
 
     def item(self, row: dict, where: str) -> Item:
+        if row.get("answer") == "?":
+            file = "answer_dict_test.json (github.com/MMMU-Benchmark/MMMU)"
+            said = f"is '?', as in the test split; give --answers with {file}, which has this id"
+            raise data.RowError(f"{where}: answer: {said}")
         item = super().item(row, where)
         meta = item.meta
         if row.get("img_type"):
@@ -288,6 +327,55 @@ class Vision(Reader):
         if not item.images:
             raise data.RowError(f"{where}: {self.images}: is missing")
         return item
+
+
+class PMCVQA(Reader):
+    """A choice may begin with its letter: "B: a cyst". So may the answer's text."""
+
+    def item(self, row: dict, where: str) -> Item:
+        data.need(row, where, **dict.fromkeys((*self.options, self.answer, self.text), str))
+        row = row | {self.answer: row[self.answer].strip()}
+        letters = dict(zip(self.options, data.LETTERS)) | {self.text: row[self.answer]}
+        for column, right in letters.items():
+            letter, text = re.match(r"(?:([A-J])\s*:)?(.*)", row[column].strip(), re.S).groups()
+            if letter not in (None, right):
+                raise data.RowError(f"{where}: {column}: its letter is {letter!r}")
+            row[column] = text.strip()
+        return super().item(row, where)
+
+
+class MedMCQA(Reader):
+    """`cop` is the number of the right option. The original JSON lines count from 1, the hub's
+    parquet from 0, and copies either way. So the file itself must tell."""
+
+    def rows(self, file: Path) -> Iterator[tuple[str, dict]]:
+        # the original train.json has a row a line
+        read_rows = data.read_jsonl if file.suffix == ".json" else super().rows
+        numbers = {str(row.get("cop")) for _, row in read_rows(file)}
+        if ("0" in numbers) == ("4" in numbers):
+            has = "both 0 and 4" if "0" in numbers else "neither 0 nor 4"
+            said = f"has {has}, so it may count from 0 or from 1; give the whole published file"
+            raise data.RowError(f"{file}: cop: {said}")
+        letters = dict(zip("0123" if "0" in numbers else "1234", data.LETTERS))
+        for where, row in read_rows(file):
+            yield where, row | {"cop": letters.get(str(row.get("cop")), row.get("cop"))}
+
+    def item(self, row: dict, where: str) -> Item:
+        kind = row.get("choice_type")
+        if kind not in ("single", "single-choice"):
+            said = f"is {kind!r}, not 'single': several options may be right, and cop names one"
+            raise data.RowError(f"{where}: choice_type: {said}")
+        return super().item(row, where)
+
+
+class M23K(Reader):
+    """The prompt ends in its options, one a line."""
+
+    def stem_and_options(self, row: dict, where: str) -> tuple[str, dict[str, str]]:
+        stem, options = super().stem_and_options(row, where)
+        if not row[self.question].strip().startswith(stem):
+            raise data.RowError(f"{where}: {self.question}: text stands after its options")
+        return stem, options
 
 
 class Own(Reader):
@@ -344,9 +432,16 @@ MM_META = ("question_type", "medical_task", "body_system")
 OP = ("opa", "opb", "opc", "opd", "ope")
 EXAM_META = ("meta_info", "Complex_CoT", "Response")
 MMMU_META = ("topic_difficulty", "subfield")
+CHOICE_COLUMNS = ("Choice A", "Choice B", "Choice C", "Choice D")
 VALIDATION = {f"subject {key}": n for key, (n, _) in HEALTH.items()}
 # the paper does not say which of the configs it used
 PRO = {"questions": 286} | {f"subject {key}": n for key, (_, n) in HEALTH.items()}
+
+
+def parquets(split: str, folders: tuple[str, ...]) -> tuple[str, ...]:
+    """The files of a split of MMMU, which has a folder for each subject."""
+    return tuple(f"{key}/{split}{form}.parquet" for key in folders for form in ("-*", "/*"))
+
 
 READERS = {
     "medxpertqa-mm": Reader(
@@ -366,8 +461,15 @@ READERS = {
         paper={"questions": 308, "options 5": 308},
     ),
     "mmmu": MMMU(
-        tuple(f"{key}/validation{form}.parquet" for key in HEALTH for form in ("-*", "/*")),
+        parquets("validation", (*HEALTH,)),
         meta=MMMU_META, subjects=(*HEALTH,), paper=VALIDATION | {"questions": 150, "options 0": 5},
+    ),
+    "mmmu-test": MMMU(parquets("test", (*HEALTH,)), meta=MMMU_META, subjects=(*HEALTH,)),
+    "mmmu-general": MMMU(
+        parquets("validation", ("*",)), meta=MMMU_META, subjects=(*HEALTH,), outside=True,
+    ),
+    "mmmu-test-general": MMMU(
+        parquets("test", ("*",)), meta=MMMU_META, subjects=(*HEALTH,), outside=True,
     ),
     "mmmu-pro": MMMU(
         ("standard (10 options)/test-*.parquet", "standard (10 options)/test/*.parquet"),
@@ -381,6 +483,22 @@ READERS = {
     # and records of other trainers
     "medqa-train": Reader(
         ("**/US/train.jsonl", "phrases_no_exclude_train.jsonl"), answer="answer_idx", meta=EXAM_META
+    ),
+    "medmcqa": MedMCQA(
+        ("data/train-*.parquet", "**/train.json", "**/train.csv"), options=OP[:4], answer="cop",
+        meta=("subject_name", "topic_name"), leaves_out=True,
+    ),
+    "m23k": M23K(
+        ("data/train-*.parquet",), question="prompt", answer="answer_letter", text="answer_string",
+        meta=("source",), leaves_out=True,
+    ),
+    "pmc-vqa": PMCVQA(
+        ("train.csv",), question="Question", options=CHOICE_COLUMNS, answer="Answer_label",
+        text="Answer", images="Figure_path", leaves_out=True,
+    ),
+    "pmc-vqa-2": PMCVQA(
+        ("train_2.csv",), question="Question", options=CHOICE_COLUMNS, answer="Answer",
+        text="Answer", images="Figure_path", folder="images_2", leaves_out=True,
     ),
     "huatuo": Reader(("demo_data.json",), answer="answer_idx", meta=EXAM_META),
     "questions": Own(("*.jsonl",)),
@@ -434,17 +552,18 @@ ROWS = {".jsonl": data.read_jsonl, ".json": json_rows, ".csv": csv_rows, ".parqu
 # Images
 
 
-def image_places(file: Path) -> list[Path | zipfile.Path]:
+def image_places(file: Path, folder: str) -> list[Path | zipfile.Path]:
     """Where a file's images may be: in its folder or the one above, in images/ or images.zip
-    there."""
+    there. PMC-VQA's have a folder images/ or figures/ inside."""
     places: list[Path | zipfile.Path] = []
     for base in file.resolve().parents[:2]:
-        places += [base / "images", base]
-        archive = base / "images.zip"
+        places += [base / folder, base / folder / "images", base / folder / "figures", base]
+        archive = base / f"{folder}.zip"
         if archive.is_file():
             with damaged(archive, "not a whole zip file"):
                 inside = zipfile.Path(archive)
             places += [inside, *(part for part in inside.iterdir() if part.is_dir())]
+        places.append(base / "figures")
     return places
 
 
@@ -498,30 +617,44 @@ def write_image(content: bytes, target: Path, where: str) -> None:
 
 
 def read_file(
-    file: Path, name: str, image_root: Path | None
+    file: Path, name: str, image_root: Path | None, answers: dict
 ) -> Iterator[tuple[str, data.Question]]:
-    """(where, question) of each row of one file."""
-    if file.suffix.lower() not in ROWS:
-        raise data.RowError(f"{file}: expected one of {', '.join(ROWS)}")
-    reader, places, found, missing = READERS[name], image_places(file), 0, []
-    for where, row in ROWS[file.suffix.lower()](file):
-        if reader.subjects and subject_of(row, where) not in reader.subjects:
+    """(where, question) of each row of one file. Prints what is left out."""
+    reader, found, missing, left_out = READERS[name], 0, [], {}
+    places = image_places(file, reader.folder)
+    for where, row in reader.rows(file):
+        if reader.subjects and (subject_of(row, where) in reader.subjects) == reader.outside:
             continue
-        item = reader.item(row, where)
+        try:
+            item = reader.item(with_answer(row, answers, where) if answers else row, where)
+            question_of(item, [], name, where)  # images are read only for a good row
+        except data.RowError as error:
+            if not reader.leaves_out:
+                raise
+            reason = re.split("[:;]", str(error).removeprefix(f"{where}: "))[0]
+            left_out.setdefault(reason, []).append(error)
+            continue
         kept = [keep_image(image, where, places, image_root) for image in item.images]
         found += sum(there for _, there in kept)
         missing += [f"{where}: image {image}" for image, there in kept if not there]
         yield where, question_of(item, [image for image, _ in kept], name, where)
+    if left_out:
+        print(f"{file}: faulty rows left out: {sum(map(len, left_out.values()))}")
+    for reason, errors in left_out.items():
+        print(f"  {len(errors)} x {reason}; the first is {errors[0]}")
     if missing and (found or image_root is not None):
-        said = "is not in the file's folder or the one above, nor in images/ or images.zip there"
+        said = "is not in the file's folder or the one above, nor in "
+        said += f"{reader.folder}/ or {reader.folder}.zip there"
         counts = f"{len(missing)} are missing, {found} are there"
         raise data.RowError(f"{missing[0]} {said} ({counts})")
     if missing:
         print(f"{file}: names {len(missing)} images and none is beside it; none was checked")
 
 
-def read(name: str, path: str | Path, image_root: Path | None) -> list[data.Question]:
-    """Every question of a published file or folder, in its order.
+def read(
+    name: str, path: str | Path, image_root: Path | None, answers: str = ""
+) -> list[data.Question]:
+    """Every question of a published file or folder, in its order. answers: MMMU's file of answers.
 
     With an image root, images are written below it, once; those that a killed run wrote stay.
     Without a root nothing is written: images are looked for, and a file that came without them is
@@ -530,6 +663,10 @@ def read(name: str, path: str | Path, image_root: Path | None) -> list[data.Ques
     if name not in READERS:
         raise data.RowError(f"{name!r} is not a known set; known are {', '.join(READERS)}")
     reader, files = READERS[name], [Path(path)]
+    answer_of = data.read_json(answers) if answers else {}
+    if answers and not (isinstance(reader, MMMU) and isinstance(answer_of, dict)):
+        said = "expected an object {id: answer}, for one of MMMU's sets"
+        raise data.RowError(f"--answers {answers}: {said}")
     if files[0].is_dir():
         files = sorted({file for form in reader.files for file in files[0].glob(form)})
     if not files or not files[0].exists():
@@ -538,7 +675,8 @@ def read(name: str, path: str | Path, image_root: Path | None) -> list[data.Ques
     questions: list[data.Question] = []
     rows_of: dict[str, str] = {}  # published id -> its row
     seen: Counter = Counter()
-    for where, question in chain.from_iterable(read_file(file, name, image_root) for file in files):
+    rows = (read_file(file, name, image_root, answer_of) for file in files)
+    for where, question in chain.from_iterable(rows):
         known = question.id if isinstance(reader, Own) else question.meta.get("published_id")
         if known is not None and rows_of.setdefault(known, where) != where:
             said = f"{known!r} is already on {rows_of[known]}; remove one of the rows"
@@ -596,19 +734,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for command in (inspected, converted):
         command.add_argument("name", help=", ".join(READERS))
         command.add_argument("path", help="the published file, or the folder it was downloaded to")
+        command.add_argument("--answers", default="", help="MMMU's answer_dict_test.json")
     converted.add_argument("--out", required=True, help="questions.jsonl to write")
     converted.add_argument("--images", default="", help="image root")
+    inspected.set_defaults(images="")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    questions = read(args.name, args.path, None)
+    root = Path(args.images) if args.images else None
+    questions = read(args.name, args.path, root, args.answers)
     if args.command == "convert":
-        if any(question.images for question in questions):
-            if not args.images:
-                raise data.RowError(f"{args.path}: has images; say with --images where they go")
-            questions = read(args.name, args.path, Path(args.images))
+        if root is None and any(question.images for question in questions):
+            raise data.RowError(f"{args.path}: has images; say with --images where they go")
         text = "".join(data.json_lines(question.to_row() for question in questions))
         stage.new_file(args.out, text, [args.path])
         print(f"{args.out}: {len(questions)} questions")

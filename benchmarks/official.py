@@ -45,7 +45,8 @@ VISION = "", WRITE_OUT + LAST_LINE + "{images}"
 PROMPTS = {  # by the name of a set, as questions carry it in `source`
     "medxpertqa-mm": MEDXPERTQA, "medxpertqa-text": MEDXPERTQA, "medqa": MEDXPERTQA,
     "medbullets-op4": MEDXPERTQA, "medbullets-op5": MEDXPERTQA,
-    "mmmu": MMMU, "mmmu-pro": PRO, "mmmu-pro-vision": VISION,
+    "mmmu": MMMU, "mmmu-test": MMMU, "mmmu-general": MMMU, "mmmu-test-general": MMMU,
+    "mmmu-pro": PRO, "mmmu-pro-vision": VISION,
 }  # fmt: skip
 
 
