@@ -30,9 +30,9 @@ Where we depart from the paper, or it is silent:
   5. A human's yes keeps a chain that rules or checker rejected, a no drops it; neither makes a
      wrong answer right.
   6. Importing is ours. HuatuoGPT-o1's chains answer open questions, and often do not end at the
-     option given as their answer. A chain is kept if the first option that its Response names is
-     the answer, and is not rejected there ("not X", "rather than X", "while X"). This compares
-     words, not meaning: a human's yes or no overrules it too.
+     option given as their answer. A chain is kept if the first sentence of its Response that names
+     an option names the answer alone, without a word such as "not" or "while" (37 of 198 chains).
+     This compares words, not meaning: a human's yes or no overrules it too.
 """
 
 import argparse
@@ -487,13 +487,8 @@ def from_huatuo(record: dict, where: str) -> Chain:
     data.need(record, where, options=dict, answer_idx=str, Complex_CoT=str, Response=str)
     item = replace(benchmarks.READERS["huatuo"].item(record, where), meta={})
     question = benchmarks.question_of(item, [], "huatuo", where)
-    letter, denied = first_named(record["Response"], question.options)
-    faults = {}
-    if letter != question.answer:
-        named = f"first names {letter}, not {question.answer}" if letter else "names no option"
-        faults["conclusion"] = f"its Response {named}"
-    elif denied:
-        faults["conclusion"] = f"its Response sets {letter} aside where it first names it"
+    fault = conclusion_fault(record["Response"], question)
+    faults = {"conclusion": f"its Response {fault}"} if fault else {}
     response = in_form(record["Complex_CoT"], written_answer(question))
     notes = {"meta": {"Response": record["Response"]}}
     return Chain(question, 0, "huatuo", response, faults, notes)
@@ -520,100 +515,61 @@ def from_sharegpt(record: dict, where: str) -> Chain:
     return Chain(question, 0, "sharegpt", response, {}, notes)
 
 
-FORMATS = {  # how a record is read, and the keys it has
-    "huatuo": (from_huatuo, "question, options, answer_idx, Complex_CoT, Response"),
-    "sharegpt": (from_sharegpt, "conversations or messages"),
-}
+DENIALS = set(
+    "not no non nor never cannot without than instead unlike while although though despite".split()
+)
+
+
+def conclusion_fault(text: str, question: data.Question) -> str | None:
+    """Why a conclusion is not clearly the answer, or None: the first sentence that names an option
+    must name the answer alone, and hold no word of DENIALS."""
+    names = {letter: data.normalise(option) for letter, option in question.options.items()}
+    for sentence in re.split(r"(?<=[.!?])\s+|\n", text):
+        said, named = f" {data.normalise(sentence)} ", []
+        for letter in sorted(names, key=lambda letter: -len(names[letter])):
+            # ours: an option of one or two characters may stand anywhere by chance
+            if len(names[letter]) > 2 and f" {names[letter]} " in said:
+                named.append(letter)
+                said = said.replace(
+                    names[letter], ""
+                )  # "MRI" within "MRI of the knee" is not named
+        if named and named != [question.answer]:
+            return f"first names {' and '.join(sorted(named))}, not {question.answer}"
+        if named:
+            denied = DENIALS & set(said.split())
+            return f"names {named[0]} beside '{min(denied)}'" if denied else None
+    return "names no option"
+
+
+FORMATS = {"huatuo": from_huatuo, "sharegpt": from_sharegpt}
 
 
 def read_records(path: str) -> list[tuple[str, dict]]:
-    """(where, record) of a JSON array, or of JSONL. Raises RowError if there is none."""
-    with data.open_file(path) as file:
-        is_array = file.read(1024).lstrip().startswith(b"[")
-    if is_array:
-        numbered = enumerate(data.read_json(path), 1)
-        records = [(f"{path}: record {number}", record) for number, record in numbered]
-    else:
-        records = list(data.read_jsonl(path))
-    if not records:
-        raise data.RowError(f"{path}: no record in it")
-    return records
+    """(where, record) of a JSONL file, or of a JSON array. Raises RowError."""
+    if path.endswith(".jsonl"):
+        return list(data.read_jsonl(path))
+    records = data.read_json(path)
+    data.need({"content": records}, path, content=list)
+    return [(f"{path}: record {number}", record) for number, record in enumerate(records, 1)]
 
 
 def read_chains(path: str, form: str) -> list[Chain]:
     """A chain for each record; one that cannot be read has the fault "record". Raises RowError if
     none can be read."""
-    chains, (read, keys) = [], FORMATS[form]
+    chains = []
     for number, (where, record) in enumerate(read_records(path), 1):
         try:
             data.need({"record": record}, where, record=dict)
-            chain = read(record, where)
+            chain = FORMATS[form](record, where)
         except data.RowError as error:
             unknown = data.Question("", {}, "", id=str(number))
             chain = Chain(unknown, 0, form, "", {"record": str(error)})
         chains.append(replace(chain, number=number))
     if all("record" in chain.faults for chain in chains):
-        none, first = f"none of the {len(chains)} records of {path} can be read", chains[0].faults
-        wanted = f"wanted are the keys {keys}. The first: {first['record']}"
-        raise data.RowError(f"--format {form}: {none}; {wanted}")
+        first = f"; the first: {chains[0].faults['record']}" if chains else ""
+        none = f"none of the {len(chains)} records of {path} can be read"
+        raise data.RowError(f"--format {form}: {none}{first}")
     return chains
-
-
-# The option that a text names first
-END = r"(?<!\b[A-Z])[.!?][\"”’)]*\s+|\n"  # the end of a sentence; none after the E of "E. coli"
-CLAUSE = re.compile(rf"({END})|[,;:]\s+|—")  # the end of a clause; the group is a sentence's end
-# a number with its parts ("0.5", "1:06", "20%") is one word: "5" is not found in "0.5"
-WORD = re.compile(r"\d+(?:[.,:/]\d+)*%?|[^\W\d_]\w*|[↑↓→←<>=≤≥≠±+]|(?<!\w)[-−](?=\d)")
-ARTICLE = re.compile(r"(?:\b(?:a|[Aa]n|[Tt]he)|^A)\s+(?=[a-z0-9])(?!and\b|or\b)")
-# ours: 24 of HuatuoGPT-o1's 198 questions have lost every "rt" ("hea", "hypeension"); plurals
-DROPPED = re.compile(r"rt|(?<=\w\w)(?:ies|y)$|(?<=ss|sh|ch)es$|(?<=\w\w[^sui])s$")
-DENIALS = set(
-    "not no non nor never cannot without than instead unlike while although though despite".split()
-)
-VERBS = {"is", "are", "was", "were", "be"}  # "what is not needed is X" names X
-ROMAN = {numeral: str(i) for i, numeral in enumerate("I II III IV V VI VII VIII IX X".split(), 1)}
-NAMELESS = (["all"], ["none"], ["both"])  # an option of only such a word is not looked for
-
-
-def folded(text: str) -> list[str]:
-    """The words of a text in the form used to find options: no articles, possessives or plurals,
-    type III as type 3. A word in capitals stays: ALL is not "all"."""
-    text = re.sub(r"['’]s\b", "", unicodedata.normalize("NFKC", text).strip())
-    words = WORD.findall(ARTICLE.sub("", text))
-    for i, word in enumerate(words):
-        if word in ROMAN:
-            words[i] = ROMAN[word]
-        elif len(word) < 2 or not word.isupper():
-            words[i] = DROPPED.sub("", word.casefold())
-    return words
-
-
-def can_be_named(words: list[str]) -> bool:
-    """Whether an option is found by its words. One of a single character is not, nor of two unless
-    capitals (TB)."""
-    text = "".join(words)
-    return words not in NAMELESS and (len(text) > 2 or (len(text) == 2 and text.isupper()))
-
-
-def first_named(text: str, options: dict[str, str]) -> tuple[str | None, bool]:
-    """(letter of the option that a text names first, whether it is rejected there). Of two options
-    at one place the longer counts. The letter is None if there is none, or two are alike."""
-    said, begins = [], []  # words, and where the clause of each begins
-    parts = CLAUSE.split(unicodedata.normalize("NFKC", text))
-    for clause, end in zip(parts[::2], [*parts[1::2], None]):
-        words = folded(clause) + ["."] * bool(end)  # no option has it, so none spans sentences
-        begins += [len(said)] * len(words)
-        said += words
-    names = {letter: folded(option) for letter, option in options.items()}
-    names = {letter: name for letter, name in names.items() if can_be_named(name)}
-    for i, begin in enumerate(begins):
-        here = [letter for letter, name in names.items() if said[i : i + len(name)] == name]
-        if here:
-            longest = max(len(names[letter]) for letter in here)
-            here = [letter for letter in here if len(names[letter]) == longest]
-            marks = [word in DENIALS for word in said[begin:i] if word in DENIALS | VERBS]
-            return here[0] if len(here) == 1 else None, bool(marks) and marks[-1]
-    return None, False
 
 
 # --------------------------------------------------------------------------------------------------

@@ -3,8 +3,8 @@
     http(s)://HOST/v1#MODEL    `vllm serve`, GPT-4o, o1, DeepSeek-R1, Qwen3, gpt-oss, ...
     gemini:NAME                Google's API
 
-remote.py retries what fails. Here is how each API is asked, and what a response of it means. A
-whole completion is asked for before a stream, because less can go wrong with it.
+remote.py retries what fails. Here is how each API is asked, and what a response of it means.
+Streams are not read: a server must give whole completions.
 
 Keys come from the environment: GEMINI_API_KEY, or the name of the host: api.openai.com ->
 OPENAI_API_KEY. They are never printed, and never sent over the internet unencrypted.
@@ -21,7 +21,6 @@ import base64
 import ipaddress
 import os
 import re
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from io import BytesIO
@@ -29,7 +28,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import data
-from engines.inference import Completion, Request, Sampling, Setup, Unavailable
+from engines.inference import Completion, Request, Sampling, Setup, Unavailable, textless
 from engines.remote import RemoteEngine
 
 TIMEOUT = 1800.0  # ours: seconds for one completion; a reasoning model may think for many minutes
@@ -41,8 +40,6 @@ class ChatEngine(RemoteEngine):
     """Any server with OpenAI's chat completions."""
 
     API = "a chat completions API"
-    WISH = "whole replies"  # without this wish, a stream is asked for
-    REFUSED = r"\bstream|流式"  # refusals by Alibaba and ModelScope, in two languages
 
     def __init__(self, spec: str, setup: Setup):
         import openai
@@ -54,9 +51,8 @@ class ChatEngine(RemoteEngine):
         key = key_of(spec, key_variable(self.host), url)
         super().__init__(spec, setup, key)
         self.openai = openai
-        http = openai.DefaultHttpxClient(event_hooks={"response": [self.hear]})
         self.client = openai.OpenAI(
-            base_url=url, api_key=key or "none", timeout=TIMEOUT, max_retries=0, http_client=http
+            base_url=url, api_key=key or "none", timeout=TIMEOUT, max_retries=0
         )
         self.vllm = self.is_vllm()
 
@@ -76,7 +72,7 @@ class ChatEngine(RemoteEngine):
             pass  # the response is no list of models: not every server has one
         return False
 
-    def call(self, request: Request, sampling: Sampling, seed: int, wish: bool) -> list[Completion]:
+    def call(self, request: Request, sampling: Sampling, seed: int) -> list[Completion]:
         settings = {
             "model": self.model,
             "messages": self.messages(request),
@@ -94,41 +90,13 @@ class ChatEngine(RemoteEngine):
             more = {"top_k": 0, "repetition_penalty": 1.0}
             more |= {"return_token_ids": True, "skip_special_tokens": False}
             settings |= {"logprobs": True, "extra_body": more}
-        if not wish:
-            settings |= {"stream": True, "stream_options": {"include_usage": True}}
         with self.reading():
             response = self.client.chat.completions.create(**settings)
-            if not wish:
-                response = self.collect(response)
             if not response.choices:  # some servers report errors this way
                 raise self.garbled("a response without choices")
             if used := response.usage:
                 self.count_tokens(used.prompt_tokens, used.completion_tokens)
             return self.completions(request, response.choices, seed)
-
-    def collect(self, stream):
-        """A stream as one whole response, with only the choices that ended. If there are none, the
-        stream was cut off."""
-        choices, usage = defaultdict(dict), None
-        for chunk in stream:
-            usage = chunk.usage or usage
-            for piece in chunk.choices or ():
-                choice = choices[piece.index]
-                message = choice.setdefault("message", {})
-                for key in ("content", "refusal", *REASONING):
-                    if more := getattr(piece.delta, key, None):
-                        message[key] = message.get(key, "") + more
-                if more := getattr(piece, "token_ids", None):
-                    choice["token_ids"] = choice.get("token_ids", []) + more
-                if more := piece.logprobs and piece.logprobs.content:
-                    logprobs = choice.setdefault("logprobs", {"content": []})
-                    logprobs["content"] += [{"logprob": token.logprob} for token in more]
-                choice["finish_reason"] = piece.finish_reason or choice.get("finish_reason")
-        ended = [choice for _, choice in sorted(choices.items()) if choice["finish_reason"]]
-        if choices and not ended:
-            request = stream.response.request
-            raise self.openai.APIConnectionError(message="a stream without an end", request=request)
-        return self.openai.types.chat.ChatCompletion.construct(choices=ended, usage=usage)
 
     def messages(self, request: Request) -> list[dict]:
         messages = []
@@ -172,7 +140,7 @@ class GeminiEngine(RemoteEngine):
     """Google's API. Its client takes another address than Google's from GOOGLE_GEMINI_BASE_URL."""
 
     API = "the Gemini API"
-    WISH, REFUSED = "thoughts", r"think"  # "Thinking is not enabled for models/..."
+    THOUGHTLESS = r"gemini-(1|2\.0)|gemma"  # these refuse a request for their thoughts
     BLOCKED = ("SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "MODEL_ARMOR")
     ENDS = {"STOP": "stop", "MAX_TOKENS": "length"} | dict.fromkeys(BLOCKED, "blocked")
     MOST = 8  # samples of one request
@@ -184,12 +152,12 @@ class GeminiEngine(RemoteEngine):
         key = key_of(spec, "GEMINI_API_KEY", url)
         super().__init__(spec, setup, key)
         self.model, self.genai = spec.partition(":")[2], genai
-        hooks = {"event_hooks": {"response": [self.hear]}}
-        options = genai.types.HttpOptions(timeout=int(TIMEOUT * 1000), client_args=hooks)
+        options = genai.types.HttpOptions(timeout=int(TIMEOUT * 1000))
         self.client = genai.Client(api_key=key or "none", http_options=options)
 
-    def call(self, request: Request, sampling: Sampling, seed: int, wish: bool) -> list[Completion]:
+    def call(self, request: Request, sampling: Sampling, seed: int) -> list[Completion]:
         types, request = self.genai.types, replace(request, samples=request.samples[: self.MOST])
+        thinks = not re.match(self.THOUGHTLESS, self.model)
         system = "\n".join(turn["content"] for turn in request.messages if turn["role"] == "system")
         config = types.GenerateContentConfig(
             system_instruction=system or None,
@@ -198,7 +166,7 @@ class GeminiEngine(RemoteEngine):
             seed=seed % SEEDS,
             max_output_tokens=sampling.max_tokens,
             candidate_count=len(request.samples),
-            thinking_config=types.ThinkingConfig(include_thoughts=True) if wish else None,
+            thinking_config=types.ThinkingConfig(include_thoughts=True) if thinks else None,
         )
         contents = self.contents(request)
         with self.reading():
@@ -208,8 +176,7 @@ class GeminiEngine(RemoteEngine):
                 sampled = (used.candidates_token_count or 0) + (used.thoughts_token_count or 0)
                 self.count_tokens(used.prompt_token_count, sampled)
             if response.prompt_feedback and response.prompt_feedback.block_reason:
-                samples = request.samples
-                return [Completion(request.id, k, "", None, "blocked", seed) for k in samples]
+                return textless(request, sampling, "blocked")
             if not response.candidates:
                 raise self.garbled("a response without candidates")
             return self.completions(request, response.candidates, seed)

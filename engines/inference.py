@@ -77,6 +77,12 @@ class Completion:
         return None if self.token_logps is None else sum(self.token_logps)
 
 
+def textless(request: Request, sampling: Sampling, finish_reason: str) -> list[Completion]:
+    """A completion without text for each sample of a request."""
+    seeds = [(k, data.sample_seed(sampling.seed, request.id, k)) for k in request.samples]
+    return [Completion(request.id, k, "", None, finish_reason, seed) for k, seed in seeds]
+
+
 class Engine(Protocol):
     spec: str
     proven: bool  # it answered in an earlier run, so a refusal is about the question
@@ -272,43 +278,21 @@ def clean(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def json_objects(completion: str) -> Iterator[dict]:
-    """The JSON objects in a completion, in order, whatever is around them."""
-    decoder, at = json.JSONDecoder(), completion.find("{")
-    while at >= 0:
-        try:
-            value, end = decoder.raw_decode(completion, at)
-            # an escape in the JSON may spell half a surrogate pair
-            yield json.loads(clean(json.dumps(value, ensure_ascii=False)))
-        except json.JSONDecodeError:
-            end = at + 1
-        at = completion.find("{", end)
-
-
-def outermost(value, keys: set[str]) -> list[dict]:
-    """The outermost objects in a JSON value that have all the keys; their keys in lower case."""
-    if isinstance(value, dict):
-        found = {key.strip().casefold(): inner for key, inner in value.items()}
-        if keys <= found.keys():
-            return [found]
-        value = list(value.values())
-    parts = value if isinstance(value, list) else []
-    return [found for part in parts for found in outermost(part, keys)]
-
-
 def read_object(completion: str, keys: Sequence[str]) -> dict:
-    """The last object of a completion that has all the keys, itself or nested; its keys in lower
-    case. Raises ValueError if there is none, or if it nests several that differ."""
-    wanted = {key.casefold() for key in keys}
-    try:
-        for top in reversed(list(json_objects(completion))):
-            found = outermost(top, wanted)
-            if any(one[key] != found[0][key] for one in found for key in wanted):
-                raise ValueError("it holds several objects that say different things")
-            if found:
-                return found[0]
-    except RecursionError:
-        raise ValueError("its JSON is nested too deeply") from None
+    """The last JSON object in a completion that has all the keys, whatever is around it; its keys
+    in lower case. Raises ValueError if there is none."""
+    decoder, wanted = json.JSONDecoder(), {key.casefold() for key in keys}
+    for brace in reversed(list(re.finditer("{", completion))):
+        try:
+            value, _ = decoder.raw_decode(completion, brace.start())
+        except json.JSONDecodeError:
+            continue
+        except RecursionError:
+            raise ValueError("its JSON is nested too deeply") from None
+        found = {key.strip().casefold(): inner for key, inner in value.items()}
+        if wanted <= found.keys():
+            # an escape in the JSON may spell half a surrogate pair
+            return json.loads(clean(json.dumps(found, ensure_ascii=False)))
     raise ValueError(f"no JSON object in it has {', '.join(keys)}")
 
 

@@ -4,10 +4,8 @@
 A question that is refused, or that stays without text, gets a completion whose finish_reason says
 so. No other failure is stored. The run stops where a remedy says so, after STRIKES such questions
 in a row, or when the server asks for a wait of more than PATIENCE. What was completed by then is on
-disk, and the same command goes on.
-
-A wish is what every request asks for although a server may refuse it: several samples at once, a
-whole completion instead of a stream, thoughts. After a refusal all requests go without it.
+disk, and the same command goes on. A server that refuses several samples at once is asked for one
+at a time from then on.
 
 Where we depart from the paper, or it is silent: all numbers here are ours.
 """
@@ -26,7 +24,7 @@ from tqdm import tqdm
 
 import data
 from engines import bill
-from engines.inference import Completion, Request, Sampling, Setup, Unavailable
+from engines.inference import Completion, Request, Sampling, Setup, Unavailable, textless
 
 
 class Remedy(NamedTuple):
@@ -37,17 +35,17 @@ class Remedy(NamedTuple):
 
 
 TRIES = 8  # ours: of one request, whatever its failures
-SAME, ROOM, LESS = "the same", "twice the room", "all but the wish"
+SAME, ROOM, SINGLE = "the same", "twice the room", "one sample"
 # ours: paper silent; waits of 1, 2, 4 ... 60 s outlast an outage of about three minutes
 REMEDIES = {
-    #                       tries  wait  next try asks for  at last
-    "busy":          Remedy(TRIES, 60.0, SAME,             "stop"),     # 429, 5xx, no connection
-    "garbled":       Remedy(3,     1.0,  SAME,             "empty"),    # unreadable, or no text
-    "no room":       Remedy(4,     0.0,  ROOM,             "length"),   # thinking used up all
-    "too much room": Remedy(1,     0.0,  "",               "length"),   # a 4xx after more room
-    "wish refused":  Remedy(TRIES, 0.0,  LESS,             "refused"),  # a 4xx to a wish
-    "refused":       Remedy(1,     0.0,  "",               "refused"),  # any other 4xx
-    "denied":        Remedy(1,     0.0,  "",               "stop"),     # wrong key or model, unpaid
+    #                         tries  wait  next try asks for  at last
+    "busy":            Remedy(TRIES, 60.0, SAME,             "stop"),     # 429, 5xx, no connection
+    "garbled":         Remedy(3,     1.0,  SAME,             "empty"),    # unreadable, or no text
+    "no room":         Remedy(4,     0.0,  ROOM,             "length"),   # thinking used up all
+    "too much room":   Remedy(1,     0.0,  "",               "length"),   # a 4xx after more room
+    "several refused": Remedy(TRIES, 0.0,  SINGLE,           "refused"),  # a 4xx to several
+    "refused":         Remedy(1,     0.0,  "",               "refused"),  # any other 4xx
+    "denied":          Remedy(1,     0.0,  "",               "stop"),     # key, model or payment
 }  # fmt: skip
 DENIED = (401, 402, 403, 404)  # HTTP statuses
 BUSY = (408, 409, 425, 429)  # and all from 500 on
@@ -75,20 +73,17 @@ class RemoteEngine:
     response (`completion`), and which HTTP status a failure has (`status`)."""
 
     API = ""  # what the address must be, in words
-    SEVERAL = "several samples at once"  # a wish
-    WISH, REFUSED = "", ""  # the API's own wish, and a pattern of its refusal
     made = 0  # requests of this process to all engines: --max-requests bounds a command
 
     def __init__(self, spec: str, setup: Setup, key: str):
         self.spec, self.setup, self.key = spec, setup, key
         self.tally, self.lock, self.stopping = Counter(), threading.Lock(), threading.Event()
-        self.wishes = {self.SEVERAL, self.WISH}  # without those that the server refused
+        self.several = True  # whether the server may be asked for several samples at once
         self.completed, self.proven = 0, False  # requests of this run; whether any of earlier runs
         self.strikes, self.complaint = 0, ""  # questions in a row without text; the last one's why
-        self.heard = threading.local()  # .text: what the server sent last, in each thread
 
-    def call(self, request: Request, sampling: Sampling, seed: int, wish: bool) -> list[Completion]:
-        """One request, with WISH if `wish`. Returns at least one of the samples."""
+    def call(self, request: Request, sampling: Sampling, seed: int) -> list[Completion]:
+        """One request. Returns at least one of the samples."""
 
     def completion(self, id: str, sample: int, choice, seed: int) -> Completion:
         """One choice of a response. An end that is not stop, length or blocked is kept as it is."""
@@ -146,21 +141,19 @@ class RemoteEngine:
     def complete(self, request: Request, sampling: Sampling) -> list[Completion]:
         """One request, retried as REMEDIES says. Returns at least one of the samples."""
         seed = data.sample_seed(sampling.seed, request.id, request.samples[0])
-        wishes, before, failures, pause = set(self.wishes), self.completed, Counter(), 0.0
+        several, before, failures, pause = self.several, self.completed, Counter(), 0.0
         for attempt in range(TRIES):
             if attempt:
                 self.stopping.wait(pause)
             self.count_request(again=attempt > 0)
-            samples = request.samples[: None if self.SEVERAL in wishes else 1]
+            samples = request.samples if several else request.samples[:1]
             try:
-                part, self.heard.text = replace(request, samples=samples), ""
-                completions = self.call(part, sampling, seed, self.WISH in wishes)
-                self.learn(wishes)
+                completions = self.call(replace(request, samples=samples), sampling, seed)
+                self.learn(several)
                 return completions
             except Exception as error:
                 failure = error
-            wish = self.refused_wish(wishes, samples, failure)
-            kind = self.kind_of(failure, wish, roomy=failures["no room"] > 0)
+            kind = self.kind_of(failure, len(samples), roomy=failures["no room"] > 0)
             remedy, failures[kind] = REMEDIES[kind], failures[kind] + 1
             if failures[kind] == remedy.tries:
                 break
@@ -168,11 +161,10 @@ class RemoteEngine:
             pause = self.wait_named(failure) or pause
             if remedy.change == ROOM:
                 sampling = replace(sampling, max_tokens=2 * sampling.max_tokens)
-            if remedy.change == LESS:
-                wishes.remove(wish)
+            several = several and remedy.change != SINGLE
         return self.give_up(kind, request, sampling, failure, self.completed == before)
 
-    def kind_of(self, error: Exception, wish: str | None, roomy: bool) -> str:
+    def kind_of(self, error: Exception, samples: int, roomy: bool) -> str:
         """The kind of a failure, a key of REMEDIES. Raises an error that is not the server's, for
         example of an image that cannot be read."""
         if isinstance(error, Garbled | NoRoom):
@@ -184,13 +176,9 @@ class RemoteEngine:
             return "denied"
         if not 400 <= status < 500 or status in BUSY:
             return "busy"
-        return "too much room" if roomy else "wish refused" if wish else "refused"
-
-    def refused_wish(self, wishes: set[str], samples: tuple, error: Exception) -> str | None:
-        """The wish that an error may be about, if any."""
-        if self.WISH in wishes and re.search(self.REFUSED, str(error), re.IGNORECASE):
-            return self.WISH
-        return self.SEVERAL if len(samples) > 1 else None
+        if roomy:
+            return "too much room"
+        return "several refused" if samples > 1 else "refused"
 
     def give_up(
         self, kind: str, request: Request, sampling: Sampling, failure: Exception, alone: bool
@@ -204,8 +192,7 @@ class RemoteEngine:
         if end == "stop":
             why = f"question {request.id} has no answer after {TRIES} tries; the last: {shown}"
             raise (Unavailable if alone else Unanswered)(f"{self.spec}: {why}")
-        seeds = [(k, data.sample_seed(sampling.seed, request.id, k)) for k in request.samples]
-        completions = [Completion(request.id, k, "", None, end, seed) for k, seed in seeds]
+        completions = textless(request, sampling, end)
         if end == "length":
             return completions[:1]
         with self.lock:
@@ -217,13 +204,13 @@ class RemoteEngine:
         tqdm.write(f"{self.spec}: {self.complaint}")
         return completions
 
-    def learn(self, wishes: set[str]) -> None:
-        """After a completion: later requests also go without the wishes that it went without."""
+    def learn(self, several: bool) -> None:
+        """After a completion. Without `several`, later requests ask for one sample at a time."""
         with self.lock:
             self.completed, self.strikes = self.completed + 1, 0
-            given_up, self.wishes = self.wishes - wishes, self.wishes & wishes
-        for wish in given_up:
-            tqdm.write(f"{self.spec}: refuses requests for {wish}; asked without from now on")
+            found_out, self.several = self.several and not several, self.several and several
+        if found_out:
+            tqdm.write(f"{self.spec}: refuses several samples at once; asked for one at a time")
 
     def wait_named(self, error: Exception) -> float | None:
         """Seconds that the server asks us to wait, None if it does not say: Retry-After or Google's
@@ -260,11 +247,6 @@ class RemoteEngine:
         text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
         return text if len(text) <= SHOWN else text[:SHOWN] + " ..."
 
-    def hear(self, response) -> None:
-        """Keeps what the server sent, as the clients drop what they cannot read. httpx calls it."""
-        response.read()
-        self.heard.text = response.text
-
     @contextmanager
     def reading(self) -> Iterator[None]:
         """For a request and the reading of its response. Raises Garbled for another form, which the
@@ -275,8 +257,7 @@ class RemoteEngine:
             raise self.garbled(f"it cannot be read ({type(error).__name__})") from None
 
     def garbled(self, why: str) -> Garbled:
-        sent = self.heard.text or "nothing"
-        return Garbled(f"{why}; is this the address of {self.API}? The server sent: {sent}")
+        return Garbled(f"{why}; is this the address of {self.API}?")
 
     def completions(self, request: Request, choices: list, seed: int) -> list[Completion]:
         """The completions among the choices. Raises the first failure if there are none."""

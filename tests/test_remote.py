@@ -15,7 +15,6 @@ import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
-from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -112,19 +111,7 @@ class Server:
                 self.connection.close()
                 self.close_connection = True
 
-            def stream(self, status, pieces, headers):
-                self.send_response(status)
-                for name, value in {**headers, "Transfer-Encoding": "chunked"}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                for piece in [*pieces, b""]:  # the empty one is the end
-                    if piece is None:
-                        return self.reset()
-                    self.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
-
             def send(self, status, body, headers):
-                if isinstance(body, list) and all(isinstance(p, bytes | None) for p in body):
-                    return self.stream(status, body, headers)
                 content = body if isinstance(body, bytes) else json.dumps(body).encode()
                 try:
                     self.send_response(status)
@@ -212,38 +199,6 @@ class Chat:
         return status, {"error": error}, {"Retry-After": wait} if wait else {}
 
     no_room = good(None, finish="length", thoughts="hm, hm")
-
-    @staticmethod
-    def event(value) -> bytes:
-        return f"data: {json.dumps(value)}\n\n".encode()
-
-    @staticmethod
-    def pieces(*texts, finish="stop", thoughts="", usage=True, **extra) -> list[dict]:
-        """The chunks of a stream: thoughts, then a character of each text in turn, then the ends,
-        then the usage."""
-
-        def chunk(*choices, usage=None):
-            kind = {"id": "x", "object": "chat.completion.chunk", "created": 1, "model": "m"}
-            return {**kind, "choices": list(choices), "usage": usage}
-
-        def piece(i, delta, **more):
-            choice = {"index": i, "delta": delta, "logprobs": None, "finish_reason": None, **more}
-            return chunk(choice)
-
-        said, numbers = [], range(len(texts))
-        for word in thoughts:
-            delta = {"role": "assistant", "content": None, "reasoning_content": word}
-            said += [piece(i, delta) for i in numbers]
-        for row in zip_longest(*texts):
-            said += [piece(i, {"content": c}, **extra) for i, c in enumerate(row) if c]
-        said += [piece(i, {"content": ""}, finish_reason=finish) for i in numbers]
-        counts = {"prompt_tokens": 11, "completion_tokens": 7, "total_tokens": 18}
-        return said + [chunk(usage=counts), chunk()] * usage
-
-    @classmethod
-    def stream(cls, chunks):
-        events = [b": keep-alive\n\n", *map(cls.event, chunks), b"data: [DONE]\n\n"]
-        return 200, events, {"Content-Type": "text/event-stream"}
 
 
 class Gemini:
@@ -566,53 +521,6 @@ def test_a_server_that_is_not_there_or_not_ready_is_said_at_once(serve):
 
 # --- servers that do not give all that is asked for
 
-NO_THOUGHTS = (
-    "Unable to submit request because thinking is not supported by this model.",
-    "Thinking is not enabled for models/some-model",
-    "Thinking_config.include_thoughts is only enabled when thinking is enabled.",
-)
-ONLY_STREAMS = (
-    "This model only support stream mode, please enable the stream parameter to access the model. ",
-    "parameter.enable_thinking must be set to false for non-streaming calls",
-    "parameter.enable_thinking必须设置为false才能进行非流式调用",
-)
-
-
-@pytest.mark.parametrize("refusal", ONLY_STREAMS)
-def test_a_server_that_only_streams_is_found_out_once_and_its_streams_are_read_whole(
-    serve, refusal, capsys
-):
-    def play(question, time, body):
-        if not body.get("stream"):
-            return Chat.bad(400, refusal)
-        return Chat.stream(Chat.pieces("It is A.", "No: B", thoughts="hm, é"))
-
-    server = serve(play)
-    engine = open_at(Chat, server, concurrency=1)
-    completions = all_replies(engine, [request("a", 2), request("b", 2)])
-    told = {(r.sample, r.text, r.reasoning, r.token_ids, r.finish_reason) for r in completions}
-    assert len(completions) == 4
-    assert told == {(0, "It is A.", "hm, é", None, "stop"), (1, "No: B", "hm, é", None, "stop")}
-    assert engine.tally == {"requests": 3, "again": 1, "tokens in": 22, "tokens out": 14}
-    assert engine.stopping.pauses == [0]
-    asked = [(body.get("stream"), body.get("stream_options")) for _, _, body in server.requests]
-    assert asked == [(None, None)] + 2 * [(True, {"include_usage": True})]
-    assert capsys.readouterr().out.count("refuses requests for whole replies") == 1
-
-
-def test_a_server_that_streams_one_sample_at_a_time_is_found_out_too(serve):
-    def play(question, time, body):
-        if not body.get("stream") or body["n"] > 1:
-            return Chat.bad(400, "n must be 1" if body.get("stream") else ONLY_STREAMS[0])
-        return Chat.stream(Chat.pieces(f"yes {time}", usage=False))
-
-    server = serve(play)
-    completions = all_replies(
-        open_at(Chat, server, concurrency=1), [request("a", 2), request("b", 2)]
-    )
-    assert {(r.id, r.sample) for r in completions} == {(id, k) for id in "ab" for k in (0, 1)}
-    assert [Chat.count(body) for _, _, body in server.requests] == [2, 2, 1, 1, 1, 1]
-
 
 def test_a_choice_of_another_form_costs_only_itself_and_the_paid_one_beside_it_is_kept(serve):
     """Google's client checks the form of a whole response, so it is about chat servers."""
@@ -630,167 +538,12 @@ def test_a_choice_of_another_form_costs_only_itself_and_the_paid_one_beside_it_i
     assert [Chat.count(body) for _, _, body in server.requests] == [2, 1]
 
 
-@pytest.mark.parametrize("what", ["streams", "thoughts"])
-def test_requests_under_way_when_the_server_is_found_out_are_asked_again_too(serve, what):
-    """Four are refused, one of them only after another has been asked again and answered."""
-    api, text = (Chat, ONLY_STREAMS[0]) if what == "streams" else (Gemini, NO_THOUGHTS[0])
-    together, answered = threading.Barrier(4), threading.Event()
-
-    def play(question, time, body):
-        first = "stream" not in body if api is Chat else "thinkingConfig" in json.dumps(body)
-        if first:
-            together.wait(10)
-            if question == "q3":
-                answered.wait(10)
-            return api.bad(400, text)
-        if question == "q4":
-            answered.set()
-        return Chat.stream(Chat.pieces("yes")) if api is Chat else Gemini.good("yes")
-
-    server = serve(play)
-    completions = all_replies(
-        open_at(api, server, concurrency=4), [request(f"q{i}") for i in range(12)]
-    )
-    assert len(completions) == 12 and {completion.text for completion in completions} == {"yes"}
-    assert len(server.requests) == 4 + 12
-
-
-def test_token_ids_of_a_stream_come_whole(serve):
-    models = {"object": "list", "data": [{"id": "m", "object": "model", "owned_by": "vllm"}]}
-
-    def play(question, time, body):
-        if not body.get("stream"):
-            return Chat.bad(400, ONLY_STREAMS[0])
-        return Chat.stream(Chat.pieces("yes", "no", token_ids=[5, 6]))
-
-    completions = all_replies(open_at(Chat, serve(play, models)), [request("a", 2)])
-    told = [(completion.text, completion.token_ids) for completion in completions]
-    assert told == [("yes", 3 * [5, 6]), ("no", 2 * [5, 6])]
-
-
-GOOD = Chat.pieces("half an answer", usage=False)
-SSE = {"Content-Type": "text/event-stream"}
-BROKEN_STREAMS = {
-    "a reset": (200, [*map(Chat.event, GOOD[:5]), None], SSE),
-    "an end before the end": (200, [*map(Chat.event, GOOD[:5])], SSE),
-    "DONE before the end": Chat.stream(GOOD[:-1]),
-    "half an event": (200, [*map(Chat.event, GOOD[:5]), b'data: {"choices": [{"in\n\n'], SSE),
-    "an error": Chat.stream([*GOOD[:5], {"error": {"message": "overloaded", "code": 503}}]),
-    "an error event": (
-        200, [*map(Chat.event, GOOD[:5]), b'event: error\ndata: {"error": "x"}\n\n'], SSE
-    ),
-    "null": Chat.stream([*GOOD[:5], None]), "a number": Chat.stream([3]),
-    "a word for a piece": Chat.stream([{"object": "chat.completion.chunk", "choices": ["x"]}]),
-    "a number for a text": Chat.stream(
-        [{"choices": [{"index": 0, "delta": {"content": 5}, "finish_reason": "stop"}]}]
-    ),
-    "an end nobody knows": Chat.stream(Chat.pieces("half an", finish="error")),
-    "a web page": (200, [b"<html>", b"hello</html>"], {"Content-Type": "text/html"}),
-    "a whole reply": Chat.good("half an answer"), "nothing": (200, [], SSE),
-    "no text": Chat.stream(Chat.pieces("")),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", BROKEN_STREAMS)
-def test_a_stream_that_breaks_is_asked_again_and_never_half_an_answer(serve, name):
-    def play(question, time, body):
-        if not body.get("stream"):
-            return Chat.bad(400, ONLY_STREAMS[0])
-        return BROKEN_STREAMS[name] if time == 2 else Chat.stream(Chat.pieces("whole"))
-
-    server = serve(play)
-    engine = open_at(Chat, server)
+def test_a_gemini_that_does_not_think_is_not_asked_for_its_thoughts(serve):
+    server = serve(lambda question, time, body: Gemini.good("yes"))
+    engine = engines.open_engine("gemini:gemini-2.0-flash", inference.Setup())
     (completion,) = all_replies(engine, [request("a")])
-    assert (completion.text, completion.finish_reason) == ("whole", "stop")
-    assert len(server.requests) == 3 and 0.5 <= engine.stopping.pauses[1] <= 2
-
-
-def test_a_server_whose_streams_always_break_stops_the_run(serve):
-    def play(question, time, body):
-        if not body.get("stream"):
-            return Chat.bad(400, ONLY_STREAMS[0])
-        return BROKEN_STREAMS["an end before the end"]
-
-    server = serve(play)
-    completions, stopped = until_it_stops(
-        open_at(Chat, server, concurrency=1), [request("a"), request("b")]
-    )
-    assert not completions and server.asked == {"a": remote.TRIES}
-    assert "a stream without an end" in str(stopped)
-
-
-def test_of_a_stream_that_is_cut_off_the_finished_samples_are_kept(serve):
-    def play(question, time, body):
-        if not body.get("stream"):
-            return Chat.bad(400, ONLY_STREAMS[0])
-        chunks = Chat.pieces(*(f"{time}.{i}" for i in range(body["n"])), usage=False)
-        return Chat.stream(chunks[:-1] if time == 2 else chunks)
-
-    server = serve(play)
-    completions = all_replies(open_at(Chat, server), [request("a", 3)])
-    assert {completion.sample: completion.text for completion in completions} == {
-        0: "2.0",
-        1: "2.1",
-        2: "3.0",
-    }
-
-
-def test_streams_end_as_whole_replies_do(serve):
-    ends = {
-        "filtered": Chat.pieces("So far", finish="content_filter"),
-        "cut": Chat.pieces("So far", finish="length"),
-        "full": Chat.pieces("", finish="length", thoughts="hm"),
-    }
-
-    def play(question, time, body):
-        return Chat.stream(ends[question]) if body.get("stream") else Chat.bad(400, ONLY_STREAMS[0])
-
-    engine = open_at(Chat, serve(play), concurrency=1)
-    told = {r.id: (r.text, r.finish_reason) for r in all_replies(engine, [*map(request, ends)])}
-    assert told.pop("full") == ("", "length")  # of room
-    assert told == {"filtered": ("So far", "blocked"), "cut": ("So far", "length")}
-    assert engine.tally["requests"] == 1 + 1 + 1 + remote.REMEDIES["no room"].tries
-
-
-@pytest.mark.parametrize("refusal", NO_THOUGHTS)
-def test_a_gemini_that_does_not_think_is_found_out_once(serve, refusal, capsys):
-    def play(question, time, body):
-        wanted = "thinkingConfig" in body["generationConfig"]
-        return Gemini.bad(400, refusal) if wanted else Gemini.good("yes", "no")
-
-    server = serve(play)
-    engine = open_at(Gemini, server, concurrency=1)
-    completions = all_replies(engine, [request("a", 2), request("b", 2)])
-    assert [(completion.text, completion.reasoning) for completion in completions] == 2 * [
-        ("yes", ""),
-        ("no", ""),
-    ]
-    assert len(server.requests) == 3 and engine.stopping.pauses == [0]
-    assert [Gemini.count(body) for _, _, body in server.requests] == [2, 2, 2]
-    assert capsys.readouterr().out.count("refuses requests for thoughts") == 1
-
-
-def test_a_refusal_that_asking_for_less_does_not_mend_is_held_against_nobody_else(api, serve):
-    """The words of such a refusal may as well stand in a question that is repeated."""
-    text = "what a stream of thinking"
-
-    def play(question, time, body):
-        return api.bad(400, text) if question == "q2" else api.good("yes")
-
-    server = serve(play)
-    completions = all_replies(
-        open_at(api, server, concurrency=1), [request(f"q{i}") for i in range(4)]
-    )
-    assert {completion.id for completion in completions if completion.finish_reason == "stop"} == {
-        "q0",
-        "q1",
-        "q3",
-    }
-    assert {
-        completion.id for completion in completions if completion.finish_reason == "refused"
-    } == {"q2"}
-    last = server.requests[-1][2]
-    assert "stream" not in last and (api is Chat or "thinkingConfig" in last["generationConfig"])
+    assert (completion.text, completion.reasoning) == ("yes", "")
+    assert "thinkingConfig" not in server.requests[0][2]["generationConfig"]
 
 
 # --- failures that pass
@@ -944,8 +697,7 @@ def test_a_server_that_garbles_every_question_stops_the_run_in_seconds(api, serv
     )
     assert sum(engine.stopping.pauses) < 20
     wanted = "a chat completions API" if api is Chat else "the Gemini API"
-    assert f"is this the address of {wanted}? The server sent: " in str(stopped)
-    assert ("hello" in str(stopped)) is ("hello" in str(GARBLED[name](api)[1]))
+    assert f"is this the address of {wanted}?" in str(stopped)
 
 
 def test_the_waits_for_a_garbling_server_are_real_and_short(api, serve):
@@ -953,7 +705,7 @@ def test_the_waits_for_a_garbling_server_are_real_and_short(api, serve):
     engine = engines.open_engine(api.spec(server), inference.Setup(concurrency=16))
     started = time.monotonic()
     _, stopped = until_it_stops(engine, [request(f"q{i}") for i in range(40)])
-    assert 0.5 < time.monotonic() - started < 10 and "<html>hello</html>" in str(stopped)
+    assert 0.5 < time.monotonic() - started < 10 and "is this the address" in str(stopped)
 
 
 def test_a_question_that_alone_is_garbled_is_the_only_one_lost(api, serve):
@@ -970,14 +722,6 @@ def test_a_question_that_alone_is_garbled_is_the_only_one_lost(api, serve):
         server.asked["q3"] == remote.REMEDIES["garbled"].tries
         and len(server.requests) == 11 + remote.REMEDIES["garbled"].tries
     )
-
-
-def test_what_a_garbling_server_sent_is_shown_on_two_lines_without_key_or_controls(api, serve):
-    page = f"<html>\n\x1b[31m who is {KEY}? \n".encode() + b"long " * 9000
-    server = serve(lambda question, time, body: (200, page, {"Content-Type": "text/html"}))
-    _, stopped = until_it_stops(open_at(api, server), [request("a")])
-    assert "<html> [31m who is ...? long" in str(stopped) and KEY not in str(stopped)
-    assert len(str(stopped)) < 600 and str(stopped).isprintable()
 
 
 # --- no room, no answer, no permission
