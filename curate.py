@@ -17,8 +17,8 @@ demonstrations for Stage I, image questions preference pairs for Stage II. No re
     ... --dry-run                                      what may it cost?
 
 reads questions.jsonl files; writes OUT/text.jsonl and OUT/image.jsonl (a single step:
-OUT/questions.jsonl), OUT/rejected.jsonl (with filter, reason and evidence), OUT/funnel.json and
-.png, OUT/review.csv, OUT/stage.json
+OUT/questions.jsonl), OUT/rejected.jsonl (with filter, reason and evidence), OUT/funnel.json,
+OUT/review.csv, OUT/stage.json
 
 Where we depart from the paper, or it is silent:
   1. A question is dropped if *any* baseline is right in one greedy attempt. (If every one must be,
@@ -47,7 +47,6 @@ from engines import Replicas, bill, inference, open_engine
 from engines.inference import Request, Sampling, checkpoint, image_paths, question_requests
 
 ATTEMPTS = 4  # paper 3.1: attempts of an expert
-DIRECT = 1  # ours: paper silent; attempts of a baseline
 PAPER = {"bank": (37_000, 17_000), "solvable": (3_000, 2_000)}  # paper 3.1: text, image questions
 Bank = list[data.Question]
 
@@ -114,8 +113,7 @@ def describe(questions: Bank, args: argparse.Namespace) -> dict[str, dict]:
             elif text != old:
                 edits[key] = text, {}
     for key, (text, marks) in edits.items():
-        changed = descriptions.edited(by_id[key], text, marks)
-        by_id[key].question, by_id[key].meta = changed.question, changed.meta
+        descriptions.rewrite(by_id[key], text, marks)
     waiting = [q for q in questions if "needs_review" in q.meta and not args.keep_unreviewed]
     reason = "waits for a human"
     return {q.id: rejection("review", reason, {"fault": q.meta["needs_review"]}) for q in waiting}
@@ -141,7 +139,7 @@ def solvable(questions: Bank, args: argparse.Namespace) -> dict[str, dict]:
         is_right, evidence = asked[-1]
         if not is_right:
             ended = counted([named.get(reason, reason) for reason in evidence["ended"]])
-            failed = f"{evidence['engine']} failed all {args.expert_attempts} attempts: {ended}"
+            failed = f"{evidence['engine']} failed all {ATTEMPTS} attempts: {ended}"
             rejected[key] = rejection("solvable", failed, evidence)
     return rejected
 
@@ -199,11 +197,10 @@ def demands(step: str, questions: Bank, args: argparse.Namespace) -> list[Demand
     image that is not there, or a question that no expert is for."""
     if step == "difficulty":
         role, asked = "baseline", [(spec, questions) for spec in args.baselines]
-        attempts = args.direct_attempts
-        temperature = 0.0 if attempts == 1 else 1.0  # greedy once; sampled, so that they differ
+        attempts, temperature = 1, 0.0  # ours: paper silent
     elif step == "solvable":
         role, asked = "expert", experts(questions, args)
-        attempts, temperature = args.expert_attempts, 1.0
+        attempts, temperature = ATTEMPTS, 1.0
     else:
         return labelling(step, questions, args)
     sampling = Sampling(temperature, 1.0, args.max_tokens, args.seed)
@@ -345,7 +342,9 @@ def bank_of(args: argparse.Namespace) -> Bank:
 def run(args: argparse.Namespace) -> None:
     """Runs the steps of a command, each on the questions that the one before has left."""
     started, bank = time.time(), bank_of(args)
-    specs = check(bank, args)
+    specs = list(dict.fromkeys(demand.spec for demand in all_demands(bank, args)))
+    if args.reviewed:
+        descriptions.read_reviewed(args.reviewed)  # its faults stop the command at once
     if args.dry_run:
         leaked = leak(bank, args) if "leak" in args.steps else {}
         rest = [question for question in bank if question.id not in leaked]
@@ -370,17 +369,6 @@ def run(args: argparse.Namespace) -> None:
 
 def all_demands(bank: Bank, args: argparse.Namespace) -> list[Demand]:
     return [demand for step in args.steps for demand in demands(step, bank, args)]
-
-
-def check(bank: Bank, args: argparse.Namespace) -> list[str]:
-    """The specs of all engines. Raises RowError for what would stop a late step, before the first
-    one asks anything."""
-    if args.reviewed:
-        descriptions.read_reviewed(args.reviewed)
-    for flag, specs in (("--baselines", args.baselines), ("--experts", args.experts)):
-        if twice := [spec for spec, count in Counter(specs).items() if count > 1]:
-            raise data.RowError(f"{flag}: {twice[0]} is there twice; its replies would be the same")
-    return list(dict.fromkeys(demand.spec for demand in all_demands(bank, args)))
 
 
 def costs(bank: Bank, args: argparse.Namespace) -> list[bill.Cost]:
@@ -412,7 +400,6 @@ def write_out(
     funnel = make_funnel(args, after, bool(waiting))
     data.write_json(out / "funnel.json", funnel)
     print_funnel(funnel)
-    plot_funnel(funnel, out / "funnel.png")
     reasons = [(row["filter"], row["reason"].partition(": ")[0]) for row in rejected.values()]
     names = [step if step == "leak" else f"{step}: {reason}" for step, reason in reasons]
     figures = {"kept": len(left), **Counter(names)}
@@ -420,7 +407,7 @@ def write_out(
         figures["descriptions removed"] = sum("original" in q.meta for q in described)
         figures["to review"] = descriptions.write_review(out / "review.csv", waiting)
     print("\n".join(f"  {value:>7} {name}" for name, value in figures.items()))
-    return [out / name for name in [*parts, "funnel.json", "funnel.png"]], figures
+    return [out / name for name in [*parts, "funnel.json"]], figures
 
 
 # --------------------------------------------------------------------------------------------------
@@ -447,44 +434,17 @@ def modality_of(question: data.Question) -> str:
     return data.modality(str(named)) if named else "unknown"
 
 
-def label(row: dict) -> str:
-    """A step's name. Without benchmarks `leak` still drops repeats."""
-    note = " (repeats only)" if row["filter"] == "leak" else " (not run)"
-    return row["filter"] + note * ("not_run" in row)
-
-
 def print_funnel(funnel: list[dict]) -> None:
-    """Prints the questions left after each step, with the paper's, and the modalities."""
+    """Prints the questions left after each step, with the paper's, and the modalities. Without
+    benchmarks `leak` still drops repeats."""
     print("questions left after    text   image    paper: text   image")
     for row in funnel:
+        note = " (repeats only)" if row["filter"] == "leak" else " (not run)"
+        name = row["filter"] + (note if "not_run" in row else "")
         text, image = [f"{number:,}" for number in PAPER.get(row["filter"], ())] or ["", ""]
-        kinds = ", ".join(f"{name} {n}" for name, n in row["modality"].items() if name != "text")
-        left = f"{label(row):<18} {row['text']:>7} {row['image']:>7}"
+        kinds = ", ".join(f"{kind} {n}" for kind, n in row["modality"].items() if kind != "text")
+        left = f"{name:<18} {row['text']:>7} {row['image']:>7}"
         print(f"  {left} {text:>14} {image:>7}   {kinds}")
-
-
-def plot_funnel(funnel: list[dict], path: Path) -> None:
-    """Text and image questions after each step, with their shares of the bank."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, ax = plt.subplots(figsize=(9, 4), constrained_layout=True)
-    for shift, kind, shade in ((-0.2, "text", "0.8"), (0.2, "image", "0.3")):
-        counts = [row[kind] for row in funnel]
-        places = [x + shift for x in range(len(funnel))]
-        bars = ax.bar(places, counts, 0.38, color=shade, label=kind)
-        shares = [f"{count:,}\n{count / max(1, counts[0]):.0%}" for count in counts]
-        ax.bar_label(bars, shares, fontsize=8, padding=2)
-    paper = {name: "\npaper: {:,} text\n{:,} image".format(*pair) for name, pair in PAPER.items()}
-    labels = [label(row) + paper.get(row["filter"], "") for row in funnel]
-    title = "questions left after each filter"
-    ax.set(title=title, ylabel="questions", xticks=range(len(funnel)), xticklabels=labels)
-    ax.margins(y=0.15)
-    ax.legend()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -500,8 +460,6 @@ FLAGS = (  # the commands that have it, flag, how argparse reads it, help
      "of a leak in words, share and bits, as decontaminate has them; 0 0 0: exact only"),
     ("difficulty all", "--baselines", MANY, "engines that must not solve a question directly"),
     ("difficulty", "--drop-if", {"choices": ["any", "all"]}, "a baseline solves it, or every one"),
-    ("difficulty", "--attempts", {"type": flags.SAMPLES, "dest": "direct_attempts"},
-     "of each baseline; 1 is greedy, more are sampled at temperature 1"),
     ("type all", "--classifier", {}, "engine that tells the type of image questions"),
     ("describe all", "--editor", {}, "engine that takes image descriptions out of questions"),
     ("describe all", "--reviewed", {},
@@ -510,8 +468,6 @@ FLAGS = (  # the commands that have it, flag, how argparse reads it, help
      "let in the questions whose description nobody removed; else they wait in review.csv"),
     ("solvable all", "--experts", MANY, "engines that must each solve a question once; "
      "text=SPEC, image=SPEC: only such questions"),
-    ("solvable", "--attempts", {"type": flags.SAMPLES, "dest": "expert_attempts"},
-     "of each expert"),
     # ours: paper silent
     ("difficulty solvable all", "--max-tokens", {"type": flags.TOKENS, "default": 8192},
      "of a baseline's or an expert's answer"),
@@ -548,7 +504,6 @@ def add_step(parser: argparse.ArgumentParser, name: str) -> None:
     """The flags of a step, or of `all`."""
     add, one = parser.add_argument, name != "all"
     parser.set_defaults(run=run, steps=[name] if one else list(STEPS), drop_if="any")
-    parser.set_defaults(direct_attempts=DIRECT, expert_attempts=ATTEMPTS)
     parser.set_defaults(against=[], baselines=[], classifier="", experts=[], editor="", reviewed="")
     parser.set_defaults(keep_unreviewed=False, dry_run=False, images_may_leave=False)
     add("--questions", nargs="+", required=True, help="questions.jsonl files")

@@ -166,7 +166,7 @@ RESULTS = {  # what a run prints at its end
     "report/report.png": "accuracy, criteria, training curves, MV@n and pass@n",
     "report/films.png": "preference pairs: film, question, chosen beside rejected",
     "report/table.md": "the table above",
-    "curate/funnel.png": "questions left after each filter, with the paper's beside",
+    "curate/funnel.json": "questions left after each filter",
     "curate/rejected.jsonl": "every rejected question, with its reason and the evidence",
     "pairs/pairs.jsonl": "what Stage II learnt from",
     "dpo/merged": "the final model, a Hugging Face folder",

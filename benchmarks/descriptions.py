@@ -19,13 +19,13 @@ import io
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from difflib import SequenceMatcher
 from pathlib import Path
 
 import data
 from engines.inference import read_object
 
+REVIEW = ("needs_review", "suggestion")  # keys of meta while a question waits for a human
 # ours: paper silent; words that mending a sentence may add or lose without listing them
 MENDED = 3
 
@@ -150,14 +150,12 @@ def edit_fault(question: str, text: str, removed: list[str]) -> str | None:
     return word_fault(question, text, removed)
 
 
-def edited(question: data.Question, text: str, marks: dict) -> data.Question:
-    """The question with another text, and its own id and answer. meta keeps its first text, and the
-    marks."""
-    old = ("needs_review", "suggestion")
-    meta = {key: value for key, value in question.meta.items() if key not in old}
+def rewrite(question: data.Question, text: str, marks: dict) -> None:
+    """Gives a question another text. meta keeps its first text, and the marks."""
+    question.meta = {k: v for k, v in question.meta.items() if k not in REVIEW}
     if text != question.question:
-        meta.setdefault("original", question.question)
-    return replace(question, question=text, meta=meta | marks)
+        question.meta.setdefault("original", question.question)
+    question.question, question.meta = text, question.meta | marks
 
 
 def read_reviewed(path: str) -> dict[str, tuple[str, str]]:

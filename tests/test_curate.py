@@ -219,20 +219,6 @@ def test_question_is_dropped_if_any_baseline_or_every_one_is_right(tmp_path, rul
         ]
 
 
-def test_a_baseline_may_have_several_attempts_and_one_is_enough(tmp_path):
-    bank = write(
-        tmp_path / "bank.jsonl",
-        [q(f"Question {i}", key) for i, key in enumerate(["late", "never"])],
-    )
-    told = {"late": [SAID[c] for c in "-+"], "never": [SAID[c] for c in "--+"]}
-    said = {("baseline", "hasty"): told}
-    flags = ["--baselines", "clinic:hasty", "--attempts", "2"]
-    kept, rejected, _ = run_curate(bank, tmp_path / "out", *flags, command="difficulty", said=said)
-    assert set(kept) == {"never"} and rejected["late"]["evidence"][0]["samples"] == [0, 1]
-    settings = replies_of(tmp_path / "out", "baseline", "hasty").with_suffix(".settings.json")
-    assert json.loads(settings.read_text())["temperature"] == 1.0  # greedy twice is once
-
-
 def test_text_and_image_questions_may_have_experts_of_their_own(tmp_path, films):
     bank = [
         q(f"Question {key}", key, images=("1.png",) * key.startswith("image"))
@@ -267,21 +253,11 @@ def test_text_and_image_questions_may_have_experts_of_their_own(tmp_path, films)
         )
 
 
-def test_attempts_beyond_the_asked_number_do_not_count(tmp_path):
-    bank = write(tmp_path / "bank.jsonl", [q("Question 1", "late"), q("Question 2", "early")])
-    told = {"late": [SAID[c] for c in "--+"], "early": [SAID[c] for c in "-+-"]}
-    said = {("expert", "expert-a"): told}
-    flags = ["--experts", "clinic:expert-a", "--attempts", "2"]
-    kept, _, _ = run_curate(bank, tmp_path / "out", *flags, command="solvable", said=said)
-    assert set(kept) == {"early"}
-
-
 def test_without_engines_and_benchmarks_everything_is_kept(tmp_path):
     bank = [q("Question 1", "a"), q("Question 2", "b")]
     kept, rejected, funnel = run_curate(write(tmp_path / "bank.jsonl", bank), tmp_path / "out")
     assert list(kept.values()) == bank and not rejected
     assert [row["text"] for row in funnel] == [2] * 6
-    assert (tmp_path / "out" / "funnel.png").exists()  # though there is no image question
 
 
 # --------------------------------------------------------------------------------------------------
@@ -483,18 +459,7 @@ def test_replies_that_are_nested_without_end_or_hold_half_a_character_go_to_revi
     assert kept["half"].question == "Half a \ufffd pair. What is it?"
 
 
-def test_a_step_that_had_no_engine_or_no_benchmarks_does_not_look_passed(
-    tmp_path, capsys, monkeypatch
-):
-    drawn = []
-    from matplotlib.axes import Axes
-
-    original = Axes.set
-    monkeypatch.setattr(
-        Axes,
-        "set",
-        lambda self, **what: (drawn.append(what.get("xticklabels")), original(self, **what))[1],
-    )
+def test_a_step_that_had_no_engine_or_no_benchmarks_does_not_look_passed(tmp_path, capsys):
     bank = [q("Question 1", "a"), q("question 1", "again")]
     _, _, funnel = run_curate(
         write(tmp_path / "bank.jsonl", bank),
@@ -514,8 +479,6 @@ def test_a_step_that_had_no_engine_or_no_benchmarks_does_not_look_passed(
     said = capsys.readouterr().out
     shown = ("leak (repeats only)", "type (not run)", "describe (not run)", "solvable (not run)")
     assert all(name in said for name in shown) and "difficulty (" not in said
-    names = [label.split("\n")[0] for label in drawn[0]]
-    assert names == ["bank", shown[0], "difficulty", *shown[1:]]
     with pytest.raises(SystemExit):
         curate.parse(["leak", "--questions", "bank.jsonl", "--out", "out"])
     assert "--against" in capsys.readouterr().err
@@ -525,14 +488,6 @@ LATE = {  # what would stop a late step: (flags, what is said)
     "no expert for image questions": (
         ["--experts", "text=clinic:expert-a"],
         "none of text=clinic:expert-a is for image questions",
-    ),
-    "the same expert twice": (
-        ["--experts", "clinic:expert-a", "clinic:expert-a"],
-        "--experts: clinic:expert-a is there twice",
-    ),
-    "the same baseline twice": (
-        ["--baselines", "clinic:hasty", "clinic:hasty"],
-        "--baselines: clinic:hasty is there twice",
     ),
     "no key": (
         ["--experts", "https://api.example.com/v1#m", "--images-may-leave"],

@@ -83,8 +83,6 @@ REFUSED = [  # (command, flag, its words, what is said)
     ("curate all", "--limits", "13 0.25 513", "at most 512"),
     ("curate all", "--limits", "13 0.25 4.5", "a whole number of bits"),
     ("curate all", "--pixels", "0", "784 to"),
-    ("curate difficulty", "--attempts", "0", "1 to 10000"),
-    ("curate solvable", "--attempts", "0", "1 to 10000"),
     ("curate solvable", "--max-tokens", "0", "1 to"),
     ("curate solvable", "--seed", "-1", "0 to"),
     ("distill run", "--chains", "0", "1 to 10000"),
