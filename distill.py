@@ -20,10 +20,10 @@ OUT/stage.json, OUT/review.csv (every chain with a right answer; a human says ye
 
 Where we depart from the paper, or it is silent:
   1. check_chain checks all three criteria by rule. The checker, if there is one, decides on (ii)
-     and (iii) after that; a chain without its readable verdict is rejected. The prompts of checker
+     and (iii) after that; without its readable verdict a chain is rejected. The prompts of checker
      and expander are ours.
-  2. One chain a question by default (the paper's 5,000 samples are 3K + 2K questions). With
-     --chains k each teacher is asked up to k times, and no chain is kept twice.
+  2. One chain a question (the paper's 5,000 samples are 3K + 2K questions), but imported chains
+     are all kept if they differ.
   3. The answer is written as "B. text", as in the paper's figures, or with --answer-form text as
      "text".
   4. Only right answers are expanded, and must stay. The expander gets no image: gpt-oss reads none.
@@ -31,8 +31,8 @@ Where we depart from the paper, or it is silent:
      wrong answer right.
   6. Importing is ours. HuatuoGPT-o1's chains answer open questions, and often do not end at the
      option given as their answer. A chain is kept if the first sentence of its Response that names
-     an option names the answer alone, without a word such as "not" or "while" (37 of 198 chains).
-     This compares words, not meaning: a human's yes or no overrules it too.
+     an option names the answer alone, without a word such as "not" (37 of 198 chains). This
+     compares words, not meaning: a human's yes or no overrules it too.
 """
 
 import argparse
@@ -46,8 +46,8 @@ from pathlib import Path
 import answers
 import benchmarks
 import data
-from benchmarks.descriptions import read_sheet, write_sheet
 from command import flags, schema, stage
+from command.sheets import read_sheet, write_sheet
 from engines import bill, inference, open_engine
 from engines.inference import Engine, Request, checkpoint, image_paths, prompt_request
 
@@ -97,13 +97,13 @@ def distill(
     expanders = {teacher: open_engine(spec, setup) for teacher, spec in args.expand}
     checker = open_engine(args.checker, setup) if args.checker else None
     kept, made = {question.id: [] for question in questions}, []
-    for attempt in range(len(teachers) * args.chains):
+    for attempt in range(len(teachers)):
         for number, teacher in enumerate(teachers):
             first = (number - attempt) % len(teachers)  # of the questions whose turn it is
-            turn = [q for q in questions[first :: len(teachers)] if len(kept[q.id]) < args.chains]
+            turn = [q for q in questions[first :: len(teachers)] if not kept[q.id]]
             if not turn:
                 continue
-            chains = teach(teacher, turn, attempt // len(teachers), args)
+            chains = teach(teacher, turn, args)
             if teacher.spec in expanders:
                 expand(expanders[teacher.spec], chains, args)
             select(chains, kept, verdicts, checker, args)
@@ -111,16 +111,13 @@ def distill(
     return kept, made
 
 
-def teach(
-    engine: Engine, questions: list[data.Question], sample: int, args: argparse.Namespace
-) -> list[Chain]:
+def teach(engine: Engine, questions: list[data.Question], args: argparse.Namespace) -> list[Chain]:
     """A teacher's chains for the paper's own prompt, in the questions' order."""
-    asked = inference.question_requests(questions, Path(args.images), 1)
-    requests, chains = [replace(request, samples=(sample,)) for request in asked], []
+    requests, chains = inference.question_requests(questions, Path(args.images), 1), []
     for question, row in zip(questions, ask(engine, "teacher", requests, args)):
         response = read_completion(row["response"], row["reasoning"], question.options)
         faults = check_chain(response, row["finish_reason"], question, *args.words)
-        chains.append(Chain(question, sample, engine.spec, response, faults))
+        chains.append(Chain(question, 0, engine.spec, response, faults))
     return chains
 
 
@@ -300,10 +297,8 @@ EXPANSION = re.compile(r"\s*(?:<think>)?(.*?)(?:</think>)?\s*<answer>(.*?)</answ
 def ask(engine: Engine, role: str, requests: list[Request], args: argparse.Namespace) -> list[dict]:
     """The completions as rows, in the order of the requests."""
     sampling = inference.Sampling(args.temperature, 1.0, args.max_tokens, args.seed)
-    path = inference.completions_file(args, role, engine.spec, sampling)
     row = lambda one: inference.completion_row(one, engine.spec) | {"reasoning": one.reasoning}
-    title = f"{role}, {engine.spec}"
-    rows = inference.complete_all(engine, requests, sampling, path, row, title)
+    rows = inference.complete_all(engine, requests, sampling, role, row, args)
     return [rows[request.id, k] for request in requests for k in request.samples]
 
 
@@ -395,9 +390,9 @@ def run(args: argparse.Namespace) -> None:
 
 def costs(questions: list[data.Question], args: argparse.Namespace) -> list[bill.Cost]:
     """The most that teachers, expanders and checker may be asked: as if every teacher answered
-    every question, for each chain."""
+    every question."""
     longest = bill.LETTERS * args.max_tokens  # characters of a chain
-    sizes = [(len(data.question_text(q)), len(q.images)) for q in questions] * args.chains
+    sizes = [(len(data.question_text(q)), len(q.images)) for q in questions]
     asked = [(len(data.SYSTEM_PROMPT) + letters, images) for letters, images in sizes]
     expanded = [(len(EXPAND_PROMPT) + letters + longest, 0) for letters, _ in sizes]
     wanted = [("teacher", spec, asked) for spec in args.teachers]
@@ -578,10 +573,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--teachers", nargs="+", required=True, help="engine specs, asked in turn")
     pair, said = ("TEACHER", "EXPANDER"), "a teacher that gives a summary, and who expands it"
     add("--expand", nargs=2, action="append", default=[], metavar=pair, help=said)
-    # ours: paper silent
-    add("--chains", type=flags.SAMPLES, default=1, help="chains of a question")
-    add("--temperature", type=flags.temperature, default=1.0)
-    add("--max-tokens", type=flags.TOKENS, default=8192)
+    add("--temperature", type=flags.temperature, default=1.0)  # ours: paper silent
+    add("--max-tokens", type=flags.TOKENS, default=8192)  # ours: paper silent
     ready = commands.add_parser("import", help="turn existing chains into demonstrations")
     ready.set_defaults(act=import_chains)
     ready.add_argument("file", help="JSON array or JSONL")

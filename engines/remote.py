@@ -2,16 +2,15 @@
 
 `RemoteEngine.complete` is the loop over the remedies. apis.py has the clients of two APIs.
 A question that is refused, or that stays without text, gets a completion whose finish_reason says
-so. No other failure is stored. The run stops where a remedy says so, after STRIKES such questions
-in a row, or when the server asks for a wait of more than PATIENCE. What was completed by then is on
-disk, and the same command goes on. A server that refuses several samples at once is asked for one
-at a time from then on.
+so. No other failure is stored. The run stops where a remedy says so, or after STRIKES such
+questions in a row. What was completed by then is on disk, and the same command goes on.
+
+A server that refuses several samples at once is asked for one at a time from then on.
 
 Where we depart from the paper, or it is silent: all numbers here are ours.
 """
 
 import random
-import re
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -51,7 +50,6 @@ DENIED = (401, 402, 403, 404)  # HTTP statuses
 BUSY = (408, 409, 425, 429)  # and all from 500 on
 TEXTLESS = ("refused", "empty")  # finish_reasons of questions that got no text
 
-PATIENCE = 600.0  # ours: seconds, the longest wait a server may ask for; daily limits ask for more
 STRIKES = 8  # ours: after so many questions in a row without text, the server is at fault
 SHOWN = 300  # ours: most characters shown of a failure, about two lines
 
@@ -158,7 +156,6 @@ class RemoteEngine:
             if failures[kind] == remedy.tries:
                 break
             pause = min(remedy.wait, 2.0**attempt) * random.uniform(0.5, 1)
-            pause = self.wait_named(failure) or pause
             if remedy.change == ROOM:
                 sampling = replace(sampling, max_tokens=2 * sampling.max_tokens)
             several = several and remedy.change != SINGLE
@@ -211,20 +208,6 @@ class RemoteEngine:
             found_out, self.several = self.several and not several, self.several and several
         if found_out:
             tqdm.write(f"{self.spec}: refuses several samples at once; asked for one at a time")
-
-    def wait_named(self, error: Exception) -> float | None:
-        """Seconds that the server asks us to wait, None if it does not say: Retry-After or Google's
-        RetryInfo ("17s"). Raises Unavailable for more than PATIENCE."""
-        headers = getattr(getattr(error, "response", None), "headers", {})
-        info = re.search(r"'retryDelay': '([\d.]+)s'", str(error))
-        value = headers.get("retry-after") or (info[1] if info else "")
-        if not re.fullmatch(r"\d+(\.\d+)?", value):  # ours: dates are not read
-            return None
-        seconds = float(value)
-        if seconds > PATIENCE:
-            wait = f"the server asks for a wait of {seconds:.0f} s ({self.shown(error)})"
-            raise Unavailable(f"{self.spec}: {wait}; after it, the same command goes on")
-        return seconds
 
     def count_request(self, again: bool) -> None:
         """Raises Unavailable if no request may be sent."""

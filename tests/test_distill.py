@@ -410,57 +410,6 @@ def test_teacher_that_fails_is_replaced_by_the_next_in_turn(tmp_path):
     }
 
 
-def test_two_chains_a_question_come_from_two_teachers_in_turn(tmp_path):
-    demos, rejected = prepared(tmp_path, {str(i): "thb" for i in range(6)}, "--chains", "2")
-    assert [(demo["id"], by(demo)) for demo in demos] == [
-        ("0", "thorough"),
-        ("0", "hasty"),
-        ("1", "hasty"),
-        ("1", "bookish"),
-        ("2", "bookish"),
-        ("2", "thorough"),
-        ("3", "thorough"),
-        ("3", "hasty"),
-        ("4", "hasty"),
-        ("4", "bookish"),
-        ("5", "bookish"),
-        ("5", "thorough"),
-    ]
-    assert not rejected and set(Counter(map(by, demos)).values()) == {4}
-
-
-def test_the_second_chain_falls_to_whoever_is_able_and_to_a_second_sample_at_last(tmp_path):
-    #              first asked: thorough        hasty           bookish
-    demos, rejected = prepared(tmp_path, {"0": "tb", "1": "t", "2": ""}, "--chains", "2", samples=2)
-    assert [(demo["id"], by(demo), demo["sample"]) for demo in demos] == [
-        ("0", "thorough", 0),
-        ("0", "bookish", 0),
-        ("1", "thorough", 0),
-        ("1", "thorough", 1),
-    ]
-    asked = [(row["id"], by(row), row["sample"]) for row in demos + rejected]
-    assert len(asked) == len(set(asked)) and Counter(key for key, _, _ in asked) == {
-        "0": 3,
-        "1": 6,
-        "2": 6,
-    }
-
-
-def test_the_same_chain_is_not_kept_twice(tmp_path):
-    questions = write(tmp_path / "questions.jsonl", [q("Question?", "k")])
-    demos, rejected = run_distill(
-        questions,
-        tmp_path / "out",
-        "--chains",
-        "3",
-        teachers=("clinic:thorough",),
-        said={"thorough": {"k": [GOOD, GOOD, said_by("thorough")]}},
-    )
-    assert [demo["sample"] for demo in demos] == [0, 2] and [
-        set(row["faults"]) for row in rejected
-    ] == [{"duplicate"}]
-
-
 @pytest.mark.parametrize(("form", "said"), [("letter-text", "B. surgery"), ("text", "surgery")])
 def test_demonstration_is_in_the_papers_message_format(tmp_path, form, said):
     questions = write(tmp_path / "questions.jsonl", [q("Question?", "k")])
