@@ -1230,7 +1230,12 @@ def test_dry_run_tells_what_may_be_asked_at_most_and_asks_nothing(tmp_path, film
         ["describe", "http://nowhere/v1#e", "3", str(3 * cut), str(3 * 4096), "nowhere"],
         ["expert", "gemini:g", "8", str(4 * (text + image)), "8000", google],
         ["expert", "http://nowhere/v1#r", "4", str(4 * text), "4000", "-"],
-        ["22", str(6 * (text + image) + 3 * label + 3 * cut + 4 * text), str(16000 + 6 * 4096)],
+        [
+            "all",
+            "22",
+            str(6 * (text + image) + 3 * label + 3 * cut + 4 * text),
+            str(16000 + 6 * 4096),
+        ],
     ]
 
 
