@@ -7,22 +7,21 @@
       (descriptions of its image are removed; paper §3.3)          describe    1, and a human
       and every expert solves it in at least one of 4 attempts     solvable    up to 4 an expert
 
-Each step is a command; `all` runs them in this order, the cheapest first. Text questions become
-demonstrations for Stage I, image questions preference pairs for Stage II. No request is made twice.
+The steps run in this order, the cheapest first; a step without an engine drops nothing. Text
+questions become demonstrations for Stage I, image questions preference pairs for Stage II. No
+request is made twice.
 
-    python curate.py add medqa-train train.jsonl --images images --out bank.jsonl
-    python curate.py all --questions bank.jsonl --images images --against test.jsonl \\
+    python curate.py --questions bank.jsonl --images images --against test.jsonl \\
         --baselines hf:base --classifier clinic:classifier \\
         --experts clinic:expert-a clinic:expert-b --editor clinic:editor --out out/curate
     ... --dry-run                                      what may it cost?
 
-reads questions.jsonl files; writes OUT/text.jsonl and OUT/image.jsonl (a single step:
-OUT/questions.jsonl), OUT/rejected.jsonl (with filter, reason and evidence), OUT/funnel.json and
-.png, OUT/review.csv, OUT/stage.json
+reads questions.jsonl files; writes OUT/text.jsonl and OUT/image.jsonl, OUT/rejected.jsonl (with
+filter, reason and evidence), OUT/funnel.json, OUT/review.csv, OUT/stage.json
 
 Where we depart from the paper, or it is silent:
   1. A question is dropped if *any* baseline is right in one greedy attempt. (If every one must be,
-     `difficulty --drop-if all`, the paper's remaining 8 to 12 % are hard to reach.)
+     `--drop-if all`, the paper's remaining 8 to 12 % are hard to reach.)
   2. benchmarks/decontaminate.py defines a leak, benchmarks/descriptions.py a description.
   3. The prompt for the type is ours. Three attempts without a readable type drop a question too.
   4. The paper removes descriptions after the experts have solved a question; we do it before, so
@@ -39,7 +38,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import answers
-import benchmarks
 import data
 from benchmarks import decontaminate, descriptions
 from command import flags, schema, stage
@@ -47,7 +45,6 @@ from engines import Replicas, bill, inference, open_engine
 from engines.inference import Request, Sampling, checkpoint, image_paths, question_requests
 
 ATTEMPTS = 4  # paper 3.1: attempts of an expert
-DIRECT = 1  # ours: paper silent; attempts of a baseline
 PAPER = {"bank": (37_000, 17_000), "solvable": (3_000, 2_000)}  # paper 3.1: text, image questions
 Bank = list[data.Question]
 
@@ -59,9 +56,8 @@ Bank = list[data.Question]
 def leak(questions: Bank, args: argparse.Namespace) -> dict[str, dict]:
     """Rejects benchmark questions, and repeats within the bank."""
     tests = [question for path in args.against for question in schema.read_questions(path)]
-    ngram, jaccard, distance = args.limits
-    root = Path(args.images)
-    return decontaminate.find(questions, tests, root, int(ngram), jaccard, int(distance))[0]
+    limits = (0, 0, 0) if args.exact_leaks else ()  # (): those of decontaminate.py
+    return decontaminate.find(questions, tests, Path(args.images), *limits)[0]
 
 
 def difficulty(questions: Bank, args: argparse.Namespace) -> dict[str, dict]:
@@ -99,7 +95,10 @@ def describe(questions: Bank, args: argparse.Namespace) -> dict[str, dict]:
     """Replaces a text by a human's if there is one, else by the editor's if it breaks no rule, else
     marks the question for review. Rejects what waits for review, unless --keep-unreviewed."""
     by_id = {question.id: question for question in questions}
-    reviewed = read_reviewed(by_id, args) if args.reviewed else {}
+    sheet = descriptions.read_reviewed(args.reviewed) if args.reviewed else {}
+    if lost := sheet.keys() - by_id.keys():
+        print(f"{args.reviewed}: {len(lost)} of its questions are not here, or were rejected")
+    reviewed = descriptions.reviewed_texts(sheet, by_id)
     edits = {key: (text, {"reviewed": True}) for key, text in reviewed.items()}
     others = {key: question for key, question in by_id.items() if key not in reviewed}
     for demand in demands("describe", questions, args):
@@ -114,24 +113,10 @@ def describe(questions: Bank, args: argparse.Namespace) -> dict[str, dict]:
             elif text != old:
                 edits[key] = text, {}
     for key, (text, marks) in edits.items():
-        changed = descriptions.edited(by_id[key], text, marks)
-        by_id[key].question, by_id[key].meta = changed.question, changed.meta
+        descriptions.rewrite(by_id[key], text, marks)
     waiting = [q for q in questions if "needs_review" in q.meta and not args.keep_unreviewed]
     reason = "waits for a human"
     return {q.id: rejection("review", reason, {"fault": q.meta["needs_review"]}) for q in waiting}
-
-
-def read_reviewed(by_id: dict[str, data.Question], args: argparse.Namespace) -> dict[str, str]:
-    """{id: text} of the questions that a human has decided. Prints which rows count for nothing."""
-    sheet = descriptions.read_reviewed(args.reviewed)
-    texts = descriptions.reviewed_texts(sheet, by_id)
-    if untouched := len(sheet) - len(texts):
-        advice = "correct the question, or empty the fault where it may stay"
-        print(f"{args.reviewed}: {untouched} rows are as they were, and go on waiting; {advice}")
-    if lost := sorted(texts.keys() - by_id.keys()):
-        said = f"{len(lost)} of its questions are not here, or were rejected"
-        print(f"{args.reviewed}: {said}: {', '.join(lost[:5])}")
-    return {key: text for key, text in texts.items() if key in by_id}
 
 
 def solvable(questions: Bank, args: argparse.Namespace) -> dict[str, dict]:
@@ -141,7 +126,7 @@ def solvable(questions: Bank, args: argparse.Namespace) -> dict[str, dict]:
         is_right, evidence = asked[-1]
         if not is_right:
             ended = counted([named.get(reason, reason) for reason in evidence["ended"]])
-            failed = f"{evidence['engine']} failed all {args.expert_attempts} attempts: {ended}"
+            failed = f"{evidence['engine']} failed all {ATTEMPTS} attempts: {ended}"
             rejected[key] = rejection("solvable", failed, evidence)
     return rejected
 
@@ -161,13 +146,10 @@ def in_turn(
     return found
 
 
-STEPS = {  # in the order in which `all` runs them; what they do
-    "leak": (leak, "drop benchmark questions and repeats"),
-    "difficulty": (difficulty, "drop what baseline models solve directly"),
-    "type": (question_type, "drop image questions that are pattern recognition"),
-    "describe": (describe, "take image descriptions out of image questions"),
-    "solvable": (solvable, "drop what an expert never solves"),
-}
+STEPS = {  # in the order in which they run
+    "leak": leak, "difficulty": difficulty, "type": question_type, "describe": describe,
+    "solvable": solvable,
+}  # fmt: skip
 
 
 def rejection(step: str, reason: str, evidence: dict | list) -> dict:
@@ -199,11 +181,10 @@ def demands(step: str, questions: Bank, args: argparse.Namespace) -> list[Demand
     image that is not there, or a question that no expert is for."""
     if step == "difficulty":
         role, asked = "baseline", [(spec, questions) for spec in args.baselines]
-        attempts = args.direct_attempts
-        temperature = 0.0 if attempts == 1 else 1.0  # greedy once; sampled, so that they differ
+        attempts, temperature = 1, 0.0  # ours: paper silent
     elif step == "solvable":
         role, asked = "expert", experts(questions, args)
-        attempts, temperature = args.expert_attempts, 1.0
+        attempts, temperature = ATTEMPTS, 1.0
     else:
         return labelling(step, questions, args)
     sampling = Sampling(temperature, 1.0, args.max_tokens, args.seed)
@@ -263,11 +244,11 @@ def ask(
     requests = [request for request in demand.requests if request.id in questions]
     if not requests:
         return []
-    engine, title = open_engine(spec, inference.setup_of(args)), f"{demand.role} {spec}"
-    file = inference.completions_file(args, demand.role, spec, sampling)
+    engine, role = open_engine(spec, inference.setup_of(args)), demand.role
+    file = inference.completions_file(args, role, spec, sampling)
     to_row = lambda completion: inference.completion_row(completion, spec)
     rows_of = inference.retry_until_read(
-        engine, requests, demand.attempts, read_row, sampling, file, to_row, title
+        engine, requests, demand.attempts, read_row, sampling, role, to_row, args
     )
     if isinstance(engine, Replicas):
         engine.close()  # the next engine needs the GPUs
@@ -278,7 +259,7 @@ def ask(
         evidence["ended"] = [row["finish_reason"] for row in rows]
         found.append((key, read_row(rows[-1]), evidence))
         ends += evidence["ended"]
-    print(f"{title}: {len(ends)} replies, {counted(ends)}")
+    print(f"{role} {spec}: {len(ends)} replies, {counted(ends)}")
     return found
 
 
@@ -317,37 +298,18 @@ def read_type(completion: str) -> dict[str, str]:
 # Commands
 
 
-def add(args: argparse.Namespace) -> None:
-    """Adds files of a known format to a bank. A question that is there already is left out."""
-    args.out = Path(args.out).resolve()  # a link to the bank stays a link
-    lock = stage.hold(Path(f"{args.out}.lock"), f"--out {args.out}")
-    known = schema.read_questions(args.out) if args.out.exists() else []
-    bank = {question.id: question for question in known}
-    for path in args.paths:
-        before, repeats = len(bank), 0
-        for question in benchmarks.read(args.name, path, Path(args.images)):
-            first = bank.setdefault(question.id, question)
-            if replace(question, source=first.source, meta=first.meta) != first:
-                said = f"id {question.id!r} stands for another question in {args.out}"
-                raise data.RowError(f"{path}: {said}; give one of them another id")
-            repeats += first is not question
-        print(f"{path}: {len(bank) - before} questions added, {repeats} were there already")
-    data.write_jsonl(args.out, (question.to_row() for question in bank.values()))
-    images = sum(bool(question.images) for question in bank.values())
-    print(f"{args.out}: {len(bank) - images} text questions, {images} image questions")
-    lock.close()
-
-
 def bank_of(args: argparse.Namespace) -> Bank:
     return data.some(decontaminate.read_bank(args.questions), args.limit)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Runs the steps of a command, each on the questions that the one before has left."""
+    """Runs the steps, each on the questions that the one before has left."""
     started, bank = time.time(), bank_of(args)
-    specs = check(bank, args)
+    specs = list(dict.fromkeys(demand.spec for demand in all_demands(bank, args)))
+    if args.reviewed:
+        descriptions.read_reviewed(args.reviewed)  # its faults stop the command at once
     if args.dry_run:
-        leaked = leak(bank, args) if "leak" in args.steps else {}
+        leaked = leak(bank, args)
         rest = [question for question in bank if question.id not in leaked]
         return bill.announce(costs(rest, args), may_leave=True)
     if not (Path(args.out) / "stage.json").exists():  # a finished folder asks nothing
@@ -359,9 +321,9 @@ def run(args: argparse.Namespace) -> None:
     images = data.image_files(args.images, map(vars, bank))
     if not stage.open_folder(args, filter(None, inputs), inference.SPEED, images):
         return
-    left, rejected, after = bank, {}, {"bank" if len(args.steps) > 1 else "given": bank}
-    for step in args.steps:
-        rejected |= STEPS[step][0](left, args)
+    left, rejected, after = bank, {}, {"bank": bank}
+    for step, run_step in STEPS.items():
+        rejected |= run_step(left, args)
         left = after[step] = [question for question in left if question.id not in rejected]
     outputs, figures = write_out(args, bank, after, rejected)
     engines = {spec: inference.identity(spec) for spec in specs}
@@ -369,18 +331,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def all_demands(bank: Bank, args: argparse.Namespace) -> list[Demand]:
-    return [demand for step in args.steps for demand in demands(step, bank, args)]
-
-
-def check(bank: Bank, args: argparse.Namespace) -> list[str]:
-    """The specs of all engines. Raises RowError for what would stop a late step, before the first
-    one asks anything."""
-    if args.reviewed:
-        descriptions.read_reviewed(args.reviewed)
-    for flag, specs in (("--baselines", args.baselines), ("--experts", args.experts)):
-        if twice := [spec for spec, count in Counter(specs).items() if count > 1]:
-            raise data.RowError(f"{flag}: {twice[0]} is there twice; its replies would be the same")
-    return list(dict.fromkeys(demand.spec for demand in all_demands(bank, args)))
+    return [demand for step in STEPS for demand in demands(step, bank, args)]
 
 
 def costs(bank: Bank, args: argparse.Namespace) -> list[bill.Cost]:
@@ -397,30 +348,26 @@ def write_out(
 ) -> tuple[list[Path], dict[str, int]]:
     """Writes what was kept and rejected, the funnel, and the sheet to review. Returns the outputs,
     without the sheet that a human may change, and the counts."""
-    out, left = Path(args.out), list(after.values())[-1]
-    parts = {"questions.jsonl": [q.to_row() for q in left]}
-    if len(args.steps) > 1:
-        parts = {"text.jsonl": [q.to_row() for q in left if not q.images]}
-        parts["image.jsonl"] = [q.to_row() for q in left if q.images]
+    out, left = Path(args.out), after["solvable"]
+    parts = {"text.jsonl": [q.to_row() for q in left if not q.images]}
+    parts["image.jsonl"] = [q.to_row() for q in left if q.images]
     dropped = [question for question in bank if question.id in rejected]
     parts["rejected.jsonl"] = [q.to_row() | rejected[q.id] for q in dropped]
     for name, rows in parts.items():
         data.write_jsonl(out / name, rows)
     held = [q for q in dropped if rejected[q.id]["filter"] == "review"]
-    described = after.get("describe", []) + held
+    described = after["describe"] + held
     waiting = [question for question in described if "needs_review" in question.meta]
     funnel = make_funnel(args, after, bool(waiting))
     data.write_json(out / "funnel.json", funnel)
     print_funnel(funnel)
-    plot_funnel(funnel, out / "funnel.png")
     reasons = [(row["filter"], row["reason"].partition(": ")[0]) for row in rejected.values()]
     names = [step if step == "leak" else f"{step}: {reason}" for step, reason in reasons]
     figures = {"kept": len(left), **Counter(names)}
-    if "describe" in args.steps:
-        figures["descriptions removed"] = sum("original" in q.meta for q in described)
-        figures["to review"] = descriptions.write_review(out / "review.csv", waiting)
+    figures["descriptions removed"] = sum("original" in q.meta for q in described)
+    figures["to review"] = descriptions.write_review(out / "review.csv", waiting)
     print("\n".join(f"  {value:>7} {name}" for name, value in figures.items()))
-    return [out / name for name in [*parts, "funnel.json", "funnel.png"]], figures
+    return [out / name for name in [*parts, "funnel.json"]], figures
 
 
 # --------------------------------------------------------------------------------------------------
@@ -447,126 +394,57 @@ def modality_of(question: data.Question) -> str:
     return data.modality(str(named)) if named else "unknown"
 
 
-def label(row: dict) -> str:
-    """A step's name. Without benchmarks `leak` still drops repeats."""
-    note = " (repeats only)" if row["filter"] == "leak" else " (not run)"
-    return row["filter"] + note * ("not_run" in row)
-
-
 def print_funnel(funnel: list[dict]) -> None:
-    """Prints the questions left after each step, with the paper's, and the modalities."""
+    """Prints the questions left after each step, with the paper's, and the modalities. Without
+    benchmarks `leak` still drops repeats."""
     print("questions left after    text   image    paper: text   image")
     for row in funnel:
+        note = " (repeats only)" if row["filter"] == "leak" else " (not run)"
+        name = row["filter"] + (note if "not_run" in row else "")
         text, image = [f"{number:,}" for number in PAPER.get(row["filter"], ())] or ["", ""]
-        kinds = ", ".join(f"{name} {n}" for name, n in row["modality"].items() if name != "text")
-        left = f"{label(row):<18} {row['text']:>7} {row['image']:>7}"
+        kinds = ", ".join(f"{kind} {n}" for kind, n in row["modality"].items() if kind != "text")
+        left = f"{name:<18} {row['text']:>7} {row['image']:>7}"
         print(f"  {left} {text:>14} {image:>7}   {kinds}")
-
-
-def plot_funnel(funnel: list[dict], path: Path) -> None:
-    """Text and image questions after each step, with their shares of the bank."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, ax = plt.subplots(figsize=(9, 4), constrained_layout=True)
-    for shift, kind, shade in ((-0.2, "text", "0.8"), (0.2, "image", "0.3")):
-        counts = [row[kind] for row in funnel]
-        places = [x + shift for x in range(len(funnel))]
-        bars = ax.bar(places, counts, 0.38, color=shade, label=kind)
-        shares = [f"{count:,}\n{count / max(1, counts[0]):.0%}" for count in counts]
-        ax.bar_label(bars, shares, fontsize=8, padding=2)
-    paper = {name: "\npaper: {:,} text\n{:,} image".format(*pair) for name, pair in PAPER.items()}
-    labels = [label(row) + paper.get(row["filter"], "") for row in funnel]
-    title = "questions left after each filter"
-    ax.set(title=title, ylabel="questions", xticks=range(len(funnel)), xticklabels=labels)
-    ax.margins(y=0.15)
-    ax.legend()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 # --------------------------------------------------------------------------------------------------
 # The command line
 
-LIMITS = [decontaminate.NGRAM, decontaminate.JACCARD, decontaminate.DISTANCE]
-ASKING = "difficulty type describe solvable all"
-MANY, SWITCH = {"nargs": "+"}, {"action": "store_true"}
-THREE = {"nargs": 3, "type": flags.number(0), "default": LIMITS}
-FLAGS = (  # the commands that have it, flag, how argparse reads it, help
-    ("leak all", "--against", MANY, "benchmark questions that must not leak"),
-    ("leak all", "--limits", THREE | {"metavar": ("NGRAM", "JACCARD", "DISTANCE")},
-     "of a leak in words, share and bits, as decontaminate has them; 0 0 0: exact only"),
-    ("difficulty all", "--baselines", MANY, "engines that must not solve a question directly"),
-    ("difficulty", "--drop-if", {"choices": ["any", "all"]}, "a baseline solves it, or every one"),
-    ("difficulty", "--attempts", {"type": flags.SAMPLES, "dest": "direct_attempts"},
-     "of each baseline; 1 is greedy, more are sampled at temperature 1"),
-    ("type all", "--classifier", {}, "engine that tells the type of image questions"),
-    ("describe all", "--editor", {}, "engine that takes image descriptions out of questions"),
-    ("describe all", "--reviewed", {},
-     "CSV with columns id and question: a human's texts, which go before the engine's"),
-    ("describe all", "--keep-unreviewed", SWITCH,
-     "let in the questions whose description nobody removed; else they wait in review.csv"),
-    ("solvable all", "--experts", MANY, "engines that must each solve a question once; "
-     "text=SPEC, image=SPEC: only such questions"),
-    ("solvable", "--attempts", {"type": flags.SAMPLES, "dest": "expert_attempts"},
-     "of each expert"),
-    # ours: paper silent
-    ("difficulty solvable all", "--max-tokens", {"type": flags.TOKENS, "default": 8192},
-     "of a baseline's or an expert's answer"),
-    (ASKING, "--dry-run", SWITCH,
-     "only tell what may be asked at most: all attempts needed, nothing dropped but leaks"),
-    (ASKING, "--seed", {"type": flags.SEED, "default": 0}, None),
-)  # fmt: skip
-NEEDED = ("--against", "--baselines", "--classifier", "--experts")  # by a step that runs alone
-
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Filter a question bank into training questions.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    bank = commands.add_parser("add", help="read files of a known format into a bank")
-    bank.add_argument("name", help="of the format, as `python -m benchmarks` calls it")
-    bank.add_argument("paths", nargs="+", help="files or folders of that format")
-    bank.add_argument("--images", default=".", help="image root")
-    bank.add_argument("--out", required=True, help="the bank: a questions.jsonl, which is added to")
-    bank.set_defaults(run=add)
-    for name, (_, said) in STEPS.items():
-        add_step(commands.add_parser(name, help=said), name)
-    said = "all of them, in this order: " + ", ".join(STEPS)
-    add_step(commands.add_parser("all", help=said), "all")
-    args = parser.parse_args(argv)
-    ngram, jaccard, distance = vars(args).get("limits", LIMITS)
-    if ngram % 1 or jaccard > 1 or distance not in range(decontaminate.BITS + 1):
-        bits = f"DISTANCE a whole number of bits, at most {decontaminate.BITS}"
-        said = f"NGRAM must be a whole number of words, JACCARD at most 1, {bits}"
-        parser.error(f"argument --limits: {said}")
-    return args
-
-
-def add_step(parser: argparse.ArgumentParser, name: str) -> None:
-    """The flags of a step, or of `all`."""
-    add, one = parser.add_argument, name != "all"
-    parser.set_defaults(run=run, steps=[name] if one else list(STEPS), drop_if="any")
-    parser.set_defaults(direct_attempts=DIRECT, expert_attempts=ATTEMPTS)
-    parser.set_defaults(against=[], baselines=[], classifier="", experts=[], editor="", reviewed="")
-    parser.set_defaults(keep_unreviewed=False, dry_run=False, images_may_leave=False)
+    add = parser.add_argument
     add("--questions", nargs="+", required=True, help="questions.jsonl files")
     add("--images", default=".", help="image root")
     said = "so many text and so many image questions only; 0: all"
     add("--limit", type=flags.whole(0), default=0, help=said)
     add("--out", required=True, help="folder to write")
-    for commands, flag, how, said in FLAGS:
-        if name in commands.split():
-            needed = {"required": True} if one and flag in NEEDED else {}
-            add(flag, **how, **needed, help=said)
-    if name in ASKING.split():
-        inference.add_flags(parser)
+    add("--against", nargs="+", default=[], help="benchmark questions that must not leak")
+    said = "drop only what is the same question or image, not what is similar"
+    add("--exact-leaks", action="store_true", help=said)
+    said = "engines that must not solve a question directly"
+    add("--baselines", nargs="+", default=[], help=said)
+    said = "whether one baseline that solves a question drops it, or only all together"
+    add("--drop-if", choices=["any", "all"], default="any", help=said)
+    add("--classifier", default="", help="engine that tells the type of image questions")
+    add("--editor", default="", help="engine that takes image descriptions out of questions")
+    said = "CSV with columns id and question: a human's texts, which go before the engine's"
+    add("--reviewed", default="", help=said)
+    said = "let in the questions whose description nobody removed; else they wait in review.csv"
+    add("--keep-unreviewed", action="store_true", help=said)
+    said = "engines that must each solve a question once; text=SPEC, image=SPEC: only those"
+    add("--experts", nargs="+", default=[], help=said)
+    said = "of a baseline's or an expert's answer"
+    add("--max-tokens", type=flags.TOKENS, default=8192, help=said)  # ours: paper silent
+    said = "only tell what may be asked at most: all attempts needed, nothing dropped but leaks"
+    add("--dry-run", action="store_true", help=said)
+    add("--seed", type=flags.SEED, default=0)
+    inference.add_flags(parser)
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
-    args.run(args)
+    run(parse(argv))
 
 
 if __name__ == "__main__":

@@ -20,19 +20,19 @@ OUT/stage.json, OUT/review.csv (every chain with a right answer; a human says ye
 
 Where we depart from the paper, or it is silent:
   1. check_chain checks all three criteria by rule. The checker, if there is one, decides on (ii)
-     and (iii) after that; a chain without its readable verdict is rejected. The prompts of checker
+     and (iii) after that; without its readable verdict a chain is rejected. The prompts of checker
      and expander are ours.
-  2. One chain a question by default (the paper's 5,000 samples are 3K + 2K questions). With
-     --chains k each teacher is asked up to k times, and no chain is kept twice.
+  2. One chain a question (the paper's 5,000 samples are 3K + 2K questions), but imported chains
+     are all kept if they differ.
   3. The answer is written as "B. text", as in the paper's figures, or with --answer-form text as
      "text".
   4. Only right answers are expanded, and must stay. The expander gets no image: gpt-oss reads none.
   5. A human's yes keeps a chain that rules or checker rejected, a no drops it; neither makes a
      wrong answer right.
   6. Importing is ours. HuatuoGPT-o1's chains answer open questions, and often do not end at the
-     option given as their answer. A chain is kept if the first option that its Response names is
-     the answer, and is not rejected there ("not X", "rather than X", "while X"). This compares
-     words, not meaning: a human's yes or no overrules it too.
+     option given as their answer. A chain is kept if the first sentence of its Response that names
+     an option names the answer alone, without a word such as "not" (37 of 198 chains). This
+     compares words, not meaning: a human's yes or no overrules it too.
 """
 
 import argparse
@@ -46,8 +46,8 @@ from pathlib import Path
 import answers
 import benchmarks
 import data
-from benchmarks.descriptions import read_sheet, write_sheet
 from command import flags, schema, stage
+from command.sheets import read_sheet, write_sheet
 from engines import bill, inference, open_engine
 from engines.inference import Engine, Request, checkpoint, image_paths, prompt_request
 
@@ -97,13 +97,13 @@ def distill(
     expanders = {teacher: open_engine(spec, setup) for teacher, spec in args.expand}
     checker = open_engine(args.checker, setup) if args.checker else None
     kept, made = {question.id: [] for question in questions}, []
-    for attempt in range(len(teachers) * args.chains):
+    for attempt in range(len(teachers)):
         for number, teacher in enumerate(teachers):
             first = (number - attempt) % len(teachers)  # of the questions whose turn it is
-            turn = [q for q in questions[first :: len(teachers)] if len(kept[q.id]) < args.chains]
+            turn = [q for q in questions[first :: len(teachers)] if not kept[q.id]]
             if not turn:
                 continue
-            chains = teach(teacher, turn, attempt // len(teachers), args)
+            chains = teach(teacher, turn, args)
             if teacher.spec in expanders:
                 expand(expanders[teacher.spec], chains, args)
             select(chains, kept, verdicts, checker, args)
@@ -111,16 +111,13 @@ def distill(
     return kept, made
 
 
-def teach(
-    engine: Engine, questions: list[data.Question], sample: int, args: argparse.Namespace
-) -> list[Chain]:
+def teach(engine: Engine, questions: list[data.Question], args: argparse.Namespace) -> list[Chain]:
     """A teacher's chains for the paper's own prompt, in the questions' order."""
-    asked = inference.question_requests(questions, Path(args.images), 1)
-    requests, chains = [replace(request, samples=(sample,)) for request in asked], []
+    requests, chains = inference.question_requests(questions, Path(args.images), 1), []
     for question, row in zip(questions, ask(engine, "teacher", requests, args)):
         response = read_completion(row["response"], row["reasoning"], question.options)
         faults = check_chain(response, row["finish_reason"], question, *args.words)
-        chains.append(Chain(question, sample, engine.spec, response, faults))
+        chains.append(Chain(question, 0, engine.spec, response, faults))
     return chains
 
 
@@ -134,19 +131,15 @@ def expand(engine: Engine, chains: list[Chain], args: argparse.Namespace) -> Non
         parts = data.question_text(chain.question), summaries[-1], written_answer(chain.question)
         requests.append(prompt_request(chain.question.id, EXPAND_PROMPT % parts, []))
     for chain, summary, row in zip(right, summaries, ask(engine, "expander", requests, args)):
-        question, text, finish = chain.question, row["response"], row["finish_reason"]
-        match = EXPANSION.fullmatch(text)
-        chain.response = in_form(*match.groups()) if match else text
-        chain.faults = check_chain(chain.response, finish, question, *args.words)
+        match = EXPANSION.fullmatch(row["response"])
+        chain.response = in_form(*match.groups()) if match else row["response"]
+        chain.faults = check_chain(
+            chain.response, row["finish_reason"], chain.question, *args.words
+        )
         chain.notes["expander"] = engine.spec
-        least = len(in_form(summary, written_answer(question)).split())
-        if finish != "stop":
-            chain.faults["expansion"] = f"is not finished: {finish}"
-        elif "correct" in chain.faults:
-            chain.faults["expansion"] = f"does not keep the teacher's answer, {question.answer}"
-        elif len(chain.response.split()) <= least:
-            words = len(summary.split())
-            chain.faults["expansion"] = f"is no longer than the summary of {words} words"
+        parts = data.split_response(chain.response)
+        if parts and len(parts[0].split()) <= len(summary.split()):
+            chain.faults["expansion"] = "its reasoning is no longer than the summary"
 
 
 def select(
@@ -304,10 +297,8 @@ EXPANSION = re.compile(r"\s*(?:<think>)?(.*?)(?:</think>)?\s*<answer>(.*?)</answ
 def ask(engine: Engine, role: str, requests: list[Request], args: argparse.Namespace) -> list[dict]:
     """The completions as rows, in the order of the requests."""
     sampling = inference.Sampling(args.temperature, 1.0, args.max_tokens, args.seed)
-    path = inference.completions_file(args, role, engine.spec, sampling)
     row = lambda one: inference.completion_row(one, engine.spec) | {"reasoning": one.reasoning}
-    title = f"{role}, {engine.spec}"
-    rows = inference.complete_all(engine, requests, sampling, path, row, title)
+    rows = inference.complete_all(engine, requests, sampling, role, row, args)
     return [rows[request.id, k] for request in requests for k in request.samples]
 
 
@@ -382,8 +373,6 @@ def run(args: argparse.Namespace) -> None:
     questions = schema.read_questions(args.questions)
     for question in questions:
         image_paths(question, Path(args.images))  # before anything is asked
-    if twice := [spec for spec, count in Counter(args.teachers).items() if count > 1]:
-        raise data.RowError(f"--teachers: {twice[0]} is there twice; its replies would be the same")
     if strangers := [teacher for teacher, _ in args.expand if teacher not in args.teachers]:
         raise data.RowError(f"--expand: {strangers[0]} is not among the --teachers")
     specs = [*args.teachers, *(spec for _, spec in args.expand), args.checker]
@@ -401,9 +390,9 @@ def run(args: argparse.Namespace) -> None:
 
 def costs(questions: list[data.Question], args: argparse.Namespace) -> list[bill.Cost]:
     """The most that teachers, expanders and checker may be asked: as if every teacher answered
-    every question, for each chain."""
+    every question."""
     longest = bill.LETTERS * args.max_tokens  # characters of a chain
-    sizes = [(len(data.question_text(q)), len(q.images)) for q in questions] * args.chains
+    sizes = [(len(data.question_text(q)), len(q.images)) for q in questions]
     asked = [(len(data.SYSTEM_PROMPT) + letters, images) for letters, images in sizes]
     expanded = [(len(EXPAND_PROMPT) + letters + longest, 0) for letters, _ in sizes]
     wanted = [("teacher", spec, asked) for spec in args.teachers]
@@ -476,9 +465,6 @@ def import_chains(args: argparse.Namespace) -> None:
             chain.sample = sample
     demos = [chain for chain in chains if not chain.faults]
     write_out(args, started, made, demos, verdicts, [args.checker])
-    reasons = Counter(fault for chain in made for fault in chain.faults.values())
-    for reason, count in reasons.most_common(5):
-        print(f"  {count} x {reason}")
 
 
 def from_huatuo(record: dict, where: str) -> Chain:
@@ -487,13 +473,8 @@ def from_huatuo(record: dict, where: str) -> Chain:
     data.need(record, where, options=dict, answer_idx=str, Complex_CoT=str, Response=str)
     item = replace(benchmarks.READERS["huatuo"].item(record, where), meta={})
     question = benchmarks.question_of(item, [], "huatuo", where)
-    letter, denied = first_named(record["Response"], question.options)
-    faults = {}
-    if letter != question.answer:
-        named = f"first names {letter}, not {question.answer}" if letter else "names no option"
-        faults["conclusion"] = f"its Response {named}"
-    elif denied:
-        faults["conclusion"] = f"its Response sets {letter} aside where it first names it"
+    fault = conclusion_fault(record["Response"], question)
+    faults = {"conclusion": f"its Response {fault}"} if fault else {}
     response = in_form(record["Complex_CoT"], written_answer(question))
     notes = {"meta": {"Response": record["Response"]}}
     return Chain(question, 0, "huatuo", response, faults, notes)
@@ -520,100 +501,61 @@ def from_sharegpt(record: dict, where: str) -> Chain:
     return Chain(question, 0, "sharegpt", response, {}, notes)
 
 
-FORMATS = {  # how a record is read, and the keys it has
-    "huatuo": (from_huatuo, "question, options, answer_idx, Complex_CoT, Response"),
-    "sharegpt": (from_sharegpt, "conversations or messages"),
-}
+DENIALS = set(
+    "not no non nor never cannot without than instead unlike while although though despite".split()
+)
+
+
+def conclusion_fault(text: str, question: data.Question) -> str | None:
+    """Why a conclusion is not clearly the answer, or None: the first sentence that names an option
+    must name the answer alone, and hold no word of DENIALS."""
+    names = {letter: f" {data.normalise(text)} " for letter, text in question.options.items()}
+    # ours: an option of one or two characters may stand anywhere by chance
+    names = {letter: name for letter, name in names.items() if len(name) > len(" xx ")}
+    for sentence in re.split(r"(?<=[.!?])\s+|\n", text):
+        said, named = f" {data.normalise(sentence)} ", []
+        for letter in sorted(names, key=lambda letter: -len(names[letter])):
+            if names[letter] in said:
+                named.append(letter)
+                # so that "MRI" within "MRI of the knee" is not found
+                said = said.replace(names[letter], " ... ")
+        if named and named != [question.answer]:
+            return f"first names {' and '.join(sorted(named))}, not {question.answer}"
+        if named:
+            denied = DENIALS & set(said.split())
+            return f"names {named[0]} beside '{min(denied)}'" if denied else None
+    return "names no option"
+
+
+FORMATS = {"huatuo": from_huatuo, "sharegpt": from_sharegpt}
 
 
 def read_records(path: str) -> list[tuple[str, dict]]:
-    """(where, record) of a JSON array, or of JSONL. Raises RowError if there is none."""
-    with data.open_file(path) as file:
-        is_array = file.read(1024).lstrip().startswith(b"[")
-    if is_array:
-        numbered = enumerate(data.read_json(path), 1)
-        records = [(f"{path}: record {number}", record) for number, record in numbered]
-    else:
-        records = list(data.read_jsonl(path))
-    if not records:
-        raise data.RowError(f"{path}: no record in it")
-    return records
+    """(where, record) of a JSONL file, or of a JSON array. Raises RowError."""
+    if path.endswith(".jsonl"):
+        return list(data.read_jsonl(path))
+    records = data.read_json(path)
+    data.need({"content": records}, path, content=list)
+    return [(f"{path}: record {number}", record) for number, record in enumerate(records, 1)]
 
 
 def read_chains(path: str, form: str) -> list[Chain]:
     """A chain for each record; one that cannot be read has the fault "record". Raises RowError if
     none can be read."""
-    chains, (read, keys) = [], FORMATS[form]
+    chains = []
     for number, (where, record) in enumerate(read_records(path), 1):
         try:
             data.need({"record": record}, where, record=dict)
-            chain = read(record, where)
+            chain = FORMATS[form](record, where)
         except data.RowError as error:
             unknown = data.Question("", {}, "", id=str(number))
             chain = Chain(unknown, 0, form, "", {"record": str(error)})
         chains.append(replace(chain, number=number))
     if all("record" in chain.faults for chain in chains):
-        none, first = f"none of the {len(chains)} records of {path} can be read", chains[0].faults
-        wanted = f"wanted are the keys {keys}. The first: {first['record']}"
-        raise data.RowError(f"--format {form}: {none}; {wanted}")
+        first = f"; the first: {chains[0].faults['record']}" if chains else ""
+        none = f"none of the {len(chains)} records of {path} can be read"
+        raise data.RowError(f"--format {form}: {none}{first}")
     return chains
-
-
-# The option that a text names first
-END = r"(?<!\b[A-Z])[.!?][\"”’)]*\s+|\n"  # the end of a sentence; none after the E of "E. coli"
-CLAUSE = re.compile(rf"({END})|[,;:]\s+|—")  # the end of a clause; the group is a sentence's end
-# a number with its parts ("0.5", "1:06", "20%") is one word: "5" is not found in "0.5"
-WORD = re.compile(r"\d+(?:[.,:/]\d+)*%?|[^\W\d_]\w*|[↑↓→←<>=≤≥≠±+]|(?<!\w)[-−](?=\d)")
-ARTICLE = re.compile(r"(?:\b(?:a|[Aa]n|[Tt]he)|^A)\s+(?=[a-z0-9])(?!and\b|or\b)")
-# ours: 24 of HuatuoGPT-o1's 198 questions have lost every "rt" ("hea", "hypeension"); plurals
-DROPPED = re.compile(r"rt|(?<=\w\w)(?:ies|y)$|(?<=ss|sh|ch)es$|(?<=\w\w[^sui])s$")
-DENIALS = set(
-    "not no non nor never cannot without than instead unlike while although though despite".split()
-)
-VERBS = {"is", "are", "was", "were", "be"}  # "what is not needed is X" names X
-ROMAN = {numeral: str(i) for i, numeral in enumerate("I II III IV V VI VII VIII IX X".split(), 1)}
-NAMELESS = (["all"], ["none"], ["both"])  # an option of only such a word is not looked for
-
-
-def folded(text: str) -> list[str]:
-    """The words of a text in the form used to find options: no articles, possessives or plurals,
-    type III as type 3. A word in capitals stays: ALL is not "all"."""
-    text = re.sub(r"['’]s\b", "", unicodedata.normalize("NFKC", text).strip())
-    words = WORD.findall(ARTICLE.sub("", text))
-    for i, word in enumerate(words):
-        if word in ROMAN:
-            words[i] = ROMAN[word]
-        elif len(word) < 2 or not word.isupper():
-            words[i] = DROPPED.sub("", word.casefold())
-    return words
-
-
-def can_be_named(words: list[str]) -> bool:
-    """Whether an option is found by its words. One of a single character is not, nor of two unless
-    capitals (TB)."""
-    text = "".join(words)
-    return words not in NAMELESS and (len(text) > 2 or (len(text) == 2 and text.isupper()))
-
-
-def first_named(text: str, options: dict[str, str]) -> tuple[str | None, bool]:
-    """(letter of the option that a text names first, whether it is rejected there). Of two options
-    at one place the longer counts. The letter is None if there is none, or two are alike."""
-    said, begins = [], []  # words, and where the clause of each begins
-    parts = CLAUSE.split(unicodedata.normalize("NFKC", text))
-    for clause, end in zip(parts[::2], [*parts[1::2], None]):
-        words = folded(clause) + ["."] * bool(end)  # no option has it, so none spans sentences
-        begins += [len(said)] * len(words)
-        said += words
-    names = {letter: folded(option) for letter, option in options.items()}
-    names = {letter: name for letter, name in names.items() if can_be_named(name)}
-    for i, begin in enumerate(begins):
-        here = [letter for letter, name in names.items() if said[i : i + len(name)] == name]
-        if here:
-            longest = max(len(names[letter]) for letter in here)
-            here = [letter for letter in here if len(names[letter]) == longest]
-            marks = [word in DENIALS for word in said[begin:i] if word in DENIALS | VERBS]
-            return here[0] if len(here) == 1 else None, bool(marks) and marks[-1]
-    return None, False
 
 
 # --------------------------------------------------------------------------------------------------
@@ -631,10 +573,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--teachers", nargs="+", required=True, help="engine specs, asked in turn")
     pair, said = ("TEACHER", "EXPANDER"), "a teacher that gives a summary, and who expands it"
     add("--expand", nargs=2, action="append", default=[], metavar=pair, help=said)
-    # ours: paper silent
-    add("--chains", type=flags.SAMPLES, default=1, help="chains of a question")
-    add("--temperature", type=flags.temperature, default=1.0)
-    add("--max-tokens", type=flags.TOKENS, default=8192)
+    add("--temperature", type=flags.temperature, default=1.0)  # ours: paper silent
+    add("--max-tokens", type=flags.TOKENS, default=8192)  # ours: paper silent
     ready = commands.add_parser("import", help="turn existing chains into demonstrations")
     ready.set_defaults(act=import_chains)
     ready.add_argument("file", help="JSON array or JSONL")

@@ -137,17 +137,16 @@ def complete(
     engine, sampling = open_engine(args.engine, setup_of(args)), sampling_of(args)
     to_row = partial(inference.completion_row, spec=args.engine)
 
-    def ask(role: str, part: list[Request], title: str) -> dict[tuple[str, int], dict]:
-        path = inference.completions_file(args, role, args.engine, sampling)
-        return inference.complete_all(engine, part, sampling, path, to_row, title)
+    def ask(role: str, part: list[Request]) -> dict[tuple[str, int], dict]:
+        return inference.complete_all(engine, part, sampling, role, to_row, args)
 
     image = [request for key, request in requests.items() if questions[key].images]
     text = [request for key, request in requests.items() if not questions[key].images]
     rows = []
     # one after the other, so that all questions of a batch have as many samples
-    for title, part in (("image questions", image), ("text questions", text)):
+    for part in (image, text):
         if part:
-            rows += ask("evaluate", part, title).values()
+            rows += ask("evaluate", part).values()
     if args.prompt == "official":
         ask_for_letters(ask, requests, rows, questions)
     if isinstance(engine, Replicas):
@@ -171,7 +170,7 @@ def ask_for_letters(
             messages = [*first.messages, *turn]
             second[key] = replace(first, id=key, messages=messages, samples=(0,))
             asked.append((row, key))
-    letters = ask("letter", list(second.values()), "letters") if second else {}
+    letters = ask("letter", list(second.values())) if second else {}
     for row, key in asked:
         letter = letters[key, 0]
         row["response"] += f"\n\n{official.trigger(questions[row['id']])} {letter['response']}"

@@ -29,7 +29,7 @@ from command.pipeline import Stage, words_of
 from engines import bill
 
 METHOD = """
-curate       python curate.py all --questions {bank} --against {against} --baselines {baselines} \
+curate       python curate.py --questions {bank} --against {against} --baselines {baselines} \
                --experts {experts} --classifier {classifier} --editor {editor} {images} {curate} \
                --seed {seed}
 distill      python distill.py run --questions {run}/curate/text.jsonl --teachers {teachers} \
@@ -78,7 +78,7 @@ FULL = {
 MINI = {  # ours, chosen on development questions: so small a model learns at other rates than a 7B
     "engine": "hf",
     # questions and films come from templates and are alike by construction
-    "curate": {"limits": [0, 0, 0], "max-tokens": 24},
+    "curate": {"exact-leaks": True, "max-tokens": 24},
     "distill": {"answer-form": "text", "words": [5, 120]},  # no option look-up for so small a model
     "sft": {"lr": 5e-3, "epochs": 4, "batch": 2, "rank": 16, "alpha": 32, "pack": 900,
             "save-every": 25},
@@ -166,7 +166,7 @@ RESULTS = {  # what a run prints at its end
     "report/report.png": "accuracy, criteria, training curves, MV@n and pass@n",
     "report/films.png": "preference pairs: film, question, chosen beside rejected",
     "report/table.md": "the table above",
-    "curate/funnel.png": "questions left after each filter, with the paper's beside",
+    "curate/funnel.json": "questions left after each filter",
     "curate/rejected.jsonl": "every rejected question, with its reason and the evidence",
     "pairs/pairs.jsonl": "what Stage II learnt from",
     "dpo/merged": "the final model, a Hugging Face folder",

@@ -95,7 +95,6 @@ def main(argv: list[str] | None = None) -> None:
     most = bill.cost("rollout", args.engine, sizes, 1, args.max_tokens, args.pixels)
     bill.announce([most], args.images_may_leave)
     sampling = Sampling(args.temperature, args.top_p, args.max_tokens, args.seed)
-    completions = inference.completions_file(args, "rollout", args.engine, sampling)
     if warning := too_short(args.engine, args.max_tokens):
         print(warning, flush=True)
     # before the engine is asked: its folder may be trained anew
@@ -110,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
             row["token_logps"] = completion.token_logps
         return row
 
-    found = inference.complete_all(engine, requests, sampling, completions, row_of, "rollouts")
+    found = inference.complete_all(engine, requests, sampling, "rollout", row_of, args)
     rows = list(found.values())
     data.write_jsonl(path, rows)
     ends = Counter(row["finish_reason"] for row in rows)

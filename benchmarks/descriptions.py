@@ -8,24 +8,23 @@ removed, words lost that it does not list, words moved, ...) is refused. The que
 it is, is marked meta.needs_review and listed in review.csv. There a human corrects the question
 column, or empties the fault column if the question may stay. This text counts before the engine's;
 an unchanged row goes on waiting. Options, answer and id never change, and meta.original keeps the
-first text. The requests are sent by `curate.py describe`.
+first text. curate.py sends the requests.
 
 Where we depart from the paper, or it is silent: it has GPT-4o and humans remove descriptions, and
 gives neither prompt nor rules; these are ours.
 """
 
-import csv
-import io
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from difflib import SequenceMatcher
 from pathlib import Path
 
 import data
+from command.sheets import read_sheet, write_sheet
 from engines.inference import read_object
 
+ID = "id:"  # in front of an id: a spreadsheet would read "12e45678" as a number
+REVIEW = ("needs_review", "suggestion")  # keys of meta while a question waits for a human
 # ours: paper silent; words that mending a sentence may add or lose without listing them
 MENDED = 3
 
@@ -150,14 +149,12 @@ def edit_fault(question: str, text: str, removed: list[str]) -> str | None:
     return word_fault(question, text, removed)
 
 
-def edited(question: data.Question, text: str, marks: dict) -> data.Question:
-    """The question with another text, and its own id and answer. meta keeps its first text, and the
-    marks."""
-    old = ("needs_review", "suggestion")
-    meta = {key: value for key, value in question.meta.items() if key not in old}
+def rewrite(question: data.Question, text: str, marks: dict) -> None:
+    """Gives a question another text. meta keeps its first text, and the marks."""
+    question.meta = {k: v for k, v in question.meta.items() if k not in REVIEW}
     if text != question.question:
-        meta.setdefault("original", question.question)
-    return replace(question, question=text, meta=meta | marks)
+        question.meta.setdefault("original", question.question)
+    question.question, question.meta = text, question.meta | marks
 
 
 def read_reviewed(path: str) -> dict[str, tuple[str, str]]:
@@ -177,14 +174,13 @@ def read_reviewed(path: str) -> dict[str, tuple[str, str]]:
 def reviewed_texts(
     reviewed: dict[str, tuple[str, str]], questions: dict[str, data.Question]
 ) -> dict[str, str]:
-    """{id: text} of the rows that a human has decided. A row with its old text and its fault still
-    there has not been looked at. To leave a question as it is, empty its fault."""
-    old = {key: one_line(question.question) for key, question in questions.items()}
-    return {
-        key: text
-        for key, (text, fault) in reviewed.items()
-        if not fault or one_line(text) != old.get(key)
-    }
+    """{id: text} of the questions that a human has decided. A row with its old text and its fault
+    still there has not been looked at. To leave a question as it is, empty its fault."""
+    decided = {}
+    for key, (text, fault) in reviewed.items():
+        if key in questions and not (fault and one_line(text) == one_line(questions[key].question)):
+            decided[key] = text
+    return decided
 
 
 def write_review(path: Path, questions: list[data.Question]) -> int:
@@ -196,66 +192,3 @@ def write_review(path: Path, questions: list[data.Question]) -> int:
         rows.append([ID + q.id, q.question, fault, suggestion, " ".join(q.images)])
     write_sheet(path, ["id", "question", "fault", "suggestion", "images"], rows)
     return len(questions)
-
-
-# --------------------------------------------------------------------------------------------------
-# Sheets that a human edits in a spreadsheet
-
-ID = "id:"  # in front of an id: a spreadsheet would read "12e45678" as a number
-# A spreadsheet runs a cell that begins so as a formula (OWASP, CSV injection), except a plain
-# number such as -6.72. A sheet marks such a cell with a "'" in front, which makes it text. A text
-# that looks marked already is marked too, so that reading gives back every text. If a spreadsheet
-# has removed the mark, the text is read as it is.
-FORMULA = re.compile(r"'*(?![-+]?[0-9]+(?:\.[0-9]+)?\Z)[=+\-@\t\r\n＝＋－＠]")
-# characters in a cell; a chain of reasoning is longer than Python's limit of 131,072
-csv.field_size_limit(2**31 - 1)
-
-
-def read_sheet(path: str | Path, columns: list[str]) -> list[tuple[int, dict[str, str]]]:
-    """(number, row) of a CSV, numbered as in a spreadsheet: the header is row 1. Raises RowError
-    for a file that cannot be read, or that lacks one of `columns`, in its header or in any row:
-    such rows are listed together. Marks in front of formulas are removed."""
-    with data.open_file(path) as file:
-        content = file.read()
-    try:
-        sheet = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""))
-        rows, names = list(enumerate(sheet, 2)), sheet.fieldnames or []
-    except (UnicodeDecodeError, csv.Error) as error:
-        said = f"cannot be read ({error}); save the filled-in sheet as CSV in UTF-8"
-        raise data.RowError(f"{path}: {said}") from None
-    if lost := [name for name in columns if name not in names]:
-        wanted = f"expected {' and '.join(columns)} among them"
-        faults = [f"no column {lost[0]!r}: columns are {names}, {wanted}"]
-    else:
-        short = [(number, name) for number, row in rows for name in columns if row[name] is None]
-        faults = [f"row {number}: no column {name!r}" for number, name in short]
-    if faults:
-        shown = faults[:20] + [f"... and {len(faults) - 20} more"] * (len(faults) > 20)
-        said = "save the sheet as CSV with commas, its first line unchanged"
-        raise data.RowError(f"{path}: {'; '.join(shown)}; {said}")
-    return [(number, {name: unmarked(row[name]) for name in names}) for number, row in rows]
-
-
-def marked(text: str) -> str:
-    """A cell's text as a sheet holds it."""
-    return "'" + text if FORMULA.match(text) else text
-
-
-def unmarked(text: str | None) -> str | None:
-    """A cell's text without its mark; None if its row lacks it."""
-    return text[1:] if text and text[0] == "'" and FORMULA.match(text) else text
-
-
-def write_sheet(path: Path, columns: Sequence[str], rows: Iterable[Iterable]) -> None:
-    """Writes a sheet in which no cell is a formula. The mark in front of the file tells a
-    spreadsheet that it is UTF-8. Raises RowError if it exists with other content: a human may have
-    filled it in."""
-    text = io.StringIO(newline="")
-    csv.writer(text).writerows([columns, *([marked(str(cell)) for cell in row] for row in rows)])
-    content = text.getvalue().encode("utf-8-sig")
-    if path.exists() and path.read_bytes() != content:
-        said = "is there already, and a human may have filled it in; move it away"
-        raise data.RowError(f"{path}: {said}")
-    temporary = data.unfinished(path)
-    temporary.write_bytes(content)
-    temporary.replace(path)

@@ -2,13 +2,11 @@
 
     drift = sum over chains of [log pi_trainer(y | x) - log pi_sampler(y | x)] / sum of their tokens
 
-Stage II trains on token ids that an engine sampled. Its reference equals the model that sampled
-only if both have the same weights, pixels and positions. So an engine gives the log-probability of
-what it samples, rollout.py and judge.py keep it, and the reference pass computes it again.
-
-A single token says little: in bf16 the trainer differs from itself in another batch shape by tenths
-of a nat. But rounding has both signs and averages out, while another model or image makes what was
-sampled less likely: the *signed mean a token* falls below zero. Measured in the miniature, in nats:
+Stage II's reference equals the model that sampled only if both have the same weights, pixels and
+positions. So an engine gives the log-probability of what it samples, rollout.py and judge.py keep
+it, and the reference pass computes it again. Rounding in bf16 moves single tokens by tenths of a
+nat, but with both signs, so it averages out; another model or image makes what was sampled less
+likely, and the *signed mean a token* falls below zero. Measured in the miniature, in nats:
 
     trainer against sampler                 signed mean    mean absolute
     the same, in bf16                          0.0000          .001

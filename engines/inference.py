@@ -77,6 +77,12 @@ class Completion:
         return None if self.token_logps is None else sum(self.token_logps)
 
 
+def textless(request: Request, sampling: Sampling, finish_reason: str) -> list[Completion]:
+    """A completion without text for each sample of a request."""
+    seeds = [(k, data.sample_seed(sampling.seed, request.id, k)) for k in request.samples]
+    return [Completion(request.id, k, "", None, finish_reason, seed) for k, seed in seeds]
+
+
 class Engine(Protocol):
     spec: str
     proven: bool  # it answered in an earlier run, so a refusal is about the question
@@ -182,14 +188,15 @@ def complete_all(
     engine: Engine,
     requests: list[Request],
     sampling: Sampling,
-    path: Path,
+    role: str,
     to_row: Callable[[Completion], dict],
-    title: str,
+    args: Namespace,
 ) -> dict[tuple[str, int], dict]:
-    """{(id, sample): row} of these requests, in their order. Asks for whatever `path` does not hold
-    yet, and appends a row for each completion as it comes, with a progress bar. What was asked is
-    added to the ledger, however the asking ends. A row is known by its id, its sample and `asked`,
-    a hash of messages and images."""
+    """{(id, sample): row} of these requests, in their order. Asks for whatever the role's file does
+    not hold yet, and appends a row for each completion as it comes, with a progress bar. What was
+    asked is added to the ledger, however the asking ends. A row is known by its id, its sample and
+    `asked`, a hash of messages and images."""
+    path = completions_file(args, role, engine.spec, sampling)
     asked = {request.id: content_of(request.messages, request.images) for request in requests}
     wanted = [(one.id, k, asked[one.id]) for one in requests for k in one.samples]
     key_of = itemgetter("id", "sample", "asked")
@@ -201,7 +208,7 @@ def complete_all(
             left += [replace(one, samples=samples)] if samples else []
         done = len(wanted) - sum(len(one.samples) for one in left)
         engine.proven, started, before = bool(rows), time.time(), Counter(engine.tally)
-        bar = tqdm(total=len(wanted), initial=done, desc=title, unit="answer")
+        bar = tqdm(total=len(wanted), initial=done, desc=f"{role} {engine.spec}", unit="answer")
         try:
             for completions in engine.answer(left, sampling):
                 new = []
@@ -231,9 +238,9 @@ def retry_until_read(
     attempts: int,
     enough: Callable[[dict], bool],
     sampling: Sampling,
-    path: Path,
+    role: str,
     to_row: Callable[[Completion], dict],
-    title: str,
+    args: Namespace,
 ) -> dict[str, list[dict]]:
     """{request id: its completions as rows}: the last one is `enough`, or all attempts are used.
     Attempts are samples of their own, and go round by round: what is not asked for again does not
@@ -245,9 +252,7 @@ def retry_until_read(
         if not open_ids:
             break
         left = [replace(by_id[key], samples=(attempt,)) for key in open_ids]
-        shown = title if attempt == 0 else f"{title}, attempt {attempt + 1}"
-        new = complete_all(engine, left, sampling, path, to_row, shown)
-        for (key, _), row in new.items():
+        for (key, _), row in complete_all(engine, left, sampling, role, to_row, args).items():
             found[key].append(row)
     return found
 
@@ -365,10 +370,8 @@ def ask_yes_no(
     def enough(row: dict) -> bool:
         return read_verdict(row, keys)[0] is not None
 
-    sampling = replace(LABELLING, seed=args.seed)
-    path, title = completions_file(args, role, engine.spec, sampling), f"{role}, {engine.spec}"
-    attempts = attempts_of(engine.spec)
-    found = retry_until_read(engine, requests, attempts, enough, sampling, path, to_row, title)
+    sampling, attempts = replace(LABELLING, seed=args.seed), attempts_of(engine.spec)
+    found = retry_until_read(engine, requests, attempts, enough, sampling, role, to_row, args)
     return {key: rows[-1] for key, rows in found.items()}
 
 

@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 
 import data
-from benchmarks.descriptions import read_sheet, write_sheet
 from command import schema, stage
+from command.sheets import read_sheet, write_sheet
 from engines.inference import image_paths
 from judge import CRITERIA, ground_truth
 from rollout import read_rollouts

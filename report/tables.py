@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import data
-from benchmarks.descriptions import write_sheet
+from command.sheets import write_sheet
 from judge import CRITERIA
 from report import score
 

@@ -20,8 +20,7 @@ import pytest
 
 import clinic.__main__
 import data
-from benchmarks import descriptions
-from command import flags, schema, stage
+from command import flags, schema, sheets, stage
 
 
 def outcome(script: str, words: list[str], capsys) -> tuple[int, str]:
@@ -176,7 +175,7 @@ def place(tmp_path_factory, folders) -> Path:
         header, *cases = csv.reader(file)
     with open(root / "rater.csv", "w", newline="", encoding="utf-8-sig") as file:
         csv.writer(file).writerows([header, *(case[:-4] + ["Yes"] * 4 for case in cases)])
-    descriptions.write_sheet(
+    sheets.write_sheet(
         root / "reviewed.csv", ["id", "question"], [[f"id:{question.id}", question.question]]
     )
     (root / "review.csv").write_text("chain,verdict\nchain-1,yes\n")
@@ -214,14 +213,13 @@ COMMANDS = {
         "folder",
     ),
     "curate": (
-        "curate", ["all"],
+        "curate", [],
         {
             "--questions": "world/bank.jsonl", "--against": "world/test.jsonl",
             "--experts": "=clinic:expert-a", "--reviewed": "reviewed.csv", **WORLD_IMAGES,
         },
         "folder",
     ),
-    "add": ("curate", ["add", "medqa-train"], {"": "exam.jsonl"}, "file"),
     "inspect": ("benchmarks", ["inspect", "medqa-train"], {"": "exam.jsonl"}, None),
     "convert": ("benchmarks", ["convert", "medqa-train"], {"": "exam.jsonl"}, "file"),
     "distill": (
@@ -396,7 +394,7 @@ BAD_FILES = [
         SHEETS
         if value.endswith(".csv")
         else PUBLISHED
-        if name in ("add", "inspect", "convert", "import")
+        if name in ("inspect", "convert", "import")
         else ROWS
     )
     if not (

@@ -410,57 +410,6 @@ def test_teacher_that_fails_is_replaced_by_the_next_in_turn(tmp_path):
     }
 
 
-def test_two_chains_a_question_come_from_two_teachers_in_turn(tmp_path):
-    demos, rejected = prepared(tmp_path, {str(i): "thb" for i in range(6)}, "--chains", "2")
-    assert [(demo["id"], by(demo)) for demo in demos] == [
-        ("0", "thorough"),
-        ("0", "hasty"),
-        ("1", "hasty"),
-        ("1", "bookish"),
-        ("2", "bookish"),
-        ("2", "thorough"),
-        ("3", "thorough"),
-        ("3", "hasty"),
-        ("4", "hasty"),
-        ("4", "bookish"),
-        ("5", "bookish"),
-        ("5", "thorough"),
-    ]
-    assert not rejected and set(Counter(map(by, demos)).values()) == {4}
-
-
-def test_the_second_chain_falls_to_whoever_is_able_and_to_a_second_sample_at_last(tmp_path):
-    #              first asked: thorough        hasty           bookish
-    demos, rejected = prepared(tmp_path, {"0": "tb", "1": "t", "2": ""}, "--chains", "2", samples=2)
-    assert [(demo["id"], by(demo), demo["sample"]) for demo in demos] == [
-        ("0", "thorough", 0),
-        ("0", "bookish", 0),
-        ("1", "thorough", 0),
-        ("1", "thorough", 1),
-    ]
-    asked = [(row["id"], by(row), row["sample"]) for row in demos + rejected]
-    assert len(asked) == len(set(asked)) and Counter(key for key, _, _ in asked) == {
-        "0": 3,
-        "1": 6,
-        "2": 6,
-    }
-
-
-def test_the_same_chain_is_not_kept_twice(tmp_path):
-    questions = write(tmp_path / "questions.jsonl", [q("Question?", "k")])
-    demos, rejected = run_distill(
-        questions,
-        tmp_path / "out",
-        "--chains",
-        "3",
-        teachers=("clinic:thorough",),
-        said={"thorough": {"k": [GOOD, GOOD, said_by("thorough")]}},
-    )
-    assert [demo["sample"] for demo in demos] == [0, 2] and [
-        set(row["faults"]) for row in rejected
-    ] == [{"duplicate"}]
-
-
 @pytest.mark.parametrize(("form", "said"), [("letter-text", "B. surgery"), ("text", "surgery")])
 def test_demonstration_is_in_the_papers_message_format(tmp_path, form, said):
     questions = write(tmp_path / "questions.jsonl", [q("Question?", "k")])
@@ -584,8 +533,6 @@ def test_what_would_go_wrong_late_is_refused_at_once(tmp_path):
     data.write_jsonl(chains, [record("1?", "Surgery.")])
     with pytest.raises(data.RowError, match="--out .*out: holds .*chains.jsonl"):
         distill.main(["import", str(chains), "--format", "huatuo", "--out", str(chains.parent)])
-    with pytest.raises(data.RowError, match="--teachers: clinic:hasty is there twice"):
-        run_distill(questions, tmp_path / "other", teachers=("clinic:hasty", "clinic:hasty"))
 
 
 def test_questions_without_a_demonstration_are_counted(tmp_path, capsys):
@@ -674,13 +621,10 @@ EXPANSIONS = {  # name: (the expander's reply, faults)
         ),
         set(),
     ),
-    "another answer": (Chat.good(f"{FULL} <answer> C. rest </answer>"), {"correct", "expansion"}),
-    "an answer that cannot be read": (
-        Chat.good(f"{FULL} <answer> B or C </answer>"),
-        {"correct", "expansion"},
-    ),
-    "no answer": (Chat.good(FULL), {"correct", "expansion", "structure"}),
-    "cut off": (Chat.good(f"{FULL} {ANSWER}", finish="length"), {"correct", "expansion"}),
+    "another answer": (Chat.good(f"{FULL} <answer> C. rest </answer>"), {"correct"}),
+    "an answer that cannot be read": (Chat.good(f"{FULL} <answer> B or C </answer>"), {"correct"}),
+    "no answer": (Chat.good(FULL), {"correct", "structure"}),
+    "cut off": (Chat.good(f"{FULL} {ANSWER}", finish="length"), {"correct"}),
     "the summary again": (Chat.good(f"{SHORT} {ANSWER}"), {"expansion"}),
     "a loop": (Chat.good(LOOP + ANSWER), {"coherence"}),
     "speaks of the summary": (Chat.good(f"{FULL}, as the summary states. {ANSWER}"), {"coherence"}),
@@ -741,12 +685,12 @@ def test_a_summary_is_written_out_and_the_result_must_meet_every_criterion_and_k
         for prompt in prompts
     )
     assert {
-        row["id"]: row["faults"]["expansion"]
+        row["id"]: row["faults"]["correct"]
         for row in rejected
         if row["id"] in ("cut off", "another answer")
     } == {
-        "cut off": "is not finished: length",
-        "another answer": "does not keep the teacher's answer, B",
+        "cut off": "the response is not finished: length",
+        "another answer": "the answer is C, not B",
     }
     again = run_distill(command[0], tmp_path / "again", *command[2:], teachers=(teacher,))
     run_distill(*command, teachers=(teacher,))
@@ -1166,7 +1110,7 @@ def record(stem: str, response: str, **changes) -> dict:
 
 HUATUO = {  # name: (record, faults)
     "agrees": (record("1?", "The best step is Surgery, at once."), set()),
-    "agrees, another option later": (record("2?", "Surgery rather than rest."), set()),
+    "agrees, another option later": (record("2?", "Surgery is best. No rest."), set()),
     "names another option first": (record("3?", "Rest comes first, then surgery."), {"conclusion"}),
     "names no option": (record("4?", "He must be operated on."), {"conclusion"}),
     "names part of a word": (record("5?", "Neurosurgery is far."), {"conclusion"}),
@@ -1196,62 +1140,29 @@ HUATUO = {  # name: (record, faults)
 }
 
 
-NAMED = {  # name: (Response, options, what it names first, whether that is set aside)
-    "an article": ("The long head of the biceps.", ["Long head of biceps", "rest"], "A", False),
-    "an article of the option": ("It is a rash.", ["The rash", "rest"], "A", False),
-    "plurals": ("Sub-urethral nodules are seen.", ["rest", "Sub urethral nodule"], "B", False),
-    "more plurals": ("Biopsies, then masses.", ["Biopsy", "rest"], "A", False),
-    "a possessive": ("This is Hoigne's syndrome.", ["Hoigne syndrome", "rest"], "A", False),
-    "letters that the source has lost": ("Chronic hypertension.", ["Hypeension", "x"], "A", False),
-    "more letters lost": ("The renal arteries.", ["Renal aery", "rest"], "A", False),
-    "the longer of two at one place": ("Rest in bed.", ["rest", "rest in bed"], "B", False),
-    "the first of two": ("Rest comes first, then surgery.", ["surgery", "rest"], "B", False),
-    "a small word": ("It might be rest.", ["be", "ad"], None, False),
-    "a letter": ("A man with vitamin B.", ["B", "A"], None, False),
-    "capitals of two letters": ("He has TB.", ["rest", "TB"], "B", False),
-    "a word in capitals is another": ("After all, it aids him.", ["ALL", "AIDS"], None, False),
-    "capitals": ("It is ALL.", ["AML", "ALL"], "B", False),
-    "vitamin A is no article": ("Vitamin A deficiency.", ["Vitamin deficiency", "x"], None, False),
-    "hepatitis A and B": ("Hepatitis A and B.", ["Hepatitis and B", "x"], None, False),
-    "a part of a number": ("It takes 0.500 or 1,500 ml.", ["500 ml", "500"], None, False),
-    "a percentage": ("The rate is 20%, not 200.", ["20", "20%"], "B", False),
-    "a number alone": ("After 12 hours.", ["12", "4"], None, False),
-    "a sign": ("There is ↓ TSH.", ["↑ TSH", "↓ TSH"], "B", False),
-    "all and none": ("All is well, none is ill.", ["All", "None"], None, False),
-    "all of the above": ("These are all of the above.", ["All of the above", "x"], "A", False),
-    "options that read alike": ("It is a lens.", ["Lens", "The lens"], None, False),
-    "a part of a word": ("Neurosurgery.", ["surgery", "rest"], None, False),
-    "words of two sentences": ("He has a bed. Rest is good.", ["bed rest", "x"], None, False),
-    "words of two clauses": ("PSGN, with deposits.", ["PSGN with deposits", "x"], "A", False),
-    "a point inside a name": ("It is E. coli.", ["E coli", "x"], "A", False),
-    "a Roman number": ("Type III achalasia.", ["Type 2 achalasia", "Type 3 achalasia"], "B", False),
-    "a Roman one": ("Type I, not type II.", ["Type 2", "Type 1"], "B", False),
-    "not": ("This is not rest.", ["surgery", "rest"], "B", True),
-    "not, further away": ("Not a sign of a flu like rest.", ["rest", "x"], "A", True),
-    "rather than": ("Rather than rest, surgery.", ["surgery", "rest"], "B", True),
-    "unlike": ("Unlike rest, surgery helps.", ["surgery", "rest"], "B", True),
-    "while": ("While rest has its uses, surgery.", ["surgery", "rest"], "B", True),
-    "non": ("Non-small cell cancer.", ["small cell cancer", "x"], "A", True),
-    "what is not": ("What is not needed is rest.", ["surgery", "rest"], "B", False),
-    "not, of another clause": ("It is not new, rest helps.", ["rest", "x"], "A", False),
-    "not, afterwards": ("Rest is not needed.", ["surgery", "rest"], "B", False),
-    "empty": ("", ["surgery", "rest"], None, False),
+NAMED = {  # name: (Response, options, the fault if the answer is B)
+    "the answer alone": ("It is a rash: rest. Surgery is not.", ["surgery", "rest"], None),
+    "another first": ("Rest. Then surgery.", ["rest", "surgery"], "first names A, not B"),
+    "two in one sentence": ("Rest or surgery.", ["surgery", "rest"], "first names A and B, not B"),
+    "the longer of two at one place": ("Rest in bed.", ["rest", "rest in bed"], None),
+    "both": ("Rest, or rest in bed.", ["rest", "rest in bed"], "first names A and B, not B"),
+    "none": ("Neurosurgery.", ["rest", "surgery"], "names no option"),
+    "words of two sentences": ("He has a bed. Rest is good.", ["x", "bed rest"], "names no option"),
+    "a small word": ("It might be rest.", ["ad", "be"], "names no option"),
+    "a sign": ("There is ↓ TSH.", ["↑ TSH", "↓ TSH"], None),
+    "not": ("This is not rest.", ["surgery", "rest"], "names B beside 'not'"),
+    "while": ("While rest has its uses ...", ["surgery", "rest"], "names B beside 'while'"),
+    "a no of the answer": ("There is no pain.", ["pain", "no pain"], None),
+    "not, of another sentence": ("It is not new. Rest helps.", ["x", "rest"], None),
+    "empty": ("", ["surgery", "rest"], "names no option"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_the_first_option_that_a_response_names_is_found_by_its_words_and_not_by_chance(name):
-    text, options, *expected = NAMED[name]
-    assert list(distill.first_named(text, dict(zip("ABCD", options)))) == expected
-
-
-def test_a_response_that_sets_its_answer_aside_is_no_agreement(tmp_path):
-    responses = ["While surgery has its uses, rest is best.", "Surgery is best, not rest."]
-    data.write_jsonl(tmp_path / "chains.jsonl", [record("1?", text) for text in responses])
-    demos, rejected = run_import(tmp_path / "chains.jsonl", "huatuo")
-    assert [demo["meta"]["Response"] for demo in demos] == responses[1:]
-    said = {"conclusion": "its Response sets B aside where it first names it"}
-    assert [row["faults"] for row in rejected] == [said]
+def test_a_conclusion_must_first_name_the_answer_alone_and_not_set_it_aside(name):
+    text, options, fault = NAMED[name]
+    question = data.Question("?", dict(zip("ABCD", options)), "B")
+    assert distill.conclusion_fault(text, question) == fault
 
 
 def test_what_an_import_refuses_says_which_record_it_was(tmp_path, capsys):
@@ -1267,28 +1178,19 @@ def test_what_an_import_refuses_says_which_record_it_was(tmp_path, capsys):
     assert "3 responses refused: conclusion 2, record 1" in capsys.readouterr().out
 
 
-def test_the_reasons_of_an_import_are_counted(tmp_path, capsys):
-    rows = [record(f"{i}?", "Hm." if i % 2 else "Rest.") for i in range(9)]
-    data.write_jsonl(tmp_path / "chains.jsonl", [*rows, record("good?", "Surgery.")])
-    run_import(tmp_path / "chains.jsonl", "huatuo")
-    lines = capsys.readouterr().out.splitlines()
-    counted = [line.strip() for line in lines if " x " in line]
-    assert counted == ["5 x its Response first names C, not B", "4 x its Response names no option"]
-
-
 WRONG = {  # name: (records, --format, what the error says)
     "the other format": (
         [record("1?", "Surgery.")] * 3, "sharegpt",
-        "none of the 3 records of .*chains.jsonl can be read; wanted are the keys conversations or "
-        "messages. The first: .*chains.jsonl:1: .* the row has .*Complex_CoT",
+        "none of the 3 records of .*chains.jsonl can be read; the first: .*chains.jsonl:1: no list "
+        "'messages' or 'conversations' .* the row has .*Complex_CoT",
     ),
     "the other way round": (
         [exchange("1?", "<think> x </think> B")], "huatuo",
-        "wanted are the keys .*Complex_CoT, Response. The first: .* the row has .*messages",
+        "the first: .* missing 'options'; the row has .*messages",
     ),
-    "no known format": ([{"prompt": "1?"}], "huatuo", "The first: .* the row has .*prompt"),
+    "no known format": ([{"prompt": "1?"}], "huatuo", "the first: .* the row has .*prompt"),
     "keys that fit, and nothing to read": (
-        [record("1?", "Surgery.", answer_idx="E")], "huatuo", "The first: .*'E' is not among",
+        [record("1?", "Surgery.", answer_idx="E")], "huatuo", "the first: .*'E' is not among",
     ),
 }  # fmt: skip
 
@@ -1304,7 +1206,7 @@ def test_a_wrong_format_ends_in_an_error_that_names_the_keys_wanted_and_found(tm
 
 def test_a_file_without_a_record_is_refused(tmp_path):
     (tmp_path / "chains.json").write_text("[]")
-    with pytest.raises(data.RowError, match="chains.json: no record in it"):
+    with pytest.raises(data.RowError, match="none of the 0 records of .*chains.json can be read"):
         run_import(tmp_path / "chains.json", "huatuo")
 
 
@@ -1405,7 +1307,7 @@ def test_huatuos_chains_become_demonstrations_where_their_own_conclusion_is_the_
         {"duplicate"},
     ]
     said = [next(iter(row["faults"].values())) for row in rejected]
-    assert said[:2] == ["its Response first names C, not B", "its Response names no option"]
+    assert said[:2] == ["its Response first names B and C, not B", "its Response names no option"]
     for fault in ("record 15: missing 'Complex_CoT'", "record 13: answer: 'E' is not among"):
         assert any(fault in text for text in said)
     stage = json.loads((tmp_path / "imported" / "stage.json").read_text())
@@ -1495,13 +1397,14 @@ def test_sharegpt_and_message_records_with_thinking_become_demonstrations(tmp_pa
     ("content", "said"),
     [
         (b"[{", "not JSON"),
-        (b"\xff\xfe", ":1: not JSON"),
+        (b"\xff\xfe", "not JSON"),
         (None, "no such file"),
-        (b"", "no record in it"),
+        (b"", "not JSON"),
+        (b"{}", "content: expected list, found dict"),
         (os.mkfifo, "is not a file"),
         (os.mkdir, "is not a file"),
         (b'[{}, {"a": 1, "a": 2}]', "'a' is there twice"),
-        (b'{"a": 1, "a": 2}', ":1: .*'a' is there twice"),
+        (b'{"a": 1, "a": 2}', "'a' is there twice"),
         (b'[{"a": NaN}]', "NaN"),
         (b"[{}, " + b"[" * 99_999, "nested"),
         (b"[{}]]", "not JSON"),
@@ -1551,7 +1454,7 @@ def test_huatuos_own_file_becomes_demonstrations_that_can_be_shown_and_teach(
     shutil.copy(Path(REAL) / "huatuo_demo_data.json", tmp_path)
     demos, rejected = run_import(tmp_path / "huatuo_demo_data.json", "huatuo")
     faults = Counter(name for row in rejected for name in row["faults"])
-    assert (len(demos), faults) == (52, {"conclusion": 146})
+    assert (len(demos), faults) == (37, {"conclusion": 161})
     capsys.readouterr()
     run_report(
         [

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from test_engines import STOP_BOOST, tilt
-from test_remote import ONLY_STREAMS, Chat, all_replies, keys, open_at, request, serve  # noqa: F401
+from test_remote import Chat, all_replies, keys, open_at, request, serve  # noqa: F401
 
 import data
 import engines
@@ -259,21 +259,12 @@ def logprobs(*values) -> dict:
 
 
 @pytest.mark.parametrize("told", [logprobs(-1.0, -0.5, -0.25), logprobs(-1.0), None])
-@pytest.mark.parametrize("streams", [False, True])
 def test_vllm_serve_is_asked_for_log_probabilities_and_told_only_where_each_token_has_one(
-    serve,
+    serve,  # noqa: F811
     told,
-    streams,  # noqa: F811
 ):
     def play(question, time, body):
         assert body["logprobs"] is True
-        if streams:
-            if not body.get("stream"):
-                return Chat.bad(400, ONLY_STREAMS[0])
-            chunks = Chat.pieces("yes", token_ids=[5])  # a letter a chunk
-            for chunk, value in zip(chunks, told["content"] if told else ()):
-                chunk["choices"][0]["logprobs"] = {"content": [value]}
-            return Chat.stream(chunks)
         status, content, headers = Chat.good("yes")
         content["choices"][0] |= {"token_ids": [5, 5, 5], "logprobs": told}
         return status, content, headers

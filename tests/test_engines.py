@@ -13,6 +13,7 @@ from collections import Counter
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -460,14 +461,8 @@ def test_a_second_without_a_reply_gives_an_empty_list_and_a_rate(
     lists = list(engine.answer([request], sampling))
     assert [len(completions) for completions in lists] == [0, 0, 1]  # after 3, 6 and all 9 steps
     assert engine.tally == Counter({"tokens": 8})
-    inference.complete_all(
-        engine,
-        [request],
-        sampling,
-        tmp_path / "x",
-        lambda r: inference.completion_row(r, "hf"),
-        "test",
-    )
+    to_row = lambda one: inference.completion_row(one, "hf")
+    complete_into(tmp_path / "x", engine, [request], sampling, to_row)
     states = capsys.readouterr().err.split("\r")
     alive = [state for state in states if "| 0/1 [" in state and "tokens=" in state]
     assert len(alive) >= 2 and all("tokens/s=" in state for state in alive)
@@ -784,7 +779,14 @@ def complete(engine, requests: list[Request], path: Path, spec: str = "scribe") 
     def to_row(completion: Completion) -> dict:
         return inference.completion_row(completion, spec)
 
-    return inference.complete_all(engine, requests, WARM, path, to_row, "test")
+    return complete_into(path, engine, requests, WARM, to_row)
+
+
+def complete_into(path: Path, engine, requests: list[Request], sampling, to_row) -> dict:
+    """complete_all with a file of completions at `path`."""
+    with mock.patch.object(inference, "completions_file", lambda *_: path):
+        args = argparse.Namespace()
+        return inference.complete_all(engine, requests, sampling, "test", to_row, args)
 
 
 def test_asking_resumes_after_a_kill_and_asks_nothing_twice(tmp_path):
@@ -929,14 +931,8 @@ def test_half_a_character_in_a_reply_is_replaced_and_the_reply_is_kept(tmp_path)
             **inference.completion_row(completion, "torn"),
             "reasoning": completion.reasoning,
         }
-        return inference.complete_all(
-            Torn(),
-            [Request("a", turns("a"), [], (0,))],
-            WARM,
-            tmp_path / "rows.jsonl",
-            to_row,
-            "test",
-        )
+        requests = [Request("a", turns("a"), [], (0,))]
+        return complete_into(tmp_path / "rows.jsonl", Torn(), requests, WARM, to_row)
 
     (row,) = request().values()
     assert (

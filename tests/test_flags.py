@@ -16,10 +16,7 @@ ROLES = ("baselines", "experts", "classifier", "editor", "teachers", "judge")
 ENGINES = [f"--{role}=hf:m" for role in ROLES]
 NEEDED = {  # the words that each command requires
     "rollout": ("rollout", ["--engine", "hf:m", *QUESTIONS, "--out", "o"]),
-    "curate leak": ("curate", ["leak", *QUESTIONS, "--against", "t.jsonl", "--out", "o"]),
-    "curate difficulty": ("curate", ["difficulty", *QUESTIONS, "--baselines", "b", "--out", "o"]),
-    "curate solvable": ("curate", ["solvable", *QUESTIONS, "--experts", "e", "--out", "o"]),
-    "curate all": ("curate", ["all", *QUESTIONS, "--out", "o"]),
+    "curate": ("curate", [*QUESTIONS, "--out", "o"]),
     "clinic world": ("clinic.__main__", ["world", "--out", "o"]),
     "clinic teach": ("clinic.__main__", ["teach", "--out", "o"]),
     "clinic show": ("clinic.__main__", ["show", "--out", "o"]),
@@ -76,18 +73,9 @@ REFUSED = [  # (command, flag, its words, what is said)
     ("clinic teach", "--lr", "nan", "finite"),
     ("clinic teach", "--save-every", "-1", "0 or more"),
     ("clinic teach", "--print-every", "0", "1 or more"),
-    ("curate leak", "--limits", "-3 0.25 4", "of 0 or more, not '-3'"),
-    ("curate leak", "--limits", "13 nan 4", "finite"),
-    ("curate leak", "--limits", "13.5 0.25 4", "a whole number of words"),
-    ("curate all", "--limits", "13 2 4", "JACCARD at most 1"),
-    ("curate all", "--limits", "13 0.25 513", "at most 512"),
-    ("curate all", "--limits", "13 0.25 4.5", "a whole number of bits"),
-    ("curate all", "--pixels", "0", "784 to"),
-    ("curate difficulty", "--attempts", "0", "1 to 10000"),
-    ("curate solvable", "--attempts", "0", "1 to 10000"),
-    ("curate solvable", "--max-tokens", "0", "1 to"),
-    ("curate solvable", "--seed", "-1", "0 to"),
-    ("distill run", "--chains", "0", "1 to 10000"),
+    ("curate", "--pixels", "0", "784 to"),
+    ("curate", "--max-tokens", "0", "1 to"),
+    ("curate", "--seed", "-1", "0 to"),
     ("distill run", "--temperature", "inf", "finite"),
     ("distill run", "--max-tokens", "-5", "1 to"),
     ("distill run", "--words", "10 5", "MIN 10 is above MAX 5"),
@@ -171,7 +159,6 @@ def test_values_at_the_ends_of_a_range_are_accepted():
     ends = ["--pixels", "784", "--temperature", "0", "--top-p", "1", "--seed", str(2**64 - 1)]
     args = read("rollout", ends)
     assert (args.pixels, args.temperature, args.top_p, args.seed) == (784, 0.0, 1.0, 2**64 - 1)
-    assert read("curate leak", ["--limits", "0", "1", "64"]).limits == [0.0, 1.0, 64.0]
     assert read("sft", ["--weights", "0", "0", "0.5", "--pack", "0"]).weights == [0.0, 0.0, 0.5]
     assert read("distill import", ["--words", "5", "5"]).words == [5, 5]
     assert read("clinic world", ["--text", "0", "--modalities", "4"]).text == 0

@@ -18,6 +18,7 @@ TABLE = [
     "command.flags", "data", "answers", "command.schema", "command.stage", "command.images", "lora",
     "attention", "model", "memory", "hub", "train", "gate", "command.pipeline", "clinic.zero3",
     "clinic.world", "clinic.roles", "clinic.school", "clinic.__main__",
+    "command.sheets",
     "engines.bill", "engines.inference", "engines.decode", "engines.remote", "engines.apis",
     "engines", "engines.drift",
     "benchmarks", "benchmarks.__main__", "benchmarks.official", "benchmarks.decontaminate",

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import clinic.__main__
-import curate
 import data
 import medee
 from benchmarks import decontaminate
@@ -879,8 +878,8 @@ def test_recipe_of_the_miniature_drops_no_question_that_only_looks_alike(tmp_pat
     }
     clinic.__main__.main(["world", "--out", str(world), *pipeline.words_of(sizes)])
     against = [str(world / "test.jsonl"), str(world / "dev.jsonl")]
-    common = ["all", "--questions", str(world / "bank.jsonl"), "--against", *against]
-    assert medee.MINI["curate"]["limits"] == [0, 0, 0]
+    common = ["--questions", str(world / "bank.jsonl"), "--against", *against]
+    assert medee.MINI["curate"]["exact-leaks"]
     own = [decontaminate.NGRAM, decontaminate.JACCARD, decontaminate.DISTANCE]
     limits = {
         "own": own,
@@ -892,8 +891,9 @@ def test_recipe_of_the_miniature_drops_no_question_that_only_looks_alike(tmp_pat
     rules = {}
     for name, three in limits.items():
         out = ["--images", str(world), "--out", str(tmp_path / name)]
-        curate.main([*common, *out, *pipeline.words_of({"limits": three})])
-        rejected = data.read_jsonl(tmp_path / name / "rejected.jsonl")
+        words = pipeline.words_of(dict(zip(("ngram", "jaccard", "distance"), three)))
+        decontaminate.main([*common, *out, *words])
+        rejected = data.read_jsonl(tmp_path / name / "leaks.jsonl")
         rules[name] = {row["evidence"]["rule"] for _, row in rejected}
     assert rules["recipe"] <= {"exact", "repeat"} and "run" in rules["own"]
     assert "run" in rules["ngram"] and "jaccard" in rules["jaccard"]  # either alone would drop some

@@ -12,11 +12,13 @@ import subprocess
 import sys
 import threading
 import time
+from argparse import Namespace
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from itertools import zip_longest
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from PIL import Image
@@ -413,6 +415,16 @@ def request(name: str, samples: int = 1, images=()) -> Request:
         list(images),
         tuple(range(samples)),
     )
+
+
+def complete_into(path: Path, engine, requests: list[Request], spec: str = "remote") -> dict:
+    """complete_all with a file of completions at `path`."""
+
+    def to_row(completion: inference.Completion) -> dict:
+        return inference.completion_row(completion, spec)
+
+    with mock.patch.object(inference, "completions_file", lambda *_: path):
+        return inference.complete_all(engine, requests, WARM, "test", to_row, Namespace())
 
 
 def all_replies(engine, requests, sampling=WARM) -> list:
@@ -1131,42 +1143,16 @@ def test_a_question_without_an_answer_is_kept_and_counted_even_if_it_is_the_firs
         [request(f"q{i}") for i in range(10)],
         tmp_path / "rollouts.jsonl",
     )
-    rows = inference.complete_all(
-        engine,
-        requests,
-        WARM,
-        path,
-        lambda completion: inference.completion_row(completion, engine.spec),
-        "test",
-    )
+    rows = complete_into(path, engine, requests)
     told = {id: (row["response"], row["finish_reason"]) for (id, _), row in rows.items()}
     assert told == {f"q{i}": ("", reason) if i in (0, 7) else ("yes", "stop") for i in range(10)}
     assert engine.tally[reason] == 2 and "question q7 is " + reason in capsys.readouterr().out
     before = len(server.requests)
-    assert (
-        inference.complete_all(
-            open_at(api, server),
-            requests,
-            WARM,
-            path,
-            lambda completion: inference.completion_row(completion, engine.spec),
-            "test",
-        )
-        == rows
-    )
+    assert complete_into(path, open_at(api, server), requests) == rows
     assert len(server.requests) == before  # not asked again
     # nor does a run stop, that was killed with only such a question left
-    assert (
-        inference.complete_all(
-            open_at(api, server),
-            [request("new")],
-            WARM,
-            path,
-            lambda completion: inference.completion_row(completion, engine.spec),
-            "test",
-        )["new", 0]["finish_reason"]
-        == reason
-    )
+    (row,) = complete_into(path, open_at(api, server), [request("new")]).values()
+    assert row["finish_reason"] == reason
 
 
 def test_a_server_that_begins_to_refuse_everything_stops_the_run_and_marks_nothing(api, serve):
@@ -1277,14 +1263,7 @@ def test_a_cap_on_requests_stops_with_all_answers_kept_and_the_same_command_goes
     def run():
         remote.RemoteEngine.made = 0  # as in a process of its own
         engine = open_at(api, server, max_requests=4, concurrency=3)
-        return inference.complete_all(
-            engine,
-            requests,
-            WARM,
-            tmp_path / "rows.jsonl",
-            lambda completion: inference.completion_row(completion, "x"),
-            "test",
-        )
+        return complete_into(tmp_path / "rows.jsonl", engine, requests, "x")
 
     for count in (4, 8):
         with pytest.raises(

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import data
 from benchmarks import descriptions
+from command import sheets
 from report import tables
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,20 +36,20 @@ def is_formula(cell: str) -> bool:
 @settings(max_examples=300, deadline=None)
 def test_no_cell_is_a_formula_and_every_text_comes_back(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("sheet") / "sheet.csv"
-    descriptions.write_sheet(path, ["one", "two"], rows)
+    sheets.write_sheet(path, ["one", "two"], rows)
     assert not [cell for row in cells(path) for cell in row if is_formula(cell)]
-    found = [(row["one"], row["two"]) for _, row in descriptions.read_sheet(path, ["one", "two"])]
+    found = [(row["one"], row["two"]) for _, row in sheets.read_sheet(path, ["one", "two"])]
     assert found == rows
 
 
 @pytest.mark.parametrize("text", HARMFUL)
 def test_a_formula_is_marked_and_read_the_same_with_the_mark_or_without(tmp_path, text):
-    descriptions.write_sheet(tmp_path / "sheet.csv", ["text"], [[text]])
+    sheets.write_sheet(tmp_path / "sheet.csv", ["text"], [[text]])
     assert cells(tmp_path / "sheet.csv") == [["'" + text]]
     with open(tmp_path / "saved.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([["text"], [text]])  # Excel drops the mark of an edited cell
     for name in ("sheet.csv", "saved.csv"):
-        ((_, row),) = descriptions.read_sheet(tmp_path / name, ["text"])
+        ((_, row),) = sheets.read_sheet(tmp_path / name, ["text"])
         assert row == {"text": text}
 
 
@@ -57,7 +58,7 @@ SAFE = ("-6.72", "+4.55", "-3", "'tis", "''", "x=1", " =1", "id:-1+1", "")
 
 @pytest.mark.parametrize("text", SAFE)
 def test_numbers_and_common_texts_are_written_as_they_are(tmp_path, text):
-    descriptions.write_sheet(tmp_path / "sheet.csv", ["text", "n"], [[text, 1]])
+    sheets.write_sheet(tmp_path / "sheet.csv", ["text", "n"], [[text, 1]])
     assert cells(tmp_path / "sheet.csv") == [[text, "1"]]
 
 
@@ -83,4 +84,4 @@ def test_sheets_are_written_in_one_place():
     paths = [*ROOT.glob("*.py"), *(path for name in folders for path in (ROOT / name).glob("*.py"))]
     texts = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in paths}
     writers = [name for name, text in texts.items() if re.search(r"csv\.(Dict)?[wW]riter", text)]
-    assert writers == ["benchmarks/descriptions.py"]
+    assert writers == ["command/sheets.py"]
