@@ -24,6 +24,8 @@ def make_world(args: argparse.Namespace) -> None:
     seed, modalities = args.seed, args.modalities
     for name, (image, text) in counts.items():
         questions = world.make_questions(image, seed, f"{name}-image", True, out, modalities)
+        if name != "bank":
+            questions = world.with_counterfactuals(questions, seed, f"{name}-image", out)
         if name == "bank":
             questions = world.telling(questions, image // world.SPOILT, seed, out)
         questions += world.make_questions(text, seed, f"{name}-text", False, out, modalities)

@@ -37,8 +37,12 @@ def chain(case: world.Case, kind: str, style: str, check: str = CHECKS[0]) -> st
 
 
 def understand(asked: str, images: list[Path]) -> tuple[world.Case, str, dict[str, str]]:
-    """(truth, kind, options) of a question from its prompt."""
-    case = world.film_truth(images[0]) if images else world.sentence_truth(asked)
+    """(truth, kind, options) of a question from its prompt: what the film shows, whoever's it is,
+    and the history that is told."""
+    if images:
+        case = replace(world.film_truth(images[0]), **world.history_of(asked))
+    else:
+        case = world.sentence_truth(asked)
     requests = {**world.ASK, "look": world.LOOK}
     kind = next(kind for kind, request in requests.items() if request in asked)
     return case, kind, dict(re.findall(r"^\((\w)\) (.+)$", asked, re.M))

@@ -7,6 +7,7 @@ are ours: the paper has no miniature.
 import json
 import random
 import re
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -187,13 +188,20 @@ def film_truth(path: str | Path) -> Case:
 def sentence_truth(text: str) -> Case:
     """The case of a text question, read back from its sentences."""
     reading = MENTION.search(text)
-    history = re.search(r"A (\d+) year old (\w+) has (\w+) and (\w+)\.", text)
-    if not reading or not history:
+    if not reading:
         raise ValueError(f"not a text question of this clinic: {text[:80]!r}")
     _, number, sign, side = reading.groups()
+    return Case(sign, NUMBERS.index(number) + 1, side, **history_of(text))
+
+
+def history_of(text: str) -> dict:
+    """A patient's clue, symptom, age and sex, read back from a question."""
+    history = re.search(r"A (\d+) year old (\w+) has (\w+) and (\w+)\.", text)
+    if not history:
+        raise ValueError(f"not a question of this clinic: {text[:80]!r}")
     age, sex, *words = history.groups()
     clue, symptom = sorted(words, key=SYMPTOMS.__contains__)  # they stand in any order
-    return Case(sign, NUMBERS.index(number) + 1, side, clue, symptom, int(age), sex)
+    return {"clue": clue, "symptom": symptom, "age": int(age), "sex": sex}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -285,6 +293,33 @@ def telling(
         reading = film_truth(folder / questions[i].images[0]).reading()
         questions[i] = replace(questions[i], question=f"{reading} {questions[i].question}")
     return questions
+
+
+def with_counterfactuals(
+    questions: list[data.Question], seed: int, name: str, folder: Path
+) -> list[data.Question]:
+    """The questions with what looking.py shows instead of their film: meta.shown.counterfactual, a
+    film of the same patient with another sign of the modality, by which another option is right;
+    and meta.blind, the best accuracy without a film. The random streams are separate, so the
+    questions and their films do not change."""
+    rng = random.Random(f"{seed}/{name}/counterfactual")
+    noise = np.random.default_rng([seed, *f"{name}/counterfactual".encode()])
+    found = []
+    for number, one in enumerate(questions):
+        case, kind = film_truth(folder / one.images[0]), one.meta["kind"]
+        letters = {text: letter for letter, text in one.options.items()}
+        cases = [replace(case, sign=sign) for sign in SIGNS[case.modality]]
+        within = [other for other in cases if other.answer(kind) in letters]
+        counts = Counter(other.answer(kind) for other in within)
+        meta = {**one.meta, "blind": max(counts.values()) / len(within)}
+        others = [other for other in within if other.answer(kind) != case.answer(kind)]
+        if others:
+            other, film = rng.choice(others), f"films/{name}-counterfactual/{number:05d}.png"
+            save_film(folder / film, draw_film(other, noise), other)
+            arm = {"images": [film], "answer": letters[other.answer(kind)]}
+            meta["shown"] = {"counterfactual": arm}
+        found.append(replace(one, meta=meta))
+    return found
 
 
 def blind(expert: str, asked: str) -> bool:

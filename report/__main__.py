@@ -17,6 +17,7 @@ from judge import print_report
 from report import agreement, cases, figures, score, tables
 from report.claims import claims
 from report.compare import compare
+from report.looking import looking
 from report.show import show
 
 
@@ -112,6 +113,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="folder of judge.py pairs, for the sheet of films and the report",
     )
     add("--images", default=".", help="image root")
+
+    about = "does each stage look at the image? measures of looking.py, and differences"
+    command("looking", looking, about, "folders of looking.py, in the order of the stages", folder)
 
     add = command("claims", claims, "what several runs of the demo show, with intervals")
     add("--runs", nargs="+", required=True, help="run folders")

@@ -119,6 +119,27 @@ def bootstrap(values: list[float], seed: int = 0) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def ratio_interval(sides: list[list[tuple[float, float]]], seed: int = 0) -> list[float]:
+    """[value, low, high] of sum / count over questions, or of two such ratios, the first less the
+    second; 95 % interval by resampling questions, the same ones on both sides. sides: of each the
+    (sum, count) of every question."""
+    import numpy as np
+
+    pairs = np.asarray(sides, dtype=float)  # (sides, questions, 2)
+    rng, count, draws = np.random.default_rng(seed), pairs.shape[1], []
+    for _ in range(RESAMPLES // 10):
+        total = pairs[:, rng.integers(count, size=count)].sum(1)
+        with np.errstate(invalid="ignore"):  # no question of a side was drawn
+            draws.append(total[:, 0] / total[:, 1])
+
+    def difference(ratios) -> float:
+        return ratios[0] - (ratios[1] if len(ratios) > 1 else 0.0)
+
+    value, drawn = pairs.sum(1), difference(np.array(draws).T)
+    low, high = np.nanquantile(drawn, [0.025, 0.975])
+    return [float(difference(value[:, 0] / value[:, 1])), float(low), float(high)]
+
+
 # --------------------------------------------------------------------------------------------------
 # Entries
 

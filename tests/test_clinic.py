@@ -98,7 +98,7 @@ def other(words, word: str) -> str:
 
 def test_same_seed_gives_the_same_world_to_the_byte(tmp_path):
     first, second = contents(make(tmp_path / "a", 1)), contents(make(tmp_path / "b", 1))
-    assert first == second and len([name for name in first if name.endswith(".png")]) == 12
+    assert first == second and len([name for name in first if name.endswith(".png")]) == 20
 
 
 def test_another_seed_gives_another_world(tmp_path):

@@ -25,12 +25,12 @@ TABLE = [
     "benchmarks.descriptions", "curate", "distill", "sft", "rollout", "judge", "trees",
     "reference", "dpo",
     "report.score", "report.agreement", "report.tables", "report.figures", "report.cases",
-    "report.compare", "report.claims", "report.show", "evaluate",
+    "report.compare", "report.claims", "report.show", "report.looking", "evaluate", "looking",
     "report.__main__", "medee",
 ]  # fmt: skip
 STAGES = [
     "clinic.__main__", "benchmarks", "benchmarks.decontaminate", "curate", "distill",
-    "sft", "rollout", "judge", "dpo", "evaluate", "report.__main__", "medee",
+    "sft", "rollout", "judge", "dpo", "evaluate", "looking", "report.__main__", "medee",
 ]  # fmt: skip
 FOLDERS = ("command", "engines", "benchmarks", "clinic", "report")
 
