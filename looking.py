@@ -230,11 +230,10 @@ def run(args: argparse.Namespace) -> None:
     bill.announce(costs(questions, requests, args), args.images_may_leave)
     report_swaps(questions, shown["swapped"], args)
     sampling = Sampling(args.temperature, args.top_p, args.max_tokens, args.seed)
-    # the role and the ids of evaluate.py, whose completions serve here too
-    path = inference.completions_file(args, "evaluate", args.engine, sampling)
     to_row = partial(inference.completion_row, spec=args.engine)
     engine = open_engine(args.engine, inference.setup_of(args))
-    rows = inference.complete_all(engine, requests, sampling, path, to_row, "images")
+    # the role and the ids of evaluate.py, whose completions serve here too
+    rows = inference.complete_all(engine, requests, sampling, "evaluate", to_row, args)
     if isinstance(engine, Replicas):
         engine.close()
     criteria = judge_swapped(rows, questions, swaps, args) if args.judge else {}
