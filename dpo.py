@@ -25,16 +25,14 @@ Where we depart from the paper, or it is silent:
      (its lr, 5e-6, is ours). Beta 0.1, one epoch, batch 64, warm-up 10 % are ours.
   2. LoRA trains a fresh adapter on the *merged* Stage-I weights. Its trainer would resume Stage I's
      adapter and switch it off for the reference, which is then the raw base model.
-  3. A rollout's own token ids are trained on. The text of a pair without them is tokenised, and
-     counted.
+  3. A rollout's own token ids are trained on; a pair without them is tokenised, and counted.
   4. Log-probabilities are sums over the response, <|im_end|> included, as in Eq. 1, never means.
   5. --order pair shuffles pairs, as the paper's trainer does; --order question keeps a question's
-     pairs in one step. The objective is the same, the training is not: pairs of a question are
-     alike, so 64 of them are worth about 23 independent ones (`worth` in each step's line).
-     Measured in the miniature at the same lr, two base models, five seeds each, on development
-     questions: questions take half the time and reach .427 and .529 of chains that meet all
-     criteria, pairs .448 and .544 (accuracy .691, .666 and .697, .659; held-out loss .212, .232 and
-     .207, .191). The margin set beforehand was .02; questions lose more on one base, so pairs are
+     pairs in one step. Pairs of a question are alike: 64 of them are worth about 23 independent
+     ones (`worth` in each step's line). In the miniature, two base models, five seeds each, on
+     development questions: questions take half the time and reach .427 and .529 of chains that
+     meet all criteria, pairs .448 and .544 (accuracy .691, .666 and .697, .659; held-out loss .212,
+     .232 and .207, .191). Questions lose more than the .02 set beforehand on one base, so pairs are
      the default.
 """
 
@@ -57,6 +55,7 @@ import trees
 from command import flags, schema, stage
 
 BETA = 0.1  # ours: paper silent (LLaMA-Factory default; the DPO paper uses 0.1 to 0.5)
+FIRST = 4  # ours: subtrees of a rank that are compared with the reference before training
 HELD_TIMES = 10  # ours: how often in a run the pairs that are held out are looked at
 
 
@@ -77,6 +76,11 @@ def dpo_loss(
     return -F.logsigmoid(reward_chosen - reward_rejected), reward_chosen, reward_rejected
 
 
+def response_tokens(batch: model.Batch) -> Tensor:
+    """The tokens of each row's chains. (B, K)"""
+    return reference.response_sums((batch.labels > 0).float(), batch)
+
+
 def pair_loss(logp: Tensor, batch: model.Batch, beta: float) -> tuple[Tensor, Tensor, dict]:
     """Eq. 1 over the edges of a batch of trees. logp: (B, T), of each token. Returns the sum of the
     losses, the number of pairs, and figures as (sum, count)."""
@@ -87,7 +91,7 @@ def pair_loss(logp: Tensor, batch: model.Batch, beta: float) -> tuple[Tensor, Te
     )
     losses, *rewards = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta)
     w = batch.row_weights[row]
-    tokens = reference.response_sums((batch.labels > 0).to(sums.dtype), batch)
+    tokens = response_tokens(batch)
     figures = {
         "margin": rewards[0] - rewards[1],
         "accuracy": (rewards[0] > rewards[1]).float(),
@@ -100,79 +104,77 @@ def pair_loss(logp: Tensor, batch: model.Batch, beta: float) -> tuple[Tensor, Te
     return (losses * w).sum(), w.sum(), summed
 
 
-def forward_rounds(
-    policy: model.Policy,
-    forest: trees.Forest,
-    subtrees: Sequence[trees.Subtree],
-    logp: dict[str, float],
-    budget: int,
-    device: torch.device,
-) -> Iterator[tuple[tuple[int, ...], model.Batch, Tensor]]:
-    """(indices of the subtrees, batch, its log-probabilities) of each of this rank's micro-batches
-    of these subtrees; no backward follows. A collective."""
+def pair_batches(
+    forest: trees.Forest, subtrees: Sequence[trees.Subtree], budget: int, device: torch.device
+) -> Iterator[model.Batch]:
+    """This rank's micro-batches of these subtrees, each of them once."""
+    lengths = [one.tokens for one in subtrees]
+    ranks = train.deal_rows(list(range(len(lengths))), budget, train.world_size(), lengths)
 
-    def make_batch(parts: reference.Round) -> tuple[tuple[int, ...], model.Batch]:
-        own, weights = zip(*parts[train.rank()])
-        some = [subtrees[index] for index in own]
-        return own, forest.collate(some, list(weights), logp).to(device)
+    def make_batch(part: train.MicroBatch) -> model.Batch:
+        weights = [weight for _, weight in part]
+        return forest.collate([subtrees[index] for index, _ in part], weights).to(device)
 
-    rounds = reference.rounds_of([one.tokens for one in subtrees], budget)
-    for own, batch in train.ahead(rounds, make_batch):
-        with train.forward_only(policy):
-            found = policy(batch)
-        yield own, batch, found
+    return train.ahead(ranks[train.rank()], make_batch)
 
 
 def held_figures(
-    policy: model.Policy,
-    forest: trees.Forest,
-    held: list[trees.Subtree],
-    logp: dict[str, float],
-    beta: float,
-    budget: int,
-    device: torch.device,
+    policy: model.Policy, batches: Iterator[model.Batch], beta: float
 ) -> dict[str, float]:
     """Loss, margin and accuracy of the pairs that are held out. A collective."""
-    total = torch.zeros(4, dtype=torch.float64, device=device)
-    for _, batch, found in forward_rounds(policy, forest, held, logp, budget, device):
-        loss, count, figures = pair_loss(found, batch, beta)
-        total += torch.stack([count, loss, figures["margin"][0], figures["accuracy"][0]])
-    count, *sums = train.all_reduce(total).tolist()
+    found = []
+    for batch in batches:
+        with train.forward_only(policy):
+            loss, count, figures = pair_loss(policy(batch), batch, beta)
+        found.append(torch.stack([count, loss, figures["margin"][0], figures["accuracy"][0]]))
+    count, *sums = train.all_reduce(torch.stack(found).double().sum(0)).tolist()
     names = ("held_loss", "held_margin", "held_accuracy")
     return {name: round(value / count, 6) for name, value in zip(names, sums)}
 
 
 def gate_reference(
-    policy: model.Policy,
-    forest: trees.Forest,
-    subtrees: Sequence[trees.Subtree],
-    logp: dict[str, float],
-    beta: float,
-    budget: int,
-    device: torch.device,
+    policy: model.Policy, batches: Iterator[model.Batch], beta: float, device: torch.device
 ) -> None:
-    """The first rows, as they will be trained, must have the reference's log-probabilities and a
-    loss of ln 2. Near h = 0 the loss moves by beta / 2 times h, and h by the rounding errors of two
-    chains. A collective."""
-    first, total, off = subtrees[: 4 * train.world_size()], [0.0, 0.0], []
-    for own, batch, found in forward_rounds(policy, forest, first, logp, budget, device):
-        loss, count, _ = pair_loss(found, batch, beta)
-        total = [total[0] + loss.item(), total[1] + count.item()]
-        apart = (reference.response_sums(found, batch) - batch.reference).abs().tolist()
-        for index, values in zip(own, apart):
-            tokens = [forest.sizes[first[index].tree][1 + chain] for chain in first[index].chains]
-            off += zip(tokens, values)
-    off = train.all_gather(off)
-    loss, count = train.all_reduce(torch.tensor(total, dtype=torch.float64, device=device)).tolist()
-    wrong = [apart for tokens, apart in off if not apart <= gate.tolerance(tokens, device)]
+    """Rows as they will be trained must have the reference's log-probabilities and a loss of ln 2.
+    Near h = 0 the loss moves by beta / 2 times h, and h by the rounding errors of two chains. A
+    collective."""
+    found, chains = [], []
+    for batch in batches:
+        with train.forward_only(policy):
+            logp = policy(batch)
+            loss, count, _ = pair_loss(logp, batch, beta)
+        found.append(torch.stack([loss, count]))
+        off = (reference.response_sums(logp, batch) - batch.reference).abs()
+        chains += zip(response_tokens(batch).flatten().tolist(), off.flatten().tolist())
+    loss, count = train.all_reduce(torch.stack(found).double().sum(0)).tolist()
+    chains = train.all_gather(chains)  # (tokens, distance from the reference)
+    wrong = [off for tokens, off in chains if not off <= gate.tolerance(tokens, device)]
     said = f"log-probabilities differ by up to {max(wrong, default=0):.4f}; remove reference.jsonl"
     gate.check_claim("policy equals reference", not wrong, said)
-    mean, longest = loss / count, max(tokens for tokens, _ in off)
+    mean, longest = loss / count, max(tokens for tokens, _ in chains)
     least = gate.tolerance(gate.SHORT, device) / 10  # ours: 1e-4 in fp32, whatever beta is
     limit = max(least, beta / 2 * gate.tolerance(2 * longest, device))
     claim = f"first loss {mean:.6f} is ln 2 = {math.log(2):.6f}"
     said = "policy and reference differ before any update"
     gate.check_claim(claim, abs(mean - math.log(2)) <= limit, said)
+
+
+def write_after(
+    path: Path,
+    policy: model.Policy,
+    forest: trees.Forest,
+    subtrees: Sequence[trees.Subtree],
+    rounds: list[reference.Round],
+    device: torch.device,
+) -> None:
+    """Every chain's log-probability after training. A collective."""
+    after: dict[str, float] = {}
+    for done in reference.log_probs(policy, forest, subtrees, rounds, device, "after"):
+        for index, values in done:
+            after |= zip(forest.keys_of(subtrees[index]), values)
+    if train.rank() == 0:
+        wanted = dict.fromkeys(key for one in subtrees for key in forest.keys_of(one))
+        data.write_jsonl(path, ({"key": key, "logp": after[key]} for key in wanted))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -207,57 +209,58 @@ def main(argv: list[str] | None = None) -> None:
     if not train.begin(args, [args.model, args.pairs], data.image_files(args.images, pairs)):
         return
     forest = trees.read_forest(args, pairs)
-    held = trees.held_out(forest.trees, [len(own) for own in forest.edges], args.held_out)
+    held = trees.held_out(forest.trees, forest.places, args.held_out)
     subtrees, steps = trees.make_plan(args, forest, held)
-
-    images = max(len(tree.images) for tree in forest.trees)
-    lengths = [one.tokens for one in subtrees]
-    policy = train.build(args, device, steps, lengths, images)
-    seen = next((one for one in subtrees if forest.trees[one.tree].images), None)
-    shortest = forest.encode(min(subtrees, key=lambda one: one.tokens))
-    with_lora, seen = args.method == "lora", seen and forest.encode(seen)
-    gate.gate_policy(policy, seen, shortest, forest.processor, with_lora, device)
+    policy = build(args, forest, subtrees, steps, device)
 
     # all of a question's chains at once, whatever the plan makes of its pairs
     wholes = forest.subtrees(args.max_length)
     rounds = reference.rounds_of([one.tokens for one in wholes], budget)
-    logp = reference.compute(out / "reference.jsonl", policy, forest, wholes, rounds, device)
-    reference.gate_drift(args, pairs, forest, logp, policy, budget, device)
-    gate_reference(policy, forest, subtrees, logp, args.beta, budget, device)
+    path = out / "reference.jsonl"
+    forest.reference = reference.compute(path, policy, forest, wholes, rounds, device)
+    reference.gate_drift(args, pairs, forest, forest.reference, policy, budget, device)
+    first = subtrees[: FIRST * train.world_size()]
+    gate_reference(policy, pair_batches(forest, first, budget, device), args.beta, device)
 
     def make_batch(indices: list[int], weights: list[float]) -> model.Batch:
-        return forest.collate([subtrees[i] for i in indices], weights, logp).to(device)
+        return forest.collate([subtrees[index] for index in indices], weights).to(device)
 
+    settings = {"out": out, "device": device, "peak": args.lr, "budget": budget}
+    settings |= {"save_every": args.save_every, "lengths": [one.tokens for one in subtrees]}
+    facts = [trees.step_facts(subtrees, step) for step in steps]
+    run = train.Run(policy, steps, make_batch, facts=facts, **settings)
     unseen, every = [one for one in wholes if one.tree in held], math.ceil(len(steps) / HELD_TIMES)
-    run = train.Run(
-        policy,
-        steps,
-        make_batch,
-        out=out,
-        device=device,
-        peak=args.lr,
-        budget=budget,
-        save_every=args.save_every,
-        lengths=lengths,
-        facts=[trees.step_facts(subtrees, step) for step in steps],
-    )
     for step in run:
         for batch in run.micro_batches():
             run.backward(*pair_loss(policy(batch), batch, args.beta))
         run.update()
         if unseen and ((step + 1) % every == 0 or step + 1 == len(steps)):
-            run.figures |= held_figures(policy, forest, unseen, logp, args.beta, budget, device)
+            batches = pair_batches(forest, unseen, budget, device)
+            run.figures |= held_figures(policy, batches, args.beta)
 
-    after: dict[str, float] = {}
-    for done in reference.log_probs(policy, forest, wholes, rounds, device, "after"):
-        for index, values in done:
-            after |= zip(forest.keys_of(wholes[index]), values)
+    write_after(out / "after.jsonl", policy, forest, wholes, rounds, device)
     saved = train.save(args, policy, forest.processor)
     if train.rank() == 0:
-        wanted = dict.fromkeys(key for one in wholes for key in forest.keys_of(one))
-        data.write_jsonl(out / "after.jsonl", ({"key": k, "logp": after[k]} for k in wanted))
         finish(args, started, forest, held, saved, run)
     train.end(out)
+
+
+def build(
+    args: argparse.Namespace,
+    forest: trees.Forest,
+    subtrees: Sequence[trees.Subtree],
+    steps: Sequence[Sequence[int]],
+    device: torch.device,
+) -> model.Policy:
+    """The policy, sharded and checked. A collective."""
+    lengths = [one.tokens for one in subtrees]
+    images = max(len(tree.images) for tree in forest.trees)
+    policy = train.build(args, device, steps, lengths, images)
+    seen = next((one for one in subtrees if forest.trees[one.tree].images), None)
+    shortest = forest.encode(subtrees[lengths.index(min(lengths))])
+    with_lora, seen = args.method == "lora", seen and forest.encode(seen)
+    gate.gate_policy(policy, seen, shortest, forest.processor, with_lora, device)
+    return policy
 
 
 def finish(
@@ -271,15 +274,14 @@ def finish(
     """stage.json and the summary."""
     merged, history = Path(args.out) / "merged", schema.read_metrics(args.out)
     first, last = history[0], history[-1]
-    unseen = sum(len(forest.edges[tree]) for tree in held)
-    counts = {"pairs": len(forest.places) - unseen, "held_out": unseen}
-    counts |= {"dropped": len(forest.dropped), "steps": len(history)}
-    figures = {"first_loss": first["loss"], "last_loss": last["loss"]}
+    unseen = sum(tree in held for tree, _ in forest.places)
+    trained, dropped = len(forest.places) - unseen, forest.dropped
+    figures = {"pairs": trained, "held_out": unseen, "dropped": dropped, "steps": len(history)}
+    figures |= {"first_loss": first["loss"], "last_loss": last["loss"]}
     figures |= {name: value for name, value in last.items() if name.startswith("held_")}
-    stage.finish(args, [merged], started, counts | figures | saved)
+    stage.finish(args, [merged], started, figures | saved)
     lines = {
-        "pairs": f"{counts['pairs']:,} trained on, {unseen:,} held out, "
-        f"{counts['dropped']:,} too long",
+        "pairs": f"{trained:,} trained on, {unseen:,} held out, {dropped:,} too long",
         "loss": train.change(history, ["loss", "margin", "accuracy"]),
         "training": train.cost(history, run.lengths, run.plan),
         "next": f"python evaluate.py --engine hf:{merged} --questions test.jsonl "

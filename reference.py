@@ -167,7 +167,7 @@ def gate_drift(
     same images, the same positions. Chains whose tokens the sampler told are computed once more,
     each as a row of its own, the plain way: how far that is from the reference is the least that
     can be seen. logp: the reference's value of each chain, by its key. A collective."""
-    ends = [(tree, forest.edges[tree][edge]) for tree, edge in forest.places]
+    ends = forest.places
     values = [[logp[forest.keys[tree][chain]] for chain in edge] for tree, edge in ends]
     chains = drift.chains_of([pairs[index] for index in forest.pairs], values)
     if not chains:
