@@ -60,19 +60,15 @@ HELD_TIMES = 10  # ours: how often in a run the pairs that are held out are look
 
 
 def dpo_loss(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
-    beta: float,
+    chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Eq. 1, unreduced. All (B,), log-probabilities of whole responses. Returns (losses, rewards of
-    the chosen, rewards of the rejected).
+    """Eq. 1, unreduced. All (B,), log-probabilities of whole responses by the policy, then by the
+    reference. Returns (losses, rewards of the chosen, rewards of the rejected).
 
-    A reward is beta (log pi - log pi_ref). d loss / d policy_chosen = -beta sigmoid(-beta h).
+    A reward is beta (log pi - log pi_ref). d loss / d chosen = -beta sigmoid(-beta h).
     """
-    reward_chosen = beta * (policy_chosen - ref_chosen)
-    reward_rejected = beta * (policy_rejected - ref_rejected)
+    reward_chosen = beta * (chosen - ref_chosen)
+    reward_rejected = beta * (rejected - ref_rejected)
     return -F.logsigmoid(reward_chosen - reward_rejected), reward_chosen, reward_rejected
 
 
@@ -84,38 +80,35 @@ def response_tokens(batch: model.Batch) -> Tensor:
 def pair_loss(logp: Tensor, batch: model.Batch, beta: float) -> tuple[Tensor, Tensor, dict]:
     """Eq. 1 over the edges of a batch of trees. logp: (B, T), of each token. Returns the sum of the
     losses, the number of pairs, and figures as (sum, count)."""
-    row, *ends = batch.edges  # (E,) each
-    sums = reference.response_sums(logp, batch)  # (B, K)
-    (chosen, rejected), (ref_chosen, ref_rejected) = (
-        [values[row, end] for end in ends] for values in (sums, batch.reference)
-    )
-    losses, *rewards = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta)
-    w = batch.row_weights[row]
-    tokens = response_tokens(batch)
+    row, w, l = batch.edges  # (E,) each: of each pair its row, y_w and y_l
+    sums, refs = reference.response_sums(logp, batch), batch.reference  # (B, K) each
+    chosen, rejected, tokens = sums[row, w], sums[row, l], response_tokens(batch)
+    losses, *rewards = dpo_loss(chosen, rejected, refs[row, w], refs[row, l], beta)
+    weights = batch.row_weights[row]
     figures = {
         "margin": rewards[0] - rewards[1],
         "accuracy": (rewards[0] > rewards[1]).float(),
         "chosen": chosen,
         "rejected": rejected,
-        "chosen_tokens": tokens[row, ends[0]],
-        "rejected_tokens": tokens[row, ends[1]],
+        "chosen_tokens": tokens[row, w],
+        "rejected_tokens": tokens[row, l],
     }
-    summed = {name: ((value.detach() * w).sum(), w.sum()) for name, value in figures.items()}
-    return (losses * w).sum(), w.sum(), summed
+    count = weights.sum()
+    summed = {name: ((value.detach() * weights).sum(), count) for name, value in figures.items()}
+    return (losses * weights).sum(), count, summed
 
 
 def pair_batches(
     forest: trees.Forest, subtrees: Sequence[trees.Subtree], budget: int, device: torch.device
 ) -> Iterator[model.Batch]:
     """This rank's micro-batches of these subtrees, each of them once."""
-    lengths = [one.tokens for one in subtrees]
-    ranks = train.deal_rows(list(range(len(lengths))), budget, train.world_size(), lengths)
+    rounds = reference.rounds_of([one.tokens for one in subtrees], budget)
 
-    def make_batch(part: train.MicroBatch) -> model.Batch:
-        weights = [weight for _, weight in part]
-        return forest.collate([subtrees[index] for index, _ in part], weights).to(device)
+    def make_batch(parts: reference.Round) -> model.Batch:
+        indices, weights = zip(*parts[train.rank()])
+        return forest.collate([subtrees[index] for index in indices], weights).to(device)
 
-    return train.ahead(ranks[train.rank()], make_batch)
+    return train.ahead(rounds, make_batch)
 
 
 def held_figures(
@@ -159,24 +152,6 @@ def gate_reference(
     gate.check_claim(claim, abs(mean - math.log(2)) <= limit, said)
 
 
-def write_after(
-    path: Path,
-    policy: model.Policy,
-    forest: trees.Forest,
-    subtrees: Sequence[trees.Subtree],
-    rounds: list[reference.Round],
-    device: torch.device,
-) -> None:
-    """Every chain's log-probability after training. A collective."""
-    after: dict[str, float] = {}
-    for done in reference.log_probs(policy, forest, subtrees, rounds, device, "after"):
-        for index, values in done:
-            after |= zip(forest.keys_of(subtrees[index]), values)
-    if train.rank() == 0:
-        wanted = dict.fromkeys(key for one in subtrees for key in forest.keys_of(one))
-        data.write_jsonl(path, ({"key": key, "logp": after[key]} for key in wanted))
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Stage II: direct preference optimisation.")
     add = parser.add_argument
@@ -213,14 +188,13 @@ def main(argv: list[str] | None = None) -> None:
     subtrees, steps = trees.make_plan(args, forest, held)
     policy = build(args, forest, subtrees, steps, device)
 
-    # all of a question's chains at once, whatever the plan makes of its pairs
-    wholes = forest.subtrees(args.max_length)
+    wholes = forest.subtrees(args.max_length)  # all of a question's chains at once
     rounds = reference.rounds_of([one.tokens for one in wholes], budget)
     path = out / "reference.jsonl"
     forest.reference = reference.compute(path, policy, forest, wholes, rounds, device)
     reference.gate_drift(args, pairs, forest, forest.reference, policy, budget, device)
-    first = subtrees[: FIRST * train.world_size()]
-    gate_reference(policy, pair_batches(forest, first, budget, device), args.beta, device)
+    first = pair_batches(forest, subtrees[: FIRST * train.world_size()], budget, device)
+    gate_reference(policy, first, args.beta, device)
 
     def make_batch(indices: list[int], weights: list[float]) -> model.Batch:
         return forest.collate([subtrees[index] for index in indices], weights).to(device)
@@ -237,8 +211,10 @@ def main(argv: list[str] | None = None) -> None:
         if unseen and ((step + 1) % every == 0 or step + 1 == len(steps)):
             batches = pair_batches(forest, unseen, budget, device)
             run.figures |= held_figures(policy, batches, args.beta)
-
-    write_after(out / "after.jsonl", policy, forest, wholes, rounds, device)
+    after = out / "after.jsonl"
+    if train.rank() == 0:
+        after.unlink(missing_ok=True)  # of this run, where it was killed here
+    reference.compute(after, policy, forest, wholes, rounds, device)
     saved = train.save(args, policy, forest.processor)
     if train.rank() == 0:
         finish(args, started, forest, held, saved, run)
@@ -256,10 +232,9 @@ def build(
     lengths = [one.tokens for one in subtrees]
     images = max(len(tree.images) for tree in forest.trees)
     policy = train.build(args, device, steps, lengths, images)
-    seen = next((one for one in subtrees if forest.trees[one.tree].images), None)
-    shortest = forest.encode(subtrees[lengths.index(min(lengths))])
-    with_lora, seen = args.method == "lora", seen and forest.encode(seen)
-    gate.gate_policy(policy, seen, shortest, forest.processor, with_lora, device)
+    seen = next((forest.encode(one) for one in subtrees if forest.trees[one.tree].images), None)
+    shortest = forest.encode(min(subtrees, key=lambda one: one.tokens))
+    gate.gate_policy(policy, seen, shortest, forest.processor, args.method == "lora", device)
     return policy
 
 

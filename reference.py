@@ -97,7 +97,7 @@ def compute(
         (known if wanted <= stored.keys() else missing).append(parts)
     again = known[:: max(1, len(known) // CHECKED)]
     with open(path, "a", encoding="utf-8") if train.rank() == 0 else nullcontext() as log:
-        for done in log_probs(policy, forest, subtrees, again + missing, device, "reference"):
+        for done in log_probs(policy, forest, subtrees, again + missing, device, path.stem):
             new = keep(path, done, forest, subtrees, stored, device)
             if train.rank() == 0:
                 data.append_jsonl(log, new)
@@ -105,8 +105,8 @@ def compute(
         sum(weight > 0 for parts in some for part in parts for _, weight in part)
         for some in (missing, known, again)
     ]
-    said = "reference: {} rows computed, {} from {} ({} checked)"
-    train.print0(said.format(*counts[:2], path.name, counts[2]))
+    said = "{}: {} rows computed, {} from {} ({} checked)"
+    train.print0(said.format(path.stem, *counts[:2], path.name, counts[2]))
     return stored
 
 
