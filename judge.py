@@ -107,8 +107,8 @@ def judge_chains(
     """A verdict on each rollout, in their order. What was judged before is not asked again."""
     requests = [judge_request(questions[row["id"]], row, Path(args.images)) for row in rollouts]
     completions = inference.ask_yes_no(engine, requests, KEYS, "judge", args)
-    both = zip(rollouts, requests)
-    return [verdict_row(row, engine.spec, completions[request.id]) for row, request in both]
+    found = [completions[request.id] for request in requests]
+    return [verdict_row(row, engine.spec, said) for row, said in zip(rollouts, found)]
 
 
 def cost(chains: Iterable[tuple[data.Question, int]], args: argparse.Namespace) -> bill.Cost:
@@ -249,13 +249,13 @@ def make_pairs(
 def print_report(report: dict) -> None:
     if len(report["criteria"]) < len(CRITERIA):
         print("positive is a chain that meets " + ", ".join(report["criteria"]))
-    print("candidates -> correct -> judged -> positive / negative -> questions with pairs -> pairs")
     judged = report["positive"] + report["negative"]
     line = "{candidates} -> {correct} -> {judged} -> {positive} / {negative} -> "
     line += "{questions_with_pairs} of {questions} -> {pairs}"
+    print("candidates -> correct -> judged -> positive / negative -> questions with pairs -> pairs")
     print(line.format(**report, judged=judged))
-    failing = report["negatives_failing"].items()
-    print("why negatives fail:   " + ", ".join(f"{name} {count}" for name, count in failing))
+    failing = [f"{name} {count}" for name, count in report["negatives_failing"].items()]
+    print("why negatives fail:   " + ", ".join(failing))
     print("length in words:      chosen {chosen}, rejected {rejected}".format(**report["words"]))
 
 
