@@ -25,16 +25,14 @@ Where we depart from the paper, or it is silent:
      (its lr, 5e-6, is ours). Beta 0.1, one epoch, batch 64, warm-up 10 % are ours.
   2. LoRA trains a fresh adapter on the *merged* Stage-I weights. Its trainer would resume Stage I's
      adapter and switch it off for the reference, which is then the raw base model.
-  3. A rollout's own token ids are trained on. The text of a pair without them is tokenised, and
-     counted.
+  3. A rollout's own token ids are trained on; a pair without them is tokenised, and counted.
   4. Log-probabilities are sums over the response, <|im_end|> included, as in Eq. 1, never means.
   5. --order pair shuffles pairs, as the paper's trainer does; --order question keeps a question's
-     pairs in one step. The objective is the same, the training is not: pairs of a question are
-     alike, so 64 of them are worth about 23 independent ones (`worth` in each step's line).
-     Measured in the miniature at the same lr, two base models, five seeds each, on development
-     questions: questions take half the time and reach .427 and .529 of chains that meet all
-     criteria, pairs .448 and .544 (accuracy .691, .666 and .697, .659; held-out loss .212, .232 and
-     .207, .191). The margin set beforehand was .02; questions lose more on one base, so pairs are
+     pairs in one step. Pairs of a question are alike: 64 of them are worth about 23 independent
+     ones (`worth` in each step's line). In the miniature, two base models, five seeds each, on
+     development questions: questions take half the time and reach .427 and .529 of chains that
+     meet all criteria, pairs .448 and .544 (accuracy .691, .666 and .697, .659; held-out loss .212,
+     .232 and .207, .191). Questions lose more than the .02 set beforehand on one base, so pairs are
      the default.
 """
 
@@ -57,117 +55,96 @@ import trees
 from command import flags, schema, stage
 
 BETA = 0.1  # ours: paper silent (LLaMA-Factory default; the DPO paper uses 0.1 to 0.5)
+FIRST = 4  # ours: subtrees of a rank that are compared with the reference before training
 HELD_TIMES = 10  # ours: how often in a run the pairs that are held out are looked at
 
 
 def dpo_loss(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
-    beta: float,
+    chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Eq. 1, unreduced. All (B,), log-probabilities of whole responses. Returns (losses, rewards of
-    the chosen, rewards of the rejected).
+    """Eq. 1, unreduced. All (B,), log-probabilities of whole responses by the policy, then by the
+    reference. Returns (losses, rewards of the chosen, rewards of the rejected).
 
-    A reward is beta (log pi - log pi_ref). d loss / d policy_chosen = -beta sigmoid(-beta h).
+    A reward is beta (log pi - log pi_ref). d loss / d chosen = -beta sigmoid(-beta h).
     """
-    reward_chosen = beta * (policy_chosen - ref_chosen)
-    reward_rejected = beta * (policy_rejected - ref_rejected)
+    reward_chosen = beta * (chosen - ref_chosen)
+    reward_rejected = beta * (rejected - ref_rejected)
     return -F.logsigmoid(reward_chosen - reward_rejected), reward_chosen, reward_rejected
+
+
+def response_tokens(batch: model.Batch) -> Tensor:
+    """The tokens of each row's chains. (B, K)"""
+    return reference.response_sums((batch.labels > 0).float(), batch)
 
 
 def pair_loss(logp: Tensor, batch: model.Batch, beta: float) -> tuple[Tensor, Tensor, dict]:
     """Eq. 1 over the edges of a batch of trees. logp: (B, T), of each token. Returns the sum of the
     losses, the number of pairs, and figures as (sum, count)."""
-    row, *ends = batch.edges  # (E,) each
-    sums = reference.response_sums(logp, batch)  # (B, K)
-    (chosen, rejected), (ref_chosen, ref_rejected) = (
-        [values[row, end] for end in ends] for values in (sums, batch.reference)
-    )
-    losses, *rewards = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta)
-    w = batch.row_weights[row]
-    tokens = reference.response_sums((batch.labels > 0).to(sums.dtype), batch)
+    row, w, l = batch.edges  # (E,) each: of each pair its row, y_w and y_l
+    sums, refs = reference.response_sums(logp, batch), batch.reference  # (B, K) each
+    chosen, rejected, tokens = sums[row, w], sums[row, l], response_tokens(batch)
+    losses, *rewards = dpo_loss(chosen, rejected, refs[row, w], refs[row, l], beta)
+    weights = batch.row_weights[row]
     figures = {
         "margin": rewards[0] - rewards[1],
         "accuracy": (rewards[0] > rewards[1]).float(),
         "chosen": chosen,
         "rejected": rejected,
-        "chosen_tokens": tokens[row, ends[0]],
-        "rejected_tokens": tokens[row, ends[1]],
+        "chosen_tokens": tokens[row, w],
+        "rejected_tokens": tokens[row, l],
     }
-    summed = {name: ((value.detach() * w).sum(), w.sum()) for name, value in figures.items()}
-    return (losses * w).sum(), w.sum(), summed
+    count = weights.sum()
+    summed = {name: ((value.detach() * weights).sum(), count) for name, value in figures.items()}
+    return (losses * weights).sum(), count, summed
 
 
-def forward_rounds(
-    policy: model.Policy,
-    forest: trees.Forest,
-    subtrees: Sequence[trees.Subtree],
-    logp: dict[str, float],
-    budget: int,
-    device: torch.device,
-) -> Iterator[tuple[tuple[int, ...], model.Batch, Tensor]]:
-    """(indices of the subtrees, batch, its log-probabilities) of each of this rank's micro-batches
-    of these subtrees; no backward follows. A collective."""
-
-    def make_batch(parts: reference.Round) -> tuple[tuple[int, ...], model.Batch]:
-        own, weights = zip(*parts[train.rank()])
-        some = [subtrees[index] for index in own]
-        return own, forest.collate(some, list(weights), logp).to(device)
-
+def pair_batches(
+    forest: trees.Forest, subtrees: Sequence[trees.Subtree], budget: int, device: torch.device
+) -> Iterator[model.Batch]:
+    """This rank's micro-batches of these subtrees, each of them once."""
     rounds = reference.rounds_of([one.tokens for one in subtrees], budget)
-    for own, batch in train.ahead(rounds, make_batch):
-        with train.forward_only(policy):
-            found = policy(batch)
-        yield own, batch, found
+
+    def make_batch(parts: reference.Round) -> model.Batch:
+        indices, weights = zip(*parts[train.rank()])
+        return forest.collate([subtrees[index] for index in indices], weights).to(device)
+
+    return train.ahead(rounds, make_batch)
 
 
 def held_figures(
-    policy: model.Policy,
-    forest: trees.Forest,
-    held: list[trees.Subtree],
-    logp: dict[str, float],
-    beta: float,
-    budget: int,
-    device: torch.device,
+    policy: model.Policy, batches: Iterator[model.Batch], beta: float
 ) -> dict[str, float]:
     """Loss, margin and accuracy of the pairs that are held out. A collective."""
-    total = torch.zeros(4, dtype=torch.float64, device=device)
-    for _, batch, found in forward_rounds(policy, forest, held, logp, budget, device):
-        loss, count, figures = pair_loss(found, batch, beta)
-        total += torch.stack([count, loss, figures["margin"][0], figures["accuracy"][0]])
-    count, *sums = train.all_reduce(total).tolist()
+    found = []
+    for batch in batches:
+        with train.forward_only(policy):
+            loss, count, figures = pair_loss(policy(batch), batch, beta)
+        found.append(torch.stack([count, loss, figures["margin"][0], figures["accuracy"][0]]))
+    count, *sums = train.all_reduce(torch.stack(found).double().sum(0)).tolist()
     names = ("held_loss", "held_margin", "held_accuracy")
     return {name: round(value / count, 6) for name, value in zip(names, sums)}
 
 
 def gate_reference(
-    policy: model.Policy,
-    forest: trees.Forest,
-    subtrees: Sequence[trees.Subtree],
-    logp: dict[str, float],
-    beta: float,
-    budget: int,
-    device: torch.device,
+    policy: model.Policy, batches: Iterator[model.Batch], beta: float, device: torch.device
 ) -> None:
-    """The first rows, as they will be trained, must have the reference's log-probabilities and a
-    loss of ln 2. Near h = 0 the loss moves by beta / 2 times h, and h by the rounding errors of two
-    chains. A collective."""
-    first, total, off = subtrees[: 4 * train.world_size()], [0.0, 0.0], []
-    for own, batch, found in forward_rounds(policy, forest, first, logp, budget, device):
-        loss, count, _ = pair_loss(found, batch, beta)
-        total = [total[0] + loss.item(), total[1] + count.item()]
-        apart = (reference.response_sums(found, batch) - batch.reference).abs().tolist()
-        for index, values in zip(own, apart):
-            tokens = [forest.sizes[first[index].tree][1 + chain] for chain in first[index].chains]
-            off += zip(tokens, values)
-    off = train.all_gather(off)
-    loss, count = train.all_reduce(torch.tensor(total, dtype=torch.float64, device=device)).tolist()
-    wrong = [apart for tokens, apart in off if not apart <= gate.tolerance(tokens, device)]
+    """Rows as they will be trained must have the reference's log-probabilities and a loss of ln 2.
+    Near h = 0 the loss moves by beta / 2 times h, and h by the rounding errors of two chains. A
+    collective."""
+    found, chains = [], []
+    for batch in batches:
+        with train.forward_only(policy):
+            logp = policy(batch)
+            loss, count, _ = pair_loss(logp, batch, beta)
+        found.append(torch.stack([loss, count]))
+        off = (reference.response_sums(logp, batch) - batch.reference).abs()
+        chains += zip(response_tokens(batch).flatten().tolist(), off.flatten().tolist())
+    loss, count = train.all_reduce(torch.stack(found).double().sum(0)).tolist()
+    chains = train.all_gather(chains)  # (tokens, distance from the reference)
+    wrong = [off for tokens, off in chains if not off <= gate.tolerance(tokens, device)]
     said = f"log-probabilities differ by up to {max(wrong, default=0):.4f}; remove reference.jsonl"
     gate.check_claim("policy equals reference", not wrong, said)
-    mean, longest = loss / count, max(tokens for tokens, _ in off)
+    mean, longest = loss / count, max(tokens for tokens, _ in chains)
     least = gate.tolerance(gate.SHORT, device) / 10  # ours: 1e-4 in fp32, whatever beta is
     limit = max(least, beta / 2 * gate.tolerance(2 * longest, device))
     claim = f"first loss {mean:.6f} is ln 2 = {math.log(2):.6f}"
@@ -207,29 +184,23 @@ def main(argv: list[str] | None = None) -> None:
     if not train.begin(args, [args.model, args.pairs], data.image_files(args.images, pairs)):
         return
     forest = trees.read_forest(args, pairs)
-    held = trees.held_out(forest.trees, [len(own) for own in forest.edges], args.held_out)
+    held = trees.held_out(forest.trees, forest.places, args.held_out)
     subtrees, steps = trees.make_plan(args, forest, held)
+    policy = build(args, forest, subtrees, steps, device)
 
-    images = max(len(tree.images) for tree in forest.trees)
-    lengths = [one.tokens for one in subtrees]
-    policy = train.build(args, device, steps, lengths, images)
-    seen = next((one for one in subtrees if forest.trees[one.tree].images), None)
-    shortest = forest.encode(min(subtrees, key=lambda one: one.tokens))
-    with_lora, seen = args.method == "lora", seen and forest.encode(seen)
-    gate.gate_policy(policy, seen, shortest, forest.processor, with_lora, device)
-
-    # all of a question's chains at once, whatever the plan makes of its pairs
-    wholes = forest.subtrees(args.max_length)
+    wholes = forest.subtrees(args.max_length)  # all of a question's chains at once
     rounds = reference.rounds_of([one.tokens for one in wholes], budget)
-    logp = reference.compute(out / "reference.jsonl", policy, forest, wholes, rounds, device)
-    reference.gate_drift(args, pairs, forest, logp, policy, budget, device)
-    gate_reference(policy, forest, subtrees, logp, args.beta, budget, device)
+    path = out / "reference.jsonl"
+    forest.reference = reference.compute(path, policy, forest, wholes, rounds, device)
+    reference.gate_drift(args, pairs, forest, forest.reference, policy, budget, device)
+    first = pair_batches(forest, subtrees[: FIRST * train.world_size()], budget, device)
+    gate_reference(policy, first, args.beta, device)
 
     def make_batch(indices: list[int], weights: list[float]) -> model.Batch:
-        return forest.collate([subtrees[i] for i in indices], weights, logp).to(device)
+        return forest.collate([subtrees[index] for index in indices], weights).to(device)
 
     unseen, every = [one for one in wholes if one.tree in held], math.ceil(len(steps) / HELD_TIMES)
-    settings = train.run_settings(args)
+    lengths, settings = [one.tokens for one in subtrees], train.run_settings(args)
     run = train.Run(policy, steps, make_batch, device=device, lengths=lengths, **settings)
     for step in run:
         for batch in run.micro_batches():
@@ -237,18 +208,33 @@ def main(argv: list[str] | None = None) -> None:
         run.update()
         run.figures |= trees.step_facts(subtrees, steps[step])
         if unseen and ((step + 1) % every == 0 or step + 1 == len(steps)):
-            run.figures |= held_figures(policy, forest, unseen, logp, args.beta, budget, device)
-
-    after: dict[str, float] = {}
-    for done in reference.log_probs(policy, forest, wholes, rounds, device, "after"):
-        for index, values in done:
-            after |= zip(forest.keys_of(wholes[index]), values)
+            batches = pair_batches(forest, unseen, budget, device)
+            run.figures |= held_figures(policy, batches, args.beta)
+    after = out / "after.jsonl"
+    if train.rank() == 0:
+        after.unlink(missing_ok=True)  # of this run, where it was killed here
+    reference.compute(after, policy, forest, wholes, rounds, device)
     saved = train.save(args, policy, forest.processor)
     if train.rank() == 0:
-        wanted = dict.fromkeys(key for one in wholes for key in forest.keys_of(one))
-        data.write_jsonl(out / "after.jsonl", ({"key": k, "logp": after[k]} for k in wanted))
         finish(args, started, forest, held, saved)
     train.end(out)
+
+
+def build(
+    args: argparse.Namespace,
+    forest: trees.Forest,
+    subtrees: Sequence[trees.Subtree],
+    steps: Sequence[Sequence[int]],
+    device: torch.device,
+) -> model.Policy:
+    """The policy, sharded and checked. A collective."""
+    lengths = [one.tokens for one in subtrees]
+    images = max(len(tree.images) for tree in forest.trees)
+    policy = train.build(args, device, steps, lengths, images)
+    seen = next((forest.encode(one) for one in subtrees if forest.trees[one.tree].images), None)
+    shortest = forest.encode(min(subtrees, key=lambda one: one.tokens))
+    gate.gate_policy(policy, seen, shortest, forest.processor, args.method == "lora", device)
+    return policy
 
 
 def finish(
@@ -261,15 +247,14 @@ def finish(
     """stage.json and the summary."""
     merged, history = Path(args.out) / "merged", schema.read_metrics(args.out)
     first, last = history[0], history[-1]
-    unseen = sum(len(forest.edges[tree]) for tree in held)
-    counts = {"pairs": len(forest.places) - unseen, "held_out": unseen}
-    counts |= {"dropped": len(forest.dropped), "steps": len(history)}
-    figures = {"first_loss": first["loss"], "last_loss": last["loss"]}
+    unseen = sum(tree in held for tree, _ in forest.places)
+    trained, dropped = len(forest.places) - unseen, forest.dropped
+    figures = {"pairs": trained, "held_out": unseen, "dropped": dropped, "steps": len(history)}
+    figures |= {"first_loss": first["loss"], "last_loss": last["loss"]}
     figures |= {name: value for name, value in last.items() if name.startswith("held_")}
-    stage.finish(args, [merged], started, counts | figures | saved)
+    stage.finish(args, [merged], started, figures | saved)
     lines = {
-        "pairs": f"{counts['pairs']:,} trained on, {unseen:,} held out, "
-        f"{counts['dropped']:,} too long",
+        "pairs": f"{trained:,} trained on, {unseen:,} held out, {dropped:,} too long",
         "next": f"python evaluate.py --engine hf:{merged} --questions test.jsonl "
         "--images IMAGES --max-tokens N --out OUT",
     }

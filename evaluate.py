@@ -37,8 +37,8 @@ from benchmarks import official
 from command import flags, schema, stage
 from engines import Replicas, bill, inference, open_engine
 from engines.inference import Request, Sampling, checkpoint, identity, setup_of
+from judge import Questions, judge_chains
 from judge import cost as judge_cost
-from judge import judge_chains
 from report import score
 
 # ours: paper silent
@@ -52,10 +52,10 @@ Return your judgement as JSON and nothing else:
 <Answer> %s </Answer>"""
 
 
-def read_all(paths: list[str]) -> dict[str, data.Question]:
+def read_all(paths: list[str]) -> Questions:
     """Questions of several files by id. One that two benchmarks share counts in both: the second
     gets an id with its source. Raises RowError where one id stands for two questions."""
-    found: dict[str, data.Question] = {}
+    found: Questions = {}
     for path in paths:
         for question in schema.read_questions(path):
             held = found.setdefault(question.id, question)
@@ -68,7 +68,7 @@ def read_all(paths: list[str]) -> dict[str, data.Question]:
     return found
 
 
-def questions_of(args: argparse.Namespace) -> dict[str, data.Question]:
+def questions_of(args: argparse.Namespace) -> Questions:
     """The questions of a run by id; without options if it is open-ended."""
     chosen = data.some(read_all(args.questions).values(), args.limit)
     return {q.id: q.opened() if args.open_ended else q for q in chosen}
@@ -85,33 +85,28 @@ def make_request(question: data.Question, style: str, image_root: Path, samples:
     return Request(question.id, messages, paths, tuple(range(samples)))
 
 
-def requests_of(
-    questions: dict[str, data.Question], args: argparse.Namespace
-) -> dict[str, Request]:
+def requests_of(questions: Questions, args: argparse.Namespace) -> dict[str, Request]:
     """A request for every question, by its id, with as many samples as its kind has."""
-    counts, root = {True: args.n[0], False: args.n[-1]}, Path(args.images)
-    return {
-        key: make_request(question, args.prompt, root, counts[bool(question.images)])
-        for key, question in questions.items()
-    }
+    found = {}
+    for key, question in questions.items():
+        samples = args.n[0] if question.images else args.n[-1]
+        found[key] = make_request(question, args.prompt, Path(args.images), samples)
+    return found
 
 
-def judged_samples(
-    questions: dict[str, data.Question], args: argparse.Namespace
-) -> set[tuple[str, int]]:
+def judged_samples(questions: Questions, args: argparse.Namespace) -> set[tuple[str, int]]:
     """(id, sample) of the chains for the judge: --judge-samples of each image question, drawn by
     the seed alone, so that every run over these questions has the same."""
     n, chosen = args.n[0], set()
     count = min(args.judge_samples or n, n)
-    image_questions = [key for key, question in questions.items() if question.images]
-    for key in image_questions:
+    for key in (key for key, question in questions.items() if question.images):
         rng = random.Random(data.sample_seed(args.seed, key, n))
         chosen |= {(key, sample) for sample in rng.sample(range(n), count)}
     return chosen
 
 
 def costs(
-    questions: dict[str, data.Question], requests: Iterable[Request], args: argparse.Namespace
+    questions: Questions, requests: Iterable[Request], args: argparse.Namespace
 ) -> list[bill.Cost]:
     """What the engine, the grader and the judge may be asked at most."""
     longest = bill.LETTERS * args.max_tokens  # characters of a chain
@@ -131,7 +126,7 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
 
 
 def complete(
-    requests: dict[str, Request], questions: dict[str, data.Question], args: argparse.Namespace
+    requests: dict[str, Request], questions: Questions, args: argparse.Namespace
 ) -> list[dict]:
     """Rows of predictions.jsonl: the engine's completions of image questions, then of text ones."""
     engine, sampling = open_engine(args.engine, setup_of(args)), sampling_of(args)
@@ -140,11 +135,10 @@ def complete(
     def ask(role: str, part: list[Request]) -> dict[tuple[str, int], dict]:
         return inference.complete_all(engine, part, sampling, role, to_row, args)
 
-    image = [request for key, request in requests.items() if questions[key].images]
-    text = [request for key, request in requests.items() if not questions[key].images]
     rows = []
     # one after the other, so that all questions of a batch have as many samples
-    for part in (image, text):
+    for images in (True, False):
+        part = [one for key, one in requests.items() if bool(questions[key].images) == images]
         if part:
             rows += ask("evaluate", part).values()
     if args.prompt == "official":
@@ -155,10 +149,7 @@ def complete(
 
 
 def ask_for_letters(
-    ask: Callable,
-    requests: dict[str, Request],
-    rows: list[dict],
-    questions: dict[str, data.Question],
+    ask: Callable, requests: dict[str, Request], rows: list[dict], questions: Questions
 ) -> None:
     """MedXpertQA's second turn: asks for the letter after each finished chain, and adds it to the
     response."""
@@ -178,7 +169,7 @@ def ask_for_letters(
         row |= {"token_ids": None, "finish_reason": letter["finish_reason"]}
 
 
-def read_answers(rows: list[dict], questions: dict[str, data.Question], open_ended: bool) -> None:
+def read_answers(rows: list[dict], questions: Questions, open_ended: bool) -> None:
     """Adds to each row its choice and whether that is right: `extracted` and `correct` by our rule,
     `official` and `official_correct` by the benchmark's where it has one. An unfinished completion
     has no choice."""
@@ -191,7 +182,7 @@ def read_answers(rows: list[dict], questions: dict[str, data.Question], open_end
             row["official_correct"] = row["official"] == question.answer
 
 
-def grade(rows: list[dict], questions: dict[str, data.Question], args: argparse.Namespace) -> int:
+def grade(rows: list[dict], questions: Questions, args: argparse.Namespace) -> int:
     """Asks the grader which free answers mean the reference; those in its very words are right
     already. An answer without a readable grade is wrong. Returns how many those are."""
     engine = open_engine(args.open_ended, setup_of(args))
@@ -207,6 +198,14 @@ def grade(rows: list[dict], questions: dict[str, data.Question], args: argparse.
         row["correct"] = bool(verdict and verdict["Correct"])
         ungraded += verdict is None
     return ungraded
+
+
+def judge_rows(rows: list[dict], questions: Questions, args: argparse.Namespace) -> list[dict]:
+    """Verdicts on the chains that are for the judge, but for empty ones."""
+    chosen = judged_samples(questions, args)
+    chains = [row for row in rows if (row["id"], row["sample"]) in chosen]
+    chains = [row for row in chains if row["response"].strip()]
+    return judge_chains(open_engine(args.judge, setup_of(args)), chains, questions, args)
 
 
 def print_results(results: dict) -> None:
@@ -225,43 +224,6 @@ def print_results(results: dict) -> None:
         print(line)
     if results["ungraded"]:
         print(f"{results['ungraded']} answers have no readable grade, and count as wrong")
-
-
-def run(args: argparse.Namespace) -> None:
-    started, out = time.time(), Path(args.out)
-    questions = questions_of(args)
-    specs = [spec for spec in (args.engine, args.open_ended, args.judge) if spec]
-    inputs = [*args.questions, *filter(None, map(checkpoint, specs))]
-    images = data.image_files(args.images, map(vars, questions.values()))
-    if not stage.open_folder(args, inputs, inference.SPEED, images):
-        return
-    requests = requests_of(questions, args)
-    bill.announce(costs(questions, requests.values(), args), args.images_may_leave)
-    engines = {spec: identity(spec) for spec in specs}
-    rows = complete(requests, questions, args)
-    read_answers(rows, questions, bool(args.open_ended))
-    ungraded = grade(rows, questions, args) if args.open_ended else 0
-    data.write_jsonl(out / "predictions.jsonl", rows)
-    criteria, outputs = {}, [out / "predictions.jsonl", out / "results.json"]
-    if args.judge:
-        chosen = judged_samples(questions, args)
-        told = [row for row in rows if row["response"].strip()]  # nothing to judge in no text
-        chains = [row for row in told if (row["id"], row["sample"]) in chosen]
-        verdicts = judge_chains(open_engine(args.judge, setup_of(args)), chains, questions, args)
-        data.write_jsonl(out / "verdicts.jsonl", verdicts)
-        criteria = {(row["id"], row["sample"]): row["criteria"] for row in verdicts}
-        outputs.append(out / "verdicts.jsonl")
-    samples: dict[str, list[dict]] = {key: [] for key in questions}
-    for row in rows:
-        samples[row["id"]].append(row)
-    entries = [score.entry(question, samples[key], criteria) for key, question in questions.items()]
-    results = {"name": args.name or out.name, "engine": args.engine, "prompt": args.prompt}
-    results |= {"open_ended": args.open_ended, "ungraded": ungraded}
-    results |= {"sampling": vars(sampling_of(args))}
-    results |= score.make_results(entries)
-    score.write_results(out / "results.json", results)
-    print_results(results)
-    stage.finish(args, outputs, started, {}, engines)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -296,7 +258,36 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    run(parse(argv))
+    args, started = parse(argv), time.time()
+    out, questions = Path(args.out), questions_of(args)
+    specs = [spec for spec in (args.engine, args.open_ended, args.judge) if spec]
+    inputs = [*args.questions, *filter(None, map(checkpoint, specs))]
+    images = data.image_files(args.images, map(vars, questions.values()))
+    if not stage.open_folder(args, inputs, inference.SPEED, images):
+        return
+    requests = requests_of(questions, args)
+    bill.announce(costs(questions, requests.values(), args), args.images_may_leave)
+    engines = {spec: identity(spec) for spec in specs}
+    rows = complete(requests, questions, args)
+    read_answers(rows, questions, bool(args.open_ended))
+    ungraded = grade(rows, questions, args) if args.open_ended else 0
+    data.write_jsonl(out / "predictions.jsonl", rows)
+    criteria, outputs = {}, [out / "predictions.jsonl", out / "results.json"]
+    if args.judge:
+        verdicts = judge_rows(rows, questions, args)
+        data.write_jsonl(out / "verdicts.jsonl", verdicts)
+        criteria = {(row["id"], row["sample"]): row["criteria"] for row in verdicts}
+        outputs.append(out / "verdicts.jsonl")
+    samples: dict[str, list[dict]] = {key: [] for key in questions}
+    for row in rows:
+        samples[row["id"]].append(row)
+    entries = [score.entry(question, samples[key], criteria) for key, question in questions.items()]
+    results = {"name": args.name or out.name, "engine": args.engine, "prompt": args.prompt}
+    results |= {"open_ended": args.open_ended, "ungraded": ungraded}
+    results |= {"sampling": vars(sampling_of(args))} | score.make_results(entries)
+    score.write_results(out / "results.json", results)
+    print_results(results)
+    stage.finish(args, outputs, started, {}, engines)
 
 
 if __name__ == "__main__":

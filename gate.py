@@ -122,7 +122,7 @@ def gate_step(
     tokens = len(row[1].ids)
     with train.forward_only(policy):
         plain = policy(model.collate([row[:2]], processor).to(device), plain=True).sum()
-    off = abs(float(logp[0, : len(row[0].ids) + tokens].sum() - plain))
+    off = abs(float(logp[0, : len(row[0].ids) + tokens].detach().sum() - plain))
     claim = "trees and chunks have the plain row's log-probabilities"
     check_claim(claim, off <= tolerance(tokens, device), f"the first response is off by {off:.4f}")
 

@@ -22,8 +22,7 @@ Where we depart from the paper, or it is silent:
   2. How pairs are chosen is not said. All of Y_p x Y_n is our default: with 8 samples at 40 to 45 %
      accuracy it gives about the paper's 4,432 and 5,224 pairs from 2,000 image questions; one
      negative a positive does not.
-  3. An answer cut off by the token limit counts as wrong, so it is never a negative. Samples of one
-     text are one.
+  3. An answer cut off by the token limit is wrong, so never a negative. Equal samples are one.
   4. --criteria pairs under fewer than the four: a chain that meets those is positive.
 """
 
@@ -33,7 +32,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import cycle, product
+from itertools import product
 from pathlib import Path
 
 import answers
@@ -108,8 +107,8 @@ def judge_chains(
     """A verdict on each rollout, in their order. What was judged before is not asked again."""
     requests = [judge_request(questions[row["id"]], row, Path(args.images)) for row in rollouts]
     completions = inference.ask_yes_no(engine, requests, KEYS, "judge", args)
-    both = zip(rollouts, requests)
-    return [verdict_row(row, engine.spec, completions[request.id]) for row, request in both]
+    found = [completions[request.id] for request in requests]
+    return [verdict_row(row, engine.spec, said) for row, said in zip(rollouts, found)]
 
 
 def cost(chains: Iterable[tuple[data.Question, int]], args: argparse.Namespace) -> bill.Cost:
@@ -150,7 +149,7 @@ def verdicts(args: argparse.Namespace) -> None:
     stage.finish(args, [out / "verdicts.jsonl"], started, figures, {args.judge: answered_by})
 
 
-PAIR_RULES = ("all", "per-positive", "one", "length-matched")
+PAIR_RULES = ("all", "length-matched")
 # ours: a warning says so below these; the paper has 4,432 and 5,224 pairs (3.3)
 FEW_PAIRS, FEW_QUESTIONS = 100, 20
 ENDS = ("no_verdict", "rule_and_judge_disagree", "positive", "negative")  # of a right chain
@@ -160,23 +159,20 @@ def choose_pairs(
     positives: list[dict], negatives: list[dict], rule: str, cap: int, rng: random.Random
 ) -> list[tuple[dict, dict]]:
     """(chosen, rejected) of one question, in random order, at most `cap` unless it is 0. all: every
-    positive with every negative; per-positive: one negative for each positive; one: a single pair;
-    length-matched: for each positive the unused negative of the nearest length."""
+    positive with every negative; length-matched: each positive with the unused negative of the
+    nearest length. Equal texts count once."""
     texts = ({row["response"]: row for row in rows} for rows in (positives, negatives))
     good, bad = (rng.sample(list(rows.values()), len(rows)) for rows in texts)
-    pairs = []
     if rule == "all":
         pairs = list(product(good, bad))
         rng.shuffle(pairs)
-    elif rule == "length-matched":
+    else:
+        pairs = []
         for one in good[: len(bad)]:
             length = len(one["response"])
             nearest = min(bad, key=lambda other: abs(len(other["response"]) - length))
             bad.remove(nearest)
             pairs.append((one, nearest))
-    else:  # the negatives in turn
-        pairs = list(zip(good, cycle(bad)))
-    cap = 1 if rule == "one" else cap
     return pairs[:cap] if cap else pairs
 
 
@@ -253,13 +249,13 @@ def make_pairs(
 def print_report(report: dict) -> None:
     if len(report["criteria"]) < len(CRITERIA):
         print("positive is a chain that meets " + ", ".join(report["criteria"]))
-    print("candidates -> correct -> judged -> positive / negative -> questions with pairs -> pairs")
     judged = report["positive"] + report["negative"]
     line = "{candidates} -> {correct} -> {judged} -> {positive} / {negative} -> "
     line += "{questions_with_pairs} of {questions} -> {pairs}"
+    print("candidates -> correct -> judged -> positive / negative -> questions with pairs -> pairs")
     print(line.format(**report, judged=judged))
-    failing = report["negatives_failing"].items()
-    print("why negatives fail:   " + ", ".join(f"{name} {count}" for name, count in failing))
+    failing = [f"{name} {count}" for name, count in report["negatives_failing"].items()]
+    print("why negatives fail:   " + ", ".join(failing))
     print("length in words:      chosen {chosen}, rejected {rejected}".format(**report["words"]))
 
 

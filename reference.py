@@ -100,7 +100,7 @@ def compute(
         if not known:
             missing.append(parts)
     with open(path, "a", encoding="utf-8") if train.rank() == 0 else nullcontext() as log:
-        for done in log_probs(policy, forest, subtrees, missing, device, "reference"):
+        for done in log_probs(policy, forest, subtrees, missing, device, path.stem):
             rows = []
             for index, values in done:
                 one = subtrees[index]
@@ -111,7 +111,7 @@ def compute(
                         rows.append({"key": key, "logp": value, "tokens": tokens})
             if train.rank() == 0:
                 data.append_jsonl(log, rows)
-    train.print0(f"reference: {counts[False]} rows computed, {counts[True]} from {path.name}")
+    train.print0(f"{path.stem}: {counts[False]} rows computed, {counts[True]} from {path.name}")
     return stored
 
 
@@ -147,7 +147,7 @@ def gate_drift(
     then both had the same weights, images and positions. Up to TOKEN_WISE chains are computed once
     more, each as a row of its own: the trainer's difference from itself shows how much is only
     rounding. logp: the reference's value of each chain, by its key. A collective."""
-    ends = [(tree, forest.edges[tree][edge]) for tree, edge in forest.places]
+    ends = forest.places
     values = [[logp[forest.keys[tree][chain]] for chain in edge] for tree, edge in ends]
     chains = drift.chains_of([pairs[index] for index in forest.pairs], values)
     if not chains:

@@ -26,7 +26,8 @@ Where we depart from the paper, or it is silent: its trainer shuffles pairs and 
 import argparse
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -51,62 +52,67 @@ class Chain:
     ids: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+Place = tuple[int, Edge]  # of a pair: its tree, and its chains there
+
+
+@dataclass
 class Tree:
-    """A question's prompt, images and chains, and its pairs as edges between chains. Its id is that
-    of its first pair."""
+    """A question's prompt, images and chains. Its id is that of its first pair."""
 
     id: str
     prompt: list[dict]
     images: list[str]
-    chains: tuple[Chain, ...]
-    edges: tuple[Edge, ...]
+    chains: list[Chain] = field(default_factory=list)
+
+    def index(self, chain: Chain) -> int:
+        """A chain's place in `chains`. It is added unless one with the same tokens is there."""
+        for index, other in enumerate(self.chains):
+            if other.ids == chain.ids:
+                return index
+        self.chains.append(chain)
+        return len(self.chains) - 1
 
 
 def group(
-    pairs: list[dict], chain_of: Callable[[dict, str], Chain], key_of: Callable[[dict], str]
-) -> tuple[list[Tree], list[tuple[int, int]]]:
-    """(trees, (tree, edge) of each pair). Pairs are of one question if `key_of` is the same, a hash
-    of prompt and images; two chains are one if their tokens are. chain_of(pair, side) is one's."""
-    keys: dict[str, int] = {}
-    rows: list[dict] = []
-    chains: list[dict[tuple[int, ...], tuple[int, Chain]]] = []
-    edges: list[list[Edge]] = []
-    places = []
+    pairs: list[dict], processor: model.Processor, image_root: Path
+) -> tuple[list[Tree], list[Place]]:
+    """(trees, place of each pair). Pairs of the same prompt and images are of one tree."""
+    trees: list[Tree] = []
+    places: list[Place] = []
+    numbers: dict[str, int] = {}  # question_key -> tree
     for pair in pairs:
-        tree = keys.setdefault(key_of(pair), len(keys))
-        if tree == len(rows):
-            rows.append(pair)
-            chains.append({})
-            edges.append([])
-        both = [chain_of(pair, side) for side in SIDES]
-        ends = [chains[tree].setdefault(one.ids, (len(chains[tree]), one))[0] for one in both]
-        places.append((tree, len(edges[tree])))
-        edges[tree].append(tuple(ends))
-    trees = [
-        Tree(row["id"], row["prompt"], row["images"], tuple(chain for _, chain in held), tuple(own))
-        for row, held, own in zip(rows, (own.values() for own in chains), edges)
-    ]
+        number = numbers.setdefault(question_key(pair, image_root), len(trees))
+        if number == len(trees):
+            trees.append(Tree(pair["id"], pair["prompt"], pair["images"]))
+        chosen, rejected = (chain_of(pair, side, processor) for side in SIDES)
+        places.append((number, (trees[number].index(chosen), trees[number].index(rejected))))
     return trees, places
+
+
+def edges_of(places: Sequence[Place], trees: int) -> list[list[Edge]]:
+    """The edges of each of so many trees."""
+    edges: list[list[Edge]] = [[] for _ in range(trees)]
+    for tree, edge in places:
+        edges[tree].append(edge)
+    return edges
 
 
 LEAST = 16  # ours: pairs that are held out at least, for figures that say something
 MOST = 0.2  # ours: of the pairs; where LEAST are more than that, none are held out
 
 
-def held_out(trees: Sequence[Tree], counts: Sequence[int], share: float) -> set[int]:
+def held_out(trees: Sequence[Tree], places: Sequence[Place], share: float) -> set[int]:
     """The questions that are kept out of training, by a hash of their ids: a share of those that
-    have pairs, and as many more as it takes to LEAST pairs. counts: the pairs of each."""
-    having = [tree for tree, count in enumerate(counts) if count]
-    order = sorted(having, key=lambda tree: data.content_hash(trees[tree].id))
+    have pairs, and as many more as it takes to LEAST pairs."""
+    counts = Counter(tree for tree, _ in places)
     held: set[int] = set()
     pairs = 0
-    for tree in order if share else ():
-        if len(held) >= share * len(having) and pairs >= LEAST:
+    for tree in sorted(counts, key=lambda tree: (data.content_hash(trees[tree].id), tree)):
+        if len(held) >= share * len(counts) and pairs >= LEAST:
             break
         held.add(tree)
         pairs += counts[tree]
-    return held if pairs <= MOST * sum(counts) else set()
+    return held if share and pairs <= MOST * len(places) else set()
 
 
 @dataclass(frozen=True)
@@ -156,71 +162,48 @@ def subtrees_of(
     return found
 
 
-Step = list[tuple[int, list[Edge]]]  # (tree, its edges in this step)
-
-
 def plan(
-    edges: Sequence[Sequence[Edge]],
-    places: Sequence[tuple[int, int]],
-    sizes: Sequence[Sequence[int]],
-    order: str,
-    batch: int,
-    epochs: float,
-    seed: int,
-    limit: int,
+    places: Sequence[Place], sizes: Sequence[Sequence[int]], args: argparse.Namespace
 ) -> tuple[list[Subtree], list[list[int]]]:
-    """(subtrees, those of each step), for all epochs. edges: of each tree; places: (tree, edge) of
-    each pair; sizes: of each tree, its prompt's tokens and its chains'."""
+    """(subtrees, those of each step), for all epochs. sizes: of each tree, its prompt's tokens and
+    its chains'."""
     subtrees: list[Subtree] = []
     steps: list[list[int]] = []
-    epoch = 0
-    while epoch < epochs:
-        found = by_pair if order == "pair" else by_question
-        chosen = found(edges, places, batch, seed, epoch)
-        for step in chosen[: math.ceil((epochs - epoch) * len(chosen))]:
-            steps.append([])
-            for tree, own in step:
-                new = subtrees_of(tree, sizes[tree], own, limit)
-                steps[-1] += range(len(subtrees), len(subtrees) + len(new))
-                subtrees += new
-        epoch += 1
+    for epoch in range(math.ceil(args.epochs)):
+        if args.order == "pair":
+            parts = by_pair(places, args.batch, args.seed, epoch)
+        else:
+            parts = by_question(edges_of(places, len(sizes)), args.batch, args.seed, epoch)
+        for part in parts[: math.ceil((args.epochs - epoch) * len(parts))]:
+            begin = len(subtrees)
+            edges: dict[int, list[Edge]] = {}
+            for tree, edge in part:
+                edges.setdefault(tree, []).append(edge)
+            for tree, own in edges.items():
+                subtrees += subtrees_of(tree, sizes[tree], own, args.max_length)
+            steps.append(list(range(begin, len(subtrees))))
     return subtrees, steps
 
 
-def by_pair(
-    edges: Sequence[Sequence[Edge]],
-    places: Sequence[tuple[int, int]],
-    batch: int,
-    seed: int,
-    epoch: int,
-) -> list[Step]:
+def by_pair(places: Sequence[Place], batch: int, seed: int, epoch: int) -> list[list[Place]]:
     """Steps of `batch` pairs."""
-    order, steps = train.order(len(places), seed, epoch), []
-    for at in range(0, len(order), batch):
-        own: dict[int, list[Edge]] = {}
-        for tree, edge in (places[pair] for pair in order[at : at + batch]):
-            own.setdefault(tree, []).append(edges[tree][edge])
-        steps.append(list(own.items()))
-    return steps
+    order = [places[pair] for pair in train.order(len(places), seed, epoch)]
+    return [order[at : at + batch] for at in range(0, len(order), batch)]
 
 
 def by_question(
-    edges: Sequence[Sequence[Edge]],
-    places: Sequence[tuple[int, int]],
-    batch: int,
-    seed: int,
-    epoch: int,
-) -> list[Step]:
+    edges: Sequence[Sequence[Edge]], batch: int, seed: int, epoch: int
+) -> list[list[Place]]:
     """Steps of about `batch` pairs: each question goes whole into the step in which its middle pair
     would be. A step that none falls into, beside a question of many pairs, is no step."""
-    steps: dict[int, Step] = {}
+    steps: dict[int, list[Place]] = {}
     count = 0
     for tree in train.order(len(edges), seed, epoch):
-        n = len(edges[tree])
-        if n:
-            steps.setdefault((count + n // 2) // batch, []).append((tree, list(edges[tree])))
-        count += n
-    return [steps[number] for number in sorted(steps)]
+        number = (count + len(edges[tree]) // 2) // batch
+        for edge in edges[tree]:
+            steps.setdefault(number, []).append((tree, edge))
+        count += len(edges[tree])
+    return list(steps.values())
 
 
 def step_facts(subtrees: Sequence[Subtree], step: Sequence[int]) -> dict[str, float]:
@@ -280,11 +263,6 @@ def chain_keys(row: model.Row, checkpoint: str) -> list[str]:
     return [data.content_hash([checkpoint, row[0].ids, pixels, segment.ids]) for segment in row[1:]]
 
 
-def pair_tokens(sizes: Sequence[int], edge: Edge) -> int:
-    """Of a single pair: its prompt and its two chains."""
-    return sizes[0] + sum(sizes[1 + chain] for chain in edge)
-
-
 @dataclass
 class Forest:
     """All pairs of a file as trees, without those that alone are too long."""
@@ -294,28 +272,16 @@ class Forest:
     keys: list[list[str]]  # of each tree: chain_keys
     processor: model.Processor
     image_root: Path
-    edges: list[list[Edge]] = field(default_factory=list)  # of each tree: its pairs
-    places: list[tuple[int, int]] = field(default_factory=list)  # of each pair: (tree, edge)
+    places: list[Place] = field(default_factory=list)  # of each pair
     pairs: list[int] = field(default_factory=list)  # which rows of the file they are
-    dropped: list[int] = field(default_factory=list)  # tokens of the pairs that are left out
-
-    def add(self, places: list[tuple[int, int]], limit: int) -> None:
-        """The pairs that alone are of at most `limit` tokens."""
-        self.edges.extend([] for _ in self.trees)
-        for pair, (tree, number) in enumerate(places):
-            edge = self.trees[tree].edges[number]
-            if (tokens := pair_tokens(self.sizes[tree], edge)) > limit:
-                self.dropped.append(tokens)
-                continue
-            self.pairs.append(pair)
-            self.places.append((tree, len(self.edges[tree])))
-            self.edges[tree].append(edge)
+    dropped: int = 0  # pairs that are left out
+    reference: dict[str, float] = field(default_factory=dict)  # log pi_ref of each chain, by key
 
     def subtrees(self, limit: int) -> list[Subtree]:
         """All of each tree's chains at once, or in as few subtrees as `limit` allows."""
         return [
             one
-            for tree, own in enumerate(self.edges)
+            for tree, own in enumerate(edges_of(self.places, len(self.trees)))
             for one in subtrees_of(tree, self.sizes[tree], own, limit)
         ]
 
@@ -325,29 +291,24 @@ class Forest:
     def encode(self, one: Subtree) -> model.Row:
         return encode_tree(self.trees[one.tree], one.chains, self.processor, self.image_root)
 
-    def collate(
-        self, subtrees: Sequence[Subtree], weights: list[float], logp: dict[str, float]
-    ) -> model.Batch:
-        """Subtrees as a batch with edges and log pi_ref. logp: of each chain, by its key."""
-        rows = [
-            (self.encode(one), [logp[key] for key in self.keys_of(one)], one.edges)
-            for one in subtrees
-        ]
+    def collate(self, subtrees: Sequence[Subtree], weights: Sequence[float]) -> model.Batch:
+        """Subtrees as a batch with edges and log pi_ref."""
+        rows = []
+        for one in subtrees:
+            values = [self.reference[key] for key in self.keys_of(one)]
+            rows.append((self.encode(one), values, one.edges))
         return collate_trees(rows, weights, self.processor)
 
 
 def read_forest(args: argparse.Namespace, pairs: list[dict]) -> Forest:
-    """The pairs as trees, checked, less those that are too long. Prints what is dropped. A
+    """Makes trees of the pairs, checks them, and prints how many are dropped for their length. A
     collective."""
     root, processor = Path(args.images), model.Processor(args.model, args.pixels, args.tiles)
-    ids = ("chosen_token_ids", "rejected_token_ids")
-    textual = sum(not all(row.get(name) for name in ids) for row in pairs)
+    textual = sum(not all(row.get(f"{side}_token_ids") for side in SIDES) for row in pairs)
     if textual and args.require_token_ids:
         said = f"{args.pairs}: {textual} pairs have no token ids; sample with an engine"
         train.refuse(data.RowError(f"{said} that tells them, or drop --require-token-ids"))
-    grown, places = group(
-        pairs, lambda row, side: chain_of(row, side, processor), lambda row: question_key(row, root)
-    )
+    trees, places = group(pairs, processor, root)
     # a 72B takes minutes to hash: once, not on every rank
     checkpoint = train.from_first(lambda: stage.fingerprint(args.model))
 
@@ -356,48 +317,43 @@ def read_forest(args: argparse.Namespace, pairs: list[dict]) -> Forest:
 
     kept = gate.gate_rows(
         args.pairs,
-        [(tree.id, tree, [chain.text for chain in tree.chains]) for tree in grown],
+        [(tree.id, tree, [chain.text for chain in tree.chains]) for tree in trees],
         lambda tree: encode_tree(tree, range(len(tree.chains)), processor, root),
         keep,
         processor,
     )
-    forest = Forest(grown, [one for one, _ in kept], [one for _, one in kept], processor, root)
-    forest.add(places, args.max_length)
-    over = f"({len(forest.dropped)} over {args.max_length} tokens: --max-length)"
-    kept = f"pairs: kept {len(forest.places)} of {len(pairs)}"
+    sizes, keys = [tokens for tokens, _ in kept], [own for _, own in kept]
+    lengths = [
+        sizes[tree][0] + sizes[tree][1 + chosen] + sizes[tree][1 + rejected]
+        for tree, (chosen, rejected) in places
+    ]
+    fitting = [pair for pair, length in enumerate(lengths) if length <= args.max_length]
+    dropped = [length for length in lengths if length > args.max_length]
+    over = f"({len(dropped)} over {args.max_length} tokens: --max-length)"
+    kept = f"pairs: kept {len(fitting)} of {len(pairs)}"
     train.print0(f"{kept} {over}, {textual} tokenised from text")
-    if not forest.places:
+    if not fitting:
         said = f"every pair is over {args.max_length} tokens"
         train.refuse(data.RowError(f"{args.pairs}: {said}; raise --max-length"))
-    if dropped := forest.dropped:
-        longest = max(pair_tokens(forest.sizes[t], forest.edges[t][e]) for t, e in forest.places)
+    if dropped:
+        longest = max(lengths[pair] for pair in fitting)
         tokens = f"{min(dropped):,} to {max(dropped):,} tokens, those kept up to {longest:,}"
         train.print0(f"warning: the pairs that are dropped have {tokens}: long chains go first")
-    return forest
+    fit = [places[pair] for pair in fitting]
+    return Forest(trees, sizes, keys, processor, root, fit, fitting, len(dropped))
 
 
 def make_plan(
     args: argparse.Namespace, forest: Forest, held: set[int]
 ) -> tuple[list[Subtree], list[list[int]]]:
-    """(subtrees, those of each step) of the trees that are not held out. Prints what they are."""
-    trained_on = [[] if tree in held else own for tree, own in enumerate(forest.edges)]
+    """Plans the steps over the trees that are not held out, and prints the plan. Returns
+    (subtrees, those of each step)."""
     places = [place for place in forest.places if place[0] not in held]
-    subtrees, steps = plan(
-        trained_on,
-        places,
-        forest.sizes,
-        args.order,
-        args.batch,
-        args.epochs,
-        args.seed,
-        args.max_length,
-    )
-    train.print0(
-        f"plan: {len(steps)} steps of {len(subtrees)} trees, "
-        f"{sum(one.tokens for one in subtrees):,} tokens, of {sum(map(bool, trained_on))} questions"
-    )
-    pairs_held = len(forest.places) - len(places)
-    train.print0(f"held out: {pairs_held} pairs of {len(held)} questions")
+    subtrees, steps = plan(places, forest.sizes, args)
+    tokens, questions = sum(one.tokens for one in subtrees), {tree for tree, _ in places}
+    said = f"plan: {len(steps)} steps of {len(subtrees)} trees, {tokens:,} tokens, of "
+    train.print0(f"{said}{len(questions)} questions")
+    train.print0(f"held out: {len(forest.places) - len(places)} pairs of {len(held)} questions")
     return subtrees, steps
 
 
@@ -405,7 +361,7 @@ Encoded = tuple[model.Row, list[float], Sequence[Edge]]  # row, reference values
 
 
 def collate_trees(
-    rows: list[Encoded], weights: list[float], processor: model.Processor
+    rows: list[Encoded], weights: Sequence[float], processor: model.Processor
 ) -> model.Batch:
     """Rows with their reference values and edges to one batch."""
     batch = model.collate([row for row, _, _ in rows], processor, weights)

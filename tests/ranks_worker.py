@@ -100,7 +100,7 @@ def pair(index: int, image: str | None = None, processor: model.Processor | None
 def encode_pair(row: dict, processor: model.Processor, root: Path) -> model.Row:
     """prompt -> chosen, prompt -> rejected: the tree of a single pair"""
     chains = tuple(trees.chain_of(row, side, processor) for side in trees.SIDES)
-    tree = trees.Tree(row["id"], row["prompt"], row["images"], chains, ((0, 1),))
+    tree = trees.Tree(row["id"], row["prompt"], row["images"], list(chains))
     return trees.encode_tree(tree, (0, 1), processor, root)
 
 
@@ -137,7 +137,6 @@ def forest_of(
         [trees.chain_keys(row, checkpoint) for row in rows],
         processor,
         Path("."),
-        list(edges),
         rows=rows,
     )
     return forest, whole
@@ -266,18 +265,17 @@ def prepare(
             rows,
         )
 
-    rows, _ = trees.group(  # seven, of one or two pairs
-        rows,
-        lambda row, side: trees.chain_of(row, side, processor),
-        lambda row: trees.question_key(row, root),
-    )
+    rows, places = trees.group(rows, processor, root)  # seven, of one or two pairs
+    edges = trees.edges_of(places, len(rows))
     encoded = [trees.encode_tree(row, range(len(row.chains)), processor, root) for row in rows]
-    forest, whole = forest_of(encoded, processor, edges=[row.edges for row in rows])
+    forest, whole = forest_of(encoded, processor, edges=edges)
     rounds = reference.rounds_of([1] * len(rows), micro if device else 1)
     if device:
         path = out / "reference.jsonl"
         logp = reference.compute(path, policy, forest, whole, rounds, device)
-        dpo.gate_reference(policy, forest, whole, logp, dpo.BETA, micro, device)
+        forest.reference = logp
+        batches = dpo.pair_batches(forest, whole[: dpo.FIRST * train.world_size()], micro, device)
+        dpo.gate_reference(policy, batches, dpo.BETA, device)
     else:
         logp, cpu = {}, torch.device("cpu")
         for done in reference.log_probs(policy, forest, whole, rounds, cpu, ""):
@@ -286,7 +284,7 @@ def prepare(
     return (
         policy,
         lambda logp, b: dpo.pair_loss(logp, b, dpo.BETA),
-        lambda i: (encoded[i], [logp[key] for key in forest.keys[i]], rows[i].edges),
+        lambda i: (encoded[i], [logp[key] for key in forest.keys[i]], edges[i]),
         lambda r, w: trees.collate_trees(r, w, processor),
         rows,
     )

@@ -280,7 +280,7 @@ OTHER_FLAGS = {
         (["--images", ".."], r"images '\.' -> '\.\.'"),
     ],
     "pairs": [
-        (["--rule", "one"], "rule 'all' -> 'one'"),
+        (["--rule", "length-matched"], "rule 'all' -> 'length-matched'"),
         (["--cap", "1"], "cap 0 -> 1"),
         (["--criteria", "No_Hallucination"], r"criteria \[.*\] -> \['No_Hallucination'\]"),
     ],

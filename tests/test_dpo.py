@@ -431,8 +431,8 @@ def test_stored_values_hold_under_another_micro_batch(
 
 def gate_one(policy, row: model.Row, values: list[float], processor, beta: float) -> None:
     forest, whole = forest_of([row], processor)
-    logp = dict(zip(forest.keys[0], values))
-    dpo.gate_reference(policy, forest, whole, logp, beta, 1, CPU)
+    forest.reference = dict(zip(forest.keys[0], values))
+    dpo.gate_reference(policy, dpo.pair_batches(forest, whole, 1, CPU), beta, CPU)
 
 
 def long_row(processor, films) -> model.Row:

@@ -739,21 +739,6 @@ def test_all_is_every_positive_with_every_negative(seed):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_per_positive_gives_each_positive_one_negative_and_uses_the_negatives_in_turn(seed):
-    pairs = chosen(texts(1, 2, 3, mark="p"), texts(1, 2, mark="n"), "per-positive", seed=seed)
-    assert sorted(good for good, _ in pairs) == ["p", "pp", "ppp"]
-    used = [bad for _, bad in pairs]
-    assert sorted(used.count(bad) for bad in ("n", "nn")) == [1, 2]
-    assert len(chosen(texts(1, mark="p"), texts(1, 2, 3, mark="n"), "per-positive", seed=seed)) == 1
-
-
-@pytest.mark.parametrize("seed", SEEDS)
-def test_one_is_a_single_pair(seed):
-    ((good, bad),) = chosen(texts(1, 2, mark="p"), texts(1, 2, mark="n"), "one", seed=seed)
-    assert good in ("p", "pp") and bad in ("n", "nn")
-
-
-@pytest.mark.parametrize("seed", SEEDS)
 def test_length_matched_takes_the_unused_negative_of_the_nearest_length(seed):
     # each positive has one negative that is nearest to it alone, so the order of drawing cannot
     # matter

@@ -1,6 +1,7 @@
 """A question's pairs as one tree: the loss and gradient of its pairs one by one; the plan of all
 steps."""
 
+import argparse
 import json
 import math
 from collections import Counter
@@ -46,12 +47,10 @@ def question(number: int, ends: list[tuple[int, int]], image: str | None, proces
     return rows
 
 
-def grown(pairs: list[dict], processor, films) -> tuple[list[trees.Tree], list[tuple[int, int]]]:
-    return trees.group(
-        pairs,
-        lambda row, side: trees.chain_of(row, side, processor),
-        lambda row: trees.question_key(row, films),
-    )
+def grown(pairs: list[dict], processor, films) -> tuple[list[trees.Tree], list[list[trees.Edge]]]:
+    """The trees of some pairs, and the edges of each."""
+    found, places = trees.group(pairs, processor, films)
+    return found, trees.edges_of(places, len(found))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -67,10 +66,13 @@ def test_pairs_are_grouped_by_prompt_and_images_and_chains_by_their_tokens(folde
     copied = [
         {**row, "images": ["copy.png"]} for row in question(0, [(3, 2)], "film0.png", processor)
     ]
-    found, places = grown([*first, *second, *renamed, *copied], processor, films)
-    assert [tree.edges for tree in found] == [((0, 1), (0, 2), (3, 1), (2, 1), (3, 2)), ((0, 1),)]
+    pairs = [*first, *second, *renamed, *copied]
+    found, edges = grown(pairs, processor, films)
+    assert edges == [[(0, 1), (0, 2), (3, 1), (2, 1), (3, 2)], [(0, 1)]]
     assert [len(tree.chains) for tree in found] == [4, 2] and found[0].id == "p0"
-    assert places == [(0, 0), (0, 1), (0, 2), (1, 0), (0, 3), (0, 4)]
+    _, places = trees.group(pairs, processor, films)
+    assert [tree for tree, _ in places] == [0, 0, 0, 1, 0, 0]
+    assert [edge for tree, edge in places if tree == 0] == edges[0]
 
 
 EDGES = [
@@ -91,7 +93,7 @@ def test_a_tree_has_the_loss_the_gradient_and_the_figures_of_its_pairs_one_by_on
     policy.freeze_vision()
     other = question(1, [(0, 1)], "film1.png", processor)  # beside it, with fewer chains
     pairs = question(0, EDGES, image, processor) + other
-    (tree, single), _ = grown(pairs, processor, films)
+    (tree, single), edges = grown(pairs, processor, films)
     reference = {chain.ids: -40.0 - 3 * k for k, chain in enumerate((*tree.chains, *single.chains))}
 
     alone = []
@@ -102,9 +104,9 @@ def test_a_tree_has_the_loss_the_gradient_and_the_figures_of_its_pairs_one_by_on
         (
             trees.encode_tree(one, range(len(one.chains)), processor, films),
             [reference[chain.ids] for chain in one.chains],
-            one.edges,
+            own,
         )
-        for one in (tree, single)
+        for one, own in zip((tree, single), edges)
     ]
     found = []
     for batch in (
@@ -127,14 +129,14 @@ def test_a_tree_of_weight_zero_adds_no_pair(folders, films):
     processor = model.Processor(folders["qwen"], 56 * 56, 1)
     policy = hub.load_policy(folders["qwen"])
     pairs = question(0, EDGES, None, processor) + question(1, [(0, 1)], None, processor)
-    found, _ = grown(pairs, processor, films)
+    found, edges = grown(pairs, processor, films)
     rows = [
         (
             trees.encode_tree(one, range(len(one.chains)), processor, films),
             [-40.0] * len(one.chains),
-            one.edges,
+            own,
         )
-        for one in found
+        for one, own in zip(found, edges)
     ]
     both = trees.collate_trees(rows, [1.0, 0.0], processor)
     one = trees.collate_trees(rows[:1], [1.0], processor)
@@ -180,12 +182,13 @@ def test_a_cut_opens_with_the_cheapest_pair_and_adds_what_costs_least():
 
 COUNTS = [9, 1, 4, 6, 2, 2, 3, 5, 1, 7]  # pairs of each question
 FOREST = [[(0, 1 + k) for k in range(n)] for n in COUNTS]
-PLACES = [(t, k) for t, n in enumerate(COUNTS) for k in range(n)]
+PLACES = [(t, edge) for t, own in enumerate(FOREST) for edge in own]
 SIZES = [[50, *range(10, 11 + n)] for n in COUNTS]
 
 
-def planned(order: str, batch: int = BATCH, epochs: float = 1, seed: int = 0, limit: int = 10**6):
-    return trees.plan(FOREST, PLACES, SIZES, order, batch, epochs, seed, limit)
+def planned(order, batch=BATCH, epochs=1, seed=0, limit=10**6, places=PLACES):
+    named = {"order": order, "batch": batch, "epochs": epochs, "seed": seed, "max_length": limit}
+    return trees.plan(places, SIZES, argparse.Namespace(**named))
 
 
 def edges_of(rows: list[trees.Subtree], step: list[int]) -> list[tuple[int, int, int]]:
@@ -216,7 +219,7 @@ def test_shuffled_pairs_come_as_the_shuffle_of_rows_has_them_and_share_a_tree_wh
     order = train.order(sum(COUNTS), 0, 0)
     for number, step in enumerate(steps):
         own = [PLACES[index] for index in order[BATCH * number : BATCH * (number + 1)]]
-        assert edges_of(rows, step) == sorted((t, *FOREST[t][k]) for t, k in own)
+        assert edges_of(rows, step) == sorted((t, *edge) for t, edge in own)
         assert len({rows[index].tree for index in step}) == len(step)  # one row a question
     assert [len(edges_of(rows, step)) for step in steps] == [8, 8, 8, 8, 8]
 
@@ -229,7 +232,7 @@ def test_whole_questions_fill_steps_of_about_the_batch():
             assert len(own) == COUNTS[tree]  # never split over steps
     sizes = [len(edges_of(rows, step)) for step in steps]
     assert sum(sizes) == 40 and all(1 <= size < BATCH + max(COUNTS) for size in sizes)
-    one, alone = trees.plan([FOREST[0]], PLACES[:9], SIZES[:1], "question", 2, 1, 0, 10**6)
+    one, alone = planned("question", batch=2, places=PLACES[:9])
     assert len(one) == len(alone) == 1  # nine pairs in steps of two: no step is empty
 
 
@@ -360,23 +363,21 @@ def test_only_a_pair_that_alone_is_too_long_is_dropped_and_its_length_is_told(
 # Held out
 
 
-def forest(counts: list[int]) -> list[trees.Tree]:
-    return [
-        trees.Tree(f"q{n}", [], [], (), tuple((0, 1) for _ in range(k)))
-        for n, k in enumerate(counts)
-    ]
+def held(counts: list[int], share: float) -> set[int]:
+    """The questions that are held out of some with these counts of pairs."""
+    found = [trees.Tree(f"q{n}", [], []) for n in range(len(counts))]
+    places = [(tree, (0, 1)) for tree, count in enumerate(counts) for _ in range(count)]
+    return trees.held_out(found, places, share)
 
 
 def test_held_out_questions_are_drawn_by_their_ids_and_have_pairs_enough():
     counts = [3] * 400
-    held = trees.held_out(forest(counts), counts, 0.05)
-    assert len(held) == 20 and held == trees.held_out(forest(counts), counts, 0.05)
-    few = [1] * 100  # five questions would have five pairs
-    assert len(trees.held_out(forest(few), few, 0.05)) == trees.LEAST
-    assert trees.held_out(forest([2] * 20), [2] * 20, 0.05) == set()  # 16 of 40 pairs are too many
-    assert trees.held_out(forest(counts), counts, 0) == set()
+    assert len(held(counts, 0.05)) == 20 and held(counts, 0.05) == held(counts, 0.05)
+    assert len(held([1] * 100, 0.05)) == trees.LEAST  # five questions would have five pairs
+    assert held([2] * 20, 0.05) == set()  # 16 of 40 pairs are too many
+    assert held(counts, 0) == set()
     empty = [0, 4] * 100
-    assert all(empty[tree] for tree in trees.held_out(forest(empty), empty, 0.05))
+    assert all(empty[tree] for tree in held(empty, 0.05))
 
 
 def test_held_out_pairs_are_looked_at_and_never_trained_on(folders, films, tmp_path, capsys):
@@ -386,9 +387,9 @@ def test_held_out_pairs_are_looked_at_and_never_trained_on(folders, films, tmp_p
     run(folders["qwen"], films, tmp_path, pairs, *flags)
     said, history = capsys.readouterr().out, schema.read_metrics(tmp_path / "out")
     figures = json.loads((tmp_path / "out" / "stage.json").read_text())["figures"]
-    held = figures["held_out"]
-    assert held >= trees.LEAST and f"held out: {held} pairs of " in said
-    assert sum(row["pairs"] for row in history) == figures["pairs"] == len(pairs) - held
+    count = figures["held_out"]
+    assert count >= trees.LEAST and f"held out: {count} pairs of " in said
+    assert sum(row["pairs"] for row in history) == figures["pairs"] == len(pairs) - count
     looked = [row for row in history if "held_loss" in row]
     assert looked and looked[-1] == history[-1]  # 11 steps: one more often than every tenth
     assert (
@@ -402,14 +403,15 @@ def test_held_out_pairs_are_looked_at_and_never_trained_on(folders, films, tmp_p
         for name in ("reference", "after")
     )
     assert before.keys() == after.keys()
-    grown_, _ = grown(pairs, processor, films)
-    kept = trees.held_out(grown_, [len(tree.edges) for tree in grown_], 0.05)
+    found, places = trees.group(pairs, processor, films)
+    edges = trees.edges_of(places, len(found))
+    kept = trees.held_out(found, places, 0.05)
     checkpoint = stage.fingerprint(folders["qwen"])
     losses = []
-    for tree in (grown_[number] for number in kept):
-        row = trees.encode_tree(tree, range(len(tree.chains)), processor, films)
+    for number in kept:
+        row = trees.encode_tree(found[number], range(len(found[number].chains)), processor, films)
         keys = trees.chain_keys(row, checkpoint)
-        for chosen, rejected in tree.edges:
+        for chosen, rejected in edges[number]:
             ends = [after[keys[end]] - before[keys[end]] for end in (chosen, rejected)]
             losses.append(math.log1p(math.exp(-dpo.BETA * (ends[0] - ends[1]))))
     assert history[-1]["held_loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-4)
