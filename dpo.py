@@ -22,18 +22,17 @@ OUT/reference.jsonl, OUT/after.jsonl, OUT/stage.json
 
 Where we depart from the paper, or it is silent:
   1. lr 1e-6, full parameters and the cosine are the paper's (App. C), as is LoRA for 32B and 72B
-     (its lr, 5e-6, is ours). Beta 0.1, one epoch, batch 64, warm-up 10 % are ours.
+     (its lr, 5e-6, is ours). "Full" is the language model: vision tower and projector are frozen.
+     Beta 0.1, one epoch, batch 64, warm-up 10 % are ours.
   2. LoRA trains a fresh adapter on the *merged* Stage-I weights. Its trainer would resume Stage I's
      adapter and switch it off for the reference, which is then the raw base model.
   3. A rollout's own token ids are trained on; a pair without them is tokenised, and counted.
   4. Log-probabilities are sums over the response, <|im_end|> included, as in Eq. 1, never means.
   5. --order pair shuffles pairs, as the paper's trainer does; --order question keeps a question's
      pairs in one step. Pairs of a question are alike: 64 of them are worth about 23 independent
-     ones (`worth` in each step's line). In the miniature, two base models, five seeds each, on
-     development questions: questions take half the time and reach .427 and .529 of chains that
-     meet all criteria, pairs .448 and .544 (accuracy .691, .666 and .697, .659; held-out loss .212,
-     .232 and .207, .191). Questions lose more than the .02 set beforehand on one base, so pairs are
-     the default.
+     ones (`worth` in each step's line). In the miniature questions take half the time and lose a
+     little more than the .02 of all-criteria chains set beforehand, so pairs are the default
+     (docs/running.md has the figures).
 """
 
 import argparse
@@ -62,8 +61,8 @@ HELD_TIMES = 10  # ours: how often in a run the pairs that are held out are look
 def dpo_loss(
     chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Eq. 1, unreduced. All (B,), log-probabilities of whole responses by the policy, then by the
-    reference. Returns (losses, rewards of the chosen, rewards of the rejected).
+    """Eq. 1, unreduced. All (E,), a value for each pair: log-probabilities of whole responses by
+    the policy, then by the reference. Returns (losses, rewards of the chosen, rewards of the rejected).
 
     A reward is beta (log pi - log pi_ref). d loss / d chosen = -beta sigmoid(-beta h).
     """

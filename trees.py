@@ -9,8 +9,10 @@ as one batch element, too). A question whose chains A and B meet all criteria an
 
     pairs         (A, C)  (B, C)
     one by one    prompt A | prompt C        prompt B | prompt C        four rows
-    tree          prompt A B C               each chain sees the prompt and itself: one row
-    edges         (0, 2)  (1, 2)             two terms of Eq. 1 from three values of log p
+    tree          prompt A C B               each chain sees the prompt and itself: one row
+    edges         (0, 1)  (2, 1)             two terms of Eq. 1 from three values of log p
+
+Chains are numbered as they appear in the pairs, from 0.
 
 The plan is made before the first step: which pairs a step has is a function of seed, batch, order
 and the trees, and does not depend on the number of ranks. It fixes the number of steps, and so the
