@@ -62,7 +62,7 @@ def dpo_loss(
     chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Eq. 1, unreduced. All (E,), a value for each pair: log-probabilities of whole responses by
-    the policy, then by the reference. Returns (losses, rewards of the chosen, rewards of the rejected).
+    the policy, then by the reference. Returns (losses, rewards of the chosen, of the rejected).
 
     A reward is beta (log pi - log pi_ref). d loss / d chosen = -beta sigmoid(-beta h).
     """
