@@ -610,6 +610,6 @@ def main(argv: list[str] | None = None) -> None:
                 raise data.RowError(f"{args.path}: has images; say with --images where they go")
             questions = read(args.name, args.path, Path(args.images))
         text = "".join(data.json_lines(question.to_row() for question in questions))
-        stage.new_file(args.out, text, [args.path])
+        stage.new_file(args.out, text)
         print(f"{args.out}: {len(questions)} questions")
     inspect(args.name, questions)
