@@ -167,22 +167,15 @@ def block_activations(policy: model.Policy, load: Load, c: int) -> int:
     return load.rows * load.length * token
 
 
-def memory(
-    policy: model.Policy, load: Load, gpus: int, mixed: bool = True
-) -> dict[str, dict[str, float]]:
-    """{moment: {term: bytes}} on one of `gpus` GPUs that share the weights. mixed: as on a GPU,
-    sharded and computed in bf16; False: one process on a CPU, all in fp32, nothing gathered."""
-    text, blocks = policy.model.config.text_config, policy.language_model.layers
-    width, wide, vocabulary = text.hidden_size, text.intermediate_size, text.vocab_size
+def constant_terms(policy: model.Policy, load: Load, gpus: int, mixed: bool) -> dict[str, float]:
+    """{term: bytes} that are held all through; 0 for what a moment adds."""
     c = 2 if mixed else 4  # bytes of a number in compute
     tower = {*policy.vision.parameters(), *policy.projector.parameters()}
     frozen = sum(p.numel() for p in tower if not p.requires_grad)
     sharded, trained = count(policy) - frozen, count(policy, True)
-    block, block_trained = count(blocks[0]), count(blocks[0], True)
     # embeddings, head, last norm: gathered as one
-    around, around_trained = sharded - count(blocks), trained - count(blocks, True)
-    head_trained = policy.model.lm_head.weight.requires_grad
-    static = {
+    around = sharded - count(policy.language_model.layers)
+    return {
         "weights": (4 * trained + c * (sharded - trained)) / gpus + c * frozen + c * around * mixed,
         "gradients": 4 * trained / gpus,
         "optimizer": 8 * trained / gpus,
@@ -192,6 +185,20 @@ def memory(
         # as they came, and as the tower takes them
         "images": load.rows * load.image_bytes * (1.5 if mixed else 1),
     }
+
+
+def memory(
+    policy: model.Policy, load: Load, gpus: int, mixed: bool = True
+) -> dict[str, dict[str, float]]:
+    """{moment: {term: bytes}} on one of `gpus` GPUs that share the weights. mixed: as on a GPU,
+    sharded and computed in bf16; False: one process on a CPU, all in fp32, nothing gathered."""
+    text, blocks = policy.model.config.text_config, policy.language_model.layers
+    width, wide, vocabulary = text.hidden_size, text.intermediate_size, text.vocab_size
+    c = 2 if mixed else 4  # bytes of a number in compute
+    static = constant_terms(policy, load, gpus, mixed)
+    block, block_trained = count(blocks[0]), count(blocks[0], True)
+    around_trained = count(policy, True) - count(blocks, True)
+    head_trained = policy.model.lm_head.weight.requires_grad
     tokens, supervised = load.rows * load.length, load.rows * load.supervised
     one = block_activations(policy, load, c)
     whole = (len(blocks) - load.recomputed) * one
