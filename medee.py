@@ -23,7 +23,15 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import curate
 import data
+import distill
+import evaluate
+import judge
+import memory
+import report.__main__
+import rollout
+import train
 from command import flags, pipeline, stage
 from command.pipeline import Stage, words_of
 from engines import bill
@@ -207,12 +215,6 @@ def limits(one: Stage, run: Path, args: argparse.Namespace) -> list[str]:
 def announce(stages: list[Stage], may_leave: bool) -> None:
     """Prints what a run may cost at most, by stage: as if curation dropped no question and every
     chain had the maximum length. Raises RowError if images would leave without permission."""
-    import curate
-    import distill
-    import evaluate
-    import judge
-    import rollout
-
     typed = {one.name: one.words for one in stages}
     settings = curate.parse(typed["curate"])
     bank = curate.bank_of(settings)
@@ -230,18 +232,14 @@ def announce(stages: list[Stage], may_leave: bool) -> None:
         costs[name] = evaluate.costs(by_id, requests, settings)
     rows = [(name, one) for name, several in costs.items() for one in several]
     bill.announce([replace(one, role=f"{name}: {one.role}") for name, one in rows], may_leave)
-    paper = zip(curate.PAPER["bank"], curate.PAPER["solvable"])
-    kept = ", ".join(f"{after:,} of {bank:,}" for bank, after in paper)
-    print(f"  and as if curation dropped nothing; the paper keeps {kept} text and image questions")
+    print("  and as if curation dropped nothing; the paper keeps 5,000 of 54,000")  # paper 3.1
 
 
 def demo(args: argparse.Namespace) -> None:
-    from curate import print_funnel
-
     folder, world = Path(args.out), "fast" if args.fast else "normal"
     run_stages(demo_stages(folder, args.family, args.size, world, args.seed), folder, "the demo")
     print()
-    print_funnel(data.read_json(folder / "curate" / "funnel.json"))
+    curate.print_funnel(data.read_json(folder / "curate" / "funnel.json"))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -259,74 +257,28 @@ def run(args: argparse.Namespace) -> None:
         "judge": args.judge, "teachers": args.teachers, "seed": args.seed,
     }  # fmt: skip
     stages = method(override(recipe, changes), given, folder, args.gpus)
+    if args.dry:
+        for one in stages:
+            print(shlex.join([*one.command(), *limits(one, folder, args)]))
+    announce(stages, args.images_may_leave or args.dry)
     if not args.dry:
-        announce(stages, args.images_may_leave)
         run_stages(stages, folder, args.recipe, args)
-        return
-    for one in stages:
-        print(shlex.join([*one.command(), *limits(one, folder, args)]))
-    if missing := [path for path in (*args.questions, *args.test) if not Path(path).exists()]:
-        print(f"\nno table of costs: {missing[0]} is not there")
-    else:
-        announce(stages, may_leave=True)
-
-
-def plan_table(gpus: int) -> None:
-    """What each recipe can train on GPUs of three sizes: tokens of the longest row with an image,
-    if every block is recomputed, and if none is, which is faster."""
-    from memory import GB, SHAPES, USABLE, config_of, image_bytes, longest_row, policy_of
-
-    sizes = (24, 48, 80)
-    print(f"longest row in tokens (up to 32K), every block recomputed / none, GPUs: {gpus}")
-    print(f"{'':<16}{'':>6}" + "".join(f"{f'{size} GB':>17}" for size in sizes))
-    for name in PUBLISHED:
-        image = RECIPES[name]["image"]
-        for how in ("lora", "full"):
-            policy = policy_of(config_of(SHAPES[name]), how)
-            pixels = image_bytes(policy, image.get("pixels", 0), image.get("tiles", 1))
-            cells = []
-            for size in sizes:
-                room, blocks = USABLE * size * GB, len(policy.language_model.layers)
-                found = [longest_row(policy, n, pixels, gpus, room) for n in (blocks, 0)]
-                cells.append(" / ".join(f"{n:,}" if n else "-" for n in found))
-            print(f"{name:<16}{how:>6}" + "".join(f"{cell:>17}" for cell in cells))
 
 
 def plan(args: argparse.Namespace) -> None:
-    from lora import RANK
-    from memory import SHAPES, USABLE, config_of, image_bytes, policy_of, report
-    from model import load_config
-    from train import MAX_LENGTH
-
-    if not args.recipe:
-        plan_table(args.gpus)
-        return
-    recipe = RECIPES[args.recipe]
-    config = load_config(args.base) if args.base else config_of(SHAPES[args.recipe])
-    source = args.base or "the published config, from memory (--base FOLDER reads yours)"
-    print(f"{args.recipe} on {args.gpus} GPUs of {args.memory:.0f} GB; shapes of {source}")
-    for name in [args.stage] if args.stage else ["sft", "dpo"]:
-        chosen, second = recipe[name], name == "dpo"
-        method, count = (chosen["method"], args.images) if second else ("lora", 0)
-        policy = policy_of(config, method, chosen.get("rank", RANK))
-        pixels, tiles = recipe["image"].get("pixels", 0), recipe["image"].get("tiles", 1)
-        images = count * image_bytes(policy, pixels, tiles)
-        longest = args.len or chosen.get("max-length", MAX_LENGTH)
-        title = f"\n{'Stage II, dpo.py' if second else 'Stage I, sft.py'} ({method}; "
-        title += f"rows of {longest} tokens; images a row: {count})"
-        budget, rows = USABLE * args.memory, max(1, chosen["batch"] // args.gpus)
-        print(report(title, policy, args.gpus, longest, images, budget, rows))
+    if args.recipe:
+        memory.plan_recipe(RECIPES[args.recipe], args, train.MAX_LENGTH)
+    else:
+        memory.plan_table({name: RECIPES[name] for name in PUBLISHED}, args.gpus)
 
 
 def claims(args: argparse.Namespace) -> None:
-    from report import __main__ as report
-
     folders = [Path(args.out) / f"seed-{seed}" for seed in args.seeds]
     for seed, folder in zip(args.seeds, folders):
         stages = demo_stages(folder, args.family, args.size, "normal", seed)
         run_stages(stages, folder, f"seed {seed}")
-    out = args.write or str(Path(args.out) / "CLAIMS.md")
-    report.main(["claims", "--runs", *map(str, folders), "--out", out])
+    out = Path(args.out) / "CLAIMS.md"
+    report.__main__.main(["claims", "--runs", *map(str, folders), "--out", str(out)])
 
 
 def status(args: argparse.Namespace) -> None:
@@ -344,9 +296,9 @@ def status(args: argparse.Namespace) -> None:
 
 def adopt(args: argparse.Namespace) -> None:
     stages = {one.name: one for one in pipeline.stages_of(Path(args.out))}
-    if strange := [name for name in args.stages if name not in stages]:
-        raise data.RowError(f"{strange[0]}: is no stage of this run; they are {', '.join(stages)}")
     for name in args.stages:
+        if name not in stages:
+            raise data.RowError(f"{name}: is no stage of this run; they are {', '.join(stages)}")
         stages[name].adopt()
         print(f"{name}: {stages[name].folder} is this run's now")
 
@@ -388,17 +340,6 @@ def add_run(add) -> None:
     add("--dry", action="store_true", help="print commands and costs only")
 
 
-def add_plan(add) -> None:
-    add("recipe", nargs="?", choices=PUBLISHED, help="default: a table of all of them")
-    add("--gpus", type=flags.whole(1), default=8, help="that share the weights")
-    said = "tokens of the longest row: prompt, images, responses; 0: as long as the recipe allows"
-    add("--len", type=flags.whole(0), default=0, help=said)
-    add("--stage", choices=["sft", "dpo"], default="", help="default: both")
-    add("--images", type=flags.whole(0), default=1, help="images of a row in Stage II")
-    add("--memory", type=flags.number(above=0), default=80, help="GB of a GPU")
-    add("--base", default="", help="local model folder whose config.json is read")
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -409,9 +350,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         return added.add_argument
 
     add_run(command(run, "the method on your questions, with a recipe of the paper's size"))
-    add_plan(
-        command(plan, "will it fit? memory of a GPU, term by term, and the micro-batch for it")
-    )
+    said = "will it fit? memory of a GPU, term by term, and the micro-batch for it"
+    memory.add_flags(command(plan, said), PUBLISHED)
     one = command(demo, "the whole method in the miniature clinic")
     one("--out", default="runs/demo", help="run folder")
     one("--seed", type=flags.SEED, default=0, help="of the world, the base model and every draw")
@@ -420,7 +360,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     several("--out", default="runs/claims", help="folder of the runs")
     # none of them was used to choose a setting
     several("--seeds", type=flags.SEED, nargs="+", default=[21, 22, 23])
-    several("--write", default="", help="file for the table; default: CLAIMS.md in --out")
     for add in (one, several):
         add("--size", choices=["tiny", "small"], default="tiny", help="of the model")
         add("--family", choices=["qwen", "internvl"], default="qwen")

@@ -23,7 +23,8 @@ With P parameters of the language model, P_t of them trained, on N ranks (train.
     activations  what autograd saves (`block_activations`); of a recomputed block its input
     logits       LOGIT_CHUNK rows of the vocabulary at a time; the head's gradient if it is trained
 
-    python medee.py plan qwen2.5-vl-7b --gpus 8 --len 8192
+    python medee.py plan --gpus 1                            which rows fit, for every recipe
+    python medee.py plan qwen2.5-vl-7b --gpus 8 --len 8192   both stages, term by term
 
 reads at most a config.json; writes nothing. A test holds it to measured peaks of tiny models. It
 leaves out the allocator's fragments, NCCL and kernels' workspaces, for which USABLE leaves room.
@@ -32,14 +33,17 @@ Where we depart from the paper, or it is silent: it says 8 H100s and nothing of 
 is ours.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import argparse
+from bisect import bisect_right
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 import lora
 import model
+from command import flags
 
 GB = 2**30  # as in the lines that training prints
 USABLE = 0.9  # ours: the share of a GPU that may be planned for
@@ -130,14 +134,13 @@ def policy_of(
 
 @dataclass(frozen=True)
 class Load:
-    """One micro-batch on one GPU. tree: rows branch, as DPO's pairs do."""
+    """One micro-batch on one GPU. Its rows branch, as DPO's pairs and packed demonstrations do."""
 
     rows: int
     length: int  # tokens of a row: prompt, images and every response
     supervised: int  # tokens of a row that have a log-probability; at most all
-    tree: bool
     image_bytes: int  # pixels of a row, fp32
-    recomputed: int  # blocks whose activations are computed again in backward (checkpointing)
+    recomputed: int = 0  # blocks whose activations are computed again in backward (checkpointing)
 
 
 def count(module: nn.Module, trained: bool = False) -> int:
@@ -150,19 +153,38 @@ def block_activations(policy: model.Policy, load: Load, c: int) -> int:
 
     Norms compute in fp32 and keep their input so; their product is kept where their weight is
     trained. A linear map keeps its input, attention its q, k, v, output and log-sums, SwiGLU gate,
-    silu(gate), up and their product. Where rows branch, the output stands run by run and as a
-    whole, and k and v twice: a branch holds its ancestors' beside its own.
+    silu(gate), up and their product. As rows branch, the output is kept for each branch and as
+    a whole, and k and v twice: a branch holds its ancestors' beside its own.
     """
     text, layer = policy.model.config.text_config, policy.language_model.layers[0]
     width, heads, kv_heads = text.hidden_size, text.num_attention_heads, text.num_key_value_heads
     scaled = layer.input_layernorm.weight.requires_grad
     norms = 2 * (4 * width + 4 + c * width * (1 + scaled))
-    kept = (2 + load.tree) * heads + 2 * (1 + load.tree) * kv_heads
-    attention = c * (width // heads) * kept + 4 * heads
+    attention = c * (width // heads) * (3 * heads + 4 * kv_heads) + 4 * heads
     adapters = [module for module in layer.modules() if isinstance(module, lora.LoRALinear)]
     low = c * sum(len(module.lora_A) for module in adapters)
     token = norms + attention + 4 * c * text.intermediate_size + low
     return load.rows * load.length * token
+
+
+def constant_terms(policy: model.Policy, load: Load, gpus: int, mixed: bool) -> dict[str, float]:
+    """{term: bytes} that are held all through; 0 for what a moment adds."""
+    c = 2 if mixed else 4  # bytes of a number in compute
+    tower = {*policy.vision.parameters(), *policy.projector.parameters()}
+    frozen = sum(p.numel() for p in tower if not p.requires_grad)
+    sharded, trained = count(policy) - frozen, count(policy, True)
+    # embeddings, head, last norm: gathered as one
+    around = sharded - count(policy.language_model.layers)
+    return {
+        "weights": (4 * trained + c * (sharded - trained)) / gpus + c * frozen + c * around * mixed,
+        "gradients": 4 * trained / gpus,
+        "optimizer": 8 * trained / gpus,
+        "reference": 0,
+        "activations": 0,
+        "logits": 0,
+        # as they came, and as the tower takes them
+        "images": load.rows * load.image_bytes * (1.5 if mixed else 1),
+    }
 
 
 def memory(
@@ -173,23 +195,10 @@ def memory(
     text, blocks = policy.model.config.text_config, policy.language_model.layers
     width, wide, vocabulary = text.hidden_size, text.intermediate_size, text.vocab_size
     c = 2 if mixed else 4  # bytes of a number in compute
-    tower = {*policy.vision.parameters(), *policy.projector.parameters()}
-    frozen = sum(p.numel() for p in tower if not p.requires_grad)
-    sharded, trained = count(policy) - frozen, count(policy, True)
+    static = constant_terms(policy, load, gpus, mixed)
     block, block_trained = count(blocks[0]), count(blocks[0], True)
-    # embeddings, head, last norm: gathered as one
-    around, around_trained = sharded - count(blocks), trained - count(blocks, True)
+    around_trained = count(policy, True) - count(blocks, True)
     head_trained = policy.model.lm_head.weight.requires_grad
-    static = {
-        "weights": (4 * trained + c * (sharded - trained)) / gpus + c * frozen + c * around * mixed,
-        "gradients": 4 * trained / gpus,
-        "optimizer": 8 * trained / gpus,
-        "reference": 0,
-        "activations": 0,
-        "logits": 0,
-        # as they came, and as the tower takes them
-        "images": load.rows * load.image_bytes * (1.5 if mixed else 1),
-    }
     tokens, supervised = load.rows * load.length, load.rows * load.supervised
     one = block_activations(policy, load, c)
     whole = (len(blocks) - load.recomputed) * one
@@ -223,30 +232,25 @@ def peak(moments: dict[str, dict[str, float]]) -> float:
     return max(sum(moment.values()) for moment in moments.values())
 
 
-def blocks_to_recompute(
-    policy: model.Policy, rows: int, length: int, images: int, gpus: int, budget: float
-) -> int | None:
+def blocks_to_recompute(policy: model.Policy, load: Load, gpus: int, budget: float) -> int | None:
     """The fewest blocks whose recomputation makes training fit into `budget` bytes; None if not
-    even all of them do. Recomputing all costs a third more time. Rows branch, and every token has a
-    log-probability: the most that a stage can ask for. images: bytes of a row's."""
+    even all of them do. Recomputing all costs a third more time."""
     for count in range(len(policy.language_model.layers) + 1):
-        load = Load(rows, length, length, True, images, count)
-        if peak(memory(policy, load, gpus)) <= budget:
+        if peak(memory(policy, replace(load, recomputed=count), gpus)) <= budget:
             return count
     return None
 
 
-def longest_row(
-    policy: model.Policy, recomputed: int, images: int, gpus: int, budget: float
-) -> int:
-    """Tokens of the longest row, in steps of 256, that trains within `budget` bytes. images: bytes
-    of a row's. 0 if none does; at most 32K."""
-    fits, fails = 0, 129  # in steps
-    while fails - fits > 1:
-        length = 256 * (step := (fits + fails) // 2)
-        load = Load(1, length, length, True, images, recomputed)
-        fits, fails = (step, fails) if peak(memory(policy, load, gpus)) <= budget else (fits, step)
-    return 256 * fits
+def longest_row(policy: model.Policy, load: Load, gpus: int, budget: float) -> int:
+    """Tokens of the longest row, in steps of 256 and at most 32K, that trains within `budget`
+    bytes; 0 if none does. load: all but its length."""
+
+    def needed(length: int) -> float:
+        return peak(memory(policy, replace(load, length=length, supervised=length), gpus))
+
+    lengths = range(0, 32 * 1024 + 1, 256)
+    fitting = bisect_right(lengths, budget, key=needed)
+    return lengths[max(0, fitting - 1)]
 
 
 def image_bytes(policy: model.Policy, pixels: int, tiles: int) -> int:
@@ -259,44 +263,87 @@ def image_bytes(policy: model.Policy, pixels: int, tiles: int) -> int:
 
 
 # --------------------------------------------------------------------------------------------------
-# What to run
+# python medee.py plan
 
 
-def report(
-    title: str, policy: model.Policy, gpus: int, length: int, images: int, budget: float,
-    most_rows: int,
-) -> str:  # fmt: skip
-    """The table of one stage. images: bytes of a row's. budget: GB that may be planned for.
-    most_rows: the largest micro-batch that the global batch leaves a GPU. What is chosen recomputes
-    the fewest blocks, and then has the most rows."""
-    rows, every = [1 << k for k in range(most_rows.bit_length())], len(policy.language_model.layers)
-    asked = {n: blocks_to_recompute(policy, n, length, images, gpus, budget * GB) for n in rows}
-    fitting = [n for n in rows if asked[n] is not None]
-    best = min(fitting, key=lambda n: (asked[n], -n)) if fitting else 1
-    again = asked[best] if fitting else every
+def add_flags(add: Callable, recipes: Iterable[str]) -> None:
+    add("recipe", nargs="?", choices=recipes, help="default: a table of all of them")
+    add("--gpus", type=flags.whole(1), default=8, help="that share the weights")
+    said = "tokens of the longest row: prompt, images, responses; 0: as long as the recipe allows"
+    add("--len", type=flags.whole(0), default=0, help=said)
+    add("--images", type=flags.whole(0), default=1, help="images of a row in Stage II")
+    add("--memory", type=flags.number(above=0), default=80, help="GB of a GPU")
+    add("--base", default="", help="local model folder whose config.json is read")
 
-    def moments_of(n: int, recomputed: int) -> dict[str, dict[str, float]]:
-        return memory(policy, Load(n, length, length, True, images, recomputed), gpus)
 
-    def line(label: str, cells: Iterable) -> str:
-        shown = (f"{cell:.1f}" if isinstance(cell, float) else str(cell) for cell in cells)
-        return f"  {label:<36}" + "".join(f"{cell:>9}" for cell in shown)
+def recipe_image(policy: model.Policy, recipe: dict) -> int:
+    """Bytes of the largest image that a recipe allows."""
+    return image_bytes(policy, recipe["image"].get("pixels", 0), recipe["image"].get("tiles", 1))
 
-    moments = moments_of(best, again)
-    lines = [title, line(f"micro-batch {best}, {again} of {every} blocks again: GB at", moments)]
-    for term in moments["head"]:
-        lines.append(line(term, (moment[term] / GB for moment in moments.values())))
-    lines.append(line("together", (sum(moment.values()) / GB for moment in moments.values())))
-    lines.append(line("peak in GB, by micro-batch", rows))
-    for label, count in (("nothing recomputed", 0), ("every block recomputed", every)):
-        lines.append(line(label, (peak(moments_of(n, count)) / GB for n in rows)))
-    lines.append(
-        line("blocks that auto recomputes", ("-" if k is None else k for k in asked.values()))
-    )
-    total = peak(moments) / GB
-    outcome = f"does not fit: {total:.0f} GB at best, {budget:.0f} may be planned for"
-    outcome += "; more GPUs, shorter rows (--len), or LoRA"
+
+def plan_table(recipes: dict[str, dict], gpus: int) -> None:
+    """What each recipe can train on GPUs of three sizes: tokens of the longest row with an image,
+    if every block is recomputed, and if none is, which is faster."""
+    sizes = (24, 48, 80)
+    print(f"longest row in tokens (up to 32K), every block recomputed / none, GPUs: {gpus}")
+    print(f"{'':<16}{'':>6}" + "".join(f"{f'{size} GB':>17}" for size in sizes))
+    for name, recipe in recipes.items():
+        for method in ("lora", "full"):
+            policy = policy_of(config_of(SHAPES[name]), method)
+            every = len(policy.language_model.layers)
+            cells = []
+            for size in sizes:
+                found = []
+                for recomputed in (every, 0):
+                    load = Load(1, 0, 0, recipe_image(policy, recipe), recomputed)
+                    found.append(longest_row(policy, load, gpus, USABLE * size * GB))
+                cells.append(" / ".join(f"{n:,}" if n else "-" for n in found))
+            print(f"{name:<16}{method:>6}" + "".join(f"{cell:>17}" for cell in cells))
+
+
+def plan_recipe(recipe: dict, args: argparse.Namespace, max_length: int) -> None:
+    """Both stages of a recipe, term by term. max_length: of a stage whose recipe gives none."""
+    config = model.load_config(args.base) if args.base else config_of(SHAPES[args.recipe])
+    source = args.base or "the published config, from memory (--base FOLDER reads yours)"
+    print(f"{args.recipe} on {args.gpus} GPUs of {args.memory:.0f} GB; shapes of {source}")
+    for title, stage, images in (
+        ("Stage I, sft.py", recipe["sft"], 0),
+        ("Stage II, dpo.py", recipe["dpo"], args.images),
+    ):
+        method = stage.get("method", "lora")
+        policy = policy_of(config, method, stage.get("rank", lora.RANK))
+        length = args.len or stage.get("max-length", max_length)
+        print(f"\n{title} ({method}; rows of {length} tokens; images a row: {images})")
+        load = Load(1, length, length, images * recipe_image(policy, recipe))
+        report(policy, load, args.gpus, USABLE * args.memory, max(1, stage["batch"] // args.gpus))
+
+
+def report(policy: model.Policy, load: Load, gpus: int, budget: float, most_rows: int) -> None:
+    """Prints the table of one stage. load: one row. budget: GB that may be planned for. most_rows:
+    the largest micro-batch that the global batch leaves a GPU. The micro-batch that is chosen
+    recomputes the fewest blocks, and then has the most rows."""
+    every = len(policy.language_model.layers)
+    loads = [replace(load, rows=1 << k) for k in range(most_rows.bit_length())]
+    asked = [blocks_to_recompute(policy, one, gpus, budget * GB) for one in loads]
+    fitting = [replace(one, recomputed=n) for one, n in zip(loads, asked) if n is not None]
+    best = replace(load, recomputed=every)
     if fitting:
-        outcome = f"fits: --micro-tokens {best * length}, {total:.0f} of {budget:.0f} GB"
-        outcome += " that may be planned for"
-    return "\n".join([*lines, f"  {outcome}"])
+        best = min(fitting, key=lambda one: (one.recomputed, -one.rows))
+
+    def line(label: str, cells: Iterable) -> None:
+        shown = (f"{cell:.1f}" if isinstance(cell, float) else str(cell) for cell in cells)
+        print(f"  {label:<36}" + "".join(f"{cell:>9}" for cell in shown))
+
+    moments = memory(policy, best, gpus)
+    line(f"micro-batch {best.rows}, {best.recomputed} of {every} blocks again: GB at", moments)
+    for term in moments["head"]:
+        line(term, (moment[term] / GB for moment in moments.values()))
+    line("together", (sum(moment.values()) / GB for moment in moments.values()))
+    line("micro-batch", (one.rows for one in loads))
+    line("blocks that auto recomputes", ("-" if n is None else n for n in asked))
+    total = peak(moments) / GB
+    if fitting:
+        print(f"  fits: --micro-tokens {best.rows * load.length}, {total:.0f} of {budget:.0f} GB")
+    else:
+        print(f"  does not fit: {total:.0f} GB at best, {budget:.0f} may be planned for;")
+        print("  more GPUs, shorter rows (--len), or LoRA")

@@ -215,7 +215,8 @@ def build(
         pixels = images * memory.image_bytes(policy, args.pixels, args.tiles)
         gpus = max(1, ranks // args.replicas)
         room = memory.USABLE * torch.cuda.get_device_properties(device).total_memory
-        fewest = memory.blocks_to_recompute(policy, rows, length, pixels, gpus, room)
+        load = memory.Load(rows, length, length, pixels)  # every token supervised: the most
+        fewest = memory.blocks_to_recompute(policy, load, gpus, room)
         again = blocks if fewest is None else fewest
     print0(f"checkpointing {again} of {blocks} blocks")
     return shard(policy, device, again, args.replicas)

@@ -470,7 +470,7 @@ def found_and_planned(bench: Bench, method: str, recomputed: int) -> tuple[float
     bench.free()
     with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
         loop(bench, policy, batch, 2, Path(out))
-    load = plan.Load(1, work.long, 2 * chain, True, 0, recomputed)
+    load = plan.Load(1, work.long, 2 * chain, 0, recomputed)
     shapes = plan.policy_of(bench.config(work.planned), method)
     moments = plan.memory(shapes, load, 1, mixed=bench.cuda)
     return bench.peak() - before, plan.peak(moments) / GIB

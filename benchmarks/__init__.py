@@ -749,6 +749,6 @@ def main(argv: list[str] | None = None) -> None:
         if root is None and any(question.images for question in questions):
             raise data.RowError(f"{args.path}: has images; say with --images where they go")
         text = "".join(data.json_lines(question.to_row() for question in questions))
-        stage.new_file(args.out, text, [args.path])
+        stage.new_file(args.out, text)
         print(f"{args.out}: {len(questions)} questions")
     inspect(args.name, questions)

@@ -80,12 +80,6 @@ EPOCHS = number(above=0, high=1e6)  # ours: the number of steps must be finite
 # --------------------------------------------------------------------------------------------------
 # Running a script's main
 
-HINTS = {  # advice on an error of the operating system
-    errno.ENOSPC: "free some space; the same command goes on",
-    errno.EACCES: "check who may read and write there",
-    errno.EROFS: "choose a place that can be written",
-}
-
 
 class UserError(ValueError):
     """What a user or a machine did wrong; the text says what, where, and what to do. A script ends
@@ -119,11 +113,13 @@ def explain(error: Exception) -> str | None:
         return f"out of memory ({error}); give smaller batches, or more memory"
     if isinstance(error, UnicodeError):
         return f"a text that no file can hold or that is not UTF-8 ({error}); write it again"
-    if type(error).__name__ == "SafetensorError" or "Symlink loop" in str(error):
+    if type(error).__name__ == "SafetensorError":
         return f"{error}; check the disk and the path"
     if isinstance(error, OSError):
         where = f"{error.filename or _folder or ''}: ".removeprefix(": ")
-        return f"{where}{error.strerror or error}; {HINTS.get(error.errno, 'check the path')}"
+        full = error.errno == errno.ENOSPC
+        hint = "free some space; the same command goes on" if full else "check the path"
+        return f"{where}{error.strerror or error}; {hint}"
     return None
 
 
@@ -132,14 +128,10 @@ def run_script(main: Callable[[list[str]], object]) -> NoReturn:
     machine gives one paragraph and exit code 1 (2 for a wrong flag). A bug, or any error with
     --debug, gives a traceback."""
     argv = [word for word in sys.argv[1:] if word != "--debug"]
-    sys.stdout = sys.stdout or open(os.devnull, "w")
-    sys.stderr = sys.stderr or open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):  # a terminal shows the code of a character it lacks
         stream.reconfigure(errors="backslashreplace")
     code, message = 1, ""
     try:
-        for word in argv:
-            word.encode()  # a path that is not UTF-8 could not be recorded
         code = main(argv)
         sys.stdout.flush()
     except SystemExit as end:

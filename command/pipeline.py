@@ -65,12 +65,10 @@ class Stage:
             return "interrupted"
         record = stage.read_record(path)
         inputs = ours.get("inputs", record["inputs"]) | stage.read_images(self.folder)
-        if changed := stage.changed(inputs):
+        outputs = record.get("outputs", {})
+        if changed := stage.changed(inputs) or stage.changed(outputs, self.folder):
             return f"{changed[0]} changed"
-        if path.name == "begun.json":
-            return "interrupted"
-        lost = stage.changed(record["outputs"], self.folder)
-        return f"its output {lost[0]} changed" if lost else "done"
+        return "done" if path.name == "stage.json" else "interrupted"
 
     def edited(self) -> list[str]:
         """Files of the project that changed since the stage was finished. The stage stays done: a
@@ -97,15 +95,11 @@ class Stage:
         self.folder.rename(aside)
 
     def adopt(self) -> None:
-        """Accepts, once, a finished folder that was made by hand. Of its inputs those are watched
+        """Accepts a finished folder that was made by hand. Of its inputs those are watched
         that are there. Raises RowError unless it is complete and of this stage's command."""
         begun, where = self.folder / "medee.json", f"adopt {self.name}: {self.folder}"
         if begun.exists():
-            if "adopted" in stage.read_record(begun):
-                return
-            raise data.RowError(f"{where} was begun by this run")
-        if not (self.folder / "stage.json").exists():
-            raise data.RowError(f"{where} has no stage.json; only a finished stage can be adopted")
+            raise data.RowError(f"{where} is of this run already")
         finished = stage.read_record(self.folder / "stage.json")
         command = [self.script] if self.words[0].startswith("-") else [self.script, self.words[0]]
         if finished["command"][: len(command)] != command:
@@ -207,8 +201,7 @@ def stages_of(run: Path) -> list[Stage]:
     stage.remember(there)
     os.chdir(record["started_in"])
     stages = [Stage(*row) for row in record["stages"]]
-    for one in stages:
-        if (held := Path(os.path.realpath(one.folder)).parent) != there:
-            moved = "a run that was copied or moved has no status"
-            raise data.RowError(f"{there / 'run.json'} is of a run in {held}; {moved}")
+    if (held := Path(os.path.realpath(stages[0].folder)).parent) != there:
+        moved = "a run that was copied or moved has no status"
+        raise data.RowError(f"{there / 'run.json'} is of a run in {held}; {moved}")
     return stages

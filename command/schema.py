@@ -177,32 +177,35 @@ def kind_of_file(path: str | Path) -> str:
     return next((kind_of(row) for _, row in data.read_jsonl(path)), "questions")
 
 
-def check_row(row: dict, where: str, kind: str) -> None:
-    """Raises RowError, naming `where` and the key, unless the row is valid for its kind."""
-    schema, fault = KINDS[kind], ""
+def faults(row: dict, kind: str) -> Iterator[str]:
+    """What is wrong with a row. Only the first fault counts: a later one relies on what the earlier
+    ones did not find."""
+    schema = KINDS[kind]
     known = schema.required | schema.optional
-    missing = [key for key in schema.required if key not in row]
-    strange = [key for key in row if key not in known and kind != "metrics"]  # metrics: any key
     if (found := kind_of(row)) != kind:
-        fault = f"this is a row of {found}, expected {kind}"
-    elif missing:
-        fault = f"missing '{missing[0]}'; the row has {sorted(row)}"
-    elif strange:
-        fault = f"{strange[0]}: is no key of {kind}; known are {', '.join(known)}"
-    if fault:
-        raise RowError(f"{where}: {fault}")
+        yield f"this is a row of {found}, expected {kind}"
+    for key in schema.required:
+        if key not in row:
+            yield f"missing '{key}'; the row has {sorted(row)}"
+    for key in row:
+        if key not in known and kind != "metrics":  # a training step has any figures
+            yield f"{key}: is no key of {kind}; known are {', '.join(known)}"
     for key, (wanted, holds) in known.items():
         if key in row and not holds(row[key]):
-            raise RowError(f"{where}: {key}: expected {wanted}, found {str(row[key])[:80]!r}")
+            yield f"{key}: expected {wanted}, found {str(row[key])[:80]!r}"
     if kind == "questions" and row["options"] and row["answer"] not in row["options"]:
-        fault = f"answer: {row['answer']!r} is not among the options {list(row['options'])}"
+        yield f"answer: {row['answer']!r} is not among the options {list(row['options'])}"
     if kind == "demos" and data.split_response(row["messages"][2]["content"]) is None:
-        fault = "messages: the assistant turn is not a <think> block followed by an <answer> block"
+        yield "messages: the assistant turn is not a <think> block followed by an <answer> block"
     if kind == "pairs" and row["chosen"] == row["rejected"]:
-        fault = "rejected: is the same text as chosen; a pair must differ"
+        yield "rejected: is the same text as chosen; a pair must differ"
     if kind == "rollouts" and row["response_sha"] != data.response_hash(row["response"]):
-        fault = f"response_sha: {row['response_sha']!r} is not the hash of the response"
-    if fault:
+        yield f"response_sha: {row['response_sha']!r} is not the hash of the response"
+
+
+def check_row(row: dict, where: str, kind: str) -> None:
+    """Raises RowError, naming `where` and the key, unless the row is valid for its kind."""
+    for fault in faults(row, kind):
         raise RowError(f"{where}: {fault}")
 
 

@@ -62,13 +62,11 @@ def remember(run: Path) -> None:
     """Loads known hashes from RUN/fingerprints.jsonl, and adds those of large files from now on."""
     global _memory
     _memory = run / "fingerprints.jsonl"
-    if _memory.is_file():
-        for line in _memory.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                row = json.loads(line)
-                data.HASHES[row["path"], row["size"], row["mtime"]] = row["sha256"]
-            except (ValueError, KeyError, TypeError, RecursionError):
-                continue  # a line cut short by a kill: its file is hashed again
+    text = _memory.read_text(encoding="utf-8", errors="replace") if _memory.is_file() else ""
+    for line in text.splitlines():
+        with suppress(ValueError):  # a line cut short by a kill: its file is hashed again
+            row = json.loads(line)
+            data.HASHES[row["path"], row["size"], row["mtime"]] = row["sha256"]
 
 
 def large_hash(path: Path) -> str:
@@ -130,15 +128,14 @@ def settings_of(args: argparse.Namespace, free: Iterable[str] = ()) -> dict:
 
 
 def difference(old: dict, new: dict, then: dict[str, str], now: dict[str, str]) -> str:
-    """How settings (old, new) differ, "lr 0.0001 -> 0.001"; if they do not, the first input whose
-    hashes (then, now) differ, "demos.jsonl changed"; "" where nothing does."""
-    names = [name for name in sorted(old | new) if old.get(name) != new.get(name)]
-    if names:
-        return ", ".join(f"{name} {old.get(name)!r} -> {new.get(name)!r}" for name in names)
-    for path in sorted(then | now):
-        if then.get(path) != now.get(path):
-            return f"{path} changed" if path in then and path in now else f"{path} is another input"
-    return ""
+    """How settings differ, "lr 0.0001 -> 0.001"; if they do not, the first input whose hashes
+    differ, "demos.jsonl changed"; "" where nothing does."""
+    settings = [
+        f"{name} {old.get(name)!r} -> {new.get(name)!r}"
+        for name in sorted(old | new) if old.get(name) != new.get(name)
+    ]  # fmt: skip
+    inputs = [f"{path} changed" for path in sorted(then | now) if then.get(path) != now.get(path)]
+    return ", ".join(settings or inputs[:1])
 
 
 def record_of(folder: Path) -> Path:
@@ -195,25 +192,20 @@ def results_of(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("*") if path.name not in own)
 
 
-def check_place(out: Path, inputs: list[Path]) -> None:
-    """Raises RowError where --out is no folder, holds an input, or holds what no command wrote."""
-    real, fault = Path(os.path.realpath(out)), ""
+def check_place(out: Path) -> None:
+    """Raises RowError where --out is no folder, or holds what no command wrote: also an input."""
     if out.exists() and not out.is_dir():
         raise data.RowError(f"--out {out}: a folder is wanted there")
-    for path in map(Path, map(os.path.realpath, inputs)):
-        if real in (path, *path.parents) and path.exists():
-            fault = f"holds {path}, which is read here"
     results = results_of(out)
-    if not fault and results and not record_of(out).exists():
+    if results and not record_of(out).exists():
         fault = f"holds {results[0]}, which no finished or begun command wrote"
-    if fault:
         raise data.RowError(f"--out {out}: {fault}; write to another folder")
 
 
 def check_same(out: Path, settings: dict, inputs: dict[str, str]) -> None:
     """Raises RowError unless a folder was begun or finished with these settings and inputs, and has
     its outputs if finished."""
-    path, fault = record_of(out), ""
+    path = record_of(out)
     if not path.exists():
         return
     record, finished = read_record(path), path.name == "stage.json"
@@ -222,12 +214,11 @@ def check_same(out: Path, settings: dict, inputs: dict[str, str]) -> None:
     then = record["inputs"] | read_images(out)
     if differs := difference(record["settings"], settings, then, inputs):
         was = f"was {'finished' if finished else 'begun'} with other settings or inputs"
-        fault = f"{was} ({differs}); write to another folder, or move this one away"
-    elif edited := changed(record.get("outputs", {}), out):
-        fault = f"is finished, but its {edited[0]} is not as it was written; move the folder away"
-        fault += " to make it anew"
-    if fault:
-        raise data.RowError(f"--out {out}: {fault}")
+        elsewhere = "write to another folder, or move this one away"
+        raise data.RowError(f"--out {out}: {was} ({differs}); {elsewhere}")
+    if edited := changed(record.get("outputs", {}), out):
+        fault = f"is finished, but its {edited[0]} is not as it was written"
+        raise data.RowError(f"--out {out}: {fault}; move the folder away to make it anew")
 
 
 def open_folder(
@@ -239,15 +230,11 @@ def open_folder(
     """Opens the folder --out for a command with these inputs; returns False if it is finished.
     images: the files that the inputs' rows name. Raises RowError, before anything is written, for a
     place that check_place or check_same refuses, or that another process writes to."""
-    if not str(args.out):
-        raise data.RowError("--out: a folder is wanted there")
-    out, inputs = Path(args.out), [Path(path) for path in inputs]
-    check_place(out, inputs)
+    out = Path(args.out)
+    check_place(out)
     remember(out.parent)
-    begun = {
-        "settings": settings_of(args, free),
-        "inputs": {str(path): fingerprint(path) for path in inputs},
-    }
+    hashes = {str(path): fingerprint(path) for path in map(Path, inputs)}
+    begun = {"settings": settings_of(args, free), "inputs": hashes}
     seen, real = hashes_of(images), Path(os.path.realpath(out))
     if real not in _held:
         _held[real] = hold(out / ".lock", f"--out {out}")
@@ -272,9 +259,6 @@ def finish(
 ) -> None:
     """Writes stage.json, the last file. engines: {spec: what answered under it}."""
     out = Path(args.out)
-    file, lock = _held[Path(os.path.realpath(out))], out / ".lock"
-    if not lock.exists() or not os.path.samestat(os.fstat(file.fileno()), lock.stat()):
-        raise data.RowError(f"--out {out}: was moved away while this command worked")
     record = {
         "command": [flags.program(), *sys.argv[1:]],
         **read_record(out / "begun.json"),
@@ -306,15 +290,10 @@ def sources() -> dict[str, str]:
     return {str(path.relative_to(home)): data.file_hash(path) for path in own}
 
 
-def new_file(path: str | Path, content: str, inputs: Iterable[str | Path]) -> None:
-    """Writes a text to a new file. RowError for a folder, an input, or other content there."""
-    path, fault = Path(path), ""
-    if os.path.realpath(path) in map(os.path.realpath, inputs):
-        fault = "is read here; name another file"
-    elif path.exists() and not path.is_file():
-        fault = "is a folder; name another file"
-    elif path.exists() and path.read_bytes() != content.encode():
+def new_file(path: str | Path, content: str) -> None:
+    """Writes a text to a new file. Raises RowError if anything else is there."""
+    path = Path(path)
+    if path.exists() and not (path.is_file() and path.read_bytes() == content.encode()):
         fault = "is there already, with another content; move it away, or name another file"
-    if fault:
         raise data.RowError(f"--out {path}: {fault}")
     data.write_text(path, content)

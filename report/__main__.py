@@ -64,7 +64,7 @@ def show_cases(args: argparse.Namespace) -> None:
     questions = list(read_all(args.questions).values())
     runs = [cases.read_run(folder) for folder in args.results]
     selection = args.images, args.only, args.n
-    shown = cases.write_page(runs, questions, *selection, args.out, args.questions)
+    shown = cases.write_page(runs, questions, *selection, args.out)
     print(f"{args.out}: {shown} cases")
 
 

@@ -40,7 +40,6 @@ from command import schema, stage
 from engines.inference import image_paths
 from report import score
 
-FILES = ("results.json", "predictions.jsonl", "verdicts.jsonl")  # of a run, read here
 # ours: pixels of an image's longer side: larger ones are reduced, small ones enlarged exactly
 LONGEST, SMALL = 900, 256
 # ours: the outcomes of an answer, in the words of the page
@@ -306,13 +305,11 @@ def write_page(
     only: str,
     count: int,
     out: str | Path,
-    read: Iterable[str] = (),
 ) -> int:
     """Writes the page of the first `count` cases that meet `only`; returns how many it has.
 
     Raises RowError for an unknown condition, runs of one name or without a common question, no case
-    at all, or a missing image. It also raises where `out` is a file of the runs, an image or one of
-    `read`, or holds another page."""
+    at all, a missing image, or anything else that `out` holds."""
     conditions, entries = parse_only(only, runs), {run.name: run.entries for run in runs}
     common, root = common_questions(runs, questions), Path(image_root)
     chosen, alone = common, {}  # alone: how many questions meet each condition
@@ -333,9 +330,7 @@ def write_page(
     page = PAGE.format(**texts, cases="\n".join(articles))
     # a folder's name may hold half a surrogate pair, which UTF-8 cannot; browsers drop a raw "\r"
     page = page.encode("utf-8", "xmlcharrefreplace").decode().replace("\r", "&#13;")
-    files = [run.folder / name for run in runs for name in FILES]
-    images = [path for question in shown for path in image_paths(question, root)]
-    stage.new_file(out, page, [*read, *files, *images])
+    stage.new_file(out, page)
     return len(shown)
 
 

@@ -10,7 +10,6 @@ Where we depart from the paper, or it is silent: it compares single numbers.
 
 import argparse
 from collections.abc import Iterator
-from pathlib import Path
 
 import data
 from command import stage
@@ -39,8 +38,7 @@ def compare(args: argparse.Namespace) -> None:
     text = "\n".join([tables.markdown(rows), *([""] if notes else []), *notes])
     print(text)
     if args.out:
-        read = [Path(folder) / "results.json" for folder in args.results]
-        stage.new_file(args.out, text + "\n", read)
+        stage.new_file(args.out, text + "\n")
 
 
 def compared(first: dict, second: dict, notes: list[str]) -> Iterator[list[str]]:

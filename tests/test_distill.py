@@ -526,7 +526,7 @@ def test_other_sampling_is_refused_in_the_same_folder_and_asked_anew_in_another(
 def test_what_would_go_wrong_late_is_refused_at_once(tmp_path):
     questions = write(tmp_path / "out" / "questions.jsonl", [q("Question?", "k")])
     with pytest.raises(
-        data.RowError, match="--out .*out: holds .*questions.jsonl, which is read here"
+        data.RowError, match="--out .*out: holds questions.jsonl, which no finished"
     ):
         run_distill(questions, tmp_path / "out")
     chains = tmp_path / "out" / "chains.jsonl"
@@ -1046,7 +1046,7 @@ def test_verdicts_written_into_the_runs_own_sheet_survive_every_rerun_and_count(
     demos, _ = run_distill(questions, out, teachers=HASTY)
     assert "loop" not in {demo["id"] for demo in demos} and sheet.read_bytes() == before
     for more, said in (
-        (["--review", str(sheet)], "out: holds .*review.csv, which is read here"),
+        (["--review", str(sheet)], "out: was finished with other settings"),
         (["--words", "6", "4000"], "out: was finished with other settings"),
     ):
         with pytest.raises(data.RowError, match=said):

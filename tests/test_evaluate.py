@@ -849,8 +849,8 @@ def two_runs(stages, tmp_path) -> Path:
 
 # --out -> why nothing is written there
 NO_FOLDER = {
-    "one": r"holds .*one/results\.json, which is read here; write to another folder",
-    ".": r"holds .*one/results\.json, which is read here; write to another folder",
+    "one": r"holds results\.json, which no finished or begun command wrote; write to another",
+    ".": "holds foreign, which no finished or begun command wrote; write to another",
     "older.md": "a folder is wanted there",
     "foreign": r"holds notes\.txt, which no finished or begun command wrote; write to another",
     "done": r"was finished with other settings or inputs \(results \[.*two.*\] -> \[.*one.*\]\)",
@@ -894,20 +894,17 @@ def test_a_table_and_a_plot_do_not_share_a_folder(two_runs):
         report.__main__.main(["plot", *flags])
 
 
-# --out -> why nothing is written there
-NO_FILE = {
-    "one/results.json": "is read here; name another file",
-    "foreign/../two/results.json": "is read here; name another file",
-    "foreign": "is a folder; name another file",
-    "older.md": "is there already, with another content; move it away, or name another file",
-}
+# what --out may not name
+NO_FILE = ("one/results.json", "foreign/../two/results.json", "foreign", "older.md")
 
 
 @pytest.mark.parametrize("name", NO_FILE)
 def test_a_comparison_is_never_written_over_something_else(two_runs, name):
     runs = [str(two_runs / "one"), str(two_runs / "two")]
     before = contents(two_runs)
-    with pytest.raises(data.RowError, match=f"--out .*{name}: {NO_FILE[name]}"):
+    with pytest.raises(
+        data.RowError, match=f"--out .*{name}: is there already, with another content"
+    ):
         report.__main__.main(["compare", "--results", *runs, "--out", str(two_runs / name)])
     assert contents(two_runs) == before
     for _ in range(2):  # the same over itself changes nothing
