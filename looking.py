@@ -227,7 +227,7 @@ def run(args: argparse.Namespace) -> None:
     swaps = swap(questions, root, args.seed)
     shown = shown_images(questions, swaps, root, out)
     requests = requests_of(questions, shown, args)
-    bill.announce(costs(questions, requests, args), args.images_may_leave)
+    bill.announce(costs(questions, args), args.images_may_leave)
     report_swaps(questions, shown["swapped"], args)
     sampling = Sampling(args.temperature, args.top_p, args.max_tokens, args.seed)
     to_row = partial(inference.completion_row, spec=args.engine)
@@ -250,11 +250,12 @@ def run(args: argparse.Namespace) -> None:
     stage.finish(args, outputs, started, {}, engines)
 
 
-def costs(
-    questions: list[data.Question], requests: list[Request], args: argparse.Namespace
-) -> list[bill.Cost]:
+def costs(questions: list[data.Question], args: argparse.Namespace) -> list[bill.Cost]:
     """What the engine and the judge may be asked at most."""
-    sizes = list(bill.sizes(requests))
+    sizes = []
+    for one in questions:
+        arms = 2 + len(("swapped", "grey", "mean")) + len(one.meta.get("shown", {}))
+        sizes += bill.sizes([make_request(one, args.prompt, Path(args.images), arms * args.n)])
     found = [bill.cost("looking", args.engine, sizes, 1, args.max_tokens, args.pixels)]
     if args.judge:
         chains = [(one, bill.LETTERS * args.max_tokens) for one in questions] * args.n

@@ -28,6 +28,7 @@ import data
 import distill
 import evaluate
 import judge
+import looking
 import memory
 import report.__main__
 import rollout
@@ -59,6 +60,13 @@ eval-stage1  python evaluate.py --engine {engine}:{run}/sft/merged --name '+ Sta
                --questions {test} {images} {evaluate} --judge {judge} --seed {seed}
 eval-stage2  python evaluate.py --engine {engine}:{run}/dpo/merged --name '+ Stage II' \
                --questions {test} {images} {evaluate} --judge {judge} --seed {seed}
+look-base    python looking.py --engine {engine}:{base} --name base --questions {test} {images} \
+               {look} --judge {judge} --seed {seed}
+look-stage1  python looking.py --engine {engine}:{run}/sft/merged --name '+ Stage I' \
+               --questions {test} {images} {look} --judge {judge} --seed {seed}
+look-stage2  python looking.py --engine {engine}:{run}/dpo/merged --name '+ Stage II' \
+               --questions {test} {images} {look} --judge {judge} --seed {seed}
+looks        python -m report looking --results {run}/look-base {run}/look-stage1 {run}/look-stage2
 report       python -m report page --results {run}/eval-base {run}/eval-stage1 {run}/eval-stage2 \
                --sft {run}/sft --dpo {run}/dpo --pairs {run}/pairs --images {root}
 """
@@ -82,6 +90,7 @@ FULL = {
     "dpo": {"max-length": 8192 + 2 * 8192, "method": "full", "lr": 1e-6, "beta": 0.1, "epochs": 1,
             "batch": 64},
     "evaluate": {"n": 32, "temperature": 0.5, "max-tokens": 8192},  # paper 4.3
+    "look": {"n": 4, "max-tokens": 8192, "limit": 500},  # ours: the judge is paid for 2,000 chains
 }  # fmt: skip
 MINI = {  # ours, chosen on development questions: so small a model learns at other rates than a 7B
     "engine": "hf",
@@ -94,6 +103,7 @@ MINI = {  # ours, chosen on development questions: so small a model learns at ot
     "pairs": {"rule": "all"},
     "dpo": {"method": "full", "lr": 3e-5, "beta": 0.5, "epochs": 1, "batch": 16, "save-every": 25},
     "evaluate": {"n": [16, 2], "temperature": 0.5, "max-tokens": 96, "judge-samples": 0},
+    "look": {"n": 2, "max-tokens": 96, "limit": 60},
 }  # fmt: skip
 
 
@@ -106,7 +116,8 @@ def large(gpus: int) -> dict:
     """FULL for a model that needs so many GPUs for each vLLM: LoRA in Stage II too."""
     parallel = {"tensor-parallel": gpus}
     lora = {"method": "lora", "lr": 5e-6}  # paper App. C: method; lr ours
-    return override(FULL, {"rollout": parallel, "evaluate": parallel, "dpo": lora})
+    changes = dict.fromkeys(("rollout", "evaluate", "look"), parallel)
+    return override(FULL, {**changes, "dpo": lora})
 
 
 SMALL = override(FULL, {"dpo": {"method": "lora", "lr": 5e-6}})  # ours: fits a GPU of 24 GB
@@ -169,9 +180,12 @@ def demo_stages(run: Path, family: str, size: str, world: str, seed: int) -> lis
 # Commands
 
 
-ASKING = ("curate", "distill", "rollout", "verdicts", "eval-base", "eval-stage1", "eval-stage2")
+EVALS = ("eval-base", "eval-stage1", "eval-stage2")
+LOOKS = ("look-base", "look-stage1", "look-stage2")
+ASKING = ("curate", "distill", "rollout", "verdicts", *EVALS, *LOOKS)
 RESULTS = {  # what a run prints at its end
     "report/report.png": "accuracy, criteria, training curves, MV@n and pass@n",
+    "looks/looking.png": "does each stage look at the image?",
     "report/films.png": "preference pairs: film, question, chosen beside rejected",
     "report/table.md": "the table above",
     "curate/funnel.json": "questions left after each filter",
@@ -225,11 +239,14 @@ def announce(stages: list[Stage], may_leave: bool) -> None:
     longest = bill.LETTERS * sampled.max_tokens
     chains = [(question, longest) for question in bank if question.images] * sampled.n
     costs["verdicts"] = [judge.cost(chains, judge.parse(typed["verdicts"]))]
-    for name in ("eval-base", "eval-stage1", "eval-stage2"):
+    for name in EVALS:
         settings = evaluate.parse(typed[name])
         by_id = evaluate.questions_of(settings)
         requests = evaluate.requests_of(by_id, settings).values()
         costs[name] = evaluate.costs(by_id, requests, settings)
+    for name in LOOKS:
+        settings = looking.parse(typed[name])
+        costs[name] = looking.costs(looking.questions_of(settings), settings)
     rows = [(name, one) for name, several in costs.items() for one in several]
     bill.announce([replace(one, role=f"{name}: {one.role}") for name, one in rows], may_leave)
     print("  and as if curation dropped nothing; the paper keeps 5,000 of 54,000")  # paper 3.1
@@ -249,6 +266,7 @@ def run(args: argparse.Namespace) -> None:
         "curate": limit | {"reviewed": args.reviewed},
         "distill": {"expand": args.expand, "checker": args.checker},
         "evaluate": limit | {"judge-samples": args.judge_samples},
+        "look": {"limit": args.limit or recipe["look"]["limit"]},
     }
     given = {
         "base": args.base or recipe["base"], "root": args.images, "bank": args.questions,

@@ -456,7 +456,8 @@ def test_a_run_tells_first_what_it_may_cost_and_one_chain_a_benchmark_question_i
         "distill: teacher": 30,
         "verdicts: judge": 3 * 8 * 20,
         **{f"eval-{name}: judge": 3 * 10 for name in ("base", "stage1", "stage2")},
-        "all": 200 + 60 + 60 + 30 + 480 + 90,
+        **{f"look-{name}: judge": 3 * 4 * 10 for name in ("base", "stage1", "stage2")},
+        "all": 200 + 60 + 60 + 30 + 480 + 90 + 360,
     }
     medee.main(full_run(tmp_path, "--dry", "--judge-samples", "0", "--limit", "4"))
     requests = bound(capsys.readouterr().out)
