@@ -1,120 +1,255 @@
-"""What several runs of the demo show, with intervals.
+"""What several runs of the demo show: the paper's claims, a difference in every run.
 
     python -m report claims --runs runs/claims/seed-21 runs/claims/seed-22 --out CLAIMS.md
 
-A claim is a difference between two figures: in every run, their mean, and a 95 % interval of the
-mean. The interval resamples questions within each run, the same ones before and after.
+A claim is a difference between two shares on the same image questions. It is *shown* if it has the
+claimed sign in every run and each run's 95 % interval, which resamples questions, excludes 0 (for
+"rises or holds": excludes a loss of 2 points). Beside it stands the t interval over runs: it also
+holds what differs from seed to seed, which the interval over questions does not.
 
-reads results.json of each run's three evaluations; writes CLAIMS.md.
+reads of each run the three evaluations (results.json, predictions.jsonl), looking.json where it is
+there, and the films of its world; writes CLAIMS.md and, beside it, claims.png.
 
 Where we depart from the paper, or it is silent: it has one run, and gives no intervals.
 """
 
 import argparse
-import random
+import math
 import statistics
 from pathlib import Path
 from typing import NamedTuple
 
+import data
+from clinic import world
 from command import stage
-from report import score
+from report import figures, looking, score, tables
 
-RESAMPLES = 2000  # ours: bootstrap over questions
-STAGES = ("eval-base", "eval-stage1", "eval-stage2")  # folders of a run of the demo
-BASE, STAGE1, STAGE2 = STAGES
-# what a share counts, of what: keys of counts_of
-ACCURACY, VOTE = ("right", "samples"), ("vote", "questions")
-MET, HALLUCINATED = ("met", "judged"), ("hallucinated", "looking")
+BASE, STAGE1, STAGE2 = "base", "stage1", "stage2"  # folders eval-NAME and look-NAME of a run
+HOLDS = 0.02  # ours: a loss that "holds" excludes
+FEW, SLOPE = 4, "rise of the majority vote from 4 samples to all"
+# 97.5 % points of Student's t by degrees of freedom, that is runs - 1
+T = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+Counts = dict[str, tuple[float, float]]  # question id -> (sum, count); a share is a ratio of sums
 
 
 class Claim(NamedTuple):
-    """before, after: (stage, the share's two keys). direction: +1 rises, -1 falls, 0 rises or
-    holds."""
+    """before, after: (stage, measure). direction: +1 rises, -1 falls, 0 rises or holds. paper: the
+    stages between which the paper has this difference, of its 7B on MedXpertQA-MM."""
 
     text: str
-    before: tuple[str, tuple[str, str]]
-    after: tuple[str, tuple[str, str]]
+    before: tuple[str, str]
+    after: tuple[str, str]
     direction: int
+    paper: tuple[str, str] | None = None
 
 
 CLAIMS = (
     Claim("text-only Stage I raises accuracy on image questions",
-          (BASE, ACCURACY), (STAGE1, ACCURACY), 1),
+          (BASE, "accuracy"), (STAGE1, "accuracy"), 1, ("base", "Stage-I")),
     Claim("Stage II raises the share of chains that meet all four criteria",
-          (STAGE1, MET), (STAGE2, MET), 1),
+          (STAGE1, "met"), (STAGE2, "met"), 1),
     Claim("with Stage II accuracy on image questions rises or holds",
-          (STAGE1, ACCURACY), (STAGE2, ACCURACY), 0),
+          (STAGE1, "accuracy"), (STAGE2, "accuracy"), 0, ("Stage-I", "Stage-II")),
+    Claim("Stage I raises hallucination among chains that look at the image",
+          (BASE, "hallucinated"), (STAGE1, "hallucinated"), 1),
     Claim("Stage II lowers hallucination among chains that look at the image",
-          (STAGE1, HALLUCINATED), (STAGE2, HALLUCINATED), -1),
-    Claim("majority vote raises accuracy after Stage II", (STAGE2, ACCURACY), (STAGE2, VOTE), 1),
+          (STAGE1, "hallucinated"), (STAGE2, "hallucinated"), -1),
+    Claim("… of the sign alone: chains that name a wrong one, of those that name one",
+          (STAGE1, "misread"), (STAGE2, "misread"), -1),
+    Claim("… of number and side, where the sign is right",
+          (STAGE1, "miscounted"), (STAGE2, "miscounted"), -1),
+    Claim("majority vote raises accuracy after Stage II",
+          (STAGE2, "accuracy"), (STAGE2, "vote"), 1),
+    Claim(f"the {SLOPE} is larger after Stage II than at the base",
+          (BASE, "slope"), (STAGE2, "slope"), 1),
+    Claim("Stage I makes answers follow the film that is shown (follow less stay)",
+          (BASE, "follows"), (STAGE1, "follows"), 1),
+    Claim("Stage II makes answers follow the film that is shown",
+          (STAGE1, "follows"), (STAGE2, "follows"), 1),
 )  # fmt: skip
 
 
-def counts_of(folder: Path) -> dict[str, dict[str, float]]:
-    """{id: counts} of the image questions of one evaluation. A share is kept as two counts, so that
-    questions can be resampled."""
-    by_id = {}
+# --------------------------------------------------------------------------------------------------
+# Measures of one stage of one run
+
+
+def of_results(folder: Path) -> dict[str, Counts]:
+    """From results.json, of the image questions."""
+    found: dict[str, Counts] = {}
     for entry in score.read_results(folder)["entries"]:
         if entry["image"]:
-            samples = {"right": sum(entry["right"]), "samples": len(entry["right"])}
-            votes = {"vote": score.vote(entry["choices"], entry["right"]), "questions": 1}
-            by_id[entry["id"]] = samples | votes | score.judged_counts([entry])
-    return by_id
+            choices, right = tuple(entry["choices"]), tuple(entry["right"])
+            judged, vote = score.judged_counts([entry]), score.vote(choices, right)
+            few = score.majority_at(min(FEW, len(right)), choices, right, 0)
+            sums = {
+                "accuracy": (sum(right), len(right)),
+                "vote": (vote, 1),
+                "slope": (vote - few, 1),
+                "met": (judged["met"], judged["judged"]),
+                "hallucinated": (judged["hallucinated"], judged["looking"]),
+            }
+            for name, pair in sums.items():
+                found.setdefault(name, {})[entry["id"]] = pair
+    return found
 
 
-def levels(claim: Claim, run: dict[str, dict], ids: list[str]) -> tuple[float, float]:
-    """A claim's shares before and after over these questions of a run. run: by stage, the counts of
-    each question."""
-    shares = []
-    for name, (part, whole) in (claim.before, claim.after):
-        counts = [run[name][key] for key in ids]
-        shares.append(sum(c[part] for c in counts) / max(1, sum(c[whole] for c in counts)))
-    return shares[0], shares[1]
+def of_readings(run: Path, name: str) -> dict[str, Counts]:
+    """From the chains: what they read, against their films. {} where there is no world."""
+    path, questions = run / f"eval-{name}" / "predictions.jsonl", run / "world" / "test.jsonl"
+    if not path.exists() or not questions.exists():
+        return {}
+    films = {
+        row["id"]: world.film_truth(run / "world" / row["images"][0])
+        for _, row in data.read_jsonl(questions)
+        if row["images"]
+    }
+    found: dict[str, Counts] = {"misread": {}, "miscounted": {}}
+    for _, row in data.read_jsonl(path):
+        film, key = films.get(row["id"]), row["id"]
+        reading = world.MENTION.search(row["response"]) if film else None
+        if reading:
+            _, _, sign, _ = reading.groups()
+            false = sign == film.sign and reading[0] != film.reading()
+            for measure, wrong in (("misread", sign != film.sign), ("miscounted", false)):
+                total, count = found[measure].get(key, (0, 0))
+                found[measure][key] = (total + wrong, count + 1)
+    return found
+
+
+def of_looking(folder: Path) -> dict[str, Counts]:
+    """From looking.json; {} where it is not there."""
+    if not (folder / "looking.json").exists():
+        return {}
+    name = "follows, counterfactual"
+    entries = {one["id"]: looking.measures(one) for one in looking.read(folder)["entries"]}
+    return {"follows": {key: found[name] for key, found in entries.items() if name in found}}
+
+
+def measures_of(run: Path, name: str) -> dict[str, Counts]:
+    found = of_results(run / f"eval-{name}")
+    return found | of_readings(run, name) | of_looking(run / f"look-{name}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Claims over runs
 
 
 def measure_claims(runs: list[Path]) -> list[dict]:
-    """Each claim over several runs: {claim, levels [(before, after) of each run], mean, low,
-    high, shown}."""
-
-    def mean_difference(claim: Claim, drawn: list[list[str]]) -> float:
-        pairs = [levels(claim, run, ids) for run, ids in zip(tables, drawn)]
-        return statistics.fmean(after - before for before, after in pairs)
-
-    tables, found = [{name: counts_of(run / name) for name in STAGES} for run in runs], []
+    """A row for each claim that every run can tell of: {claim, levels [(before, after)],
+    differences [[value, low, high]] of each run, mean, low, high (t over runs), shown}."""
+    stages = [{name: measures_of(run, name) for name in (BASE, STAGE1, STAGE2)} for run in runs]
+    rows = []
     for claim in CLAIMS:
-        ids = [list(run[claim.after[0]]) for run in tables]
-        rng, draws = random.Random(0), []
-        for _ in range(RESAMPLES):
-            drawn = [rng.choices(keys, k=len(keys)) for keys in ids]
-            draws.append(mean_difference(claim, drawn))
-        draws.sort()
-        low, high = draws[int(0.025 * RESAMPLES)], draws[int(0.975 * RESAMPLES) - 1]
-        # "holds": a loss of more than 2 points is excluded
-        shown = {1: low > 0, -1: high < 0, 0: low > -0.02}[claim.direction]
-        pairs = [levels(claim, run, keys) for run, keys in zip(tables, ids)]
-        row = {"claim": claim.text, "levels": pairs, "mean": mean_difference(claim, ids)}
-        found.append({**row, "low": low, "high": high, "shown": shown})
-    return found
+        sides = [
+            [run[name].get(measure, {}) for name, measure in (claim.before, claim.after)]
+            for run in stages
+        ]
+        if not all(before and after for before, after in sides):
+            continue
+        levels, differences = [], []
+        for before, after in sides:
+            keys = [key for key in after if key in before]
+            pairs = [[side[key] for key in keys] for side in (after, before)]
+            levels.append(tuple(ratio(side) for side in reversed(pairs)))
+            differences.append(score.ratio_interval(pairs))
+        rows.append(
+            {
+                "claim": claim.text,
+                "levels": levels,
+                "differences": differences,
+                "shown": all(shows(one, claim.direction) for one in differences),
+                "paper": claim.paper and paper_difference(*claim.paper),
+                **over_runs([one[0] for one in differences]),
+            }
+        )
+    return rows
+
+
+def ratio(pairs: list[tuple[float, float]]) -> float:
+    return sum(total for total, _ in pairs) / max(1e-12, sum(count for _, count in pairs))
+
+
+def paper_difference(before: str, after: str) -> float:
+    model = tables.PAPER_SIZES["7B"]
+    return (tables.paper_overall(model, after) - tables.paper_overall(model, before)) / 100
+
+
+def shows(difference: list[float], direction: int) -> bool:
+    """Whether one run's interval excludes the claim's opposite."""
+    _, low, high = difference
+    return {1: low > 0, -1: high < 0, 0: low > -HOLDS}[direction]
+
+
+def over_runs(values: list[float]) -> dict[str, float]:
+    """Mean and 95 % t interval over runs; without an interval for one run, or more than ten."""
+    mean, half = statistics.fmean(values), math.nan
+    if 1 < len(values) <= len(T):
+        half = T[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Claims as intervals around zero: each run's over questions, and the t interval over runs."""
+    sheet, axes = figures.canvas(1, 1, 9, 0.55 * len(rows) + 1)
+    axis = axes[0, 0]
+    for at, row in enumerate(rows):
+        low, high = row["low"], row["high"]
+        if not math.isnan(low):
+            axis.plot([low, high], [at, at], color="#c0c0c0", linewidth=7, solid_capstyle="butt")
+        for number, (value, low, high) in enumerate(row["differences"]):
+            height = at + 0.14 * (number - (len(row["differences"]) - 1) / 2)
+            off = [[max(0.0, value - low)], [max(0.0, high - value)]]
+            look = figures.LOOKS[number % len(figures.LOOKS)]
+            axis.errorbar(value, height, xerr=off, fmt=look.marker, color="#303030", markersize=4)
+        if row["paper"]:
+            axis.plot(row["paper"], at, "D", color="#c0504d")
+    axis.axvline(0, color="#808080", linewidth=0.8)
+    words = [figures.textwrap.fill(row["claim"], 60) for row in rows]
+    axis.set_yticks(range(len(rows)), words, fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlabel(
+        "difference (points: runs, 95 % over questions; grey: 95 % t over runs; "
+        "red: the paper's 7B on MedXpertQA-MM)"
+    )
+    figures.save(sheet, path)
 
 
 HEADER = """# What the miniature shows
 
 Runs: {}. Each has its own seed for world, base model, training and sampling, and test questions \
 that no setting was chosen on.
-Before and after in each run, the mean difference, and its 95 % interval (bootstrap over questions \
-within runs).
+A claim is shown if each run has the claimed sign and its 95 % interval over questions excludes 0 \
+("holds": excludes a loss of {:.2f}). The t interval is over runs.
 
-| claim | before → after, run by run | mean difference | 95 % interval | shown |
-|---|---|---|---|---|"""
+"""
 
 
 def claims(args: argparse.Namespace) -> None:
-    lines = [HEADER.format(len(args.runs))]
-    for row in measure_claims([Path(run) for run in args.runs]):
-        runs = ", ".join(f"{before:.3f} → {after:.3f}" for before, after in row["levels"])
+    rows = measure_claims([Path(run) for run in args.runs])
+    first = [
+        "claim",
+        "before → after",
+        "difference",
+        "mean",
+        "95 % t interval",
+        "paper, 7B",
+        "shown",
+    ]
+    cells = [first]
+    for row in rows:
         interval = f"{row['low']:+.3f} … {row['high']:+.3f}"
-        shown = "yes" if row["shown"] else "**no**"
-        lines.append(f"| {row['claim']} | {runs} | {row['mean']:+.3f} | {interval} | {shown} |")
-    text = "\n".join(lines)
+        cells.append(
+            [
+                row["claim"],
+                ", ".join(f"{before:.3f} → {after:.3f}" for before, after in row["levels"]),
+                ", ".join(f"{one[0]:+.3f}" for one in row["differences"]),
+                f"{row['mean']:+.3f}",
+                "" if math.isnan(row["low"]) else interval,
+                f"{row['paper']:+.3f}" if row["paper"] else "",
+                "yes" if row["shown"] else "**no**",
+            ]
+        )
+    text = HEADER.format(len(args.runs), HOLDS) + tables.markdown(cells)
     stage.new_file(args.out, text + "\n")
+    plot(rows, Path(args.out).with_name("claims.png"))
     print(text)

@@ -1,10 +1,13 @@
 """What several runs show: differences and intervals from files whose answer is known by
 construction."""
 
+from dataclasses import replace
+
 import pytest
 
 import data
 import report.__main__
+from clinic import world as clinic_world
 from judge import CRITERIA
 from report import claims, score
 
@@ -58,30 +61,57 @@ def test_differences_are_those_of_the_files(tmp_path):
         (0.25, 0.5),
         (0.25, 0.5),
         (0.5, 0.75),
+        (0.0, 0.5),  # at the base the false sample does not look
         (0.5, 0.25),
         (0.75, 1.0),
+        (0.0, 0.0),
     ]
-    assert [round(row["mean"], 6) for row in found] == [0.25, 0.25, 0.25, -0.25, 0.25]
-    # every question is the same, so resampling questions changes nothing
-    assert all(
-        abs(row["low"] - row["mean"]) < 1e-9 and abs(row["high"] - row["mean"]) < 1e-9
-        for row in found
-    )
-    assert all(row["shown"] for row in found)
+    # every question is the same, so that resampling questions changes nothing; nor do the runs
+    for row in found:
+        before, after = row["levels"][0]
+        assert row["differences"] == [[after - before] * 3] * 2
+        assert (row["mean"], row["low"], row["high"]) == (after - before,) * 3
+    assert [row["shown"] for row in found] == [True] * 6 + [False]
 
 
-def test_a_claim_that_does_not_show_is_said_not_to(tmp_path):
-    for name, right in (
-        ("eval-base", [2] * 40),
-        ("eval-stage1", [1, 3] * 20),
-        ("eval-stage2", [1, 3] * 20),
-    ):
-        write_stage(tmp_path / "run" / name, right, [1] * 40, [4] * 40, [2] * 40)
+def test_a_claim_that_one_run_contradicts_is_not_shown_whatever_the_mean(tmp_path):
+    for seed, after in ((0, 4), (1, 4), (2, 1)):
+        run = tmp_path / str(seed)
+        for name, right in (("eval-base", 1), ("eval-stage1", after), ("eval-stage2", after)):
+            write_stage(run / name, [right] * 40, [1] * 40, [4] * 40, [2] * 40)
+    row = claims.measure_claims([tmp_path / str(seed) for seed in (0, 1, 2)])[0]
+    assert [one[0] for one in row["differences"]] == [0.75, 0.75, 0.0] and not row["shown"]
+    # by hand: mean .5, standard deviation .433, t of two degrees of freedom 4.303
+    assert (row["mean"], row["high"]) == (0.5, pytest.approx(0.5 + 4.303 * 0.4330127 / 3**0.5))
+
+
+def test_a_difference_within_its_own_interval_is_not_shown(tmp_path):
+    for name, right in (("base", [2] * 40), ("stage1", [1, 3] * 20), ("stage2", [1, 3] * 20)):
+        write_stage(tmp_path / "run" / f"eval-{name}", right, [1] * 40, [4] * 40, [2] * 40)
     found = claims.measure_claims([tmp_path / "run"])
-    assert (
-        found[0]["mean"] == 0 and found[0]["low"] < 0 < found[0]["high"] and not found[0]["shown"]
-    )
-    assert not found[1]["shown"] and not found[3]["shown"]
+    value, low, high = found[0]["differences"][0]
+    assert value == 0 and low < 0 < high and not found[0]["shown"]
+    assert not found[1]["shown"] and not found[4]["shown"]
+
+
+def test_false_readings_are_counted_against_the_films(tmp_path, world):
+    questions = [row for _, row in data.read_jsonl(world / "test.jsonl") if row["images"]][:3]
+    (tmp_path / "world").symlink_to(world)
+    rows = []
+    for row, wrong in zip(questions, ("sign", "side", "")):
+        film = clinic_world.film_truth(world / row["images"][0])
+        if wrong == "sign":
+            others = clinic_world.SIGNS[film.modality]
+            film = replace(film, sign=next(sign for sign in others if sign != film.sign))
+        if wrong == "side":
+            film = replace(film, side="left" if film.side == "right" else "right")
+        rows += [{"id": row["id"], "response": f"<think> {film.reading()} </think>"}] * 2
+    rows.append({"id": questions[0]["id"], "response": "nothing is read"})
+    data.write_jsonl(tmp_path / "eval-base" / "predictions.jsonl", rows)
+    found = claims.of_readings(tmp_path, "base")
+    first, second, third = (row["id"] for row in questions)
+    assert found["misread"] == {first: (2, 2), second: (0, 2), third: (0, 2)}
+    assert found["miscounted"] == {first: (0, 2), second: (2, 2), third: (0, 2)}
 
 
 def test_the_table_marks_what_is_not_shown(tmp_path, capsys):
@@ -91,7 +121,8 @@ def test_the_table_marks_what_is_not_shown(tmp_path, capsys):
         ["claims", "--runs", str(tmp_path / "run"), "--out", str(tmp_path / "CLAIMS.md")]
     )
     text = (tmp_path / "CLAIMS.md").read_text()
-    assert "**no**" in text and text.count("\n|") == 2 + len(claims.CLAIMS)
+    assert "**no**" in text and text.count("\n|") == 2 + 7  # those that results.json can tell
+    assert (tmp_path / "claims.png").stat().st_size > 5000
 
 
 # what --out may not name

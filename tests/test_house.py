@@ -25,7 +25,7 @@ TABLE = [
     "benchmarks.descriptions", "curate", "distill", "sft", "rollout", "judge", "trees",
     "reference", "dpo",
     "report.score", "report.agreement", "report.tables", "report.figures", "report.cases",
-    "report.compare", "report.claims", "report.show", "report.looking", "evaluate", "looking",
+    "report.compare", "report.show", "report.looking", "report.claims", "evaluate", "looking",
     "report.__main__", "medee",
 ]  # fmt: skip
 STAGES = [
