@@ -208,8 +208,8 @@ def plot(rows: list[dict], path: Path) -> None:
     axis.set_yticks(range(len(rows)), words, fontsize=8)
     axis.invert_yaxis()
     axis.set_xlabel(
-        "difference (points: runs, 95 % over questions; grey: 95 % t over runs; "
-        "red: the paper's 7B on MedXpertQA-MM)"
+        "difference\npoints: runs, 95 % over questions; grey: 95 % t over runs\n"
+        "red: the paper's 7B on MedXpertQA-MM"
     )
     figures.save(sheet, path)
 
