@@ -21,6 +21,7 @@ without tags (GPT-4o on MMMU-Pro) ours leave 11 unread, of which a person reads 
 
 import re
 import unicodedata
+from itertools import islice
 
 import data
 from data import LETTERS, WORDS, Question, answer_block, answer_region, normalise
@@ -71,6 +72,8 @@ LINE = re.compile(
     rf"(?:\b{CORRECT}(?: (?:answer|option|choice))?\W*)?",
     re.S,
 )
+# data.WORDS with letters apart from digits: what two spellings of one text have in common
+PIECES = re.compile(r"\d+|[^\W\d]+|[↑↓→←<>=≤≥≠±+]|(?<!\w)[-−](?=\d)")
 # What may lead to a line with a letter alone
 LEADS = re.compile(r"(?i)\b(?:answers?|options?|choices?|correct|so|thus|therefore|hence)\b")
 
@@ -79,22 +82,15 @@ LEADS = re.compile(r"(?i)\b(?:answers?|options?|choices?|correct|so|thus|therefo
 # Text against options
 
 
-def glued(words: list[str]) -> str:
-    """Words and signs without spaces between, but for those between two digits."""
-    return re.sub(r"(?<!\d) | (?!\d)", "", " ".join(words))
-
-
 def after_words(text: str, wanted: str) -> str | None:
     """What follows `wanted` at the beginning of a text, however both are spaced; None if it is not
     there. "117.1 kips" is "117.1kips", and "1.5" is not "15"."""
-    all_of_it, said = glued(normalise(plain(wanted)).split()), []
-    for word in WORDS.finditer(text) if all_of_it else ():
-        said.append(word[0].casefold())
-        if glued(said) == all_of_it:
-            return text[word.end() :]
-        if not all_of_it.startswith(glued(said)):
-            return None
-    return None
+    words = PIECES.findall(plain(wanted).casefold())
+    said = list(islice(PIECES.finditer(text), len(words)))
+    if not words or [piece[0].casefold() for piece in said] != words:
+        return None
+    rest = text[said[-1].end() :]
+    return None if re.match(r"\w", rest) else rest  # "CTA" does not begin with "CT"
 
 
 def opening(text: str, options: dict[str, str]) -> tuple[list[str], str]:

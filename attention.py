@@ -117,8 +117,9 @@ def equal_segments(bounds: tuple[int, ...], device: torch.device) -> list[tuple[
     groups: dict[int, list[int]] = {}
     for start, stop in zip(bounds, bounds[1:]):
         groups.setdefault(stop - start, []).extend(range(start, stop))
-    where = {length: torch.tensor(positions) for length, positions in groups.items()}
-    return [(length, at.to(device, non_blocking=True)) for length, at in where.items()]
+    with torch.inference_mode(False):  # sampling makes them, and training may use them later
+        where = {length: torch.tensor(positions) for length, positions in groups.items()}
+        return [(length, at.to(device, non_blocking=True)) for length, at in where.items()]
 
 
 def segment_attention(

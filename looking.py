@@ -42,7 +42,7 @@ from PIL import Image
 import data
 import judge
 from command import flags, stage
-from command.images import load_image
+from command.images import image_size, load_image
 from engines import Replicas, bill, inference, open_engine
 from engines.inference import Request, Sampling
 from evaluate import make_request, read_all
@@ -177,11 +177,8 @@ def entry_of(
 
 def image_tokens(paths: list[Path], pixels: int) -> int:
     """About how many tokens images have, cut to `pixels`."""
-    total = 0
-    for path in paths:
-        with Image.open(path) as image:
-            total += min(image.width * image.height, pixels) // bill.PATCH**2
-    return total
+    sizes = [image_size(path) for path in paths]
+    return sum(min(width * height, pixels) // bill.PATCH**2 for width, height in sizes)
 
 
 def report_swaps(

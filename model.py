@@ -109,10 +109,8 @@ def load_config(folder: str | Path):
     from transformers import AutoConfig
 
     path = Path(folder) / "config.json"
-    if path.with_name("adapter_config.json").exists():
-        raise data.RowError(f"{folder} is a LoRA adapter; give the merged checkpoint beside it")
     if not path.exists():
-        said = "it has no config.json; nothing is downloaded here, see README"
+        said = "it has no config.json (is it a LoRA adapter? give the merged folder beside it)"
         raise data.RowError(f"{folder} is not a model's folder: {said}")
     with reading(path):
         stored = dict(json.loads(path.read_text(encoding="utf-8")))
@@ -176,24 +174,19 @@ class Segment:
 Row = list[Segment]
 
 
-def qwen_images(folder: str | Path, max_pixels: int):
-    """Hugging Face's image processor (PIL), with images of at most so many pixels."""
-    from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as module
+def image_processor(folder: str | Path, grid_positions: bool, max_pixels: int, tiles: int):
+    """Hugging Face's image processor (PIL): images of at most so many pixels (Qwen) or tiles."""
+    from transformers.models.got_ocr2 import image_processing_pil_got_ocr2 as internvl
+    from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as qwen
 
+    kind = qwen.Qwen2VLImageProcessorPil if grid_positions else internvl.GotOcr2ImageProcessorPil
     with reading(Path(folder) / "preprocessor_config.json"):
-        images = module.Qwen2VLImageProcessorPil.from_pretrained(folder)
-    shortest = min(images.size["shortest_edge"], max_pixels)
-    images.size = {"shortest_edge": shortest, "longest_edge": max_pixels}
-    return images
-
-
-def internvl_images(folder: str | Path, tiles: int):
-    """The same, with at most so many tiles an image."""
-    from transformers.models.got_ocr2 import image_processing_pil_got_ocr2 as module
-
-    with reading(Path(folder) / "preprocessor_config.json"):
-        images = module.GotOcr2ImageProcessorPil.from_pretrained(folder)
-    images.crop_to_patches, images.min_patches, images.max_patches = tiles > 1, 1, tiles
+        images = kind.from_pretrained(folder)
+    if grid_positions:
+        shortest = min(images.size["shortest_edge"], max_pixels)
+        images.size = {"shortest_edge": shortest, "longest_edge": max_pixels}
+    else:
+        images.crop_to_patches, images.min_patches, images.max_patches = tiles > 1, 1, tiles
     return images
 
 
@@ -211,7 +204,7 @@ class Processor:
             vocabulary = self.tokenizer.get_vocab()
         grid = self.family.grid_positions
         self.settings = {"max_pixels": max_pixels} if grid else {"tiles": tiles}
-        self.images = qwen_images(folder, max_pixels) if grid else internvl_images(folder, tiles)
+        self.images = image_processor(folder, grid, max_pixels, tiles)
         added = self.tokenizer.added_tokens_decoder.items()
         self.special = {token.content: index for index, token in added if token.special}
         for token in (TURN_START, TURN_END, self.family.image_token):
@@ -335,7 +328,7 @@ class Batch:
     branches: int  # most responses of a row
     # DPO: (B, K) float, log pi_ref of each response, 0 where a row has fewer
     reference: Tensor | None = None
-    edges: Tensor | None = None  # DPO: (3, E) long, row, chosen and rejected branch of each pair
+    edges: Tensor | None = None  # DPO: (3, E) long, row, chosen and rejected chain of each pair
 
     def to(self, device: torch.device) -> "Batch":
         moved = {
@@ -471,19 +464,14 @@ class Policy(nn.Module):
 
     def image_features(self, pixels: Tensor, grids: list[tuple[int, int, int]]) -> Tensor:
         """Features of all images in order, (image tokens, D). A frozen tower keeps no gradient."""
-        config = self.model.config
         towers = [*self.vision.parameters(), *self.projector.parameters()]
         trained = any(parameter.requires_grad for parameter in towers)
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
             pixels = pixels.to(towers[0].dtype)
             if self.family.grid_positions:
-                layout = segment_layout(config.vision_config, grids, pixels.device)
+                layout = segment_layout(self.vision.config, grids, pixels.device)
                 return self.vision(pixels, **layout).pooler_output
-            layer, select = config.vision_feature_layer, config.vision_feature_select_strategy
-            features = self.model.model.get_image_features(
-                pixels, vision_feature_layer=layer, vision_feature_select_strategy=select
-            )
-            return features.pooler_output.flatten(0, 1)
+            return self.model.model.get_image_features(pixels).pooler_output.flatten(0, 1)
 
     def embed(self, ids: Tensor, features: Tensor | None) -> Tensor:
         """Token embeddings with image features in the image tokens' places. (B, T, D)"""

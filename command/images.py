@@ -35,6 +35,12 @@ def stretched(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.rint((grey - low) * (255 / (high - low))).astype(np.uint8))
 
 
+def image_size(path: str | Path) -> tuple[int, int]:
+    """(width, height) of an image, without reading its pixels."""
+    with Image.open(path) as image:
+        return image.size
+
+
 def load_image(path: str | Path, least: tuple[int, int] | None = None) -> Image.Image:
     """An upright RGB image. least: a (width, height) that is enough; a large JPEG may then be
     decoded smaller and in grey, which is much faster. Raises RowError naming the file."""

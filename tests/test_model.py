@@ -790,6 +790,17 @@ def test_segment_attention_equals_transformers_loop_over_segments(folders, full)
     )
 
 
+def test_features_of_a_trained_tower_after_sampling_have_gradients(folders):
+    """What sampling leaves behind under inference mode must be no part of a later backward pass."""
+    policy = hub.load_policy(folders["qwen"])
+    image = model.Processor(folders["qwen"]).encode_image(picture(56, 56))
+    with torch.inference_mode():
+        sampled = policy.image_features(image.pixels, [image.grid])
+    features = policy.image_features(image.pixels, [image.grid])
+    features.sum().backward()
+    assert torch.equal(features, sampled) and gradients(policy)
+
+
 def test_image_tokens_that_do_not_match_the_features_are_refused(processor):
     prompt, response = (
         prompt_of(processor, "What?", [picture(56, 56)]),
