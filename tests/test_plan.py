@@ -175,7 +175,9 @@ def measured(
             for stage, method in (("sft", "lora"), ("dpo", "full"))
             for shape in SHAPES
         ),
+        ("qwen2_5_vl", "dpo", "lora", "wide blocks"),
         ("internvl", "dpo", "full", "wide blocks"),
+        ("internvl", "sft", "lora", "wide blocks"),
     ],
 )
 def test_prediction_is_within_five_percent_of_the_measured_peak(
