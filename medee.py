@@ -36,6 +36,7 @@ import train
 from command import flags, pipeline, stage
 from command.pipeline import Stage, words_of
 from engines import bill
+from report import score, tables
 
 METHOD = """
 curate       python curate.py --questions {bank} --against {against} --baselines {baselines} \
@@ -54,22 +55,28 @@ pairs        python judge.py pairs --verdicts {run}/verdicts/verdicts.jsonl \
                {pairs} --seed {seed}
 dpo          torchrun dpo.py --model {run}/sft/merged --pairs {run}/pairs/pairs.jsonl {images} \
                {dpo} --seed {seed}
-eval-base    python evaluate.py --engine {engine}:{base} --name base --questions {test} {images} \
-               {evaluate} --judge {judge} --seed {seed}
-eval-stage1  python evaluate.py --engine {engine}:{run}/sft/merged --name '+ Stage I' \
+eval-base    python evaluate.py --engine {engine}:{base} --name {size}/base \
                --questions {test} {images} {evaluate} --judge {judge} --seed {seed}
-eval-stage2  python evaluate.py --engine {engine}:{run}/dpo/merged --name '+ Stage II' \
+eval-stage1  python evaluate.py --engine {engine}:{run}/sft/merged --name {size}/Stage-I \
                --questions {test} {images} {evaluate} --judge {judge} --seed {seed}
-look-base    python looking.py --engine {engine}:{base} --name base --questions {test} {images} \
-               {look} --judge {judge} --seed {seed}
-look-stage1  python looking.py --engine {engine}:{run}/sft/merged --name '+ Stage I' \
+eval-stage2  python evaluate.py --engine {engine}:{run}/dpo/merged --name {size}/Stage-II \
+               --questions {test} {images} {evaluate} --judge {judge} --seed {seed}
+look-base    python looking.py --engine {engine}:{base} --name {size}/base \
                --questions {test} {images} {look} --judge {judge} --seed {seed}
-look-stage2  python looking.py --engine {engine}:{run}/dpo/merged --name '+ Stage II' \
+look-stage1  python looking.py --engine {engine}:{run}/sft/merged --name {size}/Stage-I \
+               --questions {test} {images} {look} --judge {judge} --seed {seed}
+look-stage2  python looking.py --engine {engine}:{run}/dpo/merged --name {size}/Stage-II \
                --questions {test} {images} {look} --judge {judge} --seed {seed}
 looks        python -m report looking --results {run}/look-base {run}/look-stage1 {run}/look-stage2
 report       python -m report page --results {run}/eval-base {run}/eval-stage1 {run}/eval-stage2 \
                --sft {run}/sft --dpo {run}/dpo --pairs {run}/pairs --images {root}
 """
+PAPER = """
+tables       python -m report table --results {run}/eval-base {run}/eval-stage1 {run}/eval-stage2 \
+               {results}
+figures      python -m report plot --results {run}/eval-base {run}/eval-stage1 {run}/eval-stage2 \
+               {results}
+"""  # after METHOD, but not in the demo: beside the paper's Tables 1 and 2 and Figures 4 to 6
 CLINIC = """
 world        python -m clinic world {world} --seed {seed}
 base         python -m clinic teach --family {family} --size {size} {teach} --seed {seed}
@@ -172,6 +179,7 @@ def demo_stages(run: Path, family: str, size: str, world: str, seed: int) -> lis
         "baselines": [f"hf:{run}/base"], "experts": ["clinic:expert-a", "clinic:expert-b"],
         "classifier": "clinic:classifier", "editor": "clinic:editor", "judge": "clinic:judge",
         "teachers": ["clinic:thorough", "clinic:hasty", "clinic:bookish"], "seed": seed,
+        "size": "demo",  # demo/base, as 7B/base at the paper's size
     }  # fmt: skip
     return pipeline.stages_from(CLINIC, clinic) + method(recipe, given, run)
 
@@ -187,7 +195,10 @@ RESULTS = {  # what a run prints at its end
     "report/report.png": "accuracy, criteria, training curves, MV@n and pass@n",
     "looks/looking.png": "does each stage look at the image?",
     "report/films.png": "preference pairs: film, question, chosen beside rejected",
-    "report/table.md": "the table above",
+    "report/table.md": "accuracy and criteria of the three stages, side by side",
+    "tables/table1.md": "ours under the paper's Table 1, with the difference to base",
+    "tables/table2.md": "the same under its Table 2",
+    "figures": "the paper's Figures 4 to 6, drawn from the results that are there",
     "curate/funnel.json": "questions left after each filter",
     "curate/rejected.jsonl": "every rejected question, with its reason and the evidence",
     "pairs/pairs.jsonl": "what Stage II learnt from",
@@ -259,6 +270,12 @@ def demo(args: argparse.Namespace) -> None:
     curate.print_funnel(data.read_json(folder / "curate" / "funnel.json"))
 
 
+def check_results(folders: list[str], size: str) -> None:
+    """Raises RowError, before a long run, for --results that its tables could not take."""
+    own = [{"name": f"{size}/{stage}"} for stage in tables.STAGES]
+    tables.distinct([*own, *(score.read_results(folder) for folder in folders)])
+
+
 def run(args: argparse.Namespace) -> None:
     folder, recipe = Path(args.out), RECIPES[args.recipe]
     limit = {"limit": args.limit or None}
@@ -273,17 +290,23 @@ def run(args: argparse.Namespace) -> None:
         "against": args.test, "test": args.test, "baselines": args.baselines,
         "experts": args.experts, "classifier": args.classifier, "editor": args.editor,
         "judge": args.judge, "teachers": args.teachers, "seed": args.seed,
+        "size": args.recipe.rpartition("-")[2].upper(), "results": args.results, "run": folder,
     }  # fmt: skip
     stages = method(override(recipe, changes), given, folder, args.gpus)
+    stages += pipeline.stages_from(PAPER, given)
     if args.dry:
         for one in stages:
             print(shlex.join([*one.command(), *limits(one, folder, args)]))
+    check_results(args.results, given["size"])
     announce(stages, args.images_may_leave or args.dry)
     if not args.dry:
         run_stages(stages, folder, args.recipe, args)
 
 
 def plan(args: argparse.Namespace) -> None:
+    if args.base and not args.recipe:
+        near = "name the recipe nearest in size, whose batch, rows and method are then counted"
+        raise data.RowError(f"--base {args.base}: {near}: {', '.join(PUBLISHED)}")
     if args.recipe:
         memory.plan_recipe(RECIPES[args.recipe], args, train.MAX_LENGTH)
     else:
@@ -345,6 +368,8 @@ def add_run(add) -> None:
     add("--gpus", type=flags.whole(0), default=8, help="ranks of torchrun; 0: without torchrun")
     add("--out", default="runs/full", help="run folder")
     add("--seed", type=flags.SEED, default=0)
+    said = "evaluations of other sizes or models, to stand beside this run's in tables and figures"
+    add("--results", nargs="+", default=[], help=said)
     add("--reviewed", default="", help="review.csv of curate, its question column corrected")
     said = "chains of each benchmark question that are judged; 0: all"
     add("--judge-samples", type=flags.whole(0), default=1, help=said)  # ours: paper silent

@@ -114,11 +114,13 @@ def load_config(folder: str | Path):
         raise data.RowError(f"{folder} is not a model's folder: {said}")
     with reading(path):
         stored = dict(json.loads(path.read_text(encoding="utf-8")))
-    if str(stored.get("model_type")) not in FAMILIES:
-        raise data.RowError(
-            f"{path}: model_type {stored.get('model_type')!r} is not supported; "
-            f"give a model of {sorted(FAMILIES)} (InternVL in its -hf form)"
-        )
+    if (kind := str(stored.get("model_type"))) not in FAMILIES:
+        said = f"{path}: model_type {stored.get('model_type')!r} is not supported; "
+        said += f"give a model of {sorted(FAMILIES)} (InternVL in its -hf form)"
+        if kind == "internvl_chat":  # InternVL as first published, with code of its own
+            said += f"; or, only to ask it, `vllm serve {folder} --trust-remote-code` on a machine "
+            said += f"of its own and http://HOST:8000/v1#{folder}; docs/models.md says more"
+        raise data.RowError(said)
     with reading(path):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         text = stored.get("text_config") or {}

@@ -210,6 +210,9 @@ class RemoteEngine:
             return completions[:1]
         with self.lock:
             self.complaint = f"question {request.id} is {end}: {shown}"
+            system = any(message["role"] == "system" for message in request.messages)
+            if system and end == "refused" and re.search(r"\bsystem\b", shown, re.IGNORECASE):
+                self.complaint += "; evaluate.py --prompt bare sends no system turn"
             self.strikes += 1
             if self.strikes >= STRIKES:
                 row = f"{self.strikes} questions in a row have no answer"

@@ -23,7 +23,7 @@ import numpy as np
 
 import data
 from judge import CRITERIA
-from report.tables import MM, PAPER_SIZES, STAGES, TITLES, distinct, paper_overall, stage_of
+from report.tables import MM, PAPER_SIZES, STAGES, TITLES, absent, distinct, paper_overall, stage_of
 
 # paper Fig. 5
 STRATEGIES = {"Stage-I": "text-only", "multimodal": "multimodal", "both": "text and multimodal"}
@@ -159,6 +159,8 @@ def stages_by_size(results: list[dict], left_out: list[str]):
     if not ours:
         return None
     sizes = list(dict.fromkeys([*FIGURE4_SIZES, *ours]))
+    if missing := absent(sizes, results):
+        left_out.append(f"Figure 4: no result is called {', '.join(missing)}")
     figure, axes = canvas(1, len(sizes), 3.2 * len(sizes) + 0.6, 4.2)
     highs = [100 * found["accuracy"][2] for stages in ours.values() for found in stages.values()]
     for ax, size in zip(axes[0], sizes):

@@ -19,7 +19,7 @@ with 286 (note c).
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import data
@@ -51,6 +51,13 @@ def distinct(results: list[dict]) -> None:
     if twice := [name for name in names if names.count(name) > 1]:
         same = f"results.json: name: two results are called {twice[0]!r}"
         raise data.RowError(f"{same}; nothing would tell them apart; evaluate with --name")
+
+
+def absent(sizes: Iterable[str], results: list[dict]) -> list[str]:
+    """The names SIZE/STAGE of these sizes that no result has."""
+    names = {result["name"] for result in results}
+    wanted = [f"{size}/{stage}" for size in sizes for stage in STAGES]
+    return [name for name in wanted if name not in names]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -315,4 +322,7 @@ def paper_tables(results: list[dict], out: Path) -> tuple[list[Path], list[str]]
         paths += [out / f"table{number}.md", out / f"table{number}.csv"]
         data.write_text(paths[-2], paper_table(number, records))
         write_sheet(paths[-1], FIELDS, (record.values() for record in records))
+        trained = [s for s, name in PAPER_SIZES.items() if f"{name} +Stage-I" in TABLES[number][1]]
+        if missing := absent(trained, results):
+            left_out.append(f"Table {number}: no result is called {', '.join(missing)}")
     return paths, left_out

@@ -389,7 +389,7 @@ GIVEN = {
     "base": "base", "root": "images", "bank": ["bank.jsonl"], "against": ["test.jsonl"],
     "test": ["test.jsonl"], "baselines": ["vllm:base"], "experts": ["gemini:a"],
     "classifier": "gemini:a", "editor": "gemini:a", "judge": "gemini:a", "teachers": ["gemini:a"],
-    "seed": 0,
+    "seed": 0, "size": "7B",
 }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import threading
 import time
 from argparse import Namespace
 from collections import Counter
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from itertools import zip_longest
@@ -1124,6 +1125,17 @@ def test_a_server_that_refuses_everything_stops_the_run_and_marks_nothing(api, s
         and "not one question was answered" in str(stopped)
         and "this model takes no pictures" in str(stopped)
     )
+
+
+def test_a_server_that_takes_no_system_turn_is_told_with_the_flag_for_it(api, serve):
+    refused = "This model does not support system messages."
+    server = serve(lambda question, time, body: api.bad(400, refused))
+    _, stopped = until_it_stops(open_at(api, server), [request("a")])
+    assert f"{refused}" in str(stopped)
+    assert "evaluate.py --prompt bare sends no system turn" in str(stopped)
+    bare = replace(request("b"), messages=request("b").messages[1:])  # it has none already
+    _, stopped = until_it_stops(open_at(api, server), [bare])
+    assert refused in str(stopped) and "--prompt bare" not in str(stopped)
 
 
 @pytest.mark.parametrize(
