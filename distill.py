@@ -230,7 +230,7 @@ def check_chain(
         faults["structure"] = "the answer is empty"
     # (iii) no loop, no script that the question does not have, no talk of a given answer
     new = (scripts_of(response) - scripts_of(data.question_text(question))) & SCRIPTS
-    if run := loop(response):
+    if run := answers.loop(response):
         faults["coherence"] = f"a loop: '{run}' over and over"
     elif new:
         faults["coherence"] = f"drifts into {', '.join(sorted(new)).lower()} script"
@@ -241,23 +241,6 @@ def check_chain(
 
 def scripts_of(text: str) -> set[str]:
     return {unicodedata.name(c, "?").split()[0] for c in text if c.isalpha()}
-
-
-# ours: measured. A text loops if runs of 8 words that occur 5 times or more are more than a fifth
-# of it. None of HuatuoGPT-o1's 198 chains has such a run three times; one of GPT-4o's 1,444 direct
-# answers on MMMU-Pro has one five times, in 12 % of its words. A sentence of 13 words after a chain
-# of 373 words is 26 % of the whole if said ten times.
-LOOP, TIMES, LOOPED = 8, 5, 0.2
-
-
-def loop(text: str) -> str | None:
-    """The run of LOOP words that a text repeats, or None if the text does not loop."""
-    words = data.normalise(text).split()
-    runs = [" ".join(words[i : i + LOOP]) for i in range(len(words) - LOOP + 1)]
-    counts = Counter(runs)
-    often = [i for i, run in enumerate(runs) if counts[run] >= TIMES]
-    inside = {at for i in often for at in range(i, i + LOOP)}
-    return counts.most_common(1)[0][0] if len(inside) > LOOPED * len(words) else None
 
 
 # --------------------------------------------------------------------------------------------------

@@ -50,6 +50,8 @@ Return your judgement as JSON and nothing else:
 <Question> %s </Question>
 <Reference> %s </Reference>
 <Answer> %s </Answer>"""
+# ours: paper silent
+FORCE_PROMPT = "Give the letter of the option that you choose, and nothing else."
 
 
 def read_all(paths: list[str]) -> Questions:
@@ -112,6 +114,9 @@ def costs(
     longest = bill.LETTERS * args.max_tokens  # characters of a chain
     sizes = list(bill.sizes(requests))
     found = [bill.cost("evaluate", args.engine, sizes, 1, args.max_tokens, args.pixels)]
+    if args.force:
+        forced = [(len(FORCE_PROMPT) + letters + longest, images) for letters, images in sizes]
+        found.append(bill.cost("force", args.engine, forced, 1, args.max_tokens, args.pixels))
     if args.open_ended:
         graded = [(len(GRADE_PROMPT) + letters + longest, 0) for letters, _ in sizes]
         found.append(inference.label_cost("grader", args.open_ended, graded, args))
@@ -143,6 +148,9 @@ def complete(
             rows += ask("evaluate", part).values()
     if args.prompt == "official":
         ask_for_letters(ask, requests, rows, questions)
+    read_answers(rows, questions, bool(args.open_ended))
+    if args.force:
+        force_answers(ask, requests, rows, questions)
     if isinstance(engine, Replicas):
         engine.close()
     return rows
@@ -153,20 +161,43 @@ def ask_for_letters(
 ) -> None:
     """MedXpertQA's second turn: asks for the letter after each finished chain, and adds it to the
     response."""
-    second, asked = {}, []  # id -> request, for equal chains the same; (row, id)
-    for row in rows:
-        turn = official.second_turn(questions[row["id"]], row["response"])
-        if turn and row["finish_reason"] == "stop":
-            first, key = requests[row["id"]], f"{row['id']}/{data.content_hash(turn)[:16]}"
-            messages = [*first.messages, *turn]
-            second[key] = replace(first, id=key, messages=messages, samples=(0,))
-            asked.append((row, key))
-    letters = ask("letter", list(second.values())) if second else {}
-    for row, key in asked:
-        letter = letters[key, 0]
+    ended = [row for row in rows if row["finish_reason"] == "stop"]
+    turns = [official.second_turn(questions[row["id"]], row["response"]) for row in ended]
+    asked = [(row, turn) for row, turn in zip(ended, turns) if turn]
+    for row, letter in second_turns(ask, "letter", requests, asked):
         row["response"] += f"\n\n{official.trigger(questions[row['id']])} {letter['response']}"
         row["response_sha"] = data.response_hash(row["response"])
         row |= {"token_ids": None, "finish_reason": letter["finish_reason"]}
+
+
+def second_turns(
+    ask: Callable, role: str, requests: dict[str, Request], asked: list[tuple[dict, list[dict]]]
+) -> list[tuple[dict, dict]]:
+    """(row, its second completion) of rows with the turns that follow them. Equal ones are asked
+    once."""
+    second, keys = {}, []
+    for row, turns in asked:
+        first, key = requests[row["id"]], f"{row['id']}/{data.content_hash(turns)[:16]}"
+        second[key] = replace(first, id=key, messages=[*first.messages, *turns], samples=(0,))
+        keys.append(key)
+    found = ask(role, list(second.values())) if second else {}
+    return [(row, found[key, 0]) for (row, _), key in zip(asked, keys)]
+
+
+def force_answers(
+    ask: Callable, requests: dict[str, Request], rows: list[dict], questions: Questions
+) -> None:
+    """Asks for the letter after each chain without a readable answer, one that was cut off too:
+    `forced` is that letter, or None. What a model knows stands apart from whether it ends."""
+    asked = []
+    for row in rows:
+        row["forced"] = None
+        if row["extracted"] is None and row["response"].strip():
+            said = {"role": "assistant", "content": row["response"]}
+            asked.append((row, [said, {"role": "user", "content": FORCE_PROMPT}]))
+    for row, letter in second_turns(ask, "force", requests, asked):
+        options, ended = questions[row["id"]].options, letter["finish_reason"] == "stop"
+        row["forced"] = answers.extract_choice(letter["response"], options) if ended else None
 
 
 def read_answers(rows: list[dict], questions: Questions, open_ended: bool) -> None:
@@ -219,9 +250,12 @@ def print_results(results: dict) -> None:
         line += f"; of all answers: unparsed {found['unparsed']:.3f} ("
         line += f"cut off {found['cut_off']:.3f}, over long {found['over_long']:.3f}, "
         line += f"unanswered {found['unanswered']:.3f})"
+        line += f"; {found['loops']:.3f} loop"
+        if "forced" in found:
+            line += f"; accuracy with forced answers {found['forced'][0]:.3f}"
         if "official" in found:
             line += f"; by the benchmark's own rule {found['official'][0]:.3f}"
-        print(line)
+        print(f"{line}\n    {score.resolution(found['questions'])}")
     if results["ungraded"]:
         print(f"{results['ungraded']} answers have no readable grade, and count as wrong")
 
@@ -240,6 +274,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--top-p", type=flags.number(above=0, high=1), default=1.0)  # ours: paper silent
     add("--max-tokens", type=flags.TOKENS, default=8192)  # ours: paper silent
     add("--prompt", choices=["paper", "official", "bare"], default="paper", help="whose prompt")
+    about = "ask once more for the letter where no answer can be read; counted apart"
+    add("--force", action="store_true", help=about)
     about = "no options; this engine says which answers mean the reference"
     add("--open-ended", default="", metavar="GRADER", help=about)
     add("--judge", default="", help="engine spec; judges chains on image questions")
@@ -252,6 +288,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if len(args.n) > 2:
         parser.error("argument -n: expected one number of samples, or two: of image and text")
+    if args.open_ended and args.force:
+        parser.error("argument --force: a question without options has no letter")
     if args.open_ended and args.prompt == "official":
         parser.error("argument --open-ended: --prompt official asks for a letter")
     return args
@@ -269,7 +307,6 @@ def main(argv: list[str] | None = None) -> None:
     bill.announce(costs(questions, requests.values(), args), args.images_may_leave)
     engines = {spec: identity(spec) for spec in specs}
     rows = complete(requests, questions, args)
-    read_answers(rows, questions, bool(args.open_ended))
     ungraded = grade(rows, questions, args) if args.open_ended else 0
     data.write_jsonl(out / "predictions.jsonl", rows)
     criteria, outputs = {}, [out / "predictions.jsonl", out / "results.json"]

@@ -58,6 +58,8 @@ def compared(first: dict, second: dict, notes: list[str]) -> Iterator[list[str]]
         except data.RowError as error:
             how = "--shared compares those that both have"
             raise data.RowError(f"{names}, {key}: {error}; {how}") from None
+        told = f"* {key}: {score.resolution(found['questions'])}"
+        notes += [told] if told not in notes else []
         row = [f"{key} ({found['questions']})", f"{first['name']} → {second['name']}"]
         for name in COMPARED.values():
             has = name in found

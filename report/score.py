@@ -11,7 +11,8 @@ results.json has one entry a question, from which every figure can be made again
 
     id, source, image (bool), answer, groups {question_type, modality, ...},
     choices [letter or null, a sample each], right [bool], official {choices, right} or null,
-    ended ["stop", "length", ...], words [int],
+    forced [right, also by a second turn that asks for the letter], where evaluate.py --force,
+    ended ["stop", "length", ...], words [int], loops [bool],
     criteria [{four booleans}, {} for an unreadable verdict, null where none was asked for]
 
 An answer that cannot be read, was cut off or was never given is wrong and stays in the denominator.
@@ -50,6 +51,25 @@ def wilson(share: float, count: int) -> tuple[float, float]:
     root = math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     half = z / (1 + z * z / count) * root
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def resolution(questions: int) -> str:
+    """What an accuracy over so many questions can tell, in points, at worst (p = .5): the half
+    width of its 95 % interval, and the differences found with 80 % power at 5 %, two-sided:
+
+        two runs, other questions   (z_.975 + z_.8) sqrt(2 p (1 - p) / n)
+        two runs, same questions    (z_.975 + z_.8) sqrt(d / n), where a share d is answered
+                                    differently; d = .3 is ours
+    """
+    normal = statistics.NormalDist()
+    half, both = normal.inv_cdf(0.975), normal.inv_cdf(0.975) + normal.inv_cdf(0.8)
+    own, apart = 100 * half * math.sqrt(0.25 / questions), math.sqrt(0.5 / questions)
+    paired = math.sqrt(0.3 / questions)
+    found = [min(100.0, 100 * both * share) for share in (apart, paired)]
+    return (
+        f"{questions} questions: ± {own:.1f} points; detects {found[0]:.0f} between two runs, "
+        f"{found[1]:.0f} paired at 30 % disagreement, at 80 % power"
+    )
 
 
 def mean_and_interval(values: list[float]) -> list[float]:
@@ -171,14 +191,19 @@ def entry(question: data.Question, rows: list[dict], verdicts: dict[tuple, dict 
         "official": None,
         "ended": [row["finish_reason"] for row in rows],
         "words": [],
+        "loops": [],
         "criteria": [],
     }
+    if any("forced" in row for row in rows):
+        forced = [row.get("forced") == question.answer for row in rows]
+        found["forced"] = [row["correct"] or right for row, right in zip(rows, forced)]
     if "official" in rows[0]:
         choices, right = zip(*((row["official"], row["official_correct"]) for row in rows))
         found["official"] = {"choices": list(choices), "right": list(right)}
     for row in rows:
         thinking = row["response"].split("</think>")[0].removeprefix("<think>")
         found["words"].append(len(thinking.split()))
+        found["loops"].append(answers.loop(row["response"]) is not None)
         key = row["id"], row["sample"]
         met = verdicts.get(key) or {}
         read = {name: met[name] for name in CRITERIA if met}
@@ -210,7 +235,9 @@ def summarise(entries: list[dict]) -> dict:
         "cut_off": ended.count("length") / len(ended),
         "over_long": ended.count("overlong") / len(ended),
         "unanswered": sum(end in ("blocked", "refused", "empty") for end in ended) / len(ended),
-        "words": statistics.fmean(flatten(entries, "words")),
+        # results of older versions have no loops
+        "loops": statistics.fmean(flatten(entries, "loops")) if "loops" in entries[0] else None,
+        **lengths(flatten(entries, "words")),
         "majority": {},
         "pass": {},
         "ties_by_lot": mean_and_interval(lots),
@@ -223,12 +250,25 @@ def summarise(entries: list[dict]) -> dict:
             passes.append(pass_at(n, samples, sum(right)))
         figures["majority"][str(n)] = mean_and_interval(votes)
         figures["pass"][str(n)] = mean_and_interval(passes)
+    if any("forced" in found for found in entries):
+        right = [statistics.fmean(found.get("forced", found["right"])) for found in entries]
+        figures["forced"] = mean_and_interval(right)
     ruled = [found["official"] for found in entries]
     if all(ruled):
         figures["official"] = mean_and_interval([statistics.fmean(one["right"]) for one in ruled])
         unread = [choice is None for choice in flatten(ruled, "choices")]
         figures["official_unparsed"] = statistics.fmean(unread)
     return figures | judged_figures(entries)
+
+
+def lengths(words: list[int]) -> dict[str, float]:
+    """Mean, median and 95th percentile of the words a chain."""
+    ordered = sorted(words)
+    return {
+        "words": statistics.fmean(words),
+        "words_median": statistics.median(words),
+        "words_95": ordered[math.ceil(0.95 * len(ordered)) - 1],
+    }
 
 
 def judged_counts(entries: list[dict]) -> dict[str, int]:

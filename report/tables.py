@@ -87,7 +87,11 @@ ROWS = (  # label, and key of the figures or of their criteria
     ("chains that meet all four criteria", "all_criteria"),
     *((f"… {name.replace('_', ' ')}", name) for name in CRITERIA),
     ("hallucinate, of those that look", "hallucinated"),
+    ("accuracy, answers forced where none is readable", "forced"),
     ("words a chain", "words"),
+    ("… median", "words_median"),
+    ("… 95th percentile", "words_95"),
+    ("loop, of all answers", "loops"),
     ("cannot be read, of all answers", "unparsed"),
     ("… cut off, of all answers", "cut_off"),
     ("… prompt over long, of all answers", "over_long"),
@@ -99,6 +103,7 @@ RARE = {"over_long": 0, "unanswered": 0}  # such a row is shown where there are 
 FORMS = {  # of figures that are neither a share nor a share with its interval
     "questions": "{questions} × {samples}", "judged": "{judged} of {sent}",
     "hallucinated": "{hallucinated:.3f} of {judged_looking}", "words": "{words:.0f}",
+    "words_median": "{words_median:.0f}", "words_95": "{words_95}",
 }  # fmt: skip
 
 
@@ -117,7 +122,8 @@ def cell(figures: dict, key: str) -> str:
 
 def table(results: list[dict]) -> str:
     """One column a result, as Markdown. A row that no result can fill is left out. Where there are
-    several benchmarks, each has rows of its own: accuracy, and by its own rule where it has one."""
+    several benchmarks, each has rows of its own: accuracy, and by its own rule where it has one.
+    Under it stands what each number of questions can tell."""
     groups = []
     for kind in ("image", "text"):
         found = [result["groups"].get(kind, {}) for result in results]
@@ -127,13 +133,15 @@ def table(results: list[dict]) -> str:
         for name in benchmarks:
             parts = [result["benchmarks"].get(name, {}) for result in results]
             groups.append((name, ROWS[:4], [part.get("figures", {}) for part in parts]))
-    lines = [["", *(result["name"] for result in results)]]
+    lines, notes = [["", *(result["name"] for result in results)]], []
     for group, rows, found in groups:
+        counts = dict.fromkeys(figures["questions"] for figures in found if figures)
+        notes += [f"* {group}: {score.resolution(count)}" for count in counts]
         found = [{**figures, **figures.get("criteria", {})} for figures in found]
         for label, key in rows:
             if any(figures.get(key) not in (None, RARE.get(key)) for figures in found):
                 lines.append([f"{group}: {label}", *(cell(figures, key) for figures in found)])
-    return markdown(lines)
+    return "\n".join([markdown(lines), "", *notes])
 
 
 # --------------------------------------------------------------------------------------------------

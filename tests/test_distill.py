@@ -143,7 +143,7 @@ LOOPS = {  # name: (text, whether it is a loop)
 @pytest.mark.parametrize("name", LOOPS)
 def test_a_loop_is_what_is_said_over_and_over_and_not_what_is_said_three_times(name):
     text, expected = LOOPS[name]
-    assert (distill.loop(text) is not None) == expected
+    assert (answers.loop(text) is not None) == expected
 
 
 def faults(response: str, finish: str = "stop", question: data.Question = ASKED) -> set[str]:

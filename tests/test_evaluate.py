@@ -705,7 +705,7 @@ def test_runs_are_compared_question_by_question(stages, tmp_path, capsys):
     )
     said = (tmp_path / "compare.md").read_text()
     assert (
-        said in capsys.readouterr().out and said.count("\n") == 2 + 2
+        said in capsys.readouterr().out and said.count("\n") == 2 + 2 + 3  # and what they can tell
     )  # image and text questions apart
     one, two = (
         json.loads((stages[name] / "results.json").read_text())["groups"]["image"]["accuracy"][0]
@@ -755,7 +755,8 @@ def test_a_gain_that_is_one_of_form_is_seen_in_its_row(tmp_path, capsys):
     second = written(tmp_path / "tagged", {"p": "AA", "q": "AA", "r": "BA", "s": "BB"}, "AABB")
     plain = written(tmp_path / "plain", {"p": "AA", "q": "AA", "r": "BA", "s": "BB"})
     (row, other), notes = compared(capsys, first, second, plain)
-    assert (row["questions"], row["first → second"], notes) == ("medqa (4)", "loose → tagged", "")
+    assert (row["questions"], row["first → second"]) == ("medqa (4)", "loose → tagged")
+    assert notes == f"* medqa: {score.resolution(4)}"
     assert row["difference in accuracy, 95 % interval"].startswith("+0.375 (")  # 3 of 8 answers
     assert row["in the share of readable answers"].startswith("+0.500 (")  # 4 of 8
     assert row["by the benchmark's own rule"] == "+0.000 (+0.000 … +0.000)"
@@ -781,7 +782,10 @@ def test_runs_on_other_questions_are_named_and_compared_on_those_that_both_have(
     ((row,), notes) = compared(capsys, first, second, "--shared", *out)
     assert row["questions"] == "medqa (2)"
     assert row["difference in accuracy, 95 % interval"] == "+1.000 (+1.000 … +1.000)"
-    assert notes == "* 2 questions are in both runs; left out: 1 of one's 3 and 3 of two's 5."
+    told = f"* medqa: {score.resolution(2)}"
+    assert (
+        notes == f"* 2 questions are in both runs; left out: 1 of one's 3 and 3 of two's 5.\n{told}"
+    )
     assert notes in (tmp_path / "compare.md").read_text()
     third = written(tmp_path / "three", {"v": "A"})
     with pytest.raises(data.RowError, match="two and three: --shared: no question in common"):
@@ -913,3 +917,56 @@ def test_a_comparison_is_never_written_over_something_else(two_runs, name):
         report.__main__.main(
             ["compare", "--results", *runs[::-1], "--out", str(two_runs / "new.md")]
         )
+
+
+# --------------------------------------------------------------------------------------------------
+# Endless thinking
+
+LOOP = "and so the film shows one sign on the left " * 12
+ENDLESS = {  # name: (first completion, its end, second completion; extracted, correct, forced)
+    "read": ("<think> x </think> <answer> A </answer>", "stop", "B", "A", True, True),
+    "read and wrong": ("<think> x </think> <answer> B </answer>", "stop", "A", "B", False, False),
+    "unread, then right": ("I cannot say.", "stop", "A", None, False, True),
+    "unread, then wrong": ("I cannot say.", "stop", "B", None, False, False),
+    "cut off, then right": ("<think> " + LOOP, "length", "(A)", None, False, True),
+    "unread twice": ("I cannot say.", "stop", "Both.", None, False, False),
+}
+
+
+class Forced:
+    """Answers first as ENDLESS says, then with the letter."""
+
+    spec = "clinic:thorough"
+
+    def __init__(self):
+        self.tally, self.asked = Counter(), []
+
+    def answer(self, requests, sampling):
+        for request in requests:
+            self.asked.append(request.id)
+            first, end, second = ENDLESS[request.messages[1]["content"].split("?")[0]][:3]
+            if len(request.messages) > 2:
+                assert request.messages[-1]["content"] == evaluate.FORCE_PROMPT
+                first, end = second, "stop"
+            yield [Completion(request.id, k, first, None, end, 0, "") for k in request.samples]
+
+
+def test_an_answer_is_forced_where_none_is_readable_and_counted_apart(tmp_path, monkeypatch):
+    rows = [
+        data.Question(f"{name}?", {"A": "CT", "B": "MRI"}, "A", id=name).to_row()
+        for name in ENDLESS
+    ]
+    data.write_jsonl(tmp_path / "test.jsonl", rows)
+    engine = Forced()
+    monkeypatch.setattr(evaluate, "open_engine", lambda spec, setup: engine)
+    results = run(tmp_path, tmp_path / "out", "--force")
+    assert len(engine.asked) == len(ENDLESS) + 4  # only the unreadable ones a second time
+    found = {one["id"]: one for one in results["entries"]}
+    for name, (*_, extracted, correct, forced) in ENDLESS.items():
+        assert found[name]["choices"] == [extracted] and found[name]["right"] == [correct]
+        assert found[name]["forced"] == [forced]
+        assert found[name]["loops"] == [name.startswith("cut off")]
+    figures = results["groups"]["text"]
+    assert figures["accuracy"][0] == pytest.approx(1 / 6)
+    assert figures["forced"][0] == pytest.approx(3 / 6)
+    assert (figures["loops"], figures["cut_off"]) == pytest.approx((1 / 6, 1 / 6))

@@ -3,6 +3,8 @@ that nothing escapes from."""
 
 import itertools
 import math
+import re
+import statistics
 from fractions import Fraction
 
 import numpy as np
@@ -427,3 +429,33 @@ def test_unlike_questions_are_not_compared_but_those_that_both_have_can_be(name)
     assert [(one["id"], two["id"]) for one, two in pairs] == [("p", "p"), ("q", "q")][: len(pairs)]
     assert len(pairs) == (2 if name == "more" else 1)
     assert pairs[0][0] is first[0] and pairs[0][1] is second[0]
+
+
+# --------------------------------------------------------------------------------------------------
+# What an accuracy can tell
+
+
+@pytest.mark.parametrize("n", [150, 600])
+def test_a_difference_that_is_said_to_be_detected_is_found_in_four_of_five_simulations(n):
+    half, apart, paired = map(
+        float,
+        re.search(
+            r"± ([\d.]+) points; detects (\d+) between two runs, (\d+) paired", score.resolution(n)
+        ).groups(),
+    )
+    rng, z = np.random.default_rng(0), statistics.NormalDist().inv_cdf(0.975)
+    assert half / 100 == pytest.approx(z * (0.25 / n) ** 0.5, abs=5e-4)
+    # both are rounded to points, so that power is near 80 % and not equal to it
+    shift = apart / 200
+    first, second = rng.binomial(n, 0.5 - shift, 4000) / n, rng.binomial(n, 0.5 + shift, 4000) / n
+    error = ((first * (1 - first) + second * (1 - second)) / n) ** 0.5
+    assert (abs(second - first) > z * error).mean() == pytest.approx(0.8, abs=0.1)
+    gains = rng.multinomial(n, [0.15 + paired / 200, 0.15 - paired / 200, 0.7], 4000)
+    only = gains[:, 0] + gains[:, 1]
+    found = abs(gains[:, 0] - gains[:, 1]) > z * only**0.5  # McNemar
+    assert found.mean() == pytest.approx(0.8, abs=0.1)
+
+
+def test_lengths_are_those_of_a_sorted_list():
+    found = score.lengths([*range(1, 101)][::-1])
+    assert found == {"words": 50.5, "words_median": 50.5, "words_95": 95}
