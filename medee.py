@@ -318,7 +318,7 @@ def claims(args: argparse.Namespace) -> None:
     for seed, folder in zip(args.seeds, folders):
         stages = demo_stages(folder, args.family, args.size, "normal", seed)
         run_stages(stages, folder, f"seed {seed}")
-    out = Path(args.out) / "CLAIMS.md"
+    out = Path(args.out) / "claims.md"
     report.__main__.main(["claims", "--runs", *map(str, folders), "--out", str(out)])
 
 

@@ -119,7 +119,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
     add = command("claims", claims, "what several runs of the demo show, with intervals")
     add("--runs", nargs="+", required=True, help="run folders")
-    add("--out", default="CLAIMS.md", help="file to write")
+    add("--out", default="claims.md", help="file to write; its picture is put beside it")
 
     add = command("show", show, "demos or pairs, every token coloured by its label")
     add("file")

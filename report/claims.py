@@ -1,6 +1,6 @@
 """What several runs of the demo show: the paper's claims, a difference in every run.
 
-    python -m report claims --runs runs/claims/seed-21 runs/claims/seed-22 --out CLAIMS.md
+    python -m report claims --runs runs/claims/seed-21 runs/claims/seed-22 --out docs/claims.md
 
 A claim is a difference between two shares on the same image questions. It is *shown* if it has the
 claimed sign in every run and each run's 95 % interval, which resamples questions, excludes 0 (for
@@ -8,7 +8,7 @@ claimed sign in every run and each run's 95 % interval, which resamples question
 holds what differs from seed to seed, which the interval over questions does not.
 
 reads of each run the three evaluations (results.json, predictions.jsonl), looking.json where it is
-there, and the films of its world; writes CLAIMS.md and, beside it, claims.png.
+there, and the films of its world; writes claims.md and, beside it, claims.png.
 
 Where we depart from the paper, or it is silent: it has one run, and gives no intervals.
 """
@@ -249,7 +249,9 @@ def claims(args: argparse.Namespace) -> None:
                 "yes" if row["shown"] else "**no**",
             ]
         )
+    picture = Path(args.out).with_suffix(".png")
     text = HEADER.format(len(args.runs), HOLDS) + tables.markdown(cells)
+    text += f"\n\n![The claims as intervals around zero]({picture.name})"
     stage.new_file(args.out, text + "\n")
-    plot(rows, Path(args.out).with_name("claims.png"))
+    plot(rows, picture)
     print(text)

@@ -118,9 +118,9 @@ def test_the_table_marks_what_is_not_shown(tmp_path, capsys):
     for name in ("eval-base", "eval-stage1", "eval-stage2"):
         write_stage(tmp_path / "run" / name, [2] * 10, [1] * 10, [4] * 10, [2] * 10)
     report.__main__.main(
-        ["claims", "--runs", str(tmp_path / "run"), "--out", str(tmp_path / "CLAIMS.md")]
+        ["claims", "--runs", str(tmp_path / "run"), "--out", str(tmp_path / "claims.md")]
     )
-    text = (tmp_path / "CLAIMS.md").read_text()
+    text = (tmp_path / "claims.md").read_text()
     assert "**no**" in text and text.count("\n|") == 2 + 7  # those that results.json can tell
     assert (tmp_path / "claims.png").stat().st_size > 5000
 
