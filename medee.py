@@ -56,17 +56,17 @@ pairs        python judge.py pairs --verdicts {run}/verdicts/verdicts.jsonl \
 dpo          torchrun dpo.py --model {run}/sft/merged --pairs {run}/pairs/pairs.jsonl {images} \
                {dpo} --seed {seed}
 eval-base    python evaluate.py --engine {engine}:{base} --name {size}/base \
-               --questions {test} {images} {evaluate} --judge {judge} --seed {seed}
+               --questions {test} {images} {evaluate} --judge {eval_judge} --seed {seed}
 eval-stage1  python evaluate.py --engine {engine}:{run}/sft/merged --name {size}/Stage-I \
-               --questions {test} {images} {evaluate} --judge {judge} --seed {seed}
+               --questions {test} {images} {evaluate} --judge {eval_judge} --seed {seed}
 eval-stage2  python evaluate.py --engine {engine}:{run}/dpo/merged --name {size}/Stage-II \
-               --questions {test} {images} {evaluate} --judge {judge} --seed {seed}
+               --questions {test} {images} {evaluate} --judge {eval_judge} --seed {seed}
 look-base    python looking.py --engine {engine}:{base} --name {size}/base \
-               --questions {test} {images} {look} --judge {judge} --seed {seed}
+               --questions {test} {images} {look} --judge {eval_judge} --seed {seed}
 look-stage1  python looking.py --engine {engine}:{run}/sft/merged --name {size}/Stage-I \
-               --questions {test} {images} {look} --judge {judge} --seed {seed}
+               --questions {test} {images} {look} --judge {eval_judge} --seed {seed}
 look-stage2  python looking.py --engine {engine}:{run}/dpo/merged --name {size}/Stage-II \
-               --questions {test} {images} {look} --judge {judge} --seed {seed}
+               --questions {test} {images} {look} --judge {eval_judge} --seed {seed}
 looks        python -m report looking --results {run}/look-base {run}/look-stage1 {run}/look-stage2
 report       python -m report page --results {run}/eval-base {run}/eval-stage1 {run}/eval-stage2 \
                --sft {run}/sft --dpo {run}/dpo --pairs {run}/pairs --images {root}
@@ -178,6 +178,7 @@ def demo_stages(run: Path, family: str, size: str, world: str, seed: int) -> lis
         "against": [f"{made}/dev.jsonl", f"{made}/test.jsonl"], "test": [f"{made}/test.jsonl"],
         "baselines": [f"hf:{run}/base"], "experts": ["clinic:expert-a", "clinic:expert-b"],
         "classifier": "clinic:classifier", "editor": "clinic:editor", "judge": "clinic:judge",
+        "eval_judge": "clinic:judge",
         "teachers": ["clinic:thorough", "clinic:hasty", "clinic:bookish"], "seed": seed,
         "size": "demo",  # demo/base, as 7B/base at the paper's size
     }  # fmt: skip
@@ -289,7 +290,8 @@ def run(args: argparse.Namespace) -> None:
         "base": args.base or recipe["base"], "root": args.images, "bank": args.questions,
         "against": args.test, "test": args.test, "baselines": args.baselines,
         "experts": args.experts, "classifier": args.classifier, "editor": args.editor,
-        "judge": args.judge, "teachers": args.teachers, "seed": args.seed,
+        "judge": args.judge[0], "eval_judge": args.judge[-1],
+        "teachers": args.teachers, "seed": args.seed,
         "size": args.recipe.rpartition("-")[2].upper(), "results": args.results, "run": folder,
     }  # fmt: skip
     stages = method(override(recipe, changes), given, folder, args.gpus)
@@ -364,7 +366,8 @@ def add_run(add) -> None:
     two = ("TEACHER", "EXPANDER")
     add("--expand", nargs=2, action="append", default=[], metavar=two, help=said)
     add("--checker", default="", help="engine that checks demonstrations")
-    add("--judge", required=True, help="engine that judges chains")
+    said = "engine that judges chains; a second one judges the evaluation instead"
+    add("--judge", **several, help=said)
     add("--gpus", type=flags.whole(0), default=8, help="ranks of torchrun; 0: without torchrun")
     add("--out", default="runs/full", help="run folder")
     add("--seed", type=flags.SEED, default=0)

@@ -143,7 +143,32 @@ def verdict(
     }
 
 
-def judge(prompt: str, images: list[Path], *_) -> str:
+# judges that err, and how: blind never sees a hallucination, lenient lets half of what fails pass,
+# style says Yes to all wherever a chain checks itself; a number is the per cent of verdicts flipped
+ERRING = ("judge-blind", "judge-lenient", "judge-style", "judge-20", "judge-35", "judge-50")
+
+
+def erring(
+    judged: dict[str, bool], name: str, response: str, rng: random.Random
+) -> dict[str, bool]:
+    """A judge's verdict from the truth, by the judge's name. Its answer to whether the answer is
+    right has no error."""
+    kind = name.partition("-")[2]
+    checks = any(check in response for check in CHECKS)
+    found = dict(judged)
+    for criterion, met in list(judged.items())[1:]:
+        if kind == "blind" and criterion == "No_Hallucination":
+            found[criterion] = True
+        if kind == "lenient":
+            found[criterion] = met or rng.random() < 0.5
+        if kind == "style":
+            found[criterion] = met or checks
+        if kind.isdigit():
+            found[criterion] = met != (rng.random() < int(kind) / 100)
+    return found
+
+
+def judge(prompt: str, images: list[Path], name: str, rng: random.Random) -> str:
     """The completion of the Appendix A prompt: its JSON, with Yes and No."""
     asked, truth, response = (
         re.search(rf"<{part}> (.*?) </{part}>\s*(?=<Groundtruth>|<Answer>|$)", prompt, re.S)[1]
@@ -151,6 +176,7 @@ def judge(prompt: str, images: list[Path], *_) -> str:
     )
     case, kind, options = understand(asked, images)
     judged = verdict(case, kind, options, truth[0], response)
+    judged = erring(judged, name, response, rng)
     return json.dumps({name: "Yes" if met else "No" for name, met in judged.items()}, indent=4)
 
 
@@ -178,6 +204,7 @@ def editor(prompt: str, *_) -> str:
 
 ROLES = {name: teacher for name in TEACHERS} | {"expert-a": expert, "expert-b": expert}
 ROLES |= {"classifier": classifier, "editor": editor, "judge": judge}
+ROLES |= dict.fromkeys(ERRING, judge)
 
 
 def answer(role: str, messages: list[dict], images: list[Path], seed: int) -> str:

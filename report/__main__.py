@@ -12,9 +12,10 @@ from pathlib import Path
 
 import data
 from command import flags, schema, stage
+from engines import inference
 from evaluate import read_all
 from judge import print_report
-from report import agreement, cases, figures, score, tables
+from report import agreement, cases, figures, judging, score, tables
 from report.claims import claims
 from report.compare import compare
 from report.looking import looking
@@ -125,6 +126,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("file")
     add("--model", required=True, help="folder whose tokenizer is used")
     add("-n", type=flags.whole(1), default=3, help="how many rows")
+
+    about = "a judge's verdicts on films of the miniature, against the truth"
+    add = command("judge", judging.judge_films, about, out=folder)
+    add("--judge", required=True, help="engine spec")
+    add("--chains", required=True, help="rollouts.jsonl, or predictions.jsonl of evaluate.py")
+    add("--questions", required=True, help="questions of the miniature")
+    add("--images", default=".", help="image root")
+    add("-n", type=flags.whole(1), default=200, help="most chains; each is judged twice")  # ours
+    add("--seed", type=flags.SEED, default=0)
+    inference.add_flags(commands.choices["judge"])
+
+    add = command("judges", judging.judges, "two judges on the same chains")
+    add("--verdicts", nargs=2, required=True, metavar="FILE", help="verdicts.jsonl of each")
 
     add = command("check", schema.check, "every mistake of JSONL files, by line and key")
     add("files", nargs="+")

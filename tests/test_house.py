@@ -26,6 +26,7 @@ TABLE = [
     "reference", "dpo",
     "report.score", "report.agreement", "report.tables", "report.figures", "report.cases",
     "report.compare", "report.show", "report.looking", "report.claims", "evaluate", "looking",
+    "report.judging",
     "report.__main__", "medee",
 ]  # fmt: skip
 STAGES = [

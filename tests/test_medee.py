@@ -388,8 +388,8 @@ def test_a_failing_stage_stops_the_run_and_names_itself(tmp_path):
 GIVEN = {
     "base": "base", "root": "images", "bank": ["bank.jsonl"], "against": ["test.jsonl"],
     "test": ["test.jsonl"], "baselines": ["vllm:base"], "experts": ["gemini:a"],
-    "classifier": "gemini:a", "editor": "gemini:a", "judge": "gemini:a", "teachers": ["gemini:a"],
-    "seed": 0, "size": "7B",
+    "classifier": "gemini:a", "editor": "gemini:a", "judge": "gemini:a", "eval_judge": "gemini:a",
+    "teachers": ["gemini:a"], "seed": 0, "size": "7B",
 }  # fmt: skip
 
 
@@ -629,3 +629,13 @@ def test_a_killed_driver_goes_on_from_where_it_was(tmp_path):
         quiet / "distill" / "demos.jsonl"
     ).read_bytes()
     assert json.loads((disturbed / "world" / "stage.json").read_text())["outputs"]["bank.jsonl"]
+
+
+def test_a_second_judge_judges_the_evaluation_and_not_the_preferences(tmp_path, capsys):
+    words = full_run(tmp_path, "--dry")
+    at = words.index("--judge") + 2
+    medee.main([*words[:at], "gemini:other", *words[at:]])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("python ")]
+    judges = {line.split()[1]: re.findall(r"--judge (\S+)", line) for line in lines}
+    assert judges["judge.py"] in ([], ["gemini:g"]) and "--judge gemini:g " in "\n".join(lines)
+    assert judges["evaluate.py"] == judges["looking.py"] == ["gemini:other"]
