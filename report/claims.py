@@ -56,7 +56,7 @@ CLAIMS = (
           (STAGE1, "hallucinated"), (STAGE2, "hallucinated"), -1),
     Claim("… of the sign alone: chains that name a wrong one, of those that name one",
           (STAGE1, "misread"), (STAGE2, "misread"), -1),
-    Claim("… of number and side, where the sign is right",
+    Claim("… of number or side, with the right sign",
           (STAGE1, "miscounted"), (STAGE2, "miscounted"), -1),
     Claim("majority vote raises accuracy after Stage II",
           (STAGE2, "accuracy"), (STAGE2, "vote"), 1),
