@@ -74,7 +74,6 @@ ROWS = (  # label, and key of the figures or of their criteria
     ("accuracy, by the benchmark's rule (official.py)", "official"),
     ("… which cannot read, of all answers", "official_unparsed"),
     ("majority vote", "majority"),
-    ("… with ties broken by lot", "ties_by_lot"),
     ("any right (pass@n)", "pass"),
     ("chains with a readable verdict", "judged"),
     ("chains that meet all four criteria", "all_criteria"),
@@ -87,8 +86,6 @@ ROWS = (  # label, and key of the figures or of their criteria
     ("… unanswered, of all answers", "unanswered"),
 )
 RARE = {"over_long": 0, "unanswered": 0}  # such a row is shown where there are any
-
-
 FORMS = {  # of figures that are neither a share nor a share with its interval
     "questions": "{questions} × {samples}", "judged": "{judged} of {sent}",
     "hallucinated": "{hallucinated:.3f} of {judged_looking}", "words": "{words:.0f}",
@@ -110,7 +107,8 @@ def cell(figures: dict, key: str) -> str:
 
 def table(results: list[dict]) -> str:
     """One column a result, as Markdown. A row that no result can fill is left out. Where there are
-    several benchmarks, each has rows of its own: accuracy, and by its own rule where it has one."""
+    several benchmarks or modalities, each has rows of its own: accuracy, and of a benchmark also
+    that by its own rule, where it has one."""
     groups = []
     for kind in ("image", "text"):
         found = [result["groups"].get(kind, {}) for result in results]
@@ -120,6 +118,11 @@ def table(results: list[dict]) -> str:
         for name in benchmarks:
             parts = [result["benchmarks"].get(name, {}) for result in results]
             groups.append((name, ROWS[:4], [part.get("figures", {}) for part in parts]))
+    subsets = dict.fromkeys(name for result in results for name in result["subsets"])
+    modalities = [name for name in subsets if name.startswith("modality=")]
+    for name in modalities if len(modalities) > 1 else []:
+        found = [result["subsets"].get(name, {}) for result in results]
+        groups.append((f"image questions, {name.partition('=')[2]}", ROWS[:2], found))
     lines = [["", *(result["name"] for result in results)]]
     for group, rows, found in groups:
         found = [{**figures, **figures.get("criteria", {})} for figures in found]
