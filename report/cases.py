@@ -38,7 +38,7 @@ import jinja2
 import data
 from command import schema, stage
 from engines.inference import image_paths
-from report import score
+from report import score, tables
 
 FILES = ("results.json", "predictions.jsonl", "verdicts.jsonl")  # of a run, read here
 # ours: pixels of an image's longer side: larger ones are reduced, small ones enlarged exactly
@@ -144,9 +144,7 @@ def meets(entry: dict, wanted: str) -> bool:
 def common_questions(runs: list[Run], questions: list[data.Question]) -> list[data.Question]:
     """The questions that were put to every run, as they were. Raises RowError for none, and for
     two runs of one name."""
-    names = [run.name for run in runs]
-    if len({*names}) < len(runs):
-        raise data.RowError(f"runs of one name: {names}; evaluate one under another --name")
+    tables.distinct([run.name for run in runs])
     if runs[0].open_ended:
         questions = [question.opened() for question in questions]
     common = [question for question in questions if all(question.id in run.entries for run in runs)]

@@ -116,7 +116,7 @@ def plot_paper(results: list[dict], out: Path) -> tuple[list[Path], list[str]]:
     """Draws figure4, and for each size figure5 and figure6, as .png and .svg, from the results that
     have what it takes. Returns (files, lines that say what was left out and why).
     Raises RowError for two results of one name."""
-    distinct(results)
+    distinct([result["name"] for result in results])
     stages, left_out, by_size = [], [], {}
     for result in results:
         size, stage = stage_of(result)

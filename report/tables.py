@@ -45,9 +45,8 @@ def stage_of(result: dict) -> tuple[str, str]:
     return size, stage
 
 
-def distinct(results: list[dict]) -> None:
+def distinct(names: list[str]) -> None:
     """Raises RowError for two results of one name."""
-    names = [result["name"] for result in results]
     if twice := [name for name in names if names.count(name) > 1]:
         same = f"results.json: name: two results are called {twice[0]!r}"
         raise data.RowError(f"{same}; nothing would tell them apart; evaluate with --name")
@@ -311,7 +310,7 @@ def paper_table(number: int, records: list[dict]) -> str:
 def paper_tables(results: list[dict], out: Path) -> tuple[list[Path], list[str]]:
     """Writes table1.md, table1.csv, table2.md, table2.csv. Returns (files, lines that say what
     results lack). Raises RowError for two results of one name."""
-    distinct(results)
+    distinct([result["name"] for result in results])
     paths, left_out = [], []
     for number in TABLES:
         records = [*paper_records(number), *our_records(number, results, left_out)]

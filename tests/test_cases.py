@@ -242,7 +242,7 @@ def test_no_case_is_an_error_that_counts_each_condition(tmp_path):
         data.RowError, match=r"none of the 1 questions was put to every run \(m has 2\)"
     ):
         write(tmp_path, [run], [question("q7")])
-    with pytest.raises(data.RowError, match="runs of one name"):
+    with pytest.raises(data.RowError, match="two results are called 'm'"):
         write(tmp_path, [run, run], questions)
     assert not (tmp_path / "cases.html").exists()
 
