@@ -273,8 +273,8 @@ def demo(args: argparse.Namespace) -> None:
 
 def check_results(folders: list[str], size: str) -> None:
     """Raises RowError, before a long run, for --results that its tables could not take."""
-    own = [{"name": f"{size}/{stage}"} for stage in tables.STAGES]
-    tables.distinct([*own, *(score.read_results(folder) for folder in folders)])
+    own = [f"{size}/{stage}" for stage in tables.STAGES]
+    tables.distinct([*own, *(score.read_results(folder)["name"] for folder in folders)])
 
 
 def run(args: argparse.Namespace) -> None:

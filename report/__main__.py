@@ -92,7 +92,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     named = f"{folders}, named SIZE/STAGE where a figure is by size and stage"
     about = "our rows and columns beside the paper's Tables 1 and 2"
     command("table", draw, about, named, folder)
-    about = "the paper's Figures 4, 5 and 6, and accuracy by modality"
+    about = "the paper's Figures 4, 5 and 6"
     command("plot", draw, about, named, folder)
 
     add = command("cases", show_cases, "single cases as one page, chains side by side")
@@ -108,11 +108,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = command("page", page, about, f"{folders}, in the order of the stages", folder)
     add("--sft", default="", help="Stage I folder, for its curves")
     add("--dpo", default="", help="Stage II folder, for its curves")
-    add(
-        "--pairs",
-        default="",
-        help="folder of judge.py pairs, for the sheet of films and the report",
-    )
+    add("--pairs", default="", help="folder of judge.py pairs, for the sheet of films")
     add("--images", default=".", help="image root")
 
     about = "does each stage look at the image? measures of looking.py, and differences"

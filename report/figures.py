@@ -1,7 +1,7 @@
 """Pictures of an evaluation (paper §4): its Figures 4 to 6, and the report of one run.
 
     plot_paper     figure4: accuracy by stage and model size     figure5: what Stage I is trained on
-                   figure6: MV@n and pass@n                      modalities: by kind of image
+                   figure6: MV@n and pass@n
     plot_report    accuracy, criteria, training curves and votes on one sheet
     plot_films     a sheet of preference pairs
 
@@ -30,7 +30,6 @@ STRATEGIES = {"Stage-I": "text-only", "multimodal": "multimodal", "both": "text 
 # paper 4.3; it does not say which Medbullets
 FIGURE5 = ("medxpertqa-mm", "mmmu", "medqa", "medbullets-op4", "medbullets-op5")
 FIGURE4_SIZES = ("7B", "32B", "72B")  # paper Fig. 4
-
 
 Look = namedtuple("Look", "shade hatch marker line")
 LOOKS = (  # ours: one a result, told apart in grey too
@@ -114,17 +113,16 @@ def curve(ax, figures: dict, key: str, look: Look, label: str) -> None:
 
 
 def plot_paper(results: list[dict], out: Path) -> tuple[list[Path], list[str]]:
-    """Draws figure4, and for each size figure5, figure6 and modalities, as .png and .svg, from the
-    results that have what it takes. Returns (files, lines that say what was left out and why).
+    """Draws figure4, and for each size figure5 and figure6, as .png and .svg, from the results that
+    have what it takes. Returns (files, lines that say what was left out and why).
     Raises RowError for two results of one name."""
-    distinct(results)
+    distinct([result["name"] for result in results])
     stages, left_out, by_size = [], [], {}
     for result in results:
         size, stage = stage_of(result)
         by_size.setdefault(size, []).append(result)
         if size and stage in STRATEGIES and stage not in STAGES:
-            which = "Figures 4, 6, modalities"
-            left_out.append(f"{which}: {result['name']} is an ablation, for Figure 5 only")
+            left_out.append(f"Figures 4, 6: {result['name']} is an ablation, for Figure 5 only")
         else:
             stages.append(result)
     drawn = {"figure4": stages_by_size(stages, left_out)}
@@ -133,11 +131,10 @@ def plot_paper(results: list[dict], out: Path) -> tuple[list[Path], list[str]]:
         drawn["figure5" + suffix] = strategies(size, members, left_out)
         plain = [result for result in stages if stage_of(result)[0] == size]
         if len(plain) > len(LOOKS):
-            which = f"Figure 6, modalities: {len(plain)} results of one size {size!r}"
-            left_out.append(f"{which}, and only {len(LOOKS)} can be told apart; give fewer")
+            many = f"Figure 6: {len(plain)} results of one size {size!r}"
+            left_out.append(f"{many}, and only {len(LOOKS)} can be told apart; give fewer")
         else:
             drawn["figure6" + suffix] = curves(plain, left_out)
-            drawn["modalities" + suffix] = modalities(plain, left_out)
     paths = []
     for name, figure in drawn.items():
         paths += save(figure, out / f"{name}.png", out / f"{name}.svg") if figure else []
@@ -251,46 +248,6 @@ def curves(results: list[dict], left_out: list[str]):
             ax.set(xlabel="n samples", ylabel="share right (band: 95 % interval)")
             ax.set_title(f"{TITLES.get(benchmark, benchmark)} ({asked}): {title}")
     legend_below(figure, axes.flat, min(3, len(results)))
-    return figure
-
-
-def modalities(results: list[dict], left_out: list[str]):
-    """Accuracy by kind of image, over all image questions: a line a modality, a mark a result."""
-    found, largest, benchmarks = [], {}, {}  # benchmarks: an ordered set
-    for result, look in zip(results, LOOKS):
-        sources = [entry["source"] for entry in result["entries"] if entry["image"]]
-        benchmarks |= dict.fromkeys(TITLES.get(source, source) for source in sources)
-        subsets = {key.partition("="): part for key, part in result["subsets"].items()}
-        parts = {name: part for (key, _, name), part in subsets.items() if key == "modality"}
-        for name, part in parts.items():
-            largest[name] = max(part["questions"], largest.get(name, 0))
-        if parts:
-            found.append((result["name"], look, parts))
-        else:
-            why = "has no subsets modality=...; its questions' meta names none"
-            left_out.append(f"modalities: {result['name']} {why}")
-    if not found:
-        return None
-    order = sorted(largest, key=lambda name: (largest[name], name))  # from below
-    figure, axes = canvas(1, 1, 8, 1.6 + (0.18 + 0.13 * len(found)) * len(order))
-    ax, step = axes[0, 0], 0.7 / len(found)
-    for i, (name, look, parts) in enumerate(found):
-        heights = [y for y, modality in enumerate(order) if modality in parts]
-        means, bars = accuracies(parts[order[y]] for y in heights)
-        heights = np.array(heights) - offset(i, len(found), step)
-        style = {"fmt": look.marker, "color": look.shade, "mec": "black", "capsize": 0}
-        label = f"{name} ({counts('samples', parts.values())} samples)"
-        ax.errorbar(means, heights, xerr=bars, ms=5, label=label, **style)
-    for y in range(len(order) - 1):
-        ax.axhline(y + 0.5, color="#dddddd", lw=0.6)
-    labels = []
-    for name in order:
-        number = counts("questions", [parts[name] for *_, parts in found if name in parts])
-        labels.append(f"{name} (n = {number})")
-    ax.set(yticks=range(len(order)), yticklabels=labels, xlim=(0, 1), ylim=(-0.6, len(order) - 0.4))
-    ax.set(title=f"accuracy by imaging modality: {', '.join(benchmarks)}")
-    ax.set(xlabel="accuracy (bars: 95 % interval)", ylabel="modality, n image questions")
-    legend_below(figure, [ax], min(3, len(found)))
     return figure
 
 

@@ -95,13 +95,6 @@ def vote(choices: list[str | None], right: list[bool]) -> bool:
     return winner is not None and right[choices.index(winner)]
 
 
-def shared_vote(choices: list[str | None], right: list[bool]) -> float:
-    """The chance that the vote is right if a tie is broken by lot."""
-    counts = Counter(choice for choice in choices if choice is not None)
-    tied = [choice for choice, count in counts.items() if count == max(counts.values())]
-    return statistics.fmean(right[choices.index(choice)] for choice in tied) if tied else 0.0
-
-
 @lru_cache(maxsize=None)  # a question is in several groups, with the same vote
 def majority_at(n: int, choices: tuple, right: tuple, seed: int) -> float:
     """Share of random n-subsets of the samples, in their order, whose majority is right."""
@@ -224,7 +217,6 @@ def summarise(entries: list[dict]) -> dict:
     if len(counts) != 1:
         raise ValueError(f"one group of questions has {sorted(counts)} samples a question")
     samples, ended = counts.pop(), flatten(entries, "ended")
-    lots = [shared_vote(found["choices"], found["right"]) for found in entries]
     figures = {
         "questions": len(entries),
         "samples": samples,
@@ -240,7 +232,6 @@ def summarise(entries: list[dict]) -> dict:
         **lengths(flatten(entries, "words")),
         "majority": {},
         "pass": {},
-        "ties_by_lot": mean_and_interval(lots),
     }
     for n in sizes(samples):
         votes, passes = [], []

@@ -45,9 +45,8 @@ def stage_of(result: dict) -> tuple[str, str]:
     return size, stage
 
 
-def distinct(results: list[dict]) -> None:
+def distinct(names: list[str]) -> None:
     """Raises RowError for two results of one name."""
-    names = [result["name"] for result in results]
     if twice := [name for name in names if names.count(name) > 1]:
         same = f"results.json: name: two results are called {twice[0]!r}"
         raise data.RowError(f"{same}; nothing would tell them apart; evaluate with --name")
@@ -81,7 +80,6 @@ ROWS = (  # label, and key of the figures or of their criteria
     ("accuracy, by the benchmark's rule (official.py)", "official"),
     ("… which cannot read, of all answers", "official_unparsed"),
     ("majority vote", "majority"),
-    ("… with ties broken by lot", "ties_by_lot"),
     ("any right (pass@n)", "pass"),
     ("chains with a readable verdict", "judged"),
     ("chains that meet all four criteria", "all_criteria"),
@@ -98,8 +96,6 @@ ROWS = (  # label, and key of the figures or of their criteria
     ("… unanswered, of all answers", "unanswered"),
 )
 RARE = {"over_long": 0, "unanswered": 0}  # such a row is shown where there are any
-
-
 FORMS = {  # of figures that are neither a share nor a share with its interval
     "questions": "{questions} × {samples}", "judged": "{judged} of {sent}",
     "hallucinated": "{hallucinated:.3f} of {judged_looking}", "words": "{words:.0f}",
@@ -122,8 +118,9 @@ def cell(figures: dict, key: str) -> str:
 
 def table(results: list[dict]) -> str:
     """One column a result, as Markdown. A row that no result can fill is left out. Where there are
-    several benchmarks, each has rows of its own: accuracy, and by its own rule where it has one.
-    Under it stands what each number of questions can tell."""
+    several benchmarks or modalities, each has rows of its own: accuracy, and of a benchmark also
+    that by its own rule, where it has one. Under it stands what each number of questions can
+    tell."""
     groups = []
     for kind in ("image", "text"):
         found = [result["groups"].get(kind, {}) for result in results]
@@ -133,6 +130,11 @@ def table(results: list[dict]) -> str:
         for name in benchmarks:
             parts = [result["benchmarks"].get(name, {}) for result in results]
             groups.append((name, ROWS[:4], [part.get("figures", {}) for part in parts]))
+    subsets = dict.fromkeys(name for result in results for name in result["subsets"])
+    modalities = [name for name in subsets if name.startswith("modality=")]
+    for name in modalities if len(modalities) > 1 else []:
+        found = [result["subsets"].get(name, {}) for result in results]
+        groups.append((f"image questions, {name.partition('=')[2]}", ROWS[:2], found))
     lines, notes = [["", *(result["name"] for result in results)]], []
     for group, rows, found in groups:
         counts = dict.fromkeys(figures["questions"] for figures in found if figures)
@@ -323,7 +325,7 @@ def paper_table(number: int, records: list[dict]) -> str:
 def paper_tables(results: list[dict], out: Path) -> tuple[list[Path], list[str]]:
     """Writes table1.md, table1.csv, table2.md, table2.csv. Returns (files, lines that say what
     results lack). Raises RowError for two results of one name."""
-    distinct(results)
+    distinct([result["name"] for result in results])
     paths, left_out = [], []
     for number in TABLES:
         records = [*paper_records(number), *our_records(number, results, left_out)]

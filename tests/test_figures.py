@@ -451,6 +451,16 @@ def test_table_of_one_benchmark_does_not_say_everything_twice():
     assert all(label == "" or label.startswith("text questions: ") for label in found)
 
 
+def test_table_says_accuracy_and_questions_of_every_modality(stages):
+    found = cells(tables.table(stages))
+    for modality in MODALITIES:
+        asked = [one for one in stages[0]["entries"] if one["groups"].get("modality") == modality]
+        label = f"image questions, {modality}"
+        assert found[f"{label}: questions × samples"] == [f"{len(asked)} × 32"] * 3
+        right = np.mean([one["right"] for one in asked])
+        assert found[f"{label}: accuracy"][0] == wilson(right, len(asked))
+
+
 def read_csv(path: Path) -> list[dict]:
     with open(path, newline="", encoding="utf-8-sig") as file:
         return list(csv.DictReader(file))
@@ -708,7 +718,7 @@ def texts(path: Path) -> str:
 
 def test_every_picture_is_written_twice_and_is_not_empty(drawn):
     out, paths, _ = drawn
-    names = ["figure4", "figure5-7B", "figure6", "figure6-7B", "modalities-32B", "modalities-7B"]
+    names = ["figure4", "figure5-7B", "figure6", "figure6-7B"]
     assert (
         sorted(path.name for path in paths)
         == sorted(path.name for path in out.iterdir())
@@ -791,14 +801,6 @@ def test_figure_6_has_two_panels_a_benchmark_and_says_samples(drawn):
     assert "GPT-4o (2 samples)" in texts(drawn[0] / "figure6.svg")
 
 
-def test_modalities_say_how_many_questions_each_has(drawn, stages):
-    said = texts(drawn[0] / "modalities-7B.svg").splitlines()
-    for modality in MODALITIES:
-        count = sum(one["groups"].get("modality") == modality for one in stages[0]["entries"])
-        assert f"{modality} (n = {count})" in said
-    assert "7B/base (32 samples)" in said
-
-
 def shares(result: dict, source: str) -> list[list[float]]:
     """The accuracy of one benchmark by hand: [mean, low, high]."""
     rights = [one["right"] for one in result["entries"] if one["source"] == source]
@@ -872,37 +874,13 @@ def test_bars_and_their_arms_are_those_of_the_samples(everything):
     )  # none over another
 
 
-def test_marks_of_modalities_stand_at_the_accuracy_in_the_row_of_their_name(stages):
-    ax = figures.modalities(stages, []).axes[0]
-    names, sizes = zip(
-        *(
-            re.fullmatch(r"(.*) \(n = (\d+)\)", label.get_text()).groups()
-            for label in ax.get_yticklabels()
-        )
-    )
-    assert (
-        list(map(int, sizes)) == sorted(map(int, sizes)) and ax.get_ylim()[0] < ax.get_ylim()[1]
-    )  # the largest on top
-    for container, result in zip(ax.containers, stages):
-        x, y = container.lines[0].get_data()
-        for value, place in zip(x, y):
-            right = [
-                one["right"]
-                for one in result["entries"]
-                if one["groups"].get("modality") == names[round(place)]
-            ]
-            assert value == pytest.approx(np.mean(right))
-        assert len(x) == 12
-
-
 @pytest.mark.parametrize(
     "line",
     [
-        "Figures 4, 6, modalities: 7B/both is an ablation, for Figure 5 only",
+        "Figures 4, 6: 7B/both is an ablation, for Figure 5 only",
         "Figure 4: GPT-4o is not named SIZE/STAGE with a stage of base, Stage-I, Stage-II",
         "Figure 5: 7B/both has no medqa",
         "Figure 6: 32B/Stage-I has one sample a question of medxpertqa-mm; evaluate with -n 32",
-        "modalities: GPT-4o has no subsets modality=...; its questions' meta names none",
     ],
 )
 def test_who_is_left_out_of_what_is_said(drawn, line):

@@ -120,24 +120,6 @@ def test_majority_at_n_follows_from_its_seed():
     assert len({score.majority_at(4, tuple(choices), right, seed) for seed in range(10)}) > 1
 
 
-@pytest.mark.parametrize(
-    ("choices", "share"),
-    [
-        ("AB", 1 / 2),
-        ("ABC", 1 / 3),
-        ("AABB-", 1 / 2),
-        ("AAB", 1),
-        ("ABB", 0),
-        ("BC", 0),
-        ("--", 0),
-        ("", 0),
-    ],
-)
-def test_a_tie_broken_by_lot_is_right_one_time_in_as_many_as_are_tied(choices, share):
-    choices = [None if c == "-" else c for c in choices]
-    assert score.shared_vote(choices, right_of(choices)) == pytest.approx(share)
-
-
 def test_an_open_ended_vote_is_as_right_as_the_first_sample_that_gave_the_winning_answer():
     said = ["renal stone", "kidney stone", "kidney stone"]
     assert score.vote(said, [False, True, True]) and not score.vote(said, [True, False, False])
