@@ -73,9 +73,27 @@ FINISH: Rule = (f"one of {', '.join(FINISH_REASONS)}", lambda value: value in FI
 NAMES, NUMBERS = list_of("texts", is_text), list_of("numbers", is_number)
 TOKENS = list_of("token ids", lambda value: is_whole(value) and value < 2**31)
 IMAGES = list_of("paths inside the image root, without '..'", data.is_inside)
+
+
+def is_shown(value) -> bool:
+    """What looking.py may show in place of a question's images."""
+    arms = list(value.values()) if isinstance(value, dict) else [None]
+    return all(
+        isinstance(arm, dict)
+        and is_list(arm.get("images"), data.is_inside)
+        and is_text(arm.get("answer", ""))
+        for arm in arms
+    )
+
+
 META: Rule = (
-    "an object, with a list of texts under 'answers' if there is one",
-    lambda value: isinstance(value, dict) and is_list(value.get("answers", []), is_text),
+    "an object; in it, if they are there, 'answers' is a list of texts, and 'shown' has for each "
+    "name an object with 'images', paths inside the image root, and 'answer', a letter",
+    lambda value: (
+        isinstance(value, dict)
+        and is_list(value.get("answers", []), is_text)
+        and is_shown(value.get("shown", {}))
+    ),
 )
 OPTIONS: Rule = (
     "an object of two to ten texts with the letters A, B, C ... in order, or {}",

@@ -12,6 +12,7 @@ import data
 import looking
 import report.__main__
 from clinic import world as clinic_world
+from command import schema
 from engines.inference import Completion
 from report import looking as measured
 from report import score
@@ -211,8 +212,6 @@ def test_an_engine_that_looks_follows_the_film_and_one_that_does_not_stays(
 
 
 def test_a_counterfactual_film_makes_another_option_right(world):
-    from command import schema
-
     asked = [one for one in schema.read_questions(world / "test.jsonl") if one.images]
     brought = [one for one in asked if "shown" in one.meta]
     assert len(brought) > 0.8 * len(asked)
@@ -226,8 +225,6 @@ def test_a_counterfactual_film_makes_another_option_right(world):
 
 
 def test_a_role_judges_the_film_that_is_shown_with_the_history_that_is_told(world):
-    from command import schema
-
     one = next(one for one in schema.read_questions(world / "test.jsonl") if "shown" in one.meta)
     other = world / one.meta["shown"]["counterfactual"]["images"][0]
     case, kind, _ = clinic.roles.understand(data.question_text(one), [other])
@@ -243,3 +240,14 @@ def test_questions_that_are_their_image_are_refused(tmp_path):
     args = ["--engine", "clinic:thorough", "--questions", str(tmp_path / "q.jsonl")]
     with pytest.raises(data.RowError, match="no question with an image beside its text"):
         looking.main([*args, "--images", str(tmp_path), "--out", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize(
+    "shown", [[], {"x": []}, {"x": {}}, {"x": {"images": "a.png"}}, {"x": {"images": ["../a.png"]}}]
+)
+def test_what_a_question_brings_is_checked_when_it_is_read(tmp_path, shown):
+    row = question(1, ["a.png"]).to_row()
+    row["meta"]["shown"] = shown
+    data.write_jsonl(tmp_path / "q.jsonl", [row])
+    with pytest.raises(data.RowError, match="'shown' has for each name"):
+        schema.read_questions(tmp_path / "q.jsonl")
