@@ -414,7 +414,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--out", required=True, help="folder of the run, which was begun")
     add = command(status, "which stages of a run are done")
     add("--out", default="runs/demo", help="run folder")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.command == "run" and len(args.judge) > 2:
+        parser.error("argument --judge: expected one engine, or two: of pairs and of evaluation")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:

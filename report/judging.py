@@ -17,6 +17,7 @@ agreement.py). The miniature knows the truth of every chain.
 """
 
 import argparse
+import random
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -94,12 +95,18 @@ def judge_films(args: argparse.Namespace) -> None:
     swaps = looking.swap(questions, root, args.seed)
     own = {one.id: one for one in questions if one.id in swaps}
     rows = [row for _, row in data.read_jsonl(args.chains) if row["id"] in own]
-    chains = [row for row in rows if row["response"].strip()][: args.n]
+    # a text that was sampled several times has one verdict, and counts once
+    texts = {agreement.chain_of(row): row for row in rows if row["response"].strip()}
+    chains = random.Random(args.seed).sample(list(texts.values()), min(args.n, len(texts)))
+    print(f"{len(chains)} of {len(texts)} texts; {len(questions) - len(own)} questions not swapped")
     if not chains:
         raise data.RowError(f"{args.chains}: no chain about an image of {args.questions}")
     other = {key: replace(one, images=swaps[key]) for key, one in own.items()}
-    if not stage.open_folder(args, [args.chains, args.questions], inference.SPEED):
+    inputs = [args.chains, args.questions, *filter(None, [inference.checkpoint(args.judge)])]
+    films = data.image_files(root, map(vars, questions))
+    if not stage.open_folder(args, inputs, inference.SPEED, films):
         return
+    answered_by = inference.identity(args.judge)  # its folder may be trained anew
     letters = [(own[row["id"]], len(row["response"])) for row in chains]
     bill.announce([judge.cost(letters * 2, args)], args.images_may_leave)
     engine = open_engine(args.judge, inference.setup_of(args))
@@ -113,7 +120,8 @@ def judge_films(args: argparse.Namespace) -> None:
     found = {"judge": args.judge, "chains": len(chains), "unreadable": unread, "criteria": figures}
     data.write_json(Path(args.out) / "judge.json", found)
     print(f"{args.judge}: {len(chains)} chains, {unread} verdicts unreadable\n{table(figures)}")
-    stage.finish(args, [Path(args.out) / "judge.json"], started, {})
+    outputs = [Path(args.out) / "judge.json"]
+    stage.finish(args, outputs, started, {}, {args.judge: answered_by})
 
 
 def judges(args: argparse.Namespace) -> None:

@@ -72,6 +72,14 @@ def test_a_lenient_judge_lets_about_half_of_what_fails_pass(world, chains, tmp_p
     assert failing[1] < 0.5 < failing[2] and found["Reflection_Presence"]["sensitivity"][0] == 1.0
 
 
+def test_a_text_counts_once_however_often_it_was_sampled(world, chains, tmp_path):
+    rows = [row for _, row in data.read_jsonl(chains)]
+    twice = [*rows, *({**row, "sample": row["sample"] + len(rows)} for row in rows)]
+    data.write_jsonl(tmp_path / "twice.jsonl", twice)
+    once = judged(world, chains, tmp_path / "once", "judge-lenient")
+    assert judged(world, tmp_path / "twice.jsonl", tmp_path / "out", "judge-lenient") == once
+
+
 def test_two_judges_are_compared_on_the_chains_that_both_read(tmp_path, capsys):
     def write(name: str, met: list[bool | None]) -> str:
         rows = [

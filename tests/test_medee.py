@@ -636,6 +636,12 @@ def test_a_second_judge_judges_the_evaluation_and_not_the_preferences(tmp_path, 
     at = words.index("--judge") + 2
     medee.main([*words[:at], "gemini:other", *words[at:]])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("python ")]
-    judges = {line.split()[1]: re.findall(r"--judge (\S+)", line) for line in lines}
-    assert judges["judge.py"] in ([], ["gemini:g"]) and "--judge gemini:g " in "\n".join(lines)
-    assert judges["evaluate.py"] == judges["looking.py"] == ["gemini:other"]
+    judges = [(line.split()[1], re.findall(r"--judge (\S+)", line)) for line in lines]
+    asked = [(script, found[0]) for script, found in judges if found]
+    assert asked == [
+        ("judge.py", "gemini:g"),
+        *[("evaluate.py", "gemini:other")] * 3,
+        *[("looking.py", "gemini:other")] * 3,
+    ]
+    with pytest.raises(SystemExit):
+        medee.main([*words[:at], "gemini:other", "gemini:third", *words[at:]])
