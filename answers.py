@@ -128,6 +128,8 @@ def choice_at(
 
     stated: behind "the answer is", where the next sentence may be about others. opened: at the
     beginning of an explanation, where "A. CT is fast" only begins to weigh it."""
+    if letter := named_by(text, options, alone=False):  # "I. II only" is not "I, II only"
+        return letter
     letters, rest = opening(text, options)
     match = re.match(rf"{START}{LETTER}", text)
     if len(letters) == 1 and (not match or is_text(text, options[letters[0]])):

@@ -290,14 +290,19 @@ def prepare(
     )
 
 
-def fit(policy, loss_of, encode, collate, plan, *, out: Path, device, **settings) -> list[dict]:
-    """A stage's loop: all steps of a run. Returns the figures of each, on the first rank."""
+def fit(
+    policy, loss_of, encode, collate, plan, *, out: Path, device, watch=None, **settings
+) -> list[dict]:
+    """A stage's loop: all steps of a run. Returns the figures of each, on the first rank. watch: is
+    called before each step."""
 
     def make_batch(rows: list[int], weights: list[float]):
         return collate([encode(index) for index in rows], weights).to(device)
 
     run = train.Run(policy, plan, make_batch, out=out, device=device, **settings)
     for _ in run:
+        if watch:
+            watch()
         for batch in run.micro_batches():
             run.backward(*loss_of(policy(batch), batch))
         run.update()
@@ -314,24 +319,18 @@ def run_case(
     out.mkdir(parents=True, exist_ok=True)
     policy, loss_of, encode, collate, rows = prepare(case, models, images, device, out)
 
-    def watched(r: list, w: list[float]):
-        if (
-            train.rank() == 0
-            and (out / "state" / "step_000001").exists()
-            and not (out / "first").exists()
-        ):
-            shutil.copytree(out / "state" / "step_000001", out / "first")
-        if (
-            stop is not None and (out / "state" / f"step_{stop:06d}").exists()
-        ):  # no rank goes on before it does
+    def watch() -> None:
+        if train.rank() == 0 and (out / "state" / "step_000001").exists():
+            shutil.copytree(out / "state" / "step_000001", out / "first", dirs_exist_ok=True)
+        # no rank goes on before it does
+        if stop is not None and (out / "state" / f"step_{stop:06d}").exists():
             raise Stop
-        return collate(r, w)
 
     fit(
         policy,
         loss_of,
         encode,
-        watched,
+        collate,
         train.shuffled(len(rows), BATCH, 1.5, 0),
         out=out,
         device=device,
@@ -340,6 +339,7 @@ def run_case(
         warmup=0.1,
         save_every=1,
         print_every=100,
+        watch=watch,
     )
     return dict(train.gather_full(policy))
 
