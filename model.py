@@ -109,8 +109,10 @@ def load_config(folder: str | Path):
     from transformers import AutoConfig
 
     path = Path(folder) / "config.json"
+    if path.with_name("adapter_config.json").exists():
+        raise data.RowError(f"{folder} is a LoRA adapter; give the merged checkpoint beside it")
     if not path.exists():
-        said = "it has no config.json (is it a LoRA adapter? give the merged folder beside it)"
+        said = "it has no config.json; nothing is downloaded here, see README"
         raise data.RowError(f"{folder} is not a model's folder: {said}")
     with reading(path):
         stored = dict(json.loads(path.read_text(encoding="utf-8")))
