@@ -319,7 +319,10 @@ def paper_table(number: int, records: list[dict]) -> str:
     cells += [[name, *(row.get(column, "–") for column in columns)] for name, row in rows.items()]
     seen = {note for record in records for note in record["notes"]}
     notes = [f"* [{note}] {text}" for note, text in NOTES.items() if note in seen]
-    return "\n".join([markdown(cells), "", *notes, OURS, ""])
+    ours = [one for one in records if one["by"] == "ours" and not one["subset"]]
+    counts = dict.fromkeys((one["benchmark"], one["questions"]) for one in ours)
+    told = [f"* Ours, {TITLES.get(name, name)}: {score.resolution(n)}" for name, n in counts]
+    return "\n".join([markdown(cells), "", *notes, OURS, *told, ""])
 
 
 def paper_tables(results: list[dict], out: Path) -> tuple[list[Path], list[str]]:

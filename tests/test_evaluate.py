@@ -930,6 +930,8 @@ ENDLESS = {  # name: (first completion, its end, second completion; extracted, c
     "unread, then wrong": ("I cannot say.", "stop", "B", None, False, False),
     "cut off, then right": ("<think> " + LOOP, "length", "(A)", None, False, True),
     "unread twice": ("I cannot say.", "stop", "Both.", None, False, False),
+    "unread, then cut off": ("I cannot say.", "stop", "A", None, False, False),
+    "empty": ("", "empty", "A", None, False, False),
 }
 
 
@@ -947,11 +949,14 @@ class Forced:
             first, end, second = ENDLESS[request.messages[1]["content"].split("?")[0]][:3]
             if len(request.messages) > 2:
                 assert request.messages[-1]["content"] == evaluate.FORCE_PROMPT
-                first, end = second, "stop"
+                cut = request.messages[1]["content"].startswith("unread, then cut off?")
+                first, end = second, "length" if cut else "stop"
             yield [Completion(request.id, k, first, None, end, 0, "") for k in request.samples]
 
 
-def test_an_answer_is_forced_where_none_is_readable_and_counted_apart(tmp_path, monkeypatch):
+def test_an_answer_is_forced_where_none_is_readable_and_counted_apart(
+    tmp_path, monkeypatch, capsys
+):
     rows = [
         data.Question(f"{name}?", {"A": "CT", "B": "MRI"}, "A", id=name).to_row()
         for name in ENDLESS
@@ -960,13 +965,38 @@ def test_an_answer_is_forced_where_none_is_readable_and_counted_apart(tmp_path, 
     engine = Forced()
     monkeypatch.setattr(evaluate, "open_engine", lambda spec, setup: engine)
     results = run(tmp_path, tmp_path / "out", "--force")
-    assert len(engine.asked) == len(ENDLESS) + 4  # only the unreadable ones a second time
+    assert len(engine.asked) == 8 + 5  # only the unreadable ones a second time
     found = {one["id"]: one for one in results["entries"]}
     for name, (*_, extracted, correct, forced) in ENDLESS.items():
         assert found[name]["choices"] == [extracted] and found[name]["right"] == [correct]
         assert found[name]["forced"] == [forced]
         assert found[name]["loops"] == [name.startswith("cut off")]
     figures = results["groups"]["text"]
-    assert figures["accuracy"][0] == pytest.approx(1 / 6)
-    assert figures["forced"][0] == pytest.approx(3 / 6)
-    assert (figures["loops"], figures["cut_off"]) == pytest.approx((1 / 6, 1 / 6))
+    assert figures["accuracy"][0] == pytest.approx(1 / 8)
+    assert figures["forced"][0] == pytest.approx(3 / 8)
+    assert (figures["loops"], figures["cut_off"]) == pytest.approx((1 / 8, 1 / 8))
+    assert "accuracy with forced answers 0.375" in capsys.readouterr().out
+    flags = ["page", "--results", str(tmp_path / "out"), "--out", str(tmp_path / "page")]
+    report.__main__.main(flags)
+    said = (tmp_path / "page" / "table.md").read_text()
+    (row,) = [line for line in said.splitlines() if "answers forced" in line]
+    assert "0.375 (" in row
+    # of 8: 1.96 sqrt(.25 / 8) = .346; 2.80 sqrt(.5 / 8) = .700; 2.80 sqrt(.3 / 8) = .543
+    assert "8 questions: ± 34.6 points; detects 70 between two runs, 54 paired" in said
+
+
+def test_a_forced_answer_is_in_the_bill_as_one_request_more_a_chain(world):
+    flags = ["--engine", "http://gpu1/v1#m", "--questions", str(world / "test.jsonl")]
+    flags += ["--images", str(world), "--out", "x", "-n", "2", "3", "--max-tokens", "100"]
+    args = evaluate.parse([*flags, "--force"])
+    questions = evaluate.questions_of(args)
+    requests = evaluate.requests_of(questions, args).values()
+    chains, forced = evaluate.costs(questions, requests, args)
+    assert evaluate.costs(questions, requests, evaluate.parse(flags)) == [chains]
+    images, texts = 6, 4  # of the world
+    count = 2 * images + 3 * texts
+    assert (forced.role, forced.figures[0], forced.figures[2]) == ("force", count, 100 * count)
+    assert forced.images == chains.images == 2 * images
+    # the chain and the prompt come on top of what was asked; rounded down to tokens of 3 letters
+    more = count * (100 + len(evaluate.FORCE_PROMPT) // 3)
+    assert 0 <= forced.figures[1] - chains.figures[1] - more <= count

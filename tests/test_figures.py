@@ -656,6 +656,21 @@ def test_a_gain_on_the_image_questions_of_a_benchmark_is_over_those(tmp_path):
     assert row["mmmu, image Δ (n = 1)"] == "+50.00 (+50.0 … +50.0)"
 
 
+def test_under_a_table_stands_what_each_of_our_benchmarks_can_tell(tmp_path):
+    counts = {"mmmu": 150, "mmmu-pro": 20}
+    names = {"7B/base": "base", "7B/Stage-I": "Stage-I"}
+    stages = [result_of(name, entries(stage, 1, counts)) for name, stage in names.items()]
+    tables.paper_tables(stages, tmp_path)
+    told = [line for line in (tmp_path / "table1.md").read_text().splitlines() if "detects" in line]
+    ends = "paired at 30 % disagreement, at 80 % power"
+    # by hand, as 1.96 sqrt(.25 / n), 2.80 sqrt(.5 / n) and 2.80 sqrt(.3 / n)
+    assert told == [
+        f"* Ours, MMMU-Health: 150 questions: ± 8.0 points; detects 16 between two runs, 13 {ends}",
+        "* Ours, MMMU-Pro-Health: 20 questions: ± 21.9 points; detects 44 between two runs, "
+        f"34 {ends}",
+    ]
+
+
 def test_what_a_result_lacks_for_the_tables_is_said(printed):
     _, _, left_out = printed
     assert (
