@@ -29,10 +29,7 @@ import distill
 import evaluate
 import judge
 import looking
-import memory
-import report.__main__
 import rollout
-import train
 from command import flags, pipeline, stage
 from command.pipeline import Stage, words_of
 from engines import bill
@@ -306,22 +303,27 @@ def run(args: argparse.Namespace) -> None:
 
 
 def plan(args: argparse.Namespace) -> None:
+    import memory
+    from train import MAX_LENGTH
+
     if args.base and not args.recipe:
         near = "name the recipe nearest in size, whose batch, rows and method are then counted"
         raise data.RowError(f"--base {args.base}: {near}: {', '.join(PUBLISHED)}")
     if args.recipe:
-        memory.plan_recipe(RECIPES[args.recipe], args, train.MAX_LENGTH)
+        memory.plan_recipe(RECIPES[args.recipe], args, MAX_LENGTH)
     else:
         memory.plan_table({name: RECIPES[name] for name in PUBLISHED}, args.gpus)
 
 
 def claims(args: argparse.Namespace) -> None:
+    from report import __main__ as report
+
     folders = [Path(args.out) / f"seed-{seed}" for seed in args.seeds]
     for seed, folder in zip(args.seeds, folders):
         stages = demo_stages(folder, args.family, args.size, "normal", seed)
         run_stages(stages, folder, f"seed {seed}")
     out = Path(args.out) / "claims.md"
-    report.__main__.main(["claims", "--runs", *map(str, folders), "--out", str(out)])
+    report.main(["claims", "--runs", *map(str, folders), "--out", str(out)])
 
 
 def status(args: argparse.Namespace) -> None:
@@ -386,6 +388,16 @@ def add_run(add) -> None:
     add("--dry", action="store_true", help="print commands and costs only")
 
 
+def add_plan(add) -> None:
+    add("recipe", nargs="?", choices=PUBLISHED, help="default: a table of all of them")
+    add("--gpus", type=flags.whole(1), default=8, help="that share the weights")
+    said = "tokens of the longest row: prompt, images, responses; 0: as long as the recipe allows"
+    add("--len", type=flags.whole(0), default=0, help=said)
+    add("--images", type=flags.whole(0), default=1, help="images of a row in Stage II")
+    add("--memory", type=flags.number(above=0), default=80, help="GB of a GPU")
+    add("--base", default="", help="local model folder whose config.json is read")
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -397,7 +409,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
     add_run(command(run, "the method on your questions, with a recipe of the paper's size"))
     said = "will it fit? memory of a GPU, term by term, and the micro-batch for it"
-    memory.add_flags(command(plan, said), PUBLISHED)
+    add_plan(command(plan, said))
     one = command(demo, "the whole method in the miniature clinic")
     one("--out", default="runs/demo", help="run folder")
     one("--seed", type=flags.SEED, default=0, help="of the world, the base model and every draw")

@@ -35,7 +35,7 @@ is ours.
 
 import argparse
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -43,7 +43,6 @@ from torch import nn
 
 import lora
 import model
-from command import flags
 
 GB = 2**30  # as in the lines that training prints
 USABLE = 0.9  # ours: the share of a GPU that may be planned for
@@ -264,16 +263,6 @@ def image_bytes(policy: model.Policy, pixels: int, tiles: int) -> int:
 
 # --------------------------------------------------------------------------------------------------
 # python medee.py plan
-
-
-def add_flags(add: Callable, recipes: Iterable[str]) -> None:
-    add("recipe", nargs="?", choices=recipes, help="default: a table of all of them")
-    add("--gpus", type=flags.whole(1), default=8, help="that share the weights")
-    said = "tokens of the longest row: prompt, images, responses; 0: as long as the recipe allows"
-    add("--len", type=flags.whole(0), default=0, help=said)
-    add("--images", type=flags.whole(0), default=1, help="images of a row in Stage II")
-    add("--memory", type=flags.number(above=0), default=80, help="GB of a GPU")
-    add("--base", default="", help="local model folder whose config.json is read")
 
 
 def recipe_image(policy: model.Policy, recipe: dict) -> int:
