@@ -16,6 +16,7 @@ Where we depart from the paper, or it is silent: it has one run, and gives no in
 import argparse
 import math
 import statistics
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -196,15 +197,15 @@ def plot(rows: list[dict], path: Path) -> None:
         low, high = row["low"], row["high"]
         if not math.isnan(low):
             axis.plot([low, high], [at, at], color="#c0c0c0", linewidth=7, solid_capstyle="butt")
-        for number, (value, low, high) in enumerate(row["differences"]):
+        for number, found in enumerate(row["differences"]):
             height = at + 0.14 * (number - (len(row["differences"]) - 1) / 2)
-            off = [[max(0.0, value - low)], [max(0.0, high - value)]]
+            value, off = figures.intervals([found])
             look = figures.LOOKS[number % len(figures.LOOKS)]
             axis.errorbar(value, height, xerr=off, fmt=look.marker, color="#303030", markersize=4)
         if row["paper"]:
             axis.plot(row["paper"], at, "D", color="#c0504d")
     axis.axvline(0, color="#808080", linewidth=0.8)
-    words = [figures.textwrap.fill(row["claim"], 60) for row in rows]
+    words = [textwrap.fill(row["claim"], 60) for row in rows]
     axis.set_yticks(range(len(rows)), words, fontsize=8)
     axis.invert_yaxis()
     axis.set_xlabel(

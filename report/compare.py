@@ -63,7 +63,7 @@ def compared(first: dict, second: dict, notes: list[str]) -> Iterator[list[str]]
         row = [f"{key} ({found['questions']})", f"{first['name']} → {second['name']}"]
         for name in COMPARED.values():
             has = name in found
-            row.append("{:+.3f} ({:+.3f} … {:+.3f})".format(*found[name]) if has else "–")
+            row.append(tables.interval(found[name], "+.3f") if has else "–")
         yield [*row, str(found["only_first"]), str(found["only_second"]), f"{found['p']:.2g}"]
 
 

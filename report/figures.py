@@ -74,9 +74,14 @@ def figures_of(result: dict, benchmark: str) -> dict | None:
 
 
 def accuracies(figures: Iterable[dict], times: float = 1):
-    """(means (N), error bars (2, N) down and up) of the accuracies, times 100 for per cent."""
-    means, lows, highs = times * np.array([found["accuracy"] for found in figures]).T
-    return means, np.maximum(0, [means - lows, highs - means])
+    """`intervals` of the accuracies, times 100 for per cent."""
+    return intervals([found["accuracy"] for found in figures], times)
+
+
+def intervals(found: list[list[float]], times: float = 1):
+    """(values (N), error bars (2, N) down and up) of N times [value, low, high]."""
+    values, lows, highs = times * np.array(found).T
+    return values, np.maximum(0, [values - lows, highs - values])
 
 
 def offset(i: int, count: int, width: float) -> float:

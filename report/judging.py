@@ -78,7 +78,7 @@ def share(values: np.ndarray) -> list[float] | None:
 def cell(value) -> str:
     if value is None:
         return "–"
-    return "{:.2f} ({:.2f} … {:.2f})".format(*value) if isinstance(value, list) else f"{value:.2f}"
+    return tables.interval(value) if isinstance(value, list) else f"{value:.2f}"
 
 
 def table(figures: dict) -> str:

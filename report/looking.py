@@ -12,6 +12,7 @@ Where we depart from the paper, or it is silent: it does not ask. looking.py def
 
 import argparse
 import statistics
+import textwrap
 import time
 from pathlib import Path
 
@@ -97,10 +98,7 @@ def read(folder: str | Path) -> dict:
 
 
 def cell(found: list[float] | None, sign: str = "") -> str:
-    if found is None:
-        return ""
-    mean, low, high = (f"{value:{sign}.2f}" for value in found)
-    return f"{mean} ({low} … {high})"
+    return "" if found is None else tables.interval(found, f"{sign}.2f")
 
 
 def table(runs: list[dict]) -> str:
@@ -123,13 +121,12 @@ def plot(runs: list[dict], path: Path) -> None:
     for axis, name in zip(axes[0], shown):
         for at, (run, look) in enumerate(zip(runs, figures.LOOKS)):
             if found := run["figures"].get(name):
-                mean, low, high = found
-                off = [[max(0.0, mean - low)], [max(0.0, high - mean)]]
+                mean, off = figures.intervals([found])
                 axis.errorbar(at, mean, off, fmt=look.marker, color=look.shade, ecolor="#404040")
         axis.axhline(0, color="#808080", linewidth=0.8)
         axis.set_xticks(range(len(runs)), [run["name"] for run in runs])
         axis.set_xlim(-0.5, len(runs) - 0.5)
-        axis.set_title("\n".join(figures.textwrap.wrap(MEASURES[name], 30)), fontsize=9)
+        axis.set_title("\n".join(textwrap.wrap(MEASURES[name], 30)), fontsize=9)
     figures.save(sheet, path)
 
 

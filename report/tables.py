@@ -74,6 +74,12 @@ def markdown(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], f"|{rule}|", *lines[1:]])
 
 
+def interval(found: list[float], form: str = ".2f") -> str:
+    """[value, low, high] as text."""
+    value, low, high = (format(number, form) for number in found)
+    return f"{value} ({low} … {high})"
+
+
 ROWS = (  # label, and key of the figures or of their criteria
     ("questions × samples", "questions"),
     ("accuracy", "accuracy"),
@@ -130,15 +136,17 @@ def table(results: list[dict]) -> str:
         for name in benchmarks:
             parts = [result["benchmarks"].get(name, {}) for result in results]
             groups.append((name, ROWS[:4], [part.get("figures", {}) for part in parts]))
+    notes = []  # of modalities, which are small, the interval says enough
+    for group, _, found in groups:
+        counts = dict.fromkeys(figures["questions"] for figures in found if figures)
+        notes += [f"* {group}: {score.resolution(count)}" for count in counts]
     subsets = dict.fromkeys(name for result in results for name in result["subsets"])
     modalities = [name for name in subsets if name.startswith("modality=")]
     for name in modalities if len(modalities) > 1 else []:
         found = [result["subsets"].get(name, {}) for result in results]
         groups.append((f"image questions, {name.partition('=')[2]}", ROWS[:2], found))
-    lines, notes = [["", *(result["name"] for result in results)]], []
+    lines = [["", *(result["name"] for result in results)]]
     for group, rows, found in groups:
-        counts = dict.fromkeys(figures["questions"] for figures in found if figures)
-        notes += [f"* {group}: {score.resolution(count)}" for count in counts]
         found = [{**figures, **figures.get("criteria", {})} for figures in found]
         for label, key in rows:
             if any(figures.get(key) not in (None, RARE.get(key)) for figures in found):
