@@ -208,5 +208,6 @@ ROLES |= dict.fromkeys(ERRING, judge)
 
 
 def answer(role: str, messages: list[dict], images: list[Path], seed: int) -> str:
-    """The completion of `clinic:ROLE`."""
-    return ROLES[role](messages[-1]["content"], images, role, random.Random(f"{role}/{seed}"))
+    """The completion of `clinic:ROLE`. Whatever turn it is, what was asked first is completed."""
+    asked = next(turn["content"] for turn in messages if turn["role"] == "user")
+    return ROLES[role](asked, images, role, random.Random(f"{role}/{seed}"))

@@ -1000,3 +1000,11 @@ def test_a_forced_answer_is_in_the_bill_as_one_request_more_a_chain(world):
     # the chain and the prompt come on top of what was asked; rounded down to tokens of 3 letters
     more = count * (100 + len(evaluate.FORCE_PROMPT) // 3)
     assert 0 <= forced.figures[1] - chains.figures[1] - more <= count
+
+
+def test_a_role_of_the_clinic_can_be_asked_once_more(world, tmp_path):
+    plain = run(world, tmp_path / "plain", "-n", "16", engine="clinic:hasty")
+    forced = run(world, tmp_path / "forced", "-n", "16", "--force", engine="clinic:hasty")
+    before, after = (results["groups"]["image"] for results in (plain, forced))
+    assert before["unparsed"] > 0 and after["accuracy"] == before["accuracy"]
+    assert after["forced"][0] > after["accuracy"][0]
