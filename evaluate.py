@@ -206,7 +206,7 @@ def read_answers(rows: list[dict], questions: Questions, open_ended: bool) -> No
     has no choice."""
     for row in rows:
         question, finished = questions[row["id"]], row["finish_reason"] == "stop"
-        row["extracted"] = score.choice_of(row["response"], question) if finished else None
+        row["extracted"] = score.choice_of(row, question)
         row["correct"] = finished and answers.is_correct(row["response"], question)
         if official.has_rule(question) and not open_ended:
             row["official"] = official.choice(row["response"], question) if finished else None
@@ -260,19 +260,24 @@ def print_results(results: dict) -> None:
         print(f"{results['ungraded']} answers have no readable grade, and count as wrong")
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Ask an engine, and score its answers.")
-    add = parser.add_argument
+def add_flags(add: Callable) -> None:
+    """What is asked, and how; looking.py has the same."""
     add("--engine", required=True, help="engine spec of the model")
     add("--questions", nargs="+", required=True, help="questions.jsonl of one or more benchmarks")
     add("--images", default=".", help="image root")
     add("--out", required=True, help="folder to write")
     add("--name", default="", help="how tables call it; default: the folder's name")
-    about = "samples of a question (paper: 32); a second number: of one without images"
-    add("-n", type=flags.SAMPLES, nargs="+", default=[1], metavar="N", help=about)
     add("--temperature", type=flags.temperature, default=0.5)  # paper 4.3
     add("--top-p", type=flags.number(above=0, high=1), default=1.0)  # ours: paper silent
     add("--max-tokens", type=flags.TOKENS, default=8192)  # ours: paper silent
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Ask an engine, and score its answers.")
+    add = parser.add_argument
+    add_flags(add)
+    about = "samples of a question (paper: 32); a second number: of one without images"
+    add("-n", type=flags.SAMPLES, nargs="+", default=[1], metavar="N", help=about)
     add("--prompt", choices=["paper", "official", "bare"], default="paper", help="whose prompt")
     about = "ask once more for the letter where no answer can be read; counted apart"
     add("--force", action="store_true", help=about)

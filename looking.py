@@ -44,12 +44,13 @@ import judge
 from command import flags, stage
 from command.images import image_size, load_image
 from engines import Replicas, bill, inference, open_engine
-from engines.inference import Request, Sampling
-from evaluate import make_request, read_all
+from engines.inference import Request
+from evaluate import add_flags, make_request, read_all, sampling_of
 from report import looking as measured
 from report import score
 
-GREY = (127, 127, 127)
+GREY = (127, 127, 127)  # ours: half of an image's range
+OTHERS = ("swapped", "grey", "mean")  # what every question is asked with beside its own image
 WHOLE_IMAGE = "mmmu-pro-vision"  # its question is in the image: another image is no question
 
 
@@ -90,7 +91,7 @@ def shown_images(
 ) -> dict[str, dict[str, list[Path]]]:
     """{arm: {id: images}} of all arms but `real` and `again`. Raises RowError for an image that is
     not there."""
-    found: dict[str, dict[str, list[Path]]] = {"swapped": {}, "grey": {}, "mean": {}}
+    found: dict[str, dict[str, list[Path]]] = {name: {} for name in OTHERS}
     for one in questions:
         own = inference.image_paths(one, root)
         if one.id in swaps:
@@ -151,11 +152,7 @@ def entry_of(
     about a swapped image."""
 
     def choices(key: str, samples: range) -> list[str | None]:
-        some = [rows[key, k] for k in samples]
-        return [
-            score.choice_of(row["response"], question) if row["finish_reason"] == "stop" else None
-            for row in some
-        ]
+        return [score.choice_of(rows[key, k], question) for k in samples]
 
     key, found = question.id, {}
     found["real"], found["again"] = choices(key, range(n)), choices(key, range(n, 2 * n))
@@ -221,12 +218,12 @@ def run(args: argparse.Namespace) -> None:
     if not stage.open_folder(args, inputs, inference.SPEED, images):
         return
     engines = {spec: inference.identity(spec) for spec in specs}
+    bill.announce(costs(questions, args), args.images_may_leave)
     swaps = swap(questions, root, args.seed)
     shown = shown_images(questions, swaps, root, out)
     requests = requests_of(questions, shown, args)
-    bill.announce(costs(questions, args), args.images_may_leave)
     report_swaps(questions, shown["swapped"], args)
-    sampling = Sampling(args.temperature, args.top_p, args.max_tokens, args.seed)
+    sampling = sampling_of(args)
     to_row = partial(inference.completion_row, spec=args.engine)
     engine = open_engine(args.engine, inference.setup_of(args))
     # the role and the ids of evaluate.py, whose completions serve here too
@@ -234,8 +231,7 @@ def run(args: argparse.Namespace) -> None:
     if isinstance(engine, Replicas):
         engine.close()
     criteria = judge_swapped(rows, questions, swaps, args) if args.judge else {}
-    arms = list(shown)
-    entries = [entry_of(one, rows, arms, criteria, args.n) for one in questions]
+    entries = [entry_of(one, rows, list(shown), criteria, args.n) for one in questions]
     found = measured.figures_of(entries)
     results = {"name": args.name or out.name, "engine": args.engine, "prompt": args.prompt}
     results |= {"sampling": vars(sampling), "figures": found, "entries": entries}
@@ -251,7 +247,7 @@ def costs(questions: list[data.Question], args: argparse.Namespace) -> list[bill
     """What the engine and the judge may be asked at most."""
     sizes = []
     for one in questions:
-        arms = 2 + len(("swapped", "grey", "mean")) + len(one.meta.get("shown", {}))
+        arms = 2 + len(OTHERS) + len(one.meta.get("shown", {}))  # 2: `real` and `again`
         sizes += bill.sizes([make_request(one, args.prompt, Path(args.images), arms * args.n)])
     found = [bill.cost("looking", args.engine, sizes, 1, args.max_tokens, args.pixels)]
     if args.judge:
@@ -263,16 +259,9 @@ def costs(questions: list[data.Question], args: argparse.Namespace) -> list[bill
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Does a model look at the image?")
     add = parser.add_argument
-    add("--engine", required=True, help="engine spec of the model")
-    add("--questions", nargs="+", required=True, help="questions.jsonl; those with images are used")
-    add("--images", default=".", help="image root")
-    add("--out", required=True, help="folder to write")
-    add("--name", default="", help="how tables call it; default: the folder's name")
+    add_flags(add)
     about = "samples of a question with each image, and twice as many with its own"
     add("-n", type=flags.SAMPLES, default=4, metavar="N", help=about)  # ours
-    add("--temperature", type=flags.temperature, default=0.5)  # as in evaluate.py
-    add("--top-p", type=flags.number(above=0, high=1), default=1.0)
-    add("--max-tokens", type=flags.TOKENS, default=8192)
     add("--prompt", choices=["paper", "bare"], default="paper", help="as in evaluate.py")
     add("--judge", default="", help="engine spec; says which chains read the swapped image")
     add("--limit", type=flags.whole(0), default=0, help="so many image questions only; 0: all")

@@ -157,12 +157,14 @@ def ratio_interval(sides: list[list[tuple[float, float]]], seed: int = 0) -> lis
 # Entries
 
 
-def choice_of(response: str, question: data.Question) -> str | None:
+def choice_of(row: dict, question: data.Question) -> str | None:
     """What votes are counted by: the letter or, open-ended, the normalised answer. An answer that
-    equals the reference is written as the reference."""
+    equals the reference is written as the reference. An unfinished completion has no choice."""
+    if row["finish_reason"] != "stop":
+        return None
     if question.options:
-        return answers.extract_choice(response, question.options)
-    answer = data.normalise(answers.free_answer(response) or "")
+        return answers.extract_choice(row["response"], question.options)
+    answer = data.normalise(answers.free_answer(row["response"]) or "")
     return question.answer if answer == data.normalise(question.answer) else answer or None
 
 

@@ -62,7 +62,10 @@ def make_run(
     for key, samples in answers.items():
         for k, (response, ended) in enumerate(samples):
             read, right = (
-                (score.choice_of(response, by_id[key]), is_correct(response, by_id[key]))
+                (
+                    score.choice_of({"response": response, "finish_reason": "stop"}, by_id[key]),
+                    is_correct(response, by_id[key]),
+                )
                 if ended == "stop"
                 else (None, False)
             )
