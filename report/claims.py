@@ -27,6 +27,7 @@ from report import figures, looking, score, tables
 
 BASE, STAGE1, STAGE2 = "base", "stage1", "stage2"  # folders eval-NAME and look-NAME of a run
 HOLDS = 0.02  # ours: a loss that "holds" excludes
+# ours: from 1 to a few samples the vote rises almost by definition
 FEW, SLOPE = 4, "rise of the majority vote from 4 samples to all"
 # 97.5 % points of Student's t by degrees of freedom, that is runs - 1
 T = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
