@@ -124,7 +124,7 @@ def plot(runs: list[dict], path: Path) -> None:
                 mean, off = figures.intervals([found])
                 axis.errorbar(at, mean, off, fmt=look.marker, color=look.shade, ecolor="#404040")
         axis.axhline(0, color="#808080", linewidth=0.8)
-        axis.set_xticks(range(len(runs)), [run["name"] for run in runs])
+        axis.set_xticks(range(len(runs)), [run["name"].replace("/", "/\n") for run in runs])
         axis.set_xlim(-0.5, len(runs) - 0.5)
         axis.set_title("\n".join(textwrap.wrap(MEASURES[name], 30)), fontsize=9)
     figures.save(sheet, path)
