@@ -7,13 +7,14 @@ compared.
     grey       images of its size in one grey, 127; mean: in the mean colour of its own image
     NAME       images that the question brings in meta.shown: {NAME: {"images": [...], "answer":
                ...}}. The miniature has `counterfactual`: a film of another sign of the modality, by
-               which another option is right
+               which another option is right; and `normal`: a film without signs
 
     changes     share of answers that differ, real against swapped, less real against again
     sight       accuracy, real less swapped
     follows     counterfactual: answers by the film that is shown, less answers by its own
     ungrounded  of the chains that read a swapped image, by the judge: share with the answer that
                 the real image was given. They describe, and answer from the text.
+    invented    of the chains that read a normal image, by the judge: share that hallucinate
 
 Shares are over all pairs of a sample of one image and a sample of the other. grey measures what
 breaks, not what is looked at: no model has met an empty image, and most answers to one cannot be
@@ -122,18 +123,20 @@ def requests_of(
     return made
 
 
-def judge_swapped(
+def judge_others(
     rows: dict[tuple[str, int], dict],
     questions: list[data.Question],
     swaps: dict[str, list[str]],
     args: argparse.Namespace,
 ) -> dict[tuple[str, int], dict | None]:
-    """{(id, sample): criteria} of the chains about a swapped image; the judge sees that image."""
-    asked = {
-        f"{one.id}/swapped": replace(one, images=swaps[one.id])
-        for one in questions
-        if one.id in swaps
-    }
+    """{(id, sample): criteria} of the chains about a swapped or a normal image; the judge sees that
+    image."""
+    asked = {}
+    for one in questions:
+        arms = {name: arm["images"] for name, arm in one.meta.get("shown", {}).items()}
+        for name, images in {**arms, "swapped": swaps.get(one.id)}.items():
+            if images and name in measured.JUDGED:
+                asked[f"{one.id}/{name}"] = replace(one, images=images)
     chains = [row for (key, _), row in rows.items() if key in asked and row["response"].strip()]
     engine = open_engine(args.judge, inference.setup_of(args))
     verdicts = judge.judge_chains(engine, chains, asked, args)
@@ -149,7 +152,7 @@ def entry_of(
     n: int,
 ) -> dict:
     """What the measures need of one question: its choices by arm, and the verdicts on the chains
-    about a swapped image."""
+    about another image."""
 
     def choices(key: str, samples: range) -> list[str | None]:
         return [score.choice_of(rows[key, k], question) for k in samples]
@@ -168,7 +171,11 @@ def entry_of(
         "blind": blind,
         "follows": {name: arm["answer"] for name, arm in brought.items() if arm.get("answer")},
         "choices": found,
-        "criteria": [criteria.get((f"{key}/swapped", k)) for k in range(n)],
+        "criteria": {
+            arm: [criteria.get((f"{key}/{arm}", k)) for k in range(n)]
+            for arm in measured.JUDGED
+            if arm in found
+        },
     }
 
 
@@ -230,7 +237,7 @@ def run(args: argparse.Namespace) -> None:
     rows = inference.complete_all(engine, requests, sampling, "evaluate", to_row, args)
     if isinstance(engine, Replicas):
         engine.close()
-    criteria = judge_swapped(rows, questions, swaps, args) if args.judge else {}
+    criteria = judge_others(rows, questions, swaps, args) if args.judge else {}
     entries = [entry_of(one, rows, list(shown), criteria, args.n) for one in questions]
     found = measured.figures_of(entries)
     results = {"name": args.name or out.name, "engine": args.engine, "prompt": args.prompt}
@@ -251,7 +258,9 @@ def costs(questions: list[data.Question], args: argparse.Namespace) -> list[bill
         sizes += bill.sizes([make_request(one, args.prompt, Path(args.images), arms * args.n)])
     found = [bill.cost("looking", args.engine, sizes, 1, args.max_tokens, args.pixels)]
     if args.judge:
-        chains = [(one, bill.LETTERS * args.max_tokens) for one in questions] * args.n
+        arms = [(one, arm) for one in questions for arm in ("swapped", *one.meta.get("shown", {}))]
+        judged = [one for one, arm in arms if arm in measured.JUDGED]
+        chains = [(one, bill.LETTERS * args.max_tokens) for one in judged] * args.n
         found.append(judge.cost(chains, args))
     return found
 
@@ -263,7 +272,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     about = "samples of a question with each image, and twice as many with its own"
     add("-n", type=flags.SAMPLES, default=4, metavar="N", help=about)  # ours
     add("--prompt", choices=["paper", "bare"], default="paper", help="as in evaluate.py")
-    add("--judge", default="", help="engine spec; says which chains read the swapped image")
+    add("--judge", default="", help="engine spec; says which chains read another image")
     add("--limit", type=flags.whole(0), default=0, help="so many image questions only; 0: all")
     inference.add_flags(parser)
     add("--seed", type=flags.SEED, default=0)

@@ -6,7 +6,7 @@
     python medee.py adopt sft --out runs/7b      takes over a stage that was finished by hand
     python medee.py plan --gpus 1                which rows fit, for every recipe
     python medee.py plan qwen2.5-vl-7b --gpus 8  memory of a GPU in both stages, term by term
-    python medee.py claims                       the demo over several seeds, with intervals
+    python medee.py claims                       demo and ablations, three seeds, with intervals
 
 METHOD below is the method. {name} is a path, the run's input, or the recipe's flags for that stage;
 --out {run}/NAME is added to each. The miniature and the 7B differ in their recipes, never in the
@@ -18,8 +18,12 @@ the paper's.
 """
 
 import argparse
+import os
 import shlex
+import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +34,7 @@ import evaluate
 import judge
 import looking
 import rollout
+from clinic import ablations
 from command import flags, pipeline, stage
 from command.pipeline import Stage, words_of
 from engines import bill
@@ -76,7 +81,7 @@ figures      python -m report plot --results {run}/eval-base {run}/eval-stage1 {
 """  # after METHOD, but not in the demo: beside the paper's Tables 1 and 2 and Figures 4 to 6
 CLINIC = """
 world        python -m clinic world {world} --seed {seed}
-base         python -m clinic teach --family {family} --size {size} {teach} --seed {seed}
+base         python -m clinic teach {teach} --seed {seed}
 """  # before METHOD in the demo: the miniature's questions and its base model
 
 # --------------------------------------------------------------------------------------------------
@@ -155,21 +160,30 @@ WORLDS = {  # the miniature's questions, the schooling of its base model, and th
 }  # fmt: skip
 
 
-def method(recipe: dict, given: dict, run: Path, ranks: int = 0) -> list[Stage]:
-    """The stages of METHOD. given: "base", "root" of images, "seed", and what answers or is read;
-    a list where there may be several. ranks: of torchrun, or 0."""
+def values_of(recipe: dict, given: dict, run: Path) -> dict:
+    """What METHOD's {name}s stand for. given: "base", "root" of images, "seed", and what answers or
+    is read; a list where there may be several."""
     chosen = {name: words_of(value) for name, value in recipe.items() if isinstance(value, dict)}
     images = ["--images", given["root"], *chosen["image"]]
-    more = {"run": run, "engine": recipe["engine"], "images": images}
-    return pipeline.stages_from(METHOD, chosen | given | more, ranks)
+    more = {"run": run, "engine": recipe["engine"], "images": images, "pixels": chosen["image"]}
+    return chosen | given | more
 
 
-def demo_stages(run: Path, family: str, size: str, world: str, seed: int) -> list[Stage]:
-    """The stages of the miniature: the clinic makes its world and base model, then METHOD."""
+def method(recipe: dict, given: dict, run: Path, ranks: int = 0) -> list[Stage]:
+    """The stages of METHOD. ranks: of torchrun, or 0."""
+    return pipeline.stages_from(METHOD, values_of(recipe, given, run), ranks)
+
+
+def demo_stages(
+    run: Path, family: str, size: str, world: str, seed: int, ablate: bool = False
+) -> list[Stage]:
+    """The stages of the miniature: the clinic makes its world and base model, then METHOD; after
+    it, the ablations."""
     sizes, made = WORLDS[world], f"{run}/world"
     recipe = override(RECIPES[f"mini-{family}"], sizes["recipe"])
-    clinic = {"family": family, "size": size, "run": run, "seed": seed}
-    clinic |= {name: words_of(sizes[name]) for name in ("world", "teach")}
+    model = ["--family", family, "--size", size]
+    clinic = {"run": run, "seed": seed, "world": words_of(sizes["world"])}
+    clinic["teach"] = [*model, *words_of(sizes["teach"])]
     given = {
         "base": f"{run}/base", "root": made, "bank": [f"{made}/bank.jsonl"],
         "against": [f"{made}/dev.jsonl", f"{made}/test.jsonl"], "test": [f"{made}/test.jsonl"],
@@ -179,7 +193,11 @@ def demo_stages(run: Path, family: str, size: str, world: str, seed: int) -> lis
         "teachers": ["clinic:thorough", "clinic:hasty", "clinic:bookish"], "seed": seed,
         "size": "demo",  # demo/base, as 7B/base at the paper's size
     }  # fmt: skip
-    return pipeline.stages_from(CLINIC, clinic) + method(recipe, given, run)
+    stages = pipeline.stages_from(CLINIC, clinic) + method(recipe, given, run)
+    if ablate:
+        recipe = override(recipe, {"evaluate": {"n": [4, 2]}})
+        stages += ablations.stages(values_of(recipe, given | clinic, run))
+    return stages
 
 
 # --------------------------------------------------------------------------------------------------
@@ -263,7 +281,8 @@ def announce(stages: list[Stage], may_leave: bool) -> None:
 
 def demo(args: argparse.Namespace) -> None:
     folder, world = Path(args.out), "fast" if args.fast else "normal"
-    run_stages(demo_stages(folder, args.family, args.size, world, args.seed), folder, "the demo")
+    stages = demo_stages(folder, args.family, args.size, world, args.seed, args.ablate)
+    run_stages(stages, folder, "the demo")
     print()
     curate.print_funnel(data.read_json(folder / "curate" / "funnel.json"))
 
@@ -316,12 +335,29 @@ def plan(args: argparse.Namespace) -> None:
 
 
 def claims(args: argparse.Namespace) -> None:
+    """A demo with ablations for each seed, so many of them at once, then their comparison."""
     from report import __main__ as report
 
     folders = [Path(args.out) / f"seed-{seed}" for seed in args.seeds]
-    for seed, folder in zip(args.seeds, folders):
-        stages = demo_stages(folder, args.family, args.size, "normal", seed)
-        run_stages(stages, folder, f"seed {seed}")
+    threads = max(1, (os.cpu_count() or 1) // args.at_once)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    model = ["--family", args.family, "--size", args.size]
+
+    def run_seed(seed: int, folder: Path) -> None:
+        log = folder.with_suffix(".log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, __file__, "demo", "--ablate", "--seed", str(seed), *model]
+        print(f"seed {seed}: {log} tells how far it is", flush=True)
+        with open(log, "a", encoding="utf-8") as told:
+            ran = subprocess.run(
+                [*command, "--out", str(folder)], stdout=told, stderr=told, env=environment
+            )
+        if ran.returncode:
+            raise data.RowError(f"seed {seed} stopped; {log} says why; the same command goes on")
+        print(f"seed {seed}: finished", flush=True)
+
+    with ThreadPoolExecutor(args.at_once) as pool:
+        list(pool.map(run_seed, args.seeds, folders))
     out = Path(args.out) / "claims.md"
     report.main(["claims", "--runs", *map(str, folders), "--out", str(out)])
 
@@ -414,7 +450,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     one("--out", default="runs/demo", help="run folder")
     one("--seed", type=flags.SEED, default=0, help="of the world, the base model and every draw")
     one("--fast", action="store_true", help="a smaller world: whether the chain is whole")
-    several = command(claims, "the demo over several seeds, and what it shows")
+    one(
+        "--ablate",
+        action="store_true",
+        help="other demonstrations and pairs too: clinic/ablations.py",
+    )
+    several = command(claims, "the demo and its ablations over several seeds, and what they show")
+    several("--at-once", type=flags.whole(1), default=2, help="seeds side by side")
     several("--out", default="runs/claims", help="folder of the runs")
     # none of them was used to choose a setting
     several("--seeds", type=flags.SEED, nargs="+", default=[21, 22, 23])

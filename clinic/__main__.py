@@ -15,25 +15,31 @@ from command import flags, stage
 
 
 def make_world(args: argparse.Namespace) -> None:
-    """The question bank, development questions to choose settings, test questions measured once."""
+    """The question bank, development questions to choose settings, test questions measured once,
+    and what their films show, asked directly."""
     started, out = time.time(), Path(args.out)
     if not stage.open_folder(args, []):
         return
     bank, dev = (args.image, args.text), (args.dev_image, args.dev_text)
     counts = {"bank": bank, "dev": dev, "test": (args.test_image, args.test_text)}
-    seed, modalities = args.seed, args.modalities
+    seed, modalities, withhold = args.seed, args.modalities, args.withhold
     for name, (image, text) in counts.items():
-        questions = world.make_questions(image, seed, f"{name}-image", True, out, modalities)
+        kind = (out, modalities, withhold)
+        questions = world.make_questions(image, seed, f"{name}-image", True, *kind)
         if name != "bank":
-            questions = world.with_counterfactuals(questions, seed, f"{name}-image", out)
+            questions = world.with_other_films(questions, seed, f"{name}-image", out)
         if name == "bank":
             questions = world.telling(questions, image // world.SPOILT, seed, out)
-        questions += world.make_questions(text, seed, f"{name}-text", False, out, modalities)
+        questions += world.make_questions(text, seed, f"{name}-text", False, *kind)
         if name == "bank":
             questions += world.look_questions(image // world.SPOILT, seed, out, modalities)
         data.write_jsonl(out / f"{name}.jsonl", (question.to_row() for question in questions))
+        if name == "test":
+            asked = world.captions(questions, out)
+            data.write_jsonl(out / "captions.jsonl", (one.to_row() for one in asked))
         print(f"{name}: {len(questions) - text} image questions, {text} text questions")
-    stage.finish(args, [out / f"{name}.jsonl" for name in counts], started, {})
+    names = [*counts, "captions"]
+    stage.finish(args, [out / f"{name}.jsonl" for name in names], started, {})
 
 
 def teach(args: argparse.Namespace) -> None:
@@ -113,6 +119,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     modalities, said = flags.whole(1, len(world.SIGNS)), "how many of the clinic's modalities"
     for command in (made, taught):
         command.add_argument("--modalities", type=modalities, default=len(world.SIGNS), help=said)
+        withheld = "without a third of the rules, and their patients"
+        command.add_argument("--withhold", action="store_true", help=withheld)
     return parser.parse_args(argv)
 
 

@@ -15,6 +15,7 @@ import data
 from clinic import world
 
 TEACHERS = ("thorough", "hasty", "bookish")
+MISREADING = (20, 40)  # per cent of films that teachers named thorough-20 and so on misread
 # a check's wordings
 CHECKS = ("Wait, let me check:", "Let me make sure:", "One moment, once more:")
 
@@ -59,11 +60,17 @@ def answered_wrongly(response: str, options: dict[str, str], rng: random.Random)
 # The roles: (the request's last message, its images, the role's name, random) -> completion
 
 
-def teacher(asked: str, images: list[Path], style: str, rng: random.Random) -> str:
+def teacher(asked: str, images: list[Path], name: str, rng: random.Random) -> str:
     """A teacher's chain. One in ten is spoilt, each in a way that one of the three criteria of
-    paper 3.2 must catch."""
+    paper 3.2 must catch. One that misreads a film still gives the right answer: others would be
+    rejected."""
     case, kind, options = understand(asked, images)
+    style, _, percent = name.partition("-")
     response, fault = chain(case, kind, style, rng.choice(CHECKS)), rng.random()
+    if percent and images and rng.random() < int(percent) / 100:
+        others = [sign for sign in world.SIGNS[case.modality] if sign != case.sign]
+        read = replace(case, sign=rng.choice(others), number=rng.randint(1, 3))
+        response = world.MENTION.sub(read.reading(), response)
     if fault < 0.04:
         return answered_wrongly(response, options, rng)
     if fault < 0.07:  # no structure: the answer is inside the thinking
@@ -85,7 +92,7 @@ def expert(asked: str, images: list[Path], name: str, rng: random.Random) -> str
 
 
 SENTENCES = re.compile(  # the sentences of a coherent chain; anything else is garbled
-    r"(?:(?:The \w+ shows \w+ \w+ signs on the \w+"
+    r"(?:(?:The \w+ shows (?:no signs|\w+ \w+ signs on the \w+)"
     r"|The history gives \w+"
     r"|A \w+ with \w+ means \w+"
     r"|This suggests \w+"
@@ -106,7 +113,7 @@ def verdict(
     """
     parts = data.split_response(response)
     thinking, said = parts or (response, "")
-    readings = world.MENTION.findall(thinking)
+    readings = list(world.MENTION.finditer(thinking))
     clues = re.findall(r"The history gives (\w+)\.", thinking)
     rules = re.findall(r"\b[Aa] (\w+) with (\w+) means (\w+)\b", thinking)
     suggests = re.findall(r"This suggests (\w+)\.", thinking)
@@ -114,11 +121,12 @@ def verdict(
     needs = re.findall(r"So (\w+) needs (\w+)\.", thinking)
     tasks = re.findall(r"Asked is the [\w ]+\.", thinking)
     true = (
-        all(reading == world.MENTION.search(case.reading()).groups() for reading in readings)
+        all(reading[0] == case.reading() for reading in readings)
         and all(clue == case.clue for clue in clues)
         and all(pair == (case.diagnosis, case.clue) for pair in fits)
         and all(world.RULE.get((sign, clue)) == diagnosis for sign, clue, diagnosis in rules)
         and all(world.NEXT_STEP.get(diagnosis) == step for diagnosis, step in needs)
+        and (case.number > 0 or not (rules or fits))  # a normal film has no sign to argue from
     )
     named = {*suggests, *(d for *_, d in rules), *(d for d, _ in fits), *(d for d, _ in needs)}
     last = needs[-1][1] if needs else next(iter(named), "")
@@ -131,7 +139,7 @@ def verdict(
         and all(task == world.TASK[kind] for task in tasks)
         and all(clue == clues[0] for _, clue, _ in rules)
         and all(clue == clues[0] for _, clue in fits)
-        and all(not readings or sign == readings[0][2] for sign, _, _ in rules)
+        and all(not readings or sign == readings[0][3] for sign, _, _ in rules)
         and data.normalise(said) == data.normalise(last)
     )
     return {
@@ -205,6 +213,7 @@ def editor(prompt: str, *_) -> str:
 ROLES = {name: teacher for name in TEACHERS} | {"expert-a": expert, "expert-b": expert}
 ROLES |= {"classifier": classifier, "editor": editor, "judge": judge}
 ROLES |= dict.fromkeys(ERRING, judge)
+ROLES |= {f"{name}-{percent}": teacher for name in TEACHERS for percent in MISREADING}
 
 
 def answer(role: str, messages: list[dict], images: list[Path], seed: int) -> str:

@@ -9,7 +9,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +72,7 @@ def corpus(seed: int) -> list[str]:
             texts.append(data.question_text(world.make_question(case, kind, rng, None)))
             texts.append(chain(case, kind, TEACHERS[index % 3], CHECKS[index // 3 % 3]))
             texts += [rule_question(case), request_of(case, kind, rng)[0]]
+        texts.append(replace(case, number=0).reading())
     return texts
 
 
@@ -152,11 +153,6 @@ def save_processors(folder: Path, family: str, tokenizer, image_processor) -> No
 # --------------------------------------------------------------------------------------------------
 # Lessons: rows of segments, as trees
 
-FAMILIAR = {  # what the base model has seen often enough to answer directly: one clue of each sign
-    (sign, world.CLUES[(1 + i + m) % 3])
-    for m, signs in enumerate(world.SIGNS.values())
-    for i, sign in enumerate(signs)
-}
 USER, ASSISTANT = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -187,6 +183,7 @@ class Lessons:
     processor: model.Processor
     films: list
     modalities: int
+    withhold: bool
 
     def row(self, index: int) -> model.Row:
         rng = random.Random(f"{self.seed}/lesson/{index}")
@@ -194,6 +191,9 @@ class Lessons:
         if kind < 0.2:
             return self.film_row(rng)
         return self.rule_row(rng) if kind < 0.33 else self.patient_row(rng)
+
+    def draw_case(self, rng: random.Random) -> world.Case:
+        return world.draw_case(rng, self.modalities, self.withhold)
 
     def read(self, text: str, parent: int | None = None, image=None) -> model.Segment:
         """A segment that is read but not learnt."""
@@ -222,7 +222,7 @@ class Lessons:
         """Six rules to recite."""
         row = [self.read(system_turn(rng)[1] + USER)]
         for _ in range(6):
-            case = world.draw_case(rng, self.modalities)
+            case = self.draw_case(rng)
             facts = world.facts(case, None)
             self.exchange(row, rule_question(case), f"{facts['rule']} {facts['plan']}", 0)
         return row
@@ -241,14 +241,14 @@ class Lessons:
             case, image = rng.choice(self.films)
             shown = self.picture(image)
         else:
-            case, image = world.draw_case(rng, self.modalities), None
+            case, image = self.draw_case(rng), None
             shown = f"{case.reading()} "
         row = [self.read(f"{head}{USER}{shown}{case.history()}", None, image)]
         kind = rng.choice(sorted(world.ASK))
         question = world.make_question(case, kind, rng, "film")
         row.append(self.read(data.question_text(question).removeprefix(case.history()), 0))
         answer = question.answer_text()
-        if (case.sign, case.clue) not in FAMILIAR:
+        if (case.sign, case.clue) not in world.FAMILIAR or not case.number:
             answer = rng.choice(list(question.options.values()))
         facts = world.facts(case, kind)
         items = rng.sample(sorted(facts), rng.randint(1, len(facts)))
@@ -348,19 +348,21 @@ def teach(args: argparse.Namespace) -> None:
     processor, policy = model.Processor(out, max_pixels=world.SIDE**2), model.Policy(network)
     rng, noise = random.Random(f"{args.seed}/school"), np.random.default_rng([args.seed, 1])
 
-    def draw(count: Iterable) -> list:
-        cases = (world.draw_case(rng, args.modalities) for _ in count)
+    def draw(count: Iterable, normal: bool = False) -> list:
+        cases = (world.draw_case(rng, args.modalities, args.withhold) for _ in count)
+        cases = (replace(case, number=0) if normal else case for case in cases)
         return [(case, processor.encode_image(world.draw_film(case, noise))) for case in cases]
 
     films = draw(tqdm(range(args.films), desc="drawing films to learn from", unit="film"))
     teach_eye(policy, films, draw(range(256)), args, device)
+    films += draw(range(len(films) // 10), normal=True)  # so that it can say that it sees no signs
 
     # the vision tower stays as it is; the projector to the language model goes on learning
     policy.requires_grad_(True)
     policy.vision.requires_grad_(False)
     policy.projector.requires_grad_(True)
 
-    lessons = Lessons(args.seed, processor, films, args.modalities)
+    lessons = Lessons(args.seed, processor, films, args.modalities, args.withhold)
 
     def make_batch(indices: list[int], weights: list[float]) -> model.Batch:
         rows = [lessons.row(index) for index in indices]

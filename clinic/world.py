@@ -51,6 +51,16 @@ NEXT_STEP = {
     for m, names in enumerate(DIAGNOSES.values())
     for i, diagnosis in enumerate(names)
 }
+# What the base model has seen often enough to answer directly, one clue of each sign; and what
+# --withhold keeps from it, another one.
+FAMILIAR, WITHHELD = (
+    {
+        (sign, CLUES[(first + i + m) % 3])
+        for m, signs in enumerate(SIGNS.values())
+        for i, sign in enumerate(signs)
+    }
+    for first in (1, 2)
+)
 # of so many image questions in the bank, one tells what its film shows, and one more is added that
 # only asks this
 SPOILT = 20
@@ -61,12 +71,13 @@ TRUTH = "clinic-truth"  # the PNG text chunk
 # Cases and films
 
 
-MENTION = re.compile(r"The (\w+) shows (\w+) (\w+) signs on the (\w+)\.")  # Case.reading
+# Case.reading: modality, number, sign, side; of a normal film the modality alone
+MENTION = re.compile(r"The (\w+) shows (?:no signs|(\w+) (\w+) signs on the (\w+))\.")
 
 
 @dataclass(frozen=True)
 class Case:
-    """The truth of one patient."""
+    """The truth of one patient. number: of signs; 0 for a normal film."""
 
     sign: str
     number: int
@@ -90,6 +101,8 @@ class Case:
         return words[kind]
 
     def reading(self) -> str:
+        if not self.number:
+            return f"The {self.modality} shows no signs."
         signs = f"{NUMBERS[self.number - 1]} {self.sign} signs"
         return f"The {self.modality} shows {signs} on the {self.side}."
 
@@ -99,10 +112,12 @@ class Case:
         return f"A {self.age} year old {self.sex} has {first} and {second}."
 
 
-def draw_case(rng: random.Random, modalities: int = len(SIGNS)) -> Case:
-    """A patient, from the first `modalities` modalities: a smaller clinic is quicker to learn."""
+def draw_case(rng: random.Random, modalities: int = len(SIGNS), withhold: bool = False) -> Case:
+    """A patient, from the first `modalities` modalities: a smaller clinic is quicker to learn.
+    withhold: none whose rule is WITHHELD."""
     sign = rng.choice([sign for signs in list(SIGNS.values())[:modalities] for sign in signs])
-    number, side, clue = rng.randint(1, 3), rng.choice(SIDES), rng.choice(CLUES)
+    clues = [clue for clue in CLUES if not (withhold and (sign, clue) in WITHHELD)]
+    number, side, clue = rng.randint(1, 3), rng.choice(SIDES), rng.choice(clues)
     symptom, age = rng.choice(SYMPTOMS), 10 * rng.randint(2, 7)
     return Case(sign, number, side, clue, symptom, age, rng.choice(["man", "woman"]))
 
@@ -160,7 +175,7 @@ def draw_film(case: Case, rng: np.random.Generator, noise: float = 0.08) -> Imag
     model that has learnt to read still errs."""
     kind, sign = SIGNS[case.modality].index(case.sign), -1 if case.modality == "smear" else 1
     grey, colour = background(case.modality, rng)
-    for row in {1: [28], 2: [18, 38], 3: [12, 28, 44]}[case.number]:
+    for row in {0: [], 1: [28], 2: [18, 38], 3: [12, 28, 44]}[case.number]:
         x = (14 if case.side == "left" else 42) + rng.uniform(-3, 3)
         shape = lesion(kind, x, row + rng.uniform(-3, 3), rng.uniform(4, 6))
         grey = grey + sign * rng.uniform(0.22, 0.5) * shape
@@ -214,12 +229,10 @@ TASK = {"diagnosis": "Asked is the diagnosis.", "step": "Asked is the next step.
 
 def facts(case: Case, kind: str | None) -> dict[str, str]:
     """What can be told of a case, as the sentences of a chain. kind: None if nothing was asked."""
-    told = {
-        "findings": case.reading(),
-        "history": f"The history gives {case.clue}.",
-        "rule": f"A {case.sign} with {case.clue} means {case.diagnosis}.",
-        "plan": f"So {case.diagnosis} needs {NEXT_STEP[case.diagnosis]}.",
-    }
+    told = {"findings": case.reading(), "history": f"The history gives {case.clue}."}
+    if case.number:
+        told["rule"] = f"A {case.sign} with {case.clue} means {case.diagnosis}."
+        told["plan"] = f"So {case.diagnosis} needs {NEXT_STEP[case.diagnosis]}."
     return told | {"question": TASK[kind]} if kind else told
 
 
@@ -252,13 +265,19 @@ def make_question(case: Case, kind: str, rng: random.Random, film: str | None) -
 
 
 def make_questions(
-    count: int, seed: int, name: str, with_film: bool, folder: Path, modalities: int = len(SIGNS)
+    count: int,
+    seed: int,
+    name: str,
+    with_film: bool,
+    folder: Path,
+    modalities: int = len(SIGNS),
+    withhold: bool = False,
 ) -> list[data.Question]:
     """`count` different questions of one named set; films are written below `folder`."""
     rng, noise = random.Random(f"{seed}/{name}"), np.random.default_rng([seed, *name.encode()])
     questions: dict[str, data.Question] = {}
     while len(questions) < count:
-        case, film = draw_case(rng, modalities), None
+        case, film = draw_case(rng, modalities, withhold), None
         if with_film:
             film = f"films/{name}/{len(questions):05d}.png"
             save_film(folder / film, draw_film(case, noise), case)
@@ -295,15 +314,16 @@ def telling(
     return questions
 
 
-def with_counterfactuals(
+def with_other_films(
     questions: list[data.Question], seed: int, name: str, folder: Path
 ) -> list[data.Question]:
-    """The questions with what looking.py shows instead of their film: meta.shown.counterfactual, a
-    film of the same patient with another sign of the modality, by which another option is right;
-    and meta.blind, the best accuracy without a film. The random streams are separate, so the
-    questions and their films do not change."""
+    """The questions with what looking.py shows instead of their film, in meta.shown: as `normal` a
+    film without signs; as `counterfactual` a film of the same patient with another sign of the
+    modality, by which another option is right. meta.blind is the best accuracy without a film. The
+    random streams are separate, so the questions and their films do not change."""
     rng = random.Random(f"{seed}/{name}/counterfactual")
-    noise = np.random.default_rng([seed, *f"{name}/counterfactual".encode()])
+    streams = [[seed, *f"{name}/{arm}".encode()] for arm in ("counterfactual", "normal")]
+    noise, grain = map(np.random.default_rng, streams)
     found = []
     for number, one in enumerate(questions):
         case, kind = film_truth(folder / one.images[0]), one.meta["kind"]
@@ -312,14 +332,24 @@ def with_counterfactuals(
         within = [other for other in cases if other.answer(kind) in letters]
         counts = Counter(other.answer(kind) for other in within)
         meta = {**one.meta, "blind": max(counts.values()) / len(within)}
+        normal, film = replace(case, number=0), f"films/{name}-normal/{number:05d}.png"
+        save_film(folder / film, draw_film(normal, grain), normal)
+        meta["shown"] = {"normal": {"images": [film]}}
         others = [other for other in within if other.answer(kind) != case.answer(kind)]
         if others:
             other, film = rng.choice(others), f"films/{name}-counterfactual/{number:05d}.png"
             save_film(folder / film, draw_film(other, noise), other)
             arm = {"images": [film], "answer": letters[other.answer(kind)]}
-            meta["shown"] = {"counterfactual": arm}
+            meta["shown"]["counterfactual"] = arm
         found.append(replace(one, meta=meta))
     return found
+
+
+def captions(questions: list[data.Question], folder: Path) -> list[data.Question]:
+    """What each film shows, as the base model was taught to be asked: no history, no options."""
+    films = [one.images[0] for one in questions if one.images]
+    readings = [film_truth(folder / film).reading() for film in films]
+    return [data.Question(LOOK, {}, said, [film]) for film, said in zip(films, readings)]
 
 
 def blind(expert: str, asked: str) -> bool:

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import data
-from clinic import world
+from clinic import ablations, world
+from clinic.roles import MISREADING
 from command import stage
 from report import figures, looking, score, tables
 
@@ -32,17 +33,29 @@ FEW, SLOPE = 4, "rise of the majority vote from 4 samples to all"
 # 97.5 % points of Student's t by degrees of freedom, that is runs - 1
 T = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 Counts = dict[str, tuple[float, float]]  # question id -> (sum, count); a share is a ratio of sums
+Side = tuple[str, str]  # a stage or an ablation, and a measure
 
 
 class Claim(NamedTuple):
-    """before, after: (stage, measure). direction: +1 rises, -1 falls, 0 rises or holds. paper: the
-    stages between which the paper has this difference, of its 7B on MedXpertQA-MM."""
+    """direction: +1 rises, -1 falls, 0 rises or holds, None no claim. paper: the stages between
+    which the paper has this difference, of its 7B on MedXpertQA-MM."""
 
     text: str
-    before: tuple[str, str]
-    after: tuple[str, str]
-    direction: int
+    before: Side
+    after: Side
+    direction: int | None
     paper: tuple[str, str] | None = None
+
+
+def alone(name: str) -> Claim:
+    criterion = ablations.ALONE[name]
+    said = f"pairs by {criterion.replace('_', ' ')} alone raise its share"
+    return Claim(said, (STAGE1, criterion), (name, criterion), 1)
+
+
+def elicits(kind: str, percent: int) -> Claim:
+    said = f"Stage I on text beats {kind}; its teachers misread {percent} % of films"
+    return Claim(said, (f"{kind}-{percent}", "accuracy"), ("text", "accuracy"), 1)
 
 
 CLAIMS = (
@@ -52,37 +65,77 @@ CLAIMS = (
           (STAGE1, "met"), (STAGE2, "met"), 1),
     Claim("with Stage II accuracy on image questions rises or holds",
           (STAGE1, "accuracy"), (STAGE2, "accuracy"), 0, ("Stage-I", "Stage-II")),
-    Claim("Stage I raises hallucination among chains that look at the image",
-          (BASE, "hallucinated"), (STAGE1, "hallucinated"), 1),
-    Claim("Stage II lowers hallucination among chains that look at the image",
-          (STAGE1, "hallucinated"), (STAGE2, "hallucinated"), -1),
-    Claim("… of the sign alone: chains that name a wrong one, of those that name one",
-          (STAGE1, "misread"), (STAGE2, "misread"), -1),
-    Claim("… of number or side, with the right sign",
-          (STAGE1, "miscounted"), (STAGE2, "miscounted"), -1),
     Claim("majority vote raises accuracy after Stage II",
           (STAGE2, "accuracy"), (STAGE2, "vote"), 1),
     Claim(f"the {SLOPE} is larger after Stage II than at the base",
           (BASE, "slope"), (STAGE2, "slope"), 1),
+    # hallucination
+    Claim("Stage I raises hallucination among chains that look at the image",
+          (BASE, "hallucinated"), (STAGE1, "hallucinated"), 1),
+    Claim("… without the teacher that always writes one sign on the left",
+          (BASE, "hallucinated"), ("no-hasty", "hallucinated"), 1),
+    Claim("… of the sign alone: chains that name a wrong one, of those that read",
+          (BASE, "misread"), (STAGE1, "misread"), 1),
+    Claim("Stage II lowers hallucination among chains that look at the image",
+          (STAGE1, "hallucinated"), (STAGE2, "hallucinated"), -1),
+    Claim("… of the sign alone", (STAGE1, "misread"), (STAGE2, "misread"), -1),
+    Claim("… of number or side, with the right sign",
+          (STAGE1, "miscounted"), (STAGE2, "miscounted"), -1),
+    Claim("the Stage-II model names the sign better if asked for the film alone",
+          (STAGE2, "sign"), (STAGE2, "caption"), 1),
+    Claim("where a chain misreads the sign, the model asked for the film alone names it",
+          (BASE, "knows"), (STAGE2, "knows"), None),
+    # does it look?
     Claim("Stage I makes answers follow the film that is shown (follow less stay)",
           (BASE, "follows"), (STAGE1, "follows"), 1),
     Claim("Stage II makes answers follow the film that is shown",
           (STAGE1, "follows"), (STAGE2, "follows"), 1),
+    Claim("Stage I makes chains hallucinate about a normal film",
+          (BASE, "invented"), (STAGE1, "invented"), 1),
+    Claim("Stage II makes chains hallucinate less about a normal film",
+          (STAGE1, "invented"), (STAGE2, "invented"), -1),
+    Claim("general vision: asked for the film alone, Stage I names as many signs",
+          (BASE, "caption"), (STAGE1, "caption"), 0),
+    Claim("… Stage II too", (STAGE1, "caption"), (STAGE2, "caption"), 0),
+    # what Stage I learns from
+    *(elicits(kind, percent) for kind in ("image", "mixed") for percent in (0, *MISREADING)),
+    Claim("… on text questions: Stage I on text beats image",
+          ("image-0", "text accuracy"), ("text", "text accuracy"), 1),
+    Claim("… and beats mixed", ("mixed-0", "text accuracy"), ("text", "text accuracy"), 1),
+    Claim("Stage I gains more where the base knows the rule than where it was withheld",
+          ("withheld", "gain, withheld"), ("withheld", "gain, known"), 1),
+    # what Stage II learns from: all-criteria chains
+    *(Claim(f"Stage II raises all-criteria chains with {percent} % of pairs the wrong way round",
+            (STAGE1, "met"), (f"swap-{percent}", "met"), 1) for percent in ablations.SWAPS),
+    *(Claim(f"… with pairs of the {name} judge", (STAGE1, "met"), (name, "met"), 1)
+      for name in ablations.JUDGES),
+    *map(alone, ablations.ALONE),
+    Claim("Stage II beats pairs of right above wrong answers", ("right-wrong", "met"),
+          (STAGE2, "met"), 1),
+    Claim("… in accuracy", ("right-wrong", "accuracy"), (STAGE2, "accuracy"), 1),
+    Claim("Stage II beats SFT on the chosen chains", ("chosen", "met"), (STAGE2, "met"), 1),
+    Claim("… in accuracy", ("chosen", "accuracy"), (STAGE2, "accuracy"), 1),
+    Claim("length-matched pairs raise all-criteria chains",
+          (STAGE1, "met"), ("length", "met"), 1),
+    Claim("whole questions in a step do as well as shuffled pairs",
+          (STAGE2, "met"), ("questions", "met"), 0),
 )  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------
-# Measures of one stage of one run
+# Measures of one stage or ablation of one run
 
 
 def of_results(folder: Path) -> dict[str, Counts]:
-    """From results.json, of the image questions."""
+    """From results.json: of the image questions, and the accuracy on text questions."""
     found: dict[str, Counts] = {}
     for entry in score.read_results(folder)["entries"]:
+        choices, right = tuple(entry["choices"]), tuple(entry["right"])
+        sums = {"text accuracy": (sum(right), len(right))}
         if entry["image"]:
-            choices, right = tuple(entry["choices"]), tuple(entry["right"])
             judged, vote = score.judged_counts([entry]), score.vote(choices, right)
             few = score.majority_at(min(FEW, len(right)), choices, right, 0)
+            verdicts = [given for given in entry["criteria"] if given]
             sums = {
                 "accuracy": (sum(right), len(right)),
                 "vote": (vote, 1),
@@ -90,61 +143,114 @@ def of_results(folder: Path) -> dict[str, Counts]:
                 "met": (judged["met"], judged["judged"]),
                 "hallucinated": (judged["hallucinated"], judged["looking"]),
             }
-            for name, pair in sums.items():
-                found.setdefault(name, {})[entry["id"]] = pair
+            for name in score.CRITERIA:
+                sums[name] = (sum(given[name] for given in verdicts), len(verdicts))
+        for name, pair in sums.items():
+            found.setdefault(name, {})[entry["id"]] = pair
     return found
 
 
-def of_readings(run: Path, name: str) -> dict[str, Counts]:
-    """From the chains: what they read, against their films. {} where there is no world."""
-    path, questions = run / f"eval-{name}" / "predictions.jsonl", run / "world" / "test.jsonl"
-    if not path.exists() or not questions.exists():
-        return {}
-    films = {
-        row["id"]: world.film_truth(run / "world" / row["images"][0])
-        for _, row in data.read_jsonl(questions)
-        if row["images"]
-    }
-    found: dict[str, Counts] = {"misread": {}, "miscounted": {}}
-    for _, row in data.read_jsonl(path):
+def films_of(run: Path) -> dict[str, world.Case]:
+    """{question id: its film's truth} of the test questions; {} where there is no world."""
+    path = run / "world" / "test.jsonl"
+    rows = [row for _, row in data.read_jsonl(path) if row["images"]] if path.exists() else []
+    return {row["id"]: world.film_truth(run / "world" / row["images"][0]) for row in rows}
+
+
+def of_readings(folder: Path, films: dict[str, world.Case], named: Counts) -> dict[str, Counts]:
+    """From the chains: what they read, against their films. named: of_captions."""
+    found: dict[str, Counts] = {"sign": {}, "misread": {}, "miscounted": {}, "knows": {}}
+    path = folder / "predictions.jsonl"
+    for _, row in data.read_jsonl(path) if path.exists() else []:
         film, key = films.get(row["id"]), row["id"]
         reading = world.MENTION.search(row["response"]) if film else None
         if reading:
-            _, _, sign, _ = reading.groups()
-            false = sign == film.sign and reading[0] != film.reading()
-            for measure, wrong in (("misread", sign != film.sign), ("miscounted", false)):
+            wrong = reading[3] != film.sign
+            miscounted = not wrong and reading[0] != film.reading()
+            sums = {"sign": (not wrong, 1), "misread": (wrong, 1), "miscounted": (miscounted, 1)}
+            if wrong and key in named:
+                sums["knows"] = named[key]
+            for measure, (value, one) in sums.items():
                 total, count = found[measure].get(key, (0, 0))
-                found[measure][key] = (total + wrong, count + 1)
+                found[measure][key] = (total + value, count + one)
     return found
+
+
+def of_captions(folder: Path, run: Path, films: dict[str, world.Case]) -> Counts:
+    """Whether the model names the film's sign if asked for the film alone; {} if it was not."""
+    if not (folder / "predictions.jsonl").exists():
+        return {}
+    asked = {row["id"]: row["images"] for _, row in data.read_jsonl(run / "world/captions.jsonl")}
+    said = {}
+    for _, row in data.read_jsonl(folder / "predictions.jsonl"):
+        reading = world.MENTION.search(row["response"])
+        said[asked[row["id"]][0]] = reading[3] if reading else None
+    tests = [row for _, row in data.read_jsonl(run / "world/test.jsonl") if row["id"] in films]
+    return {row["id"]: (said[row["images"][0]] == films[row["id"]].sign, 1) for row in tests}
 
 
 def of_looking(folder: Path) -> dict[str, Counts]:
     """From looking.json; {} where it is not there."""
     if not (folder / "looking.json").exists():
         return {}
-    name = "follows, counterfactual"
+    names = {"follows": "follows, counterfactual", "invented": "invented"}
     entries = {one["id"]: looking.measures(one) for one in looking.read(folder)["entries"]}
-    return {"follows": {key: found[name] for key, found in entries.items() if name in found}}
+    return {
+        short: {key: found[name] for key, found in entries.items() if name in found}
+        for short, name in names.items()
+    }
 
 
-def measures_of(run: Path, name: str) -> dict[str, Counts]:
-    found = of_results(run / f"eval-{name}")
-    return found | of_readings(run, name) | of_looking(run / f"look-{name}")
+def gains(folder: Path, films: dict[str, world.Case]) -> dict[str, Counts]:
+    """What Stage I gains in accuracy where the base was taught the rule, and where it was not.
+    Familiar patients, whom the base answers directly, are left out."""
+    before, after = (of_results(folder / name)["accuracy"] for name in ("eval-base", "eval"))
+    found: dict[str, Counts] = {"gain, known": {}, "gain, withheld": {}}
+    for key, film in films.items():
+        rule = film.sign, film.clue
+        gain = after[key][0] / after[key][1] - before[key][0] / before[key][1]
+        withheld = rule in world.WITHHELD
+        for name, there in (("withheld", withheld), ("known", not withheld)):
+            there = there and rule not in world.FAMILIAR
+            found[f"gain, {name}"][key] = (gain, 1) if there else (0, 0)
+    return found
+
+
+def measures_of(run: Path, name: str, films: dict[str, world.Case]) -> dict[str, Counts]:
+    """{measure: its counts} of a stage, or of an ablation; {} of one that was not run."""
+    if name in (BASE, STAGE1, STAGE2):
+        folder = run / f"eval-{name}"
+        named = of_captions(run / "ablations" / "captions" / name, run, films)
+        more = of_looking(run / f"look-{name}") | {"caption": named}
+        return of_results(folder) | of_readings(folder, films, named) | more
+    folder = run / "ablations" / name
+    if not (folder / "eval" / "results.json").exists():
+        return {}
+    more = gains(folder, films) if name == "withheld" else {}
+    return of_results(folder / "eval") | of_readings(folder / "eval", films, {}) | more
+
+
+def run_measures(run: Path) -> dict[str, dict[str, Counts]]:
+    """{stage or ablation: its measures}"""
+    films = films_of(run)
+    return {
+        name: measures_of(run, name, films) for name in (BASE, STAGE1, STAGE2, *ablations.NAMES)
+    }
 
 
 # --------------------------------------------------------------------------------------------------
 # Claims over runs
 
 
-def measure_claims(runs: list[Path]) -> list[dict]:
+def measure_claims(runs: list[dict[str, dict[str, Counts]]]) -> list[dict]:
     """A row for each claim that every run can tell of: {claim, levels [(before, after)],
-    differences [[value, low, high]] of each run, mean, low, high (t over runs), shown}."""
-    stages = [{name: measures_of(run, name) for name in (BASE, STAGE1, STAGE2)} for run in runs]
+    differences [[value, low, high]] of each run, mean, low, high (t over runs), shown}. runs: of
+    run_measures."""
     rows = []
     for claim in CLAIMS:
         sides = [
             [run[name].get(measure, {}) for name, measure in (claim.before, claim.after)]
-            for run in stages
+            for run in runs
         ]
         if not all(before and after for before, after in sides):
             continue
@@ -159,7 +265,9 @@ def measure_claims(runs: list[Path]) -> list[dict]:
                 "claim": claim.text,
                 "levels": levels,
                 "differences": differences,
-                "shown": all(shows(one, claim.direction) for one in differences),
+                "shown": all(shows(one, claim.direction) for one in differences)
+                if claim.direction is not None
+                else None,
                 "paper": claim.paper and paper_difference(*claim.paper),
                 **over_runs([one[0] for one in differences]),
             }
@@ -216,6 +324,84 @@ def plot(rows: list[dict], path: Path) -> None:
     figures.save(sheet, path)
 
 
+# --------------------------------------------------------------------------------------------------
+# Ablations
+
+
+COLUMNS = {
+    "accuracy": "accuracy",
+    "text accuracy": "on text",
+    "met": "all four",
+    **{criterion: name for name, criterion in ablations.ALONE.items()},
+    "hallucinated": "hallucinates",
+    "misread": "misreads sign",
+}
+
+
+def disorder(run: Path, name: str) -> float | None:
+    """The share of an ablation's pairs, or of Stage II's own, that the truth does not order so: not
+    an all-criteria chain above one that fails any. None where there are no pairs, or wrong answers
+    in them, which have no verdict."""
+    path = run / "ablations" / name / "matched" / "pairs.jsonl"
+    path = run / "pairs" / "pairs.jsonl" if name == STAGE2 else path
+    verdicts = run / "verdicts" / "verdicts.jsonl"
+    if not path.exists() or not verdicts.exists():
+        return None
+    good = {
+        (row["id"], row["sample"]): all(row["criteria"].values())
+        for _, row in data.read_jsonl(verdicts)
+    }
+    pairs = [
+        [good.get((row["id"], row[f"{side}_sample"])) for side in ("chosen", "rejected")]
+        for _, row in data.read_jsonl(path)
+    ]
+    if any(None in pair for pair in pairs):
+        return None
+    return statistics.fmean(pair != [True, False] for pair in pairs)
+
+
+def ablation_table(
+    runs: list[dict[str, dict[str, Counts]]], disorders: dict[str, list[float | None]]
+) -> str:
+    """Stages and ablations: shares, mean and standard deviation over runs."""
+
+    def cell(values: list[float | None]) -> str:
+        if None in values:
+            return ""
+        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        return f"{statistics.fmean(values):.2f}{spread}"
+
+    rows = [["stage or ablation", *COLUMNS.values(), "pairs not truly ordered"]]
+    for name in runs[0]:
+        sides = [run[name] for run in runs]
+        if all(sides):
+            shares = [[ratio(list(side[key].values())) for side in sides] for key in COLUMNS]
+            rows.append([name, *map(cell, shares), cell(disorders[name])])
+    return tables.markdown(rows)
+
+
+def plot_disorder(
+    runs: list[dict[str, dict[str, Counts]]], disorders: dict[str, list[float | None]], path: Path
+) -> None:
+    """How good must a judge be? Stage II against the share of pairs that are not truly ordered."""
+    sheet, axes = figures.canvas(1, 2, 9, 3.6)
+    curve = [STAGE2, *(f"swap-{percent}" for percent in ablations.SWAPS)]
+    for axis, measure in zip(axes[0], ("met", "accuracy")):
+        for number, (run, look) in enumerate(zip(runs, figures.LOOKS)):
+            share = {name: ratio(list(run[name][measure].values())) for name in run if run[name]}
+            at = [(disorders[name][number], share[name]) for name in curve]
+            axis.plot(*zip(*at), color="#a0a0a0", marker=look.marker, markersize=4)
+            axis.axhline(share[STAGE1], color="#a0a0a0", linewidth=0.8, linestyle=":")
+            for name, colour in zip(ablations.JUDGES, ("#c0504d", "#4f81bd", "#9bbb59")):
+                label = f"{name} judge" if number == 0 else None
+                point = disorders[name][number], share[name]
+                axis.plot(*point, look.marker, color=colour, label=label)
+        axis.set_xlabel("share of pairs not truly ordered")
+        axis.set_title("all four criteria" if measure == "met" else "accuracy, image questions")
+    axes[0, 0].legend(fontsize=8)
+    figures.save(sheet, path)
+
+
 HEADER = """# What the miniature shows
 
 Runs: {}. Each has its own seed for world, base model, training and sampling, and test questions \
@@ -224,20 +410,24 @@ A claim is shown if each run has the claimed sign and its 95 % interval over que
 ("holds": excludes a loss of {:.2f}). The t interval is over runs.
 
 """
+ABLATIONS = """
+
+## What each stage could have learnt from
+
+Mean and standard deviation over runs, on the test questions; clinic/ablations.py says what each \
+ablation is. Accuracy and criteria are of image questions.
+
+{}
+
+A judge that errs puts pairs the wrong way round, or pairs what is equally good. Grey: that share \
+of the demo's pairs swapped; dotted: Stage I; a mark for each run.
+
+![Stage II by the share of pairs that are not truly ordered]({})"""
 
 
-def claims(args: argparse.Namespace) -> None:
-    rows = measure_claims([Path(run) for run in args.runs])
-    first = [
-        "claim",
-        "before → after",
-        "difference",
-        "mean",
-        "95 % t interval",
-        "paper, 7B",
-        "shown",
-    ]
-    cells = [first]
+def claim_table(rows: list[dict]) -> str:
+    first = ["claim", "before → after", "difference", "mean", "95 % t interval", "paper, 7B"]
+    cells = [[*first, "shown"]]
     for row in rows:
         interval = f"{row['low']:+.3f} … {row['high']:+.3f}"
         cells.append(
@@ -248,12 +438,25 @@ def claims(args: argparse.Namespace) -> None:
                 f"{row['mean']:+.3f}",
                 "" if math.isnan(row["low"]) else interval,
                 f"{row['paper']:+.3f}" if row["paper"] else "",
-                "yes" if row["shown"] else "**no**",
+                {True: "yes", False: "**no**", None: ""}[row["shown"]],
             ]
         )
-    picture = Path(args.out).with_suffix(".png")
-    text = HEADER.format(len(args.runs), HOLDS) + tables.markdown(cells)
+    return tables.markdown(cells)
+
+
+def claims(args: argparse.Namespace) -> None:
+    folders, out = [Path(run) for run in args.runs], Path(args.out)
+    runs = [run_measures(folder) for folder in folders]
+    rows = measure_claims(runs)
+    text = HEADER.format(len(runs), HOLDS) + claim_table(rows)
+    picture, curve = out.with_suffix(".png"), out.with_name(f"{out.stem}-judges.png")
     text += f"\n\n![The claims as intervals around zero]({picture.name})"
+    disorders = {name: [disorder(folder, name) for folder in folders] for name in runs[0]}
+    ablated = all(run[name] for run in runs for name in ablations.NAMES)
+    if ablated:
+        text += ABLATIONS.format(ablation_table(runs, disorders), curve.name)
     stage.new_file(args.out, text + "\n")
     plot(rows, picture)
+    if ablated:
+        plot_disorder(runs, disorders, curve)
     print(text)

@@ -27,13 +27,15 @@ MEASURES = {  # of looking.py, as tables call them
     "sight": "accuracy, own image less another",
     "follows, counterfactual": "follows the image shown, less stays with its own",
     "ungrounded": "reads another image, yet answers as for its own",
+    "invented": "reads a normal image, and hallucinates",
     "accuracy, grey": "accuracy, grey image",
     "unparsed, grey": "unreadable answers, grey image",
     "accuracy, mean": "accuracy, image in its mean colour",
     "unparsed, mean": "unreadable answers, image in its mean colour",
     "blind": "accuracy within reach without an image",
 }
-DRAWN = ("changes", "sight", "follows, counterfactual", "ungrounded")
+DRAWN = ("changes", "sight", "follows, counterfactual", "ungrounded", "invented")
+JUDGED = ("swapped", "normal")  # of looking.py's arms, those whose chains a judge sees
 
 
 def changed(first: list, second: list) -> float:
@@ -60,11 +62,17 @@ def measures(entry: dict) -> dict[str, tuple[float, float]]:
     for arm, other in entry["follows"].items():
         found[f"follows, {arm}"] = share(arm, other) - share(arm, answer)
     sums = {name: (value, 1.0) for name, value in found.items()}
-    judged = zip(choices.get("swapped", ()), entry["criteria"])
-    reading = [one for one, met in judged if met and met["Image_Analysis_Involvement"]]
-    if reading:
-        same = [share("real", one) if one is not None else 0.0 for one in reading]
+
+    def reading(arm: str) -> list[tuple[str | None, dict]]:
+        """(choice, criteria) of the chains that read this arm's image."""
+        judged = zip(choices.get(arm, ()), entry["criteria"].get(arm, ()))
+        return [(one, met) for one, met in judged if met and met["Image_Analysis_Involvement"]]
+
+    if chains := reading("swapped"):
+        same = [share("real", one) if one is not None else 0.0 for one, _ in chains]
         sums["ungrounded"] = (sum(same), len(same))
+    if chains := reading("normal"):
+        sums["invented"] = (sum(not met["No_Hallucination"] for _, met in chains), len(chains))
     return sums
 
 

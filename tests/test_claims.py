@@ -46,13 +46,17 @@ def write_stage(
     )
 
 
+def claims_of(*folders) -> list[dict]:
+    return claims.measure_claims([claims.run_measures(folder) for folder in folders])
+
+
 def measured(tmp_path) -> dict[str, dict]:
     for seed in (0, 1):
         run = tmp_path / str(seed)
         write_stage(run / "eval-base", [1] * 40, [0] * 40, [2] * 40, [1] * 40)
         write_stage(run / "eval-stage1", [2] * 40, [1] * 40, [4] * 40, [2] * 40)
         write_stage(run / "eval-stage2", [3] * 40, [2] * 40, [4] * 40, [1] * 40)
-    return {row["claim"]: row for row in claims.measure_claims([tmp_path / "0", tmp_path / "1"])}
+    return {row["claim"]: row for row in claims_of(tmp_path / "0", tmp_path / "1")}
 
 
 def test_differences_are_those_of_the_files(tmp_path):
@@ -61,17 +65,17 @@ def test_differences_are_those_of_the_files(tmp_path):
         (0.25, 0.5),
         (0.25, 0.5),
         (0.5, 0.75),
-        (0.0, 0.5),  # at the base the false sample does not look
-        (0.5, 0.25),
         (0.75, 1.0),
         (0.0, 0.0),
+        (0.0, 0.5),  # at the base the false sample does not look
+        (0.5, 0.25),
     ]
     # every question is the same, so that resampling questions changes nothing; nor do the runs
     for row in found:
         before, after = row["levels"][0]
         assert row["differences"] == [[after - before] * 3] * 2
         assert (row["mean"], row["low"], row["high"]) == (after - before,) * 3
-    assert [row["shown"] for row in found] == [True] * 6 + [False]
+    assert [row["shown"] for row in found] == [True, True, True, True, False, True, True]
 
 
 def test_a_claim_that_one_run_contradicts_is_not_shown_whatever_the_mean(tmp_path):
@@ -79,7 +83,7 @@ def test_a_claim_that_one_run_contradicts_is_not_shown_whatever_the_mean(tmp_pat
         run = tmp_path / str(seed)
         for name, right in (("eval-base", 1), ("eval-stage1", after), ("eval-stage2", after)):
             write_stage(run / name, [right] * 40, [1] * 40, [4] * 40, [2] * 40)
-    row = claims.measure_claims([tmp_path / str(seed) for seed in (0, 1, 2)])[0]
+    row = claims_of(*(tmp_path / str(seed) for seed in (0, 1, 2)))[0]
     assert [one[0] for one in row["differences"]] == [0.75, 0.75, 0.0] and not row["shown"]
     # by hand: mean .5, standard deviation .433, t of two degrees of freedom 4.303
     assert (row["mean"], row["high"]) == (0.5, pytest.approx(0.5 + 4.303 * 0.4330127 / 3**0.5))
@@ -88,7 +92,7 @@ def test_a_claim_that_one_run_contradicts_is_not_shown_whatever_the_mean(tmp_pat
 def test_a_difference_within_its_own_interval_is_not_shown(tmp_path):
     for name, right in (("base", [2] * 40), ("stage1", [1, 3] * 20), ("stage2", [1, 3] * 20)):
         write_stage(tmp_path / "run" / f"eval-{name}", right, [1] * 40, [4] * 40, [2] * 40)
-    found = claims.measure_claims([tmp_path / "run"])
+    found = claims_of(tmp_path / "run")
     value, low, high = found[0]["differences"][0]
     assert value == 0 and low < 0 < high and not found[0]["shown"]
     assert not found[1]["shown"] and not found[4]["shown"]
@@ -108,10 +112,13 @@ def test_false_readings_are_counted_against_the_films(tmp_path, world):
         rows += [{"id": row["id"], "response": f"<think> {film.reading()} </think>"}] * 2
     rows.append({"id": questions[0]["id"], "response": "nothing is read"})
     data.write_jsonl(tmp_path / "eval-base" / "predictions.jsonl", rows)
-    found = claims.of_readings(tmp_path, "base")
+    named = dict.fromkeys([row["id"] for row in questions], (True, 1))
+    found = claims.of_readings(tmp_path / "eval-base", claims.films_of(tmp_path), named)
     first, second, third = (row["id"] for row in questions)
     assert found["misread"] == {first: (2, 2), second: (0, 2), third: (0, 2)}
+    assert found["sign"] == {first: (0, 2), second: (2, 2), third: (2, 2)}
     assert found["miscounted"] == {first: (0, 2), second: (2, 2), third: (0, 2)}
+    assert found["knows"] == {first: (2, 2)}  # asked for the film alone it names the sign
 
 
 def test_the_table_marks_what_is_not_shown(tmp_path, capsys):

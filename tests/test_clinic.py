@@ -98,7 +98,7 @@ def other(words, word: str) -> str:
 
 def test_same_seed_gives_the_same_world_to_the_byte(tmp_path):
     first, second = contents(make(tmp_path / "a", 1)), contents(make(tmp_path / "b", 1))
-    assert first == second and len([name for name in first if name.endswith(".png")]) == 20
+    assert first == second and len([name for name in first if name.endswith(".png")]) == 28
 
 
 def test_another_seed_gives_another_world(tmp_path):
@@ -121,7 +121,8 @@ def test_sets_of_one_world_differ_from_each_other(world):
         and not ids["bank"] & ids["dev"]
         and not ids["dev"] & ids["test"]
     )
-    assert len(set(films)) == len(films) == 12 + 2 * 4 + 2 * 6  # dev and test: counterfactuals
+    # dev and test: also counterfactual and normal films
+    assert len(set(films)) == len(films) == 12 + 3 * 4 + 3 * 6
 
 
 @pytest.mark.parametrize("name", ["bank", "dev", "test"])

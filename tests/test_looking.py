@@ -18,17 +18,27 @@ from report import looking as measured
 from report import score
 
 
-def entry(real, again, swapped=None, other=None, criteria=(), follows="B", key="q") -> dict:
+def entry(
+    real, again, swapped=None, other=None, criteria=(), follows="B", key="q", normal=()
+) -> dict:
     choices = {"real": real, "again": again}
+    choices |= {"normal": [None] * len(normal)} if normal else {}
     choices |= {"swapped": swapped} if swapped else {}
     choices |= {"counterfactual": other} if other else {}
     return {
-        "id": key, "source": "s", "answer": "A", "blind": 0.25, "choices": choices,
-        "follows": {"counterfactual": follows} if other else {}, "criteria": list(criteria),
-    }  # fmt: skip
+        "id": key,
+        "source": "s",
+        "answer": "A",
+        "blind": 0.25,
+        "choices": choices,
+        "follows": {"counterfactual": follows} if other else {},
+        "criteria": {"swapped": list(criteria), "normal": list(normal)},
+    }
 
 
 READS = {"Image_Analysis_Involvement": True}
+INVENTS, SAYS_SO = {**READS, "No_Hallucination": False}, {**READS, "No_Hallucination": True}
+UNREAD = {**INVENTS, "Image_Analysis_Involvement": False}
 TRUTH = [  # (entry, measure, value by hand)
     (entry(["A", "A"], ["A", "B"]), "changed, again", 0.5),
     (entry(["A", None], ["A", None]), "changed, again", 0.5),
@@ -45,6 +55,8 @@ TRUTH = [  # (entry, measure, value by hand)
     (entry(["A", "A"], ["A", "A"], ["A", "A"], None, [{**READS, "x": 1}, None]), "ungrounded", 1.0),
     (entry(["A"], ["A"], [None], None, [READS]), "ungrounded", 0.0),
     (entry([None, "A"], ["A", "A"]), "unparsed, real", 0.5),
+    # about a normal image: one that does not read it, and one without a verdict, do not count
+    (entry(["A"], ["A"], normal=[INVENTS, SAYS_SO, UNREAD, None]), "invented", 0.5),
 ]  # fmt: skip
 
 
@@ -153,6 +165,8 @@ class Looks:
         return self.chain(case, kind, options)
 
     def chain(self, case, kind, options) -> str:
+        if not case.number:
+            return data.join_response(case.reading(), "none")
         return clinic.roles.chain(case, kind, "thorough")
 
 
@@ -195,6 +209,8 @@ def test_an_engine_that_looks_follows_the_film_and_one_that_does_not_stays(
     assert unseen["changes"] == unseen["sight"] == [0.0, 0.0, 0.0]
     assert unseen["ungrounded"] == [1.0, 1.0, 1.0]
     assert unseen["follows, counterfactual"][0] < 0.3
+    # the one says that there are no signs, the other names some
+    assert (seen["invented"][0], unseen["invented"][0]) == (0.0, 1.0)
     assert 0.3 < seen["blind"][0] < 0.5
     report.__main__.main(
         [
@@ -213,7 +229,7 @@ def test_an_engine_that_looks_follows_the_film_and_one_that_does_not_stays(
 
 def test_a_counterfactual_film_makes_another_option_right(world):
     asked = [one for one in schema.read_questions(world / "test.jsonl") if one.images]
-    brought = [one for one in asked if "shown" in one.meta]
+    brought = [one for one in asked if "counterfactual" in one.meta["shown"]]
     assert len(brought) > 0.8 * len(asked)
     for one in brought:
         arm = one.meta["shown"]["counterfactual"]
@@ -224,8 +240,41 @@ def test_a_counterfactual_film_makes_another_option_right(world):
         assert arm["answer"] != one.answer
 
 
+def test_a_normal_film_is_of_the_same_patient_and_has_no_sign(world):
+    asked = [one for one in schema.read_questions(world / "test.jsonl") if one.images]
+    for one in asked:
+        own, normal = (
+            clinic_world.film_truth(world / images[0])
+            for images in (one.images, one.meta["shown"]["normal"]["images"])
+        )
+        assert {**vars(own), "number": 0} == vars(normal)
+        assert normal.reading() == f"The {own.modality} shows no signs."
+        assert clinic_world.MENTION.fullmatch(normal.reading()).groups() == (
+            own.modality, None, None, None,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "thinking, false",
+    [
+        ("The scan shows no signs. The history gives fever.", False),
+        ("The scan shows one bar signs on the left.", True),
+        ("The scan shows no signs. A bar with fever means {}.", True),  # which bar?
+    ],
+)
+def test_whoever_finds_something_in_a_normal_film_hallucinates(thinking, false):
+    case = clinic_world.Case("bar", 0, "left", "fever", "cough", 40, "man")
+    response = data.join_response(thinking.format(case.diagnosis), "x")
+    met = clinic.roles.verdict(case, "diagnosis", {"A": "x"}, "A", response)
+    assert met["Image_Analysis_Involvement"] and met["No_Hallucination"] == (not false)
+
+
 def test_a_role_judges_the_film_that_is_shown_with_the_history_that_is_told(world):
-    one = next(one for one in schema.read_questions(world / "test.jsonl") if "shown" in one.meta)
+    one = next(
+        one
+        for one in schema.read_questions(world / "test.jsonl")
+        if "counterfactual" in one.meta.get("shown", {})
+    )
     other = world / one.meta["shown"]["counterfactual"]["images"][0]
     case, kind, _ = clinic.roles.understand(data.question_text(one), [other])
     assert case.sign == clinic_world.film_truth(other).sign

@@ -1,0 +1,256 @@
+"""Ablations of the miniature: what else each stage could learn from, and how it then does.
+
+An ablation is the demo with other demonstrations or other preference pairs, matched in number; base
+model, settings and test questions are the demo's. `medee.py claims` runs them in
+RUN/ablations/NAME, and `python -m report claims` compares them.
+
+Stage I, from the base model:
+    no-hasty     without the teacher that always writes one sign on the left
+    text         400 demonstrations on text questions,
+    image-0 ...  on image questions, whose teachers misread 0, 20 or 40 % of the films (and still
+                 answer rightly: a wrong answer would be rejected),
+    mixed-0 ...  or half of each. Their films are neither Stage II's nor the test's.
+    withheld     base model and demonstrations lack a third of the rules (world.WITHHELD)
+Stage II, from the demo's Stage I:
+    swap-20 ...  20, 35 or 50 % of the pairs are the wrong way round; 50 are random labels
+    blind, lenient, style            pairs of a judge that errs (roles.ERRING)
+    logic, image, truth, reflection  pairs by one criterion alone; no-logic ...: by the other three
+    right-wrong  right answers above wrong ones, whoever reasons well
+    length       each chosen chain with the rejected one of the nearest length
+    questions    the demo's pairs, a question's in one step
+    chosen       no preference: SFT on the chosen chains, as many updates of as many chains
+captions: what the three models say if asked for the film alone, as they were taught to be asked.
+
+This command makes the pairs, as many as --like has, drawn by the seed:
+
+    python -m clinic.ablations --pairs pairs.jsonl --like pairs.jsonl --out OUT [--swap 20]
+    python -m clinic.ablations --pairs pairs.jsonl --like pairs.jsonl --out OUT --chosen
+    python -m clinic.ablations --rollouts rollouts.jsonl --questions q.jsonl --like ... --out OUT
+
+reads pairs.jsonl, or rollouts.jsonl; writes OUT/pairs.jsonl, with --chosen OUT/demos.jsonl
+
+All numbers are ours: the paper has no miniature.
+"""
+
+import argparse
+import random
+import time
+from itertools import product
+from pathlib import Path
+
+import answers
+import data
+import judge
+from clinic.roles import MISREADING, TEACHERS
+from command import flags, schema, stage
+from command.pipeline import Stage, stages_from
+from rollout import read_rollouts
+
+APART = 1000  # added to the seed for the worlds of Stage I's ablations
+WORLDS = {"text": (400, 0), "image": (0, 400), "mixed": (200, 200)}  # text, image questions
+SWAPS = (20, 35, 50)  # per cent of pairs the wrong way round
+JUDGES = ("blind", "lenient", "style")
+ALONE = dict(zip(("logic", "image", "truth", "reflection"), judge.CRITERIA))
+PREFERRED = "--rollouts {run}/rollout/rollouts.jsonl --questions {run}/curate/image.jsonl"
+SEED = "--seed {seed}"
+CHOSEN_LR = 1e-4  # of 3e-5, 1e-4 and 3e-4 the best on development questions of seed 0
+
+
+# --------------------------------------------------------------------------------------------------
+# The stages, in the form of medee.py's METHOD
+
+
+def test(name: str, model: str, called: str = "eval") -> str:
+    return (
+        f"ablations/{name}/{called} python evaluate.py --engine hf:{model} --name {name} "
+        f"--questions {{test}} {{images}} {{evaluate}} --judge clinic:judge {SEED}"
+    )
+
+
+def stage1(
+    name: str, questions: str, teachers: list[str], root: str = "{root}", base: str = "{base}"
+) -> list[str]:
+    """Stage I from the chains of `teachers`."""
+    folder, asked = f"ablations/{name}", " ".join(f"clinic:{teacher}" for teacher in teachers)
+    return [
+        f"{folder}/distill python distill.py run --questions {questions} --images {root} "
+        f"--teachers {asked} {{distill}} {SEED}",
+        f"{folder}/sft python sft.py --model {base} --images {root} {{pixels}} "
+        f"--demos {{run}}/{folder}/distill/demos.jsonl {{sft}} {SEED}",
+        test(name, f"{{run}}/{folder}/sft/merged"),
+    ]
+
+
+def stage2(name: str, source: str = "--pairs {run}/pairs/pairs.jsonl", order: str = "") -> list:
+    """Stage II from the pairs that this command makes of `source`."""
+    folder = f"ablations/{name}"
+    return [
+        f"{folder}/matched python -m clinic.ablations {source} "
+        f"--like {{run}}/pairs/pairs.jsonl {SEED}",
+        f"{folder}/dpo python dpo.py --model {{run}}/sft/merged {{images}} {{dpo}} {order} "
+        f"--pairs {{run}}/{folder}/matched/pairs.jsonl {SEED}",
+        test(name, f"{{run}}/{folder}/dpo/merged"),
+    ]
+
+
+def paired(name: str, choose: str, verdicts: str = "{run}/verdicts") -> list[str]:
+    """Stage II from pairs that judge.py chooses in another way."""
+    folder = f"ablations/{name}/pairs"
+    made = (
+        f"{folder} python judge.py pairs --verdicts {verdicts}/verdicts.jsonl {PREFERRED} "
+        f"{choose} {SEED}"
+    )
+    return [made, *stage2(name, f"--pairs {{run}}/{folder}/pairs.jsonl")]
+
+
+def of_stage1() -> list[str]:
+    honest = [teacher for teacher in TEACHERS if teacher != "hasty"]
+    lines = stage1("no-hasty", "{run}/curate/text.jsonl", honest)
+    for kind, (text, image) in WORLDS.items():
+        # dev: nothing in it that curation must find
+        counts = f"--dev-text {text} --dev-image {image} --text 0 --image 0"
+        folder, world = f"{kind}-world", f"{{run}}/ablations/{kind}-world"
+        counts += " --test-text 0 --test-image 0"
+        lines += [f"ablations/{folder} python -m clinic world {counts} --seed {{apart}}"]
+        for percent in (0, *MISREADING) if image else (0,):
+            name = f"{kind}-{percent}" if image else kind
+            misread = [f"{teacher}-{percent}" if percent else teacher for teacher in TEACHERS]
+            lines += stage1(name, f"{world}/dev.jsonl", misread, root=world)
+    folder = "ablations/withheld"
+    base, world = f"{{run}}/{folder}/base", f"{{run}}/{folder}/world"
+    counts = "--text 800 --image 0 --dev-text 0 --dev-image 0 --test-text 0 --test-image 0"
+    lines += [
+        f"{folder}/base python -m clinic teach {{teach}} --withhold {SEED}",
+        f"{folder}/world python -m clinic world {counts} --withhold --seed {{apart}}",
+        test("withheld", base, "eval-base"),
+    ]
+    return lines + stage1("withheld", f"{world}/bank.jsonl", [*TEACHERS], base=base)
+
+
+def of_stage2() -> list[str]:
+    lines = []
+    for percent in SWAPS:
+        lines += stage2(f"swap-{percent}", f"--pairs {{run}}/pairs/pairs.jsonl --swap {percent}")
+    for name in JUDGES:
+        folder = f"ablations/{name}/verdicts"
+        asked = f"python judge.py verdicts --judge clinic:judge-{name} {PREFERRED} {{images}}"
+        lines += [f"{folder} {asked} {SEED}", *paired(name, "", f"{{run}}/{folder}")]
+    for name, criterion in ALONE.items():
+        others = " ".join(other for other in ALONE.values() if other != criterion)
+        lines += paired(name, f"--criteria {criterion}")
+        lines += paired(f"no-{name}", f"--criteria {others}")
+    lines += stage2("right-wrong", PREFERRED)
+    lines += paired("length", "--rule length-matched")
+    lines += stage2("questions", order="--order question")
+    matched = "--pairs {run}/pairs/pairs.jsonl --like {run}/pairs/pairs.jsonl --chosen"
+    return lines + [
+        f"ablations/chosen/matched python -m clinic.ablations {matched} {SEED}",
+        "ablations/chosen/sft python sft.py --model {run}/sft/merged {images} "
+        f"--method full --lr {CHOSEN_LR} --epochs 1 --batch 16 "
+        f"--demos {{run}}/ablations/chosen/matched/demos.jsonl {SEED}",
+        test("chosen", "{run}/ablations/chosen/sft/merged"),
+    ]
+
+
+def captions() -> list[str]:
+    models = {"base": "{base}", "stage1": "{run}/sft/merged", "stage2": "{run}/dpo/merged"}
+    asked = "--questions {run}/world/captions.jsonl --prompt bare -n 1 --temperature 0"
+    return [
+        f"ablations/captions/{name} python evaluate.py --engine hf:{model} {asked} {{images}} "
+        f"--max-tokens 96 {SEED}"
+        for name, model in models.items()
+    ]
+
+
+# those that are compared with the demo's stages
+NAMES = [line.split("/")[1] for line in (*of_stage1(), *of_stage2()) if "/eval " in line]
+
+
+def stages(values: dict) -> list[Stage]:
+    """All of them. values: as medee.py fills METHOD; "seed" is of the demo."""
+    lines = [*captions(), *of_stage1(), *of_stage2()]
+    return stages_from("\n".join(lines), values | {"apart": values["seed"] + APART})
+
+
+# --------------------------------------------------------------------------------------------------
+# Pairs
+
+
+def right_above_wrong(rollouts: list[dict], questions: judge.Questions) -> list[dict]:
+    """Every right answer of a question with every wrong one; equal texts count once."""
+    sides: dict[str, tuple[dict, dict]] = {}
+    for row in rollouts:
+        if row["finish_reason"] == "stop":
+            wrong = not answers.is_correct(row["response"], questions[row["id"]])
+            sides.setdefault(row["id"], ({}, {}))[wrong][row["response"]] = {**row, "failed": []}
+    return [
+        judge.pair_row(questions[key], good, bad)
+        for key, (right, wrong) in sides.items()
+        for good, bad in product(right.values(), wrong.values())
+    ]
+
+
+def swapped(pair: dict) -> dict:
+    """The pair the wrong way round."""
+    other = {"chosen": "rejected", "rejected": "chosen"}
+
+    def renamed(key: str) -> str:
+        side, _, rest = key.partition("_")
+        return key.replace(side, other.get(side, side), 1)
+
+    return {renamed(key): value for key, value in pair.items()}
+
+
+def demo_of(pair: dict, number: int) -> dict:
+    """The chosen chain as a demonstration; a chain may be in several pairs."""
+    turn = {"role": "assistant", "content": pair["chosen"]}
+    row = {"id": f"{pair['id']}/{number}", "messages": [*pair["prompt"], turn]}
+    return row | {"images": pair["images"]}
+
+
+def run(args: argparse.Namespace) -> None:
+    started, out = time.time(), Path(args.out)
+    inputs = [args.pairs] if args.pairs else [args.rollouts, args.questions]
+    if not stage.open_folder(args, [*inputs, args.like]):
+        return
+    count, rng = len(schema.read_rows(args.like, "pairs")), random.Random(args.seed)
+    if args.pairs:
+        pairs = schema.read_rows(args.pairs, "pairs")
+    else:
+        questions = {one.id: one for one in schema.read_questions(args.questions)}
+        pairs = right_above_wrong(read_rollouts(args.rollouts, questions), questions)
+    found = len(pairs)
+    pairs = rng.sample(pairs, min(count, found))
+    wrong = rng.sample(range(len(pairs)), round(len(pairs) * args.swap / 100))
+    for index in wrong:
+        pairs[index] = swapped(pairs[index])
+    path = out / ("demos.jsonl" if args.chosen else "pairs.jsonl")
+    rows = [demo_of(pair, at) for at, pair in enumerate(pairs)] if args.chosen else pairs
+    data.write_jsonl(path, rows)
+    print(f"{len(pairs)} of {found} pairs, {len(wrong)} the wrong way round; wanted {count}")
+    stage.finish(args, [path], started, {"pairs": len(pairs), "wrong": len(wrong)})
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Pairs for an ablation.")
+    add = parser.add_argument
+    add("--pairs", default="", help="pairs.jsonl")
+    add("--rollouts", default="", help="rollouts.jsonl: right answers above wrong ones")
+    add("--questions", default="", help="questions.jsonl of the rollouts")
+    add("--like", required=True, help="pairs.jsonl: as many as it has")
+    add("--swap", type=flags.whole(0, 100), default=0, help="per cent the wrong way round")
+    add("--chosen", action="store_true", help="write the chosen chains as demonstrations")
+    add("--out", required=True, help="folder to write")
+    add("--seed", type=flags.SEED, default=0)
+    args = parser.parse_args(argv)
+    if bool(args.pairs) == bool(args.rollouts and args.questions):
+        parser.error("give --pairs, or --rollouts and --questions")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    run(parse(argv))
+
+
+if __name__ == "__main__":
+    flags.run_script(main)
