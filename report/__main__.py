@@ -133,8 +133,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=flags.SEED, default=0)
     inference.add_flags(commands.choices["judge"])
 
-    add = command("judges", judging.judges, "two judges on the same chains")
-    add("--verdicts", nargs=2, required=True, metavar="FILE", help="verdicts.jsonl of each")
+    add = command("judges", judging.judges, "two judges on the same chains, by stage")
+    for number in ("first", "second"):
+        add(f"--{number}", nargs="+", required=True, help="folders with its verdicts.jsonl")
 
     add = command("check", schema.check, "every mistake of JSONL files, by line and key")
     add("files", nargs="+")

@@ -7,8 +7,11 @@ claimed sign in every run and each run's 95 % interval, which resamples question
 "rises or holds": excludes a loss of 2 points). Beside it stands the t interval over runs: it also
 holds what differs from seed to seed, which the interval over questions does not.
 
-reads of each run the three evaluations (results.json, predictions.jsonl), looking.json where it is
-there, and the films of its world; writes claims.md and, beside it, claims.png.
+Where all runs have the ablations (clinic/ablations.py), a table of these follows, and a picture
+that says how good a judge must be.
+
+reads the run folders (report/miniature.py says what); writes claims.md and, beside it, claims.png
+and claims-judges.png.
 
 Where we depart from the paper, or it is silent: it has one run, and gives no intervals.
 """
@@ -21,18 +24,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import data
-from clinic import ablations, world
+from clinic import ablations
 from clinic.roles import MISREADING
 from command import stage
-from report import figures, looking, score, tables
+from report import figures, score, tables
+from report.miniature import BASE, FEW, STAGE1, STAGE2, Run, ratio, run_measures
 
-BASE, STAGE1, STAGE2 = "base", "stage1", "stage2"  # folders eval-NAME and look-NAME of a run
 HOLDS = 0.02  # ours: a loss that "holds" excludes
-# ours: from 1 to a few samples the vote rises almost by definition
-FEW, SLOPE = 4, "rise of the majority vote from 4 samples to all"
 # 97.5 % points of Student's t by degrees of freedom, that is runs - 1
 T = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-Counts = dict[str, tuple[float, float]]  # question id -> (sum, count); a share is a ratio of sums
 Side = tuple[str, str]  # a stage or an ablation, and a measure
 
 
@@ -67,7 +67,7 @@ CLAIMS = (
           (STAGE1, "accuracy"), (STAGE2, "accuracy"), 0, ("Stage-I", "Stage-II")),
     Claim("majority vote raises accuracy after Stage II",
           (STAGE2, "accuracy"), (STAGE2, "vote"), 1),
-    Claim(f"the {SLOPE} is larger after Stage II than at the base",
+    Claim(f"the vote rises more from {FEW} samples to all after Stage II than at the base",
           (BASE, "slope"), (STAGE2, "slope"), 1),
     # hallucination
     Claim("Stage I raises hallucination among chains that look at the image",
@@ -123,126 +123,10 @@ CLAIMS = (
 
 
 # --------------------------------------------------------------------------------------------------
-# Measures of one stage or ablation of one run
-
-
-def of_results(folder: Path) -> dict[str, Counts]:
-    """From results.json: of the image questions, and the accuracy on text questions."""
-    found: dict[str, Counts] = {}
-    for entry in score.read_results(folder)["entries"]:
-        choices, right = tuple(entry["choices"]), tuple(entry["right"])
-        sums = {"text accuracy": (sum(right), len(right))}
-        if entry["image"]:
-            judged, vote = score.judged_counts([entry]), score.vote(choices, right)
-            few = score.majority_at(min(FEW, len(right)), choices, right, 0)
-            verdicts = [given for given in entry["criteria"] if given]
-            sums = {
-                "accuracy": (sum(right), len(right)),
-                "vote": (vote, 1),
-                "slope": (vote - few, 1),
-                "met": (judged["met"], judged["judged"]),
-                "hallucinated": (judged["hallucinated"], judged["looking"]),
-            }
-            for name in score.CRITERIA:
-                sums[name] = (sum(given[name] for given in verdicts), len(verdicts))
-        for name, pair in sums.items():
-            found.setdefault(name, {})[entry["id"]] = pair
-    return found
-
-
-def films_of(run: Path) -> dict[str, world.Case]:
-    """{question id: its film's truth} of the test questions; {} where there is no world."""
-    path = run / "world" / "test.jsonl"
-    rows = [row for _, row in data.read_jsonl(path) if row["images"]] if path.exists() else []
-    return {row["id"]: world.film_truth(run / "world" / row["images"][0]) for row in rows}
-
-
-def of_readings(folder: Path, films: dict[str, world.Case], named: Counts) -> dict[str, Counts]:
-    """From the chains: what they read, against their films. named: of_captions."""
-    found: dict[str, Counts] = {"sign": {}, "misread": {}, "miscounted": {}, "knows": {}}
-    path = folder / "predictions.jsonl"
-    for _, row in data.read_jsonl(path) if path.exists() else []:
-        film, key = films.get(row["id"]), row["id"]
-        reading = world.MENTION.search(row["response"]) if film else None
-        if reading:
-            wrong = reading[3] != film.sign
-            miscounted = not wrong and reading[0] != film.reading()
-            sums = {"sign": (not wrong, 1), "misread": (wrong, 1), "miscounted": (miscounted, 1)}
-            if wrong and key in named:
-                sums["knows"] = named[key]
-            for measure, (value, one) in sums.items():
-                total, count = found[measure].get(key, (0, 0))
-                found[measure][key] = (total + value, count + one)
-    return found
-
-
-def of_captions(folder: Path, run: Path, films: dict[str, world.Case]) -> Counts:
-    """Whether the model names the film's sign if asked for the film alone; {} if it was not."""
-    if not (folder / "predictions.jsonl").exists():
-        return {}
-    asked = {row["id"]: row["images"] for _, row in data.read_jsonl(run / "world/captions.jsonl")}
-    said = {}
-    for _, row in data.read_jsonl(folder / "predictions.jsonl"):
-        reading = world.MENTION.search(row["response"])
-        said[asked[row["id"]][0]] = reading[3] if reading else None
-    tests = [row for _, row in data.read_jsonl(run / "world/test.jsonl") if row["id"] in films]
-    return {row["id"]: (said[row["images"][0]] == films[row["id"]].sign, 1) for row in tests}
-
-
-def of_looking(folder: Path) -> dict[str, Counts]:
-    """From looking.json; {} where it is not there."""
-    if not (folder / "looking.json").exists():
-        return {}
-    names = {"follows": "follows, counterfactual", "invented": "invented"}
-    entries = {one["id"]: looking.measures(one) for one in looking.read(folder)["entries"]}
-    return {
-        short: {key: found[name] for key, found in entries.items() if name in found}
-        for short, name in names.items()
-    }
-
-
-def gains(folder: Path, films: dict[str, world.Case]) -> dict[str, Counts]:
-    """What Stage I gains in accuracy where the base was taught the rule, and where it was not.
-    Familiar patients, whom the base answers directly, are left out."""
-    before, after = (of_results(folder / name)["accuracy"] for name in ("eval-base", "eval"))
-    found: dict[str, Counts] = {"gain, known": {}, "gain, withheld": {}}
-    for key, film in films.items():
-        rule = film.sign, film.clue
-        gain = after[key][0] / after[key][1] - before[key][0] / before[key][1]
-        withheld = rule in world.WITHHELD
-        for name, there in (("withheld", withheld), ("known", not withheld)):
-            there = there and rule not in world.FAMILIAR
-            found[f"gain, {name}"][key] = (gain, 1) if there else (0, 0)
-    return found
-
-
-def measures_of(run: Path, name: str, films: dict[str, world.Case]) -> dict[str, Counts]:
-    """{measure: its counts} of a stage, or of an ablation; {} of one that was not run."""
-    if name in (BASE, STAGE1, STAGE2):
-        folder = run / f"eval-{name}"
-        named = of_captions(run / "ablations" / "captions" / name, run, films)
-        more = of_looking(run / f"look-{name}") | {"caption": named}
-        return of_results(folder) | of_readings(folder, films, named) | more
-    folder = run / "ablations" / name
-    if not (folder / "eval" / "results.json").exists():
-        return {}
-    more = gains(folder, films) if name == "withheld" else {}
-    return of_results(folder / "eval") | of_readings(folder / "eval", films, {}) | more
-
-
-def run_measures(run: Path) -> dict[str, dict[str, Counts]]:
-    """{stage or ablation: its measures}"""
-    films = films_of(run)
-    return {
-        name: measures_of(run, name, films) for name in (BASE, STAGE1, STAGE2, *ablations.NAMES)
-    }
-
-
-# --------------------------------------------------------------------------------------------------
 # Claims over runs
 
 
-def measure_claims(runs: list[dict[str, dict[str, Counts]]]) -> list[dict]:
+def measure_claims(runs: list[Run]) -> list[dict]:
     """A row for each claim that every run can tell of: {claim, levels [(before, after)],
     differences [[value, low, high]] of each run, mean, low, high (t over runs), shown}. runs: of
     run_measures."""
@@ -273,10 +157,6 @@ def measure_claims(runs: list[dict[str, dict[str, Counts]]]) -> list[dict]:
             }
         )
     return rows
-
-
-def ratio(pairs: list[tuple[float, float]]) -> float:
-    return sum(total for total, _ in pairs) / max(1e-12, sum(count for _, count in pairs))
 
 
 def paper_difference(before: str, after: str) -> float:
@@ -360,9 +240,7 @@ def disorder(run: Path, name: str) -> float | None:
     return statistics.fmean(pair != [True, False] for pair in pairs)
 
 
-def ablation_table(
-    runs: list[dict[str, dict[str, Counts]]], disorders: dict[str, list[float | None]]
-) -> str:
+def ablation_table(runs: list[Run], disorders: dict[str, list[float | None]]) -> str:
     """Stages and ablations: shares, mean and standard deviation over runs."""
 
     def cell(values: list[float | None]) -> str:
@@ -380,9 +258,7 @@ def ablation_table(
     return tables.markdown(rows)
 
 
-def plot_disorder(
-    runs: list[dict[str, dict[str, Counts]]], disorders: dict[str, list[float | None]], path: Path
-) -> None:
+def plot_disorder(runs: list[Run], disorders: dict[str, list[float | None]], path: Path) -> None:
     """How good must a judge be? Stage II against the share of pairs that are not truly ordered."""
     sheet, axes = figures.canvas(1, 2, 9, 3.6)
     curve = [STAGE2, *(f"swap-{percent}" for percent in ablations.SWAPS)]

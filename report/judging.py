@@ -4,10 +4,13 @@
     kappa         Cohen's, of judge and truth
     moves         share of verdicts that change when another film is shown, beside the share of
                   truths that do: a verdict that does not move was not looked for
+    gap           the first judge's share of Yes less the second's, on the same chains. If the first
+                  made the preferences, a gap that grows with Stage II is over-optimisation.
 
     python -m report judge --judge gemini:gemini-2.5-pro --questions runs/demo/world/test.jsonl \\
         --chains runs/demo/eval-stage2/predictions.jsonl --images runs/demo/world --out runs/judge
-    python -m report judges --verdicts runs/demo/eval-stage2/verdicts.jsonl other/verdicts.jsonl
+    python -m report judges --first runs/7b/eval-stage1 runs/7b/eval-stage2 \\
+        --second other/eval-stage1 other/eval-stage2
 
 reads rows of rollout.py or evaluate.py; `judge` writes OUT/judge.json and OUT/stage.json, `judges`
 writes nothing.
@@ -125,21 +128,27 @@ def judge_films(args: argparse.Namespace) -> None:
 
 
 def judges(args: argparse.Namespace) -> None:
-    """`judges`: two judges on the same chains, criterion by criterion."""
-    first, second = (
-        {(row["id"], row["response_sha"]): row["criteria"] for _, row in data.read_jsonl(path)}
-        for path in args.verdicts
-    )
-    keys = [key for key in first if first[key] and second.get(key)]
-    if not keys:
-        raise data.RowError(f"{' and '.join(args.verdicts)}: no chain that both judges read")
-    rows = [["criterion", "Yes of the first", "Yes of the second", "agreement", "kappa"]]
-    for name in (*CRITERIA, "all"):
-        wanted = CRITERIA if name == "all" else (name,)
-        one, two = (
-            np.array([all(side[key][criterion] for criterion in wanted) for key in keys])
-            for side in (first, second)
+    """`judges`: two judges on the same chains, stage by stage and criterion by criterion."""
+    if len(args.first) != len(args.second):
+        raise data.RowError("--first and --second: name as many folders, stage by stage")
+    head = ["stage", "criterion", "chains", "Yes of the first", "of the second", "gap"]
+    rows = [[*head, "agreement", "kappa"]]
+    for folders in zip(args.first, args.second):
+        first, second = (
+            {(row["id"], row["response_sha"]): row["criteria"] for _, row in data.read_jsonl(path)}
+            for path in (Path(folder) / "verdicts.jsonl" for folder in folders)
         )
-        found = [one.mean(), two.mean(), (one == two).mean(), agreement.kappa(one, two)]
-        rows.append([name, *(cell(None if x is None else float(x)) for x in found)])
-    print(f"{len(keys)} chains that both judges read\n{tables.markdown(rows)}")
+        keys = [key for key in first if first[key] and second.get(key)]
+        if not keys:
+            raise data.RowError(f"{' and '.join(folders)}: no chain that both judges read")
+        for name in (*CRITERIA, "all"):
+            wanted = CRITERIA if name == "all" else (name,)
+            one, two = (
+                np.array([all(side[key][criterion] for criterion in wanted) for key in keys])
+                for side in (first, second)
+            )
+            yes = one.mean(), two.mean(), one.mean() - two.mean()
+            found = [*yes, (one == two).mean(), agreement.kappa(one, two)]
+            cells = (cell(None if x is None else float(x)) for x in found)
+            rows.append([Path(folders[0]).name, name, str(len(keys)), *cells])
+    print(tables.markdown(rows))

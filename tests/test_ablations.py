@@ -16,7 +16,7 @@ import medee
 from clinic import ablations, school
 from clinic import world as clinic_world
 from command import schema
-from report import claims
+from report import claims, miniature
 
 STAGES = medee.demo_stages(Path("run"), "qwen", "tiny", "normal", 21, ablate=True)
 OWN = len(medee.demo_stages(Path("run"), "qwen", "tiny", "normal", 21))
@@ -63,7 +63,7 @@ def test_every_ablation_of_the_docstring_is_compared():
     worlds = {f"{kind}-world" for kind in ablations.WORLDS}
     assert named == {*ablations.NAMES, "captions", *worlds}
     sides = {side[0] for claim in claims.CLAIMS for side in (claim.before, claim.after)}
-    assert sides <= {claims.BASE, claims.STAGE1, claims.STAGE2, *ablations.NAMES}
+    assert sides <= {miniature.BASE, miniature.STAGE1, miniature.STAGE2, *ablations.NAMES}
 
 
 def test_pairs_are_as_many_as_wanted_and_exactly_that_share_is_the_wrong_way_round(tmp_path):

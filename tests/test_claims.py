@@ -9,7 +9,7 @@ import data
 import report.__main__
 from clinic import world as clinic_world
 from judge import CRITERIA
-from report import claims, score
+from report import claims, miniature, score
 
 
 def write_stage(
@@ -47,7 +47,7 @@ def write_stage(
 
 
 def claims_of(*folders) -> list[dict]:
-    return claims.measure_claims([claims.run_measures(folder) for folder in folders])
+    return claims.measure_claims([miniature.run_measures(folder) for folder in folders])
 
 
 def measured(tmp_path) -> dict[str, dict]:
@@ -113,7 +113,7 @@ def test_false_readings_are_counted_against_the_films(tmp_path, world):
     rows.append({"id": questions[0]["id"], "response": "nothing is read"})
     data.write_jsonl(tmp_path / "eval-base" / "predictions.jsonl", rows)
     named = dict.fromkeys([row["id"] for row in questions], (True, 1))
-    found = claims.of_readings(tmp_path / "eval-base", claims.films_of(tmp_path), named)
+    found = miniature.of_readings(tmp_path / "eval-base", miniature.films_of(tmp_path), named)
     first, second, third = (row["id"] for row in questions)
     assert found["misread"] == {first: (2, 2), second: (0, 2), third: (0, 2)}
     assert found["sign"] == {first: (0, 2), second: (2, 2), third: (2, 2)}

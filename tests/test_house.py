@@ -25,7 +25,8 @@ TABLE = [
     "benchmarks.descriptions", "curate", "distill", "sft", "rollout", "judge", "clinic.ablations",
     "trees", "reference", "dpo",
     "report.score", "report.agreement", "report.tables", "report.figures", "report.cases",
-    "report.compare", "report.show", "report.looking", "report.claims", "evaluate", "looking",
+    "report.compare", "report.show", "report.looking", "report.miniature",
+    "report.claims", "evaluate", "looking",
     "report.judging",
     "report.__main__", "medee",
 ]  # fmt: skip

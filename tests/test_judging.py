@@ -80,7 +80,7 @@ def test_a_text_counts_once_however_often_it_was_sampled(world, chains, tmp_path
     assert judged(world, tmp_path / "twice.jsonl", tmp_path / "out", "judge-lenient") == once
 
 
-def test_two_judges_are_compared_on_the_chains_that_both_read(tmp_path, capsys):
+def test_two_judges_are_compared_by_stage_on_the_chains_that_both_read(tmp_path, capsys):
     def write(name: str, met: list[bool | None]) -> str:
         rows = [
             {
@@ -90,19 +90,17 @@ def test_two_judges_are_compared_on_the_chains_that_both_read(tmp_path, capsys):
             }
             for i, m in enumerate(met)
         ]
-        data.write_jsonl(tmp_path / name, rows)
+        data.write_jsonl(tmp_path / name / "verdicts.jsonl", rows)
         return str(tmp_path / name)
 
-    paths = [
-        write("a", [True, True, False, False, None]),
-        write("b", [True, False, False, False, True]),
-    ]
-    report.__main__.main(["judges", "--verdicts", *paths])
+    first = [write("a1", [True, True, False, False, None]), write("a2", [True, True])]
+    second = [write("b1", [True, False, False, False, True]), write("b2", [True, True])]
+    report.__main__.main(["judges", "--first", *first, "--second", *second])
     out = capsys.readouterr().out
-    assert out.startswith("4 chains")
-    cells = re.search(r"\| all +\| (\S+) +\| (\S+) +\| (\S+) +\| (\S+)", out).groups()
+    cells = [re.split(r" *\| *", line)[1:-1] for line in out.splitlines() if " all " in line]
     # agreement 3 of 4; by chance .5 * .25 + .5 * .75 = .5, so kappa is (.75 - .5) / .5
-    assert cells == ("0.50", "0.25", "0.75", "0.50")
+    assert cells[0] == ["a1", "all", "4", "0.50", "0.25", "0.25", "0.75", "0.50"]
+    assert cells[1][:7] == ["a2", "all", "2", "1.00", "1.00", "0.00", "1.00"]
 
 
 def test_unreadable_verdicts_have_no_figures():
