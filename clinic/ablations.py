@@ -1,31 +1,32 @@
 """Ablations of the miniature: what else each stage could learn from, and how it then does.
 
-An ablation is the demo with other demonstrations or other preference pairs, matched in number; base
+An ablation is the demo with other demonstrations or other preference pairs, as many in each; base
 model, settings and test questions are the demo's. `medee.py claims` runs them in
 RUN/ablations/NAME, and `python -m report claims` compares them.
 
 Stage I, from the base model:
     no-hasty     without the teacher that always writes one sign on the left
-    text         400 demonstrations on text questions,
+    text         240 demonstrations on text questions,
     image-0 ...  on image questions, whose teachers misread 0, 20 or 40 % of the films (and still
                  answer rightly: a wrong answer would be rejected),
     mixed-0 ...  or half of each. Their films are neither Stage II's nor the test's.
     withheld     base model and demonstrations lack a third of the rules (world.WITHHELD)
-Stage II, from the demo's Stage I:
+Stage II, from the demo's Stage I and 400 pairs:
+    four         the demo's own: all four criteria
     swap-20 ...  20, 35 or 50 % of the pairs are the wrong way round; 50 are random labels
     blind, lenient, style            pairs of a judge that errs (roles.ERRING)
     logic, image, truth, reflection  pairs by one criterion alone; no-logic ...: by the other three
     right-wrong  right answers above wrong ones, whoever reasons well
     length       each chosen chain with the rejected one of the nearest length
     questions    the demo's pairs, a question's in one step
-    chosen       no preference: SFT on the chosen chains, as many updates of as many chains
+    chosen       no preference: SFT on the chosen chains, with as many updates and Stage II's
+                 learning rate; chosen-10: ten times that rate
 captions: what the three models say if asked for the film alone, as they were taught to be asked.
 
-This command makes the pairs, as many as --like has, drawn by the seed:
+This command makes the pairs, at most -n of them, drawn by the seed:
 
-    python -m clinic.ablations --pairs pairs.jsonl --like pairs.jsonl --out OUT [--swap 20]
-    python -m clinic.ablations --pairs pairs.jsonl --like pairs.jsonl --out OUT --chosen
-    python -m clinic.ablations --rollouts rollouts.jsonl --questions q.jsonl --like ... --out OUT
+    python -m clinic.ablations --pairs pairs.jsonl --out OUT [--swap 20] [--chosen]
+    python -m clinic.ablations --rollouts rollouts.jsonl --questions q.jsonl --out OUT
 
 reads pairs.jsonl, or rollouts.jsonl; writes OUT/pairs.jsonl, with --chosen OUT/demos.jsonl
 
@@ -47,13 +48,14 @@ from command.pipeline import Stage, stages_from
 from rollout import read_rollouts
 
 APART = 1000  # added to the seed for the worlds of Stage I's ablations
-WORLDS = {"text": (400, 0), "image": (0, 400), "mixed": (200, 200)}  # text, image questions
+WORLDS = {"text": (240, 0), "image": (0, 240), "mixed": (120, 120)}  # text, image questions
+PAIRS = 400  # fewer than the smallest set of pairs that is not length-matched
 SWAPS = (20, 35, 50)  # per cent of pairs the wrong way round
 JUDGES = ("blind", "lenient", "style")
 ALONE = dict(zip(("logic", "image", "truth", "reflection"), judge.CRITERIA))
 PREFERRED = "--rollouts {run}/rollout/rollouts.jsonl --questions {run}/curate/image.jsonl"
 SEED = "--seed {seed}"
-CHOSEN_LR = 1e-4  # of 3e-5, 1e-4 and 3e-4 the best on development questions of seed 0
+RATES = {"chosen": 3e-5, "chosen-10": 3e-4}  # medee.py's MINI["dpo"], and ten times that
 
 
 # --------------------------------------------------------------------------------------------------
@@ -85,8 +87,7 @@ def stage2(name: str, source: str = "--pairs {run}/pairs/pairs.jsonl", order: st
     """Stage II from the pairs that this command makes of `source`."""
     folder = f"ablations/{name}"
     return [
-        f"{folder}/matched python -m clinic.ablations {source} "
-        f"--like {{run}}/pairs/pairs.jsonl {SEED}",
+        f"{folder}/matched python -m clinic.ablations {source} {SEED}",
         f"{folder}/dpo python dpo.py --model {{run}}/sft/merged {{images}} {{dpo}} {order} "
         f"--pairs {{run}}/{folder}/matched/pairs.jsonl {SEED}",
         test(name, f"{{run}}/{folder}/dpo/merged"),
@@ -118,7 +119,7 @@ def of_stage1() -> list[str]:
             lines += stage1(name, f"{world}/dev.jsonl", misread, root=world)
     folder = "ablations/withheld"
     base, world = f"{{run}}/{folder}/base", f"{{run}}/{folder}/world"
-    counts = "--text 800 --image 0 --dev-text 0 --dev-image 0 --test-text 0 --test-image 0"
+    counts = "--text 400 --image 0 --dev-text 0 --dev-image 0 --test-text 0 --test-image 0"
     lines += [
         f"{folder}/base python -m clinic teach {{teach}} --withhold {SEED}",
         f"{folder}/world python -m clinic world {counts} --withhold --seed {{apart}}",
@@ -128,7 +129,7 @@ def of_stage1() -> list[str]:
 
 
 def of_stage2() -> list[str]:
-    lines = []
+    lines = stage2("four")
     for percent in SWAPS:
         lines += stage2(f"swap-{percent}", f"--pairs {{run}}/pairs/pairs.jsonl --swap {percent}")
     for name in JUDGES:
@@ -142,14 +143,16 @@ def of_stage2() -> list[str]:
     lines += stage2("right-wrong", PREFERRED)
     lines += paired("length", "--rule length-matched")
     lines += stage2("questions", order="--order question")
-    matched = "--pairs {run}/pairs/pairs.jsonl --like {run}/pairs/pairs.jsonl --chosen"
-    return lines + [
-        f"ablations/chosen/matched python -m clinic.ablations {matched} {SEED}",
-        "ablations/chosen/sft python sft.py --model {run}/sft/merged {images} "
-        f"--method full --lr {CHOSEN_LR} --epochs 1 --batch 16 "
-        f"--demos {{run}}/ablations/chosen/matched/demos.jsonl {SEED}",
-        test("chosen", "{run}/ablations/chosen/sft/merged"),
-    ]
+    for name, rate in RATES.items():
+        folder, chosen = f"ablations/{name}", "--pairs {run}/pairs/pairs.jsonl --chosen"
+        lines += [
+            f"{folder}/matched python -m clinic.ablations {chosen} {SEED}",
+            f"{folder}/sft python sft.py --model {{run}}/sft/merged {{images}} --method full "
+            f"--lr {rate} --epochs 1 --batch 16 "
+            f"--demos {{run}}/{folder}/matched/demos.jsonl {SEED}",
+            test(name, f"{{run}}/{folder}/sft/merged"),
+        ]
+    return lines
 
 
 def captions() -> list[str]:
@@ -211,23 +214,23 @@ def demo_of(pair: dict, number: int) -> dict:
 def run(args: argparse.Namespace) -> None:
     started, out = time.time(), Path(args.out)
     inputs = [args.pairs] if args.pairs else [args.rollouts, args.questions]
-    if not stage.open_folder(args, [*inputs, args.like]):
+    if not stage.open_folder(args, inputs):
         return
-    count, rng = len(schema.read_rows(args.like, "pairs")), random.Random(args.seed)
+    rng = random.Random(args.seed)
     if args.pairs:
         pairs = schema.read_rows(args.pairs, "pairs")
     else:
         questions = {one.id: one for one in schema.read_questions(args.questions)}
         pairs = right_above_wrong(read_rollouts(args.rollouts, questions), questions)
     found = len(pairs)
-    pairs = rng.sample(pairs, min(count, found))
+    pairs = rng.sample(pairs, min(args.n, found))
     wrong = rng.sample(range(len(pairs)), round(len(pairs) * args.swap / 100))
     for index in wrong:
         pairs[index] = swapped(pairs[index])
     path = out / ("demos.jsonl" if args.chosen else "pairs.jsonl")
     rows = [demo_of(pair, at) for at, pair in enumerate(pairs)] if args.chosen else pairs
     data.write_jsonl(path, rows)
-    print(f"{len(pairs)} of {found} pairs, {len(wrong)} the wrong way round; wanted {count}")
+    print(f"{len(pairs)} of {found} pairs, {len(wrong)} the wrong way round")
     stage.finish(args, [path], started, {"pairs": len(pairs), "wrong": len(wrong)})
 
 
@@ -237,7 +240,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--pairs", default="", help="pairs.jsonl")
     add("--rollouts", default="", help="rollouts.jsonl: right answers above wrong ones")
     add("--questions", default="", help="questions.jsonl of the rollouts")
-    add("--like", required=True, help="pairs.jsonl: as many as it has")
+    add("-n", type=flags.whole(1), default=PAIRS, help="most pairs")
     add("--swap", type=flags.whole(0, 100), default=0, help="per cent the wrong way round")
     add("--chosen", action="store_true", help="write the chosen chains as demonstrations")
     add("--out", required=True, help="folder to write")

@@ -110,15 +110,17 @@ CLAIMS = (
     *(Claim(f"… with pairs of the {name} judge", (STAGE1, "met"), (name, "met"), 1)
       for name in ablations.JUDGES),
     *map(alone, ablations.ALONE),
-    Claim("Stage II beats pairs of right above wrong answers", ("right-wrong", "met"),
-          (STAGE2, "met"), 1),
-    Claim("… in accuracy", ("right-wrong", "accuracy"), (STAGE2, "accuracy"), 1),
-    Claim("Stage II beats SFT on the chosen chains", ("chosen", "met"), (STAGE2, "met"), 1),
-    Claim("… in accuracy", ("chosen", "accuracy"), (STAGE2, "accuracy"), 1),
+    Claim("pairs by the four criteria beat right above wrong answers",
+          ("right-wrong", "met"), ("four", "met"), 1),
+    Claim("… in accuracy", ("right-wrong", "accuracy"), ("four", "accuracy"), 1),
+    Claim("DPO beats SFT on the chosen chains", ("chosen", "met"), ("four", "met"), 1),
+    Claim("… in accuracy", ("chosen", "accuracy"), ("four", "accuracy"), 1),
+    Claim("… at ten times the rate", ("chosen-10", "met"), ("four", "met"), 1),
+    Claim("… in accuracy", ("chosen-10", "accuracy"), ("four", "accuracy"), 1),
     Claim("length-matched pairs raise all-criteria chains",
           (STAGE1, "met"), ("length", "met"), 1),
     Claim("whole questions in a step do as well as shuffled pairs",
-          (STAGE2, "met"), ("questions", "met"), 0),
+          ("four", "met"), ("questions", "met"), 0),
 )  # fmt: skip
 
 
@@ -219,11 +221,10 @@ COLUMNS = {
 
 
 def disorder(run: Path, name: str) -> float | None:
-    """The share of an ablation's pairs, or of Stage II's own, that the truth does not order so: not
-    an all-criteria chain above one that fails any. None where there are no pairs, or wrong answers
-    in them, which have no verdict."""
+    """The share of an ablation's pairs that the truth does not order so: not an all-criteria chain
+    above one that fails any. None where there are no pairs, or wrong answers in them, which have no
+    verdict."""
     path = run / "ablations" / name / "matched" / "pairs.jsonl"
-    path = run / "pairs" / "pairs.jsonl" if name == STAGE2 else path
     verdicts = run / "verdicts" / "verdicts.jsonl"
     if not path.exists() or not verdicts.exists():
         return None
@@ -261,7 +262,7 @@ def ablation_table(runs: list[Run], disorders: dict[str, list[float | None]]) ->
 def plot_disorder(runs: list[Run], disorders: dict[str, list[float | None]], path: Path) -> None:
     """How good must a judge be? Stage II against the share of pairs that are not truly ordered."""
     sheet, axes = figures.canvas(1, 2, 9, 3.6)
-    curve = [STAGE2, *(f"swap-{percent}" for percent in ablations.SWAPS)]
+    curve = ["four", *(f"swap-{percent}" for percent in ablations.SWAPS)]
     for axis, measure in zip(axes[0], ("met", "accuracy")):
         for number, (run, look) in enumerate(zip(runs, figures.LOOKS)):
             share = {name: ratio(list(run[name][measure].values())) for name in run if run[name]}

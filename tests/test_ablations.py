@@ -35,10 +35,9 @@ def pair(number: int) -> dict:
     return judge.pair_row(question, rows[0], {**rows[1], "failed": ["Reflection_Presence"]})
 
 
-def ablate(tmp_path, pairs: list[dict], like: int, *more: str) -> list[dict]:
+def ablate(tmp_path, pairs: list[dict], count: int, *more: str) -> list[dict]:
     data.write_jsonl(tmp_path / "pairs.jsonl", pairs)
-    data.write_jsonl(tmp_path / "like.jsonl", [pair(1000 + number) for number in range(like)])
-    words = ["--pairs", str(tmp_path / "pairs.jsonl"), "--like", str(tmp_path / "like.jsonl")]
+    words = ["--pairs", str(tmp_path / "pairs.jsonl"), "-n", str(count)]
     ablations.main([*words, "--out", str(tmp_path / "out"), *more])
     kind = "demos" if "--chosen" in more else "pairs"
     return schema.read_rows(tmp_path / "out" / f"{kind}.jsonl", kind)
