@@ -19,7 +19,6 @@ from report import agreement, cases, figures, judging, score, tables
 from report.claims import claims
 from report.compare import compare
 from report.looking import looking
-from report.show import show
 
 
 def draw(args: argparse.Namespace) -> None:
@@ -67,6 +66,13 @@ def show_cases(args: argparse.Namespace) -> None:
     selection = args.images, args.only, args.n
     shown = cases.write_page(runs, questions, *selection, args.out)
     print(f"{args.out}: {shown} cases")
+
+
+def show(args: argparse.Namespace) -> None:
+    """The loss mask. Only this command needs torch."""
+    from report import show
+
+    show.show(args)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -240,7 +240,8 @@ def case_of(
     question: data.Question, image_root: Path, runs: list[Run], samples: list[dict]
 ) -> dict:
     """One case: the question and the runs' answers. samples: of each run, by question id."""
-    meta = [f"{key}: {value}" for key, value in question.meta.items()]
+    # shown: what looking.py shows instead of the images
+    meta = [f"{key}: {value}" for key, value in question.meta.items() if key != "shown"]
     paths = image_paths(question, image_root)
     return {
         "about": " · ".join(filter(None, [f"id {question.id}", question.source, *meta])),

@@ -400,7 +400,7 @@ def test_hostile_text_stays_text_and_nothing_is_loaded(tmp_path, hostile):
 
 def test_a_case_shows_what_an_auditor_needs(tmp_path):
     questions = [
-        question("q0", meta={"modality": "x-ray"}, source="bank"),
+        question("q0", meta={"shown": {"x": {"images": []}}, "modality": "x-ray"}, source="bank"),
         question("q1", options={}, answer="A broken arm"),
     ]
     met = {
@@ -460,7 +460,7 @@ def test_a_case_shows_what_an_auditor_needs(tmp_path):
         == "(A) yes ✓ reference answerA broken arm ✓ reference answer · chosen by judged, other"
     )
     assert "(B) no chosen by judged, other" in page.text("li.option")
-    assert "id q0 · bank · modality: x-ray" in page.text("p.facts")
+    assert "id q0 · bank · modality: x-ray" in page.text("p.facts")  # without meta.shown
 
 
 def test_a_benchmarks_own_rule_is_shown_beside_ours(tmp_path):

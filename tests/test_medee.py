@@ -645,3 +645,14 @@ def test_a_second_judge_judges_the_evaluation_and_not_the_preferences(tmp_path, 
     ]
     with pytest.raises(SystemExit):
         medee.main([*words[:at], "gemini:other", "gemini:third", *words[at:]])
+
+
+def test_a_seed_that_stops_is_named_with_its_log_and_the_others_finish_first(tmp_path):
+    for seed in (4, 5):
+        (tmp_path / f"seed-{seed}" / "world").mkdir(parents=True)
+        (tmp_path / f"seed-{seed}" / "world" / "foreign").write_text("of another run")
+    with pytest.raises(data.RowError, match="seed 4 stopped; .*seed-4.log says why"):
+        medee.main(["claims", "--out", str(tmp_path), "--seeds", "4", "5"])
+    for seed in (4, 5):
+        assert "was not begun by this run" in (tmp_path / f"seed-{seed}.log").read_text()
+    assert not (tmp_path / "claims.md").exists()
