@@ -204,8 +204,8 @@ def experts(questions: Bank, args: argparse.Namespace) -> list[tuple[str, Bank]]
     lost = [question for question in questions if question.id not in known]
     if found and lost:
         kind = "image" if lost[0].images else "text"
-        said = f"none of {' '.join(args.experts)} is for {kind} questions"
-        raise data.RowError(f"--experts: {said}, such as {lost[0].id}")
+        message = f"none of {' '.join(args.experts)} is for {kind} questions"
+        raise data.RowError(f"--experts: {message}, such as {lost[0].id}")
     return found
 
 
@@ -416,28 +416,28 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--questions", nargs="+", required=True, help="questions.jsonl files")
     add("--images", default=".", help="image root")
-    said = "so many text and so many image questions only; 0: all"
-    add("--limit", type=flags.whole(0), default=0, help=said)
+    about = "so many text and so many image questions only; 0: all"
+    add("--limit", type=flags.whole(0), default=0, help=about)
     add("--out", required=True, help="folder to write")
     add("--against", nargs="+", default=[], help="benchmark questions that must not leak")
-    said = "drop only what is the same question or image, not what is similar"
-    add("--exact-leaks", action="store_true", help=said)
-    said = "engines that must not solve a question directly"
-    add("--baselines", nargs="+", default=[], help=said)
-    said = "whether one baseline that solves a question drops it, or only all together"
-    add("--drop-if", choices=["any", "all"], default="any", help=said)
+    about = "drop only what is the same question or image, not what is similar"
+    add("--exact-leaks", action="store_true", help=about)
+    about = "engines that must not solve a question directly"
+    add("--baselines", nargs="+", default=[], help=about)
+    about = "whether one baseline that solves a question drops it, or only all together"
+    add("--drop-if", choices=["any", "all"], default="any", help=about)
     add("--classifier", default="", help="engine that tells the type of image questions")
     add("--editor", default="", help="engine that takes image descriptions out of questions")
-    said = "CSV with columns id and question: a human's texts, which go before the engine's"
-    add("--reviewed", default="", help=said)
-    said = "let in the questions whose description nobody removed; else they wait in review.csv"
-    add("--keep-unreviewed", action="store_true", help=said)
-    said = "engines that must each solve a question once; text=SPEC, image=SPEC: only those"
-    add("--experts", nargs="+", default=[], help=said)
-    said = "of a baseline's or an expert's answer"
-    add("--max-tokens", type=flags.TOKENS, default=8192, help=said)  # ours: paper silent
-    said = "only tell what may be asked at most: all attempts needed, nothing dropped but leaks"
-    add("--dry-run", action="store_true", help=said)
+    about = "CSV with columns id and question: a human's texts, which go before the engine's"
+    add("--reviewed", default="", help=about)
+    about = "let in the questions whose description nobody removed; else they wait in review.csv"
+    add("--keep-unreviewed", action="store_true", help=about)
+    about = "engines that must each solve a question once; text=SPEC, image=SPEC: only those"
+    add("--experts", nargs="+", default=[], help=about)
+    about = "of a baseline's or an expert's answer"
+    add("--max-tokens", type=flags.TOKENS, default=8192, help=about)  # ours: paper silent
+    about = "only tell what may be asked at most: all attempts needed, nothing dropped but leaks"
+    add("--dry-run", action="store_true", help=about)
     add("--seed", type=flags.SEED, default=0)
     inference.add_flags(parser)
     return parser.parse_args(argv)

@@ -471,8 +471,8 @@ def from_sharegpt(record: dict, where: str) -> Chain:
     images = benchmarks.image_list(record, where)
     text, marks = re.sub(r"^(\s*<image>)+\s*", "", asked), asked.count("<image>")
     if marks != len(images) or "<image>" in text:
-        said = f"{marks} marks <image> for {len(images)} images"
-        raise data.RowError(f"{where}: {said}; each must have one, in front of the text")
+        message = f"{marks} marks <image> for {len(images)} images"
+        raise data.RowError(f"{where}: {message}; each must have one, in front of the text")
     match = THOUGHT.fullmatch(response)
     if match and not data.TAGS.search(match[2]):
         response = in_form(*match.groups())
@@ -546,16 +546,18 @@ def read_chains(path: str, form: str) -> list[Chain]:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    said = "Reasoning demonstrations: asked of teachers, or imported; kept if they meet 3 criteria."
-    parser = argparse.ArgumentParser(description=said)
+    about = (
+        "Reasoning demonstrations: asked of teachers, or imported; kept if they meet 3 criteria."
+    )
+    parser = argparse.ArgumentParser(description=about)
     commands = parser.add_subparsers(dest="command", required=True)
     asked = commands.add_parser("run", help="ask teachers for chains")
     asked.set_defaults(act=run)
     add = asked.add_argument
     add("--questions", required=True, help="questions.jsonl")
     add("--teachers", nargs="+", required=True, help="engine specs, asked in turn")
-    pair, said = ("TEACHER", "EXPANDER"), "a teacher that gives a summary, and who expands it"
-    add("--expand", nargs=2, action="append", default=[], metavar=pair, help=said)
+    pair, about = ("TEACHER", "EXPANDER"), "a teacher that gives a summary, and who expands it"
+    add("--expand", nargs=2, action="append", default=[], metavar=pair, help=about)
     add("--temperature", type=flags.temperature, default=1.0)  # ours: paper silent
     add("--max-tokens", type=flags.TOKENS, default=8192)  # ours: paper silent
     ready = commands.add_parser("import", help="turn existing chains into demonstrations")
@@ -570,9 +572,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         add("--review", default="", help="a filled-in copy of review.csv")
         add("--seed", type=flags.SEED, default=0)
         add("--answer-form", choices=["letter-text", "text"], default="letter-text")
-        pair, said = ("MIN", "MAX"), "words of the shortest and the longest reasoning"
+        pair, about = ("MIN", "MAX"), "words of the shortest and the longest reasoning"
         limits = [5, 4000]  # ours: paper silent
-        add("--words", type=flags.whole(0), nargs=2, default=limits, metavar=pair, help=said)
+        add("--words", type=flags.whole(0), nargs=2, default=limits, metavar=pair, help=about)
         inference.add_flags(command)
     args = parser.parse_args(argv)
     if args.words[0] > args.words[1]:

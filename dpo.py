@@ -141,14 +141,16 @@ def gate_reference(
     loss, count = train.all_reduce(torch.stack(found).double().sum(0)).tolist()
     chains = train.all_gather(chains)  # (tokens, distance from the reference)
     wrong = [off for tokens, off in chains if not off <= gate.tolerance(tokens, device)]
-    said = f"log-probabilities differ by up to {max(wrong, default=0):.4f}; remove reference.jsonl"
-    gate.check_claim("policy equals reference", not wrong, said)
+    message = (
+        f"log-probabilities differ by up to {max(wrong, default=0):.4f}; remove reference.jsonl"
+    )
+    gate.check_claim("policy equals reference", not wrong, message)
     mean, longest = loss / count, max(tokens for tokens, _ in chains)
     least = gate.tolerance(gate.SHORT, device) / 10  # ours: 1e-4 in fp32, whatever beta is
     limit = max(least, beta / 2 * gate.tolerance(2 * longest, device))
     claim = f"first loss {mean:.6f} is ln 2 = {math.log(2):.6f}"
-    said = "policy and reference differ before any update"
-    gate.check_claim(claim, abs(mean - math.log(2)) <= limit, said)
+    message = "policy and reference differ before any update"
+    gate.check_claim(claim, abs(mean - math.log(2)) <= limit, message)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -163,15 +165,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--beta", type=flags.number(above=0, high=1000), default=BETA)
     add("--lr", type=flags.RATE, default=1e-6)  # paper App. C
     add("--epochs", type=flags.EPOCHS, default=1)  # ours: paper silent
-    said = "of training: pairs shuffled, or whole questions"
-    add("--order", choices=trees.ORDERS, default="pair", help=said)
+    about = "of training: pairs shuffled, or whole questions"
+    add("--order", choices=trees.ORDERS, default="pair", help=about)
     # ours: paper silent
-    said = "share of the questions whose pairs are not trained on, but evaluated during training"
-    add("--held-out", type=flags.number(0, 0.5), default=0.05, help=said)
-    said = "most nats a token between trainer and sampler; 0: 0.005 in bf16, 0.0001 in fp32"
-    add("--max-drift", type=flags.number(0), default=0.0, help=said)
-    said = "refuse pairs without the rollout's token ids"
-    add("--require-token-ids", action="store_true", help=said)
+    about = "share of the questions whose pairs are not trained on, but evaluated during training"
+    add("--held-out", type=flags.number(0, 0.5), default=0.05, help=about)
+    about = "most nats a token between trainer and sampler; 0: 0.005 in bf16, 0.0001 in fp32"
+    add("--max-drift", type=flags.number(0), default=0.0, help=about)
+    about = "refuse pairs without the rollout's token ids"
+    add("--require-token-ids", action="store_true", help=about)
     train.add_flags(parser, "pairs")
     return parser.parse_args(argv)
 

@@ -90,9 +90,9 @@ def gate_policy(
         with torch.no_grad():
             features = len(policy.image_features(pixels, grids))
         tokens = row[0].ids.count(policy.image_id)
-        said = f"{tokens} tokens, {features} features"
-        said += "; use the pixel settings and the processor of this checkpoint"
-        check_claim("image tokens equal image features", tokens == features, said)
+        message = f"{tokens} tokens, {features} features"
+        message += "; use the pixel settings and the processor of this checkpoint"
+        check_claim("image tokens equal image features", tokens == features, message)
     if with_lora:
         text = policy.language_model
         language = next(name for name, module in policy.named_modules() if module is text)
@@ -117,8 +117,8 @@ def gate_step(
     finite = [bool(train.local_tensor(grad).isfinite().all()) for grad in grads]
     policy.zero_grad(set_to_none=True)
     claim = f"the shortest row, {batch.ids.numel()} tokens, goes forward and backward"
-    said = f"its -log p is {loss}, and {finite.count(False)} gradients are not finite"
-    check_claim(claim, math.isfinite(loss) and finite != [] and all(finite), said)
+    message = f"its -log p is {loss}, and {finite.count(False)} gradients are not finite"
+    check_claim(claim, math.isfinite(loss) and finite != [] and all(finite), message)
     tokens = len(row[1].ids)
     with train.forward_only(policy):
         plain = policy(model.collate([row[:2]], processor).to(device), plain=True).sum()

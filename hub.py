@@ -95,15 +95,15 @@ class Checkpoint:
             "unexpected": found.keys() - modules.keys(),
             "of another shape": {name for name in both if wanted[name] != found[name]},
         }
-        said = [
+        wrong = [
             f"{len(names)} {fault}: " + ", ".join(self.keys.get(n, n) for n in sorted(names)[:3])
             for fault, names in faults.items()
             if names
         ]
-        if said:
+        if wrong:
             raise data.RowError(
                 f"{self.folder}: the weights do not fit the model of its config.json: "
-                f"{'; '.join(said)}; copy or download the folder again, or mend config.json"
+                f"{'; '.join(wrong)}; copy or download the folder again, or mend config.json"
             )
         for name in found.keys() - wanted.keys():  # a tied head: a second name of the embedding
             head = model.get_parameter(name)

@@ -194,12 +194,14 @@ def report_swaps(
         if one.id in swaps:
             own = image_tokens(inference.image_paths(one, Path(args.images)), args.pixels)
             ratios.append(image_tokens(swaps[one.id], args.pixels) / max(1, own))
-    said = f"{len(questions)} image questions; {len(questions) - len(swaps)} have no other of "
-    said += "their benchmark, modality and number of images, and are not swapped"
+    message = f"{len(questions)} image questions; {len(questions) - len(swaps)} have no other of "
+    message += "their benchmark, modality and number of images, and are not swapped"
     if ratios:
         least, middle, most = min(ratios), statistics.median(ratios), max(ratios)
-        said += f"; image tokens, swapped over own: median {middle:.2f}, {least:.2f} to {most:.2f}"
-    print(said)
+        message += (
+            f"; image tokens, swapped over own: median {middle:.2f}, {least:.2f} to {most:.2f}"
+        )
+    print(message)
 
 
 def questions_of(args: argparse.Namespace) -> list[data.Question]:

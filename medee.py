@@ -400,26 +400,26 @@ def add_run(add) -> None:
     add("--classifier", required=True, help="engine that tells the type of image questions")
     add("--editor", required=True, help="engine that takes image descriptions out of questions")
     add("--teachers", **several, help="engines that write demonstrations")
-    said = "a teacher that tells a summary, and the engine that writes it out; may be repeated"
+    about = "a teacher that tells a summary, and the engine that writes it out; may be repeated"
     two = ("TEACHER", "EXPANDER")
-    add("--expand", nargs=2, action="append", default=[], metavar=two, help=said)
+    add("--expand", nargs=2, action="append", default=[], metavar=two, help=about)
     add("--checker", default="", help="engine that checks demonstrations")
-    said = "engine that judges chains; a second one judges the evaluation instead"
-    add("--judge", **several, help=said)
+    about = "engine that judges chains; a second one judges the evaluation instead"
+    add("--judge", **several, help=about)
     add("--gpus", type=flags.whole(0), default=8, help="ranks of torchrun; 0: without torchrun")
     add("--out", default="runs/full", help="run folder")
     add("--seed", type=flags.SEED, default=0)
-    said = "evaluations of other sizes or models, to stand beside this run's in tables and figures"
-    add("--results", nargs="+", default=[], help=said)
+    about = "evaluations of other sizes or models, to stand beside this run's in tables and figures"
+    add("--results", nargs="+", default=[], help=about)
     add("--reviewed", default="", help="review.csv of curate, its question column corrected")
-    said = "chains of each benchmark question that are judged; 0: all"
-    add("--judge-samples", type=flags.whole(0), default=1, help=said)  # ours: paper silent
-    said = "rehearse: so many text and image questions of the bank, and of the benchmarks"
-    add("--limit", type=flags.whole(0), default=0, help=said)
-    said = "requests at once to a remote engine"  # ours: as in engines
-    add("--concurrency", type=flags.whole(1, 1000), default=16, help=said)
-    said = "stop after so many requests of the whole run; 0: no limit"
-    add("--max-requests", type=flags.whole(0), default=0, help=said)
+    about = "chains of each benchmark question that are judged; 0: all"
+    add("--judge-samples", type=flags.whole(0), default=1, help=about)  # ours: paper silent
+    about = "rehearse: so many text and image questions of the bank, and of the benchmarks"
+    add("--limit", type=flags.whole(0), default=0, help=about)
+    about = "requests at once to a remote engine"  # ours: as in engines
+    add("--concurrency", type=flags.whole(1, 1000), default=16, help=about)
+    about = "stop after so many requests of the whole run; 0: no limit"
+    add("--max-requests", type=flags.whole(0), default=0, help=about)
     add("--images-may-leave", action="store_true", help="images may be sent to other machines")
     add("--dry", action="store_true", help="print commands and costs only")
 
@@ -427,8 +427,8 @@ def add_run(add) -> None:
 def add_plan(add) -> None:
     add("recipe", nargs="?", choices=PUBLISHED, help="default: a table of all of them")
     add("--gpus", type=flags.whole(1), default=8, help="that share the weights")
-    said = "tokens of the longest row: prompt, images, responses; 0: as long as the recipe allows"
-    add("--len", type=flags.whole(0), default=0, help=said)
+    about = "tokens of the longest row: prompt, images, responses; 0: as long as the recipe allows"
+    add("--len", type=flags.whole(0), default=0, help=about)
     add("--images", type=flags.whole(0), default=1, help="images of a row in Stage II")
     add("--memory", type=flags.number(above=0), default=80, help="GB of a GPU")
     add("--base", default="", help="local model folder whose config.json is read")
@@ -438,14 +438,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(act, said: str):
-        added = commands.add_parser(act.__name__, help=said)
+    def command(act, about: str):
+        added = commands.add_parser(act.__name__, help=about)
         added.set_defaults(act=act)
         return added.add_argument
 
     add_run(command(run, "the method on your questions, with a recipe of the paper's size"))
-    said = "will it fit? memory of a GPU, term by term, and the micro-batch for it"
-    add_plan(command(plan, said))
+    about = "will it fit? memory of a GPU, term by term, and the micro-batch for it"
+    add_plan(command(plan, about))
     one = command(demo, "the whole method in the miniature clinic")
     one("--out", default="runs/demo", help="run folder")
     one("--seed", type=flags.SEED, default=0, help="of the world, the base model and every draw")

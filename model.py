@@ -95,8 +95,8 @@ def reading(what: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # json, tokenizers, safetensors and others have their own
-        said = f"{what}: cannot be read ({error}); copy or download it again"
-        raise data.RowError(said) from None
+        message = f"{what}: cannot be read ({error}); copy or download it again"
+        raise data.RowError(message) from None
 
 
 def load_config(folder: str | Path):
@@ -112,17 +112,19 @@ def load_config(folder: str | Path):
     if path.with_name("adapter_config.json").exists():
         raise data.RowError(f"{folder} is a LoRA adapter; give the merged checkpoint beside it")
     if not path.exists():
-        said = "it has no config.json; nothing is downloaded here, see README"
-        raise data.RowError(f"{folder} is not a model's folder: {said}")
+        message = "it has no config.json; nothing is downloaded here, see README"
+        raise data.RowError(f"{folder} is not a model's folder: {message}")
     with reading(path):
         stored = dict(json.loads(path.read_text(encoding="utf-8")))
     if (kind := str(stored.get("model_type"))) not in FAMILIES:
-        said = f"{path}: model_type {stored.get('model_type')!r} is not supported; "
-        said += f"give a model of {sorted(FAMILIES)} (InternVL in its -hf form)"
+        message = f"{path}: model_type {stored.get('model_type')!r} is not supported; "
+        message += f"give a model of {sorted(FAMILIES)} (InternVL in its -hf form)"
         if kind == "internvl_chat":  # InternVL as first published, with code of its own
-            said += f"; or, only to ask it, `vllm serve {folder} --trust-remote-code` on a machine "
-            said += f"of its own and http://HOST:8000/v1#{folder}; docs/models.md says more"
-        raise data.RowError(said)
+            message += (
+                f"; or, only to ask it, `vllm serve {folder} --trust-remote-code` on a machine "
+            )
+            message += f"of its own and http://HOST:8000/v1#{folder}; docs/models.md says more"
+        raise data.RowError(message)
     with reading(path):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         text = stored.get("text_config") or {}
@@ -213,8 +215,8 @@ class Processor:
         self.special = {token.content: index for index, token in added if token.special}
         for token in (TURN_START, TURN_END, self.family.image_token):
             if token not in vocabulary:
-                said = f"its tokenizer has no {token!r}, as {self.config.model_type} has"
-                raise data.RowError(f"{folder}: {said}; copy the model's own tokenizer")
+                message = f"its tokenizer has no {token!r}, as {self.config.model_type} has"
+                raise data.RowError(f"{folder}: {message}; copy the model's own tokenizer")
             self.special[token] = vocabulary[token]
         self.stop_id = self.special[TURN_END]
         self.image_id = self.special[self.family.image_token]
@@ -238,8 +240,8 @@ class Processor:
         try:
             return self.encode_image(image)
         except ValueError as error:  # Qwen refuses pictures over 200 times as long as wide
-            said = f"cannot be cut into patches ({error}); crop or remove it"
-            raise data.RowError(f"{path}: {said}") from None
+            message = f"cannot be cut into patches ({error}); crop or remove it"
+            raise data.RowError(f"{path}: {message}") from None
 
     def refuse_special(self, text: str, where: str) -> None:
         """Raises RowError for a text with a special token, which would be read as structure."""

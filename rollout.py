@@ -115,9 +115,9 @@ def main(argv: list[str] | None = None) -> None:
     ends = Counter(row["finish_reason"] for row in rows)
     cut = ends["length"]
     others = {reason: ends[reason] for reason in sorted(ends) if reason not in ("stop", "length")}
-    said = [f"{cut} cut off by --max-tokens {args.max_tokens}"]
-    said += [f"{count} {reason}" for reason, count in others.items()]
-    print(f"{len(rows)} answers to {len(requests)} questions, {', '.join(said)}")
+    shown = [f"{cut} cut off by --max-tokens {args.max_tokens}"]
+    shown += [f"{count} {reason}" for reason, count in others.items()]
+    print(f"{len(rows)} answers to {len(requests)} questions, {', '.join(shown)}")
     if warning := cut_off(rows):
         print(warning)
     figures = {"answers": len(rows), "cut_off": cut, "unanswered": sum(others.values())}

@@ -82,8 +82,8 @@ def read_demos(
     over = f"{len(rows) - len(kept)} over {args.max_length} tokens: --max-length"
     train.print0(f"demonstrations: kept {len(kept)} of {len(rows)} ({over})")
     if not kept:
-        said = f"{' '.join(args.demos)}: every demonstration is over {args.max_length} tokens"
-        train.refuse(data.RowError(f"{said}; raise --max-length"))
+        message = f"{' '.join(args.demos)}: every demonstration is over {args.max_length} tokens"
+        train.refuse(data.RowError(f"{message}; raise --max-length"))
     return kept
 
 
@@ -116,23 +116,23 @@ def pack_plan(lengths: list[int], limit: int, seed: int) -> list[list[int]]:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    said = "Stage I: supervised fine-tuning on think/answer spans."
-    parser = argparse.ArgumentParser(description=said)
+    about = "Stage I: supervised fine-tuning on think/answer spans."
+    parser = argparse.ArgumentParser(description=about)
     add = parser.add_argument
     add("--model", required=True, help="Hugging Face folder of the base model")
-    said = "demos.jsonl files: text-only (the paper's choice), multimodal, or both (its ablation)"
-    add("--demos", nargs="+", required=True, help=said)
+    about = "demos.jsonl files: text-only (the paper's choice), multimodal, or both (its ablation)"
+    add("--demos", nargs="+", required=True, help=about)
     add("--images", default=".", help="image root")
     add("--out", required=True, help="folder to write")
     add("--method", choices=["lora", "full"], default="lora")  # paper App. C
     add("--lr", type=flags.RATE, default=1e-4)  # paper App. C
     # ours: paper silent (LLaMA-Factory example)
     add("--epochs", type=flags.EPOCHS, default=3)
-    said = "pack demonstrations into rows of up to this many tokens; 0: one each"
-    add("--pack", type=flags.whole(0), default=0, help=said)
+    about = "pack demonstrations into rows of up to this many tokens; 0: one each"
+    add("--pack", type=flags.whole(0), default=0, help=about)
     weight = flags.number(0, 1e6)  # ours: weighted sums must be finite in fp32
-    spans, said = ("THINK", "ANSWER", "TAG"), "of the spans' tokens in the loss"
-    add("--weights", type=weight, nargs=3, default=[1.0] * 3, metavar=spans, help=said)
+    spans, about = ("THINK", "ANSWER", "TAG"), "of the spans' tokens in the loss"
+    add("--weights", type=weight, nargs=3, default=[1.0] * 3, metavar=spans, help=about)
     train.add_flags(parser, "rows")
     args = parser.parse_args(argv)
     if not any(args.weights):

@@ -207,8 +207,8 @@ def build(
     print0(f"training {count:,} of {every:,} parameters ({args.method})")
     budget, ranks = args.micro_tokens or args.max_length, world_size()
     used, rows, length = packing(plan, budget, ranks, lengths)
-    said = f"efficiency on {ranks} ranks {used:.2f}; "
-    print0(f"{said}the largest micro-batch has {rows} x {length:,} tokens")
+    message = f"efficiency on {ranks} ranks {used:.2f}; "
+    print0(f"{message}the largest micro-batch has {rows} x {length:,} tokens")
     blocks = len(policy.language_model.layers)
     again = blocks if args.checkpointing == "all" else 0
     if args.checkpointing == "auto" and device.type == "cuda":
@@ -233,8 +233,8 @@ def shard(
     On a GPU: bf16 compute, fp32 master weights and gradient sums; on a CPU everything is fp32.
     """
     if world_size() % replicas:
-        said = f"--replicas {replicas} does not divide the number of ranks, {world_size()}"
-        refuse(data.RowError(f"{said}; one replica a node is usual"))
+        message = f"--replicas {replicas} does not divide the number of ranks, {world_size()}"
+        refuse(data.RowError(f"{message}; one replica a node is usual"))
     recompute_blocks(policy, checkpointing)
     if dist.is_initialized():
         fully_shard_blocks(policy, device, replicas)
@@ -506,8 +506,8 @@ class Run:
         *read, norm = torch.cat([sums.flatten(), norm[None]]).tolist()
         means = [x / max(y, 1e-12) for x, y in zip(read[::2], read[1::2])]
         if not (math.isfinite(means[0]) and math.isfinite(norm)):
-            said = f"step {self.step}: the loss is {means[0]}, the gradient's norm {norm}"
-            refuse(Refused(f"{said}; the weights are untouched: those after {self.step} steps"))
+            message = f"step {self.step}: the loss is {means[0]}, the gradient's norm {norm}"
+            refuse(Refused(f"{message}; the weights are untouched: those after {self.step} steps"))
         now = learning_rate(self.step, len(self.plan), self.peak, self.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = now
@@ -622,19 +622,21 @@ def add_flags(parser: argparse.ArgumentParser, row: str) -> None:
     add("--alpha", type=flags.ALPHA, default=lora.ALPHA)
     # ours: paper silent (LLaMA-Factory example)
     add("--batch", type=flags.whole(1), default=64, help=f"{row} a step, over all ranks")
-    said = f"in tokens; longer {row} are dropped and counted"
-    add("--max-length", type=flags.whole(1), default=MAX_LENGTH, help=said)
-    said = "tokens at once on one rank, padding included; a longer row is alone; 0: --max-length"
-    add("--micro-tokens", type=flags.whole(0), default=0, help=said)
+    about = f"in tokens; longer {row} are dropped and counted"
+    add("--max-length", type=flags.whole(1), default=MAX_LENGTH, help=about)
+    about = "tokens at once on one rank, padding included; a longer row is alone; 0: --max-length"
+    add("--micro-tokens", type=flags.whole(0), default=0, help=about)
     add("--pixels", type=flags.PIXELS, default=model.MAX_PIXELS, help="most of an image, Qwen")
     add("--tiles", type=flags.TILES, default=model.TILES, help="most of an image, InternVL")
-    said = "blocks recomputed in backward: less memory, more time; auto: as few as memory allows"
-    add("--checkpointing", choices=["auto", "all", "none"], default="auto", help=said)
-    said = "copies of the model, each sharded over its part of the ranks: the number of nodes, or 1"
-    add("--replicas", type=flags.whole(1), default=1, help=said)
+    about = "blocks recomputed in backward: less memory, more time; auto: as few as memory allows"
+    add("--checkpointing", choices=["auto", "all", "none"], default="auto", help=about)
+    about = (
+        "copies of the model, each sharded over its part of the ranks: the number of nodes, or 1"
+    )
+    add("--replicas", type=flags.whole(1), default=1, help=about)
     add("--save-every", type=flags.whole(0), default=50, help="steps between states; 0: no states")
-    said = "numbers of OUT/merged; auto: as the weight files of --model have them"
-    add("--save-dtype", choices=["auto", "float32"], default="auto", help=said)
+    about = "numbers of OUT/merged; auto: as the weight files of --model have them"
+    add("--save-dtype", choices=["auto", "float32"], default="auto", help=about)
     add("--seed", type=flags.SEED, default=0)
 
 
@@ -688,8 +690,10 @@ def save(args: argparse.Namespace, policy: model.Policy, processor: model.Proces
         tensors = lora.merge_state(tensors, args.alpha / args.rank)
     dtype = policy.checkpoint.dtype if args.save_dtype == "auto" else torch.float32
     figures = hub.save_policy(out / "merged", policy, processor, tensors, dtype=dtype)
-    said = f"{figures['weights_changed']:.2%} of the trained weights differ from the start's"
-    print0(f"saved in {dtype}: {said}; rounding lost {figures['rounding_lost']:.2%} of the change")
+    message = f"{figures['weights_changed']:.2%} of the trained weights differ from the start's"
+    print0(
+        f"saved in {dtype}: {message}; rounding lost {figures['rounding_lost']:.2%} of the change"
+    )
     return figures
 
 

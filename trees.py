@@ -308,8 +308,8 @@ def read_forest(args: argparse.Namespace, pairs: list[dict]) -> Forest:
     root, processor = Path(args.images), model.Processor(args.model, args.pixels, args.tiles)
     textual = sum(not all(row.get(f"{side}_token_ids") for side in SIDES) for row in pairs)
     if textual and args.require_token_ids:
-        said = f"{args.pairs}: {textual} pairs have no token ids; sample with an engine"
-        train.refuse(data.RowError(f"{said} that tells them, or drop --require-token-ids"))
+        message = f"{args.pairs}: {textual} pairs have no token ids; sample with an engine"
+        train.refuse(data.RowError(f"{message} that tells them, or drop --require-token-ids"))
     trees, places = group(pairs, processor, root)
     # a 72B takes minutes to hash: once, not on every rank
     checkpoint = train.from_first(lambda: stage.fingerprint(args.model))
@@ -335,8 +335,8 @@ def read_forest(args: argparse.Namespace, pairs: list[dict]) -> Forest:
     kept = f"pairs: kept {len(fitting)} of {len(pairs)}"
     train.print0(f"{kept} {over}, {textual} tokenised from text")
     if not fitting:
-        said = f"every pair is over {args.max_length} tokens"
-        train.refuse(data.RowError(f"{args.pairs}: {said}; raise --max-length"))
+        message = f"every pair is over {args.max_length} tokens"
+        train.refuse(data.RowError(f"{args.pairs}: {message}; raise --max-length"))
     if dropped:
         longest = max(lengths[pair] for pair in fitting)
         tokens = f"{min(dropped):,} to {max(dropped):,} tokens, those kept up to {longest:,}"
@@ -353,8 +353,8 @@ def make_plan(
     places = [place for place in forest.places if place[0] not in held]
     subtrees, steps = plan(places, forest.sizes, args)
     tokens, questions = sum(one.tokens for one in subtrees), {tree for tree, _ in places}
-    said = f"plan: {len(steps)} steps of {len(subtrees)} trees, {tokens:,} tokens, of "
-    train.print0(f"{said}{len(questions)} questions")
+    message = f"plan: {len(steps)} steps of {len(subtrees)} trees, {tokens:,} tokens, of "
+    train.print0(f"{message}{len(questions)} questions")
     train.print0(f"held out: {len(forest.places) - len(places)} pairs of {len(held)} questions")
     return subtrees, steps
 

@@ -345,8 +345,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--images", default=".", help="image root of both")
     add("--ngram", type=flags.whole(0), default=NGRAM, help="words in a row of a leak; 0: off")
     add("--jaccard", type=flags.number(0, 1), default=JACCARD, help="similarity of a leak; 0: off")
-    said = f"bits of {BITS} up to which images are the same; 0: same file only"
-    add("--distance", type=flags.whole(0, BITS), default=DISTANCE, help=said)
+    about = f"bits of {BITS} up to which images are the same; 0: same file only"
+    add("--distance", type=flags.whole(0, BITS), default=DISTANCE, help=about)
     add("--out", required=True, help="folder to write")
     return parser.parse_args(argv)
 

@@ -103,22 +103,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--family", choices=["qwen", "internvl"], default="qwen")
     add("--size", choices=["small", "tiny"], default="tiny")
     add("--films", type=positive, default=6000, help="films to learn to see from")
-    said = "rounds over the films for the eye alone"
-    add("--eye-epochs", type=flags.EPOCHS, default=3, help=said)
+    about = "rounds over the films for the eye alone"
+    add("--eye-epochs", type=flags.EPOCHS, default=3, help=about)
     add("--steps", type=positive, default=240, help="of the joint lessons")
     add("--batch", type=positive, default=24, help="lessons a step")
     add("--lr", type=flags.RATE, default=3e-3)
-    said = "steps between states to resume from; 0: no states"
-    add("--save-every", type=flags.whole(0), default=50, help=said)
+    about = "steps between states to resume from; 0: no states"
+    add("--save-every", type=flags.whole(0), default=50, help=about)
     add("--print-every", type=positive, default=10, help="steps between printed lines")
     shown = commands.add_parser("show", help="a sheet of films and one question of each kind")
     shown.set_defaults(run=show)
     for command in (made, taught, shown):
         command.add_argument("--out", required=True, help="folder to write")
         command.add_argument("--seed", type=flags.SEED, default=0)
-    modalities, said = flags.whole(1, len(world.SIGNS)), "how many of the clinic's modalities"
+    modalities, about = flags.whole(1, len(world.SIGNS)), "how many of the clinic's modalities"
     for command in (made, taught):
-        command.add_argument("--modalities", type=modalities, default=len(world.SIGNS), help=said)
+        command.add_argument("--modalities", type=modalities, default=len(world.SIGNS), help=about)
         withheld = "without a third of the rules, and their patients"
         command.add_argument("--withhold", action="store_true", help=withheld)
     return parser.parse_args(argv)

@@ -33,8 +33,8 @@ def read_sheet(path: str | Path, columns: list[str]) -> list[tuple[int, dict[str
         sheet = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""))
         rows, names = list(enumerate(sheet, 2)), sheet.fieldnames or []
     except (UnicodeDecodeError, csv.Error) as error:
-        said = f"cannot be read ({error}); save the filled-in sheet as CSV in UTF-8"
-        raise data.RowError(f"{path}: {said}") from None
+        message = f"cannot be read ({error}); save the filled-in sheet as CSV in UTF-8"
+        raise data.RowError(f"{path}: {message}") from None
     if lost := [name for name in columns if name not in names]:
         wanted = f"expected {' and '.join(columns)} among them"
         faults = [f"no column {lost[0]!r}: columns are {names}, {wanted}"]
@@ -43,8 +43,8 @@ def read_sheet(path: str | Path, columns: list[str]) -> list[tuple[int, dict[str
         faults = [f"row {number}: no column {name!r}" for number, name in short]
     if faults:
         shown = faults[:20] + [f"... and {len(faults) - 20} more"] * (len(faults) > 20)
-        said = "save the sheet as CSV with commas, its first line unchanged"
-        raise data.RowError(f"{path}: {'; '.join(shown)}; {said}")
+        message = "save the sheet as CSV with commas, its first line unchanged"
+        raise data.RowError(f"{path}: {'; '.join(shown)}; {message}")
     return [(number, {name: unmarked(row[name]) for name in names}) for number, row in rows]
 
 
@@ -66,8 +66,8 @@ def write_sheet(path: Path, columns: Sequence[str], rows: Iterable[Iterable]) ->
     csv.writer(text).writerows([columns, *([marked(str(cell)) for cell in row] for row in rows)])
     content = text.getvalue().encode("utf-8-sig")
     if path.exists() and path.read_bytes() != content:
-        said = "is there already, and a human may have filled it in; move it away"
-        raise data.RowError(f"{path}: {said}")
+        message = "is there already, and a human may have filled it in; move it away"
+        raise data.RowError(f"{path}: {message}")
     temporary = data.unfinished(path)
     temporary.write_bytes(content)
     temporary.replace(path)

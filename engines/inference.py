@@ -127,8 +127,8 @@ SPEED = ("batch", "replicas", "tensor_parallel", "concurrency", "max_requests", 
 def add_flags(parser: ArgumentParser) -> None:
     for one in fields(Setup):
         parser.add_argument("--" + one.name.replace("_", "-"), **one.metadata)
-    said = "folder of all completions; default: replies/ beside --out"
-    parser.add_argument("--replies", default="", help=said)
+    about = "folder of all completions; default: replies/ beside --out"
+    parser.add_argument("--replies", default="", help=about)
 
 
 def setup_of(args: Namespace) -> Setup:

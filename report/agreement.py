@@ -89,8 +89,8 @@ def read_ratings(path: str, cases: Collection[str]) -> dict[str, dict[str, bool]
         for name in CRITERIA:
             word = row[name].strip().casefold()
             if word not in YES + NO:
-                said = f"{row[name]!r} is neither Yes nor No" if word else "is empty"
-                mistakes.append(f"{where} {name}: {said}")
+                message = f"{row[name]!r} is neither Yes nor No" if word else "is empty"
+                mistakes.append(f"{where} {name}: {message}")
             found[case][name] = word in YES
     mistakes += [f"{case} is missing; it needs its row" for case in cases if case not in found]
     if mistakes:

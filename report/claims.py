@@ -49,13 +49,13 @@ class Claim(NamedTuple):
 
 def alone(name: str) -> Claim:
     criterion = ablations.ALONE[name]
-    said = f"pairs by {criterion.replace('_', ' ')} alone raise its share"
-    return Claim(said, (STAGE1, criterion), (name, criterion), 1)
+    text = f"pairs by {criterion.replace('_', ' ')} alone raise its share"
+    return Claim(text, (STAGE1, criterion), (name, criterion), 1)
 
 
 def elicits(kind: str, percent: int) -> Claim:
-    said = f"Stage I on text beats {kind}; its teachers misread {percent} % of films"
-    return Claim(said, (f"{kind}-{percent}", "accuracy"), ("text", "accuracy"), 1)
+    text = f"Stage I on text beats {kind}; its teachers misread {percent} % of films"
+    return Claim(text, (f"{kind}-{percent}", "accuracy"), ("text", "accuracy"), 1)
 
 
 CLAIMS = (
@@ -182,7 +182,7 @@ def over_runs(values: list[float]) -> dict[str, float]:
 
 def plot(rows: list[dict], path: Path) -> None:
     """Claims as intervals around zero: each run's over questions, and the t interval over runs."""
-    sheet, axes = figures.canvas(1, 1, 9, 0.55 * len(rows) + 1)
+    sheet, axes = figures.canvas(1, 1, 9, 0.36 * len(rows) + 1)
     axis = axes[0, 0]
     for at, row in enumerate(rows):
         low, high = row["low"], row["high"]
