@@ -5,7 +5,8 @@ experts, the judge. Nothing else of the method is imitated: curate, distil, SFT,
 and evaluate are the real scripts.
 
     film         56 x 56 pixels, four modalities with three signs each, one to three of them, left
-                 or right
+                 or right. The base model has also met normal films, without a sign; no question is
+                 about one, but looking.py shows them.
     history      age, sex, one of three clues, one symptom that means nothing
     rule         sign + clue -> diagnosis (36 rules); diagnosis -> next step. Neither film nor
                  history alone decides.
@@ -29,6 +30,7 @@ and evaluate are the real scripts.
     python -m clinic world --out OUT      bank.jsonl, dev.jsonl, test.jsonl, films/
     python -m clinic teach --out OUT      the base model, a Hugging Face folder
     python -m clinic show --out OUT       a sheet of films, and one question of each kind
+    medee.py demo --ablate                what else each stage could learn from (ablations.py)
 
 Everything follows from --seed. All numbers here are ours: the paper has no miniature.
 """

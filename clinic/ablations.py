@@ -15,7 +15,8 @@ Stage II, from the demo's Stage I and 400 pairs:
     four         the demo's own: all four criteria
     swap-20 ...  20, 35 or 50 % of the pairs are the wrong way round; 50 are random labels
     blind, lenient, style            pairs of a judge that errs (roles.ERRING)
-    logic, image, truth, reflection  pairs by one criterion alone; no-logic ...: by the other three
+    logic, image, truth, reflection  pairs by one criterion alone; no-logic ...: by the other three.
+                 (blind is no-truth by construction, and style is reflection)
     right-wrong  right answers above wrong ones, whoever reasons well
     length       each chosen chain with the rejected one of the nearest length
     questions    the demo's pairs, a question's in one step
