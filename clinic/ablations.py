@@ -12,7 +12,7 @@ Stage I, from the base model:
     mixed-0 ...  or half of each. Their films are neither Stage II's nor the test's.
     withheld     base model and demonstrations lack a third of the rules (world.WITHHELD)
 Stage II, from the demo's Stage I and 400 pairs:
-    four         the demo's own: all four criteria
+    four         the demo's own: all four criteria; four-10: at ten times the learning rate
     swap-20 ...  20, 35 or 50 % of the pairs are the wrong way round; 50 are random labels
     blind, lenient, style            pairs of a judge that errs (roles.ERRING)
     logic, image, truth, reflection  pairs by one criterion alone; no-logic ...: by the other three.
@@ -21,7 +21,7 @@ Stage II, from the demo's Stage I and 400 pairs:
     length       each chosen chain with the rejected one of the nearest length
     questions    the demo's pairs, a question's in one step
     chosen       no preference: SFT on the chosen chains, with as many updates and Stage II's
-                 learning rate; chosen-10: ten times that rate
+                 learning rate; chosen-10: at ten times that rate
 captions: what the three models say if asked for the film alone, as they were taught to be asked.
 
 This command makes the pairs, at most -n of them, drawn by the seed:
@@ -56,7 +56,7 @@ JUDGES = ("blind", "lenient", "style")
 ALONE = dict(zip(("logic", "image", "truth", "reflection"), judge.CRITERIA))
 PREFERRED = "--rollouts {run}/rollout/rollouts.jsonl --questions {run}/curate/image.jsonl"
 SEED = "--seed {seed}"
-RATES = {"chosen": 3e-5, "chosen-10": 3e-4}  # medee.py's MINI["dpo"], and ten times that
+RATES = {"": 3e-5, "-10": 3e-4}  # medee.py's MINI["dpo"], and ten times that
 
 
 # --------------------------------------------------------------------------------------------------
@@ -84,12 +84,12 @@ def stage1(
     ]
 
 
-def stage2(name: str, source: str = "--pairs {run}/pairs/pairs.jsonl", order: str = "") -> list:
-    """Stage II from the pairs that this command makes of `source`."""
+def stage2(name: str, source: str = "--pairs {run}/pairs/pairs.jsonl", more: str = "") -> list[str]:
+    """Stage II from the pairs that this command makes of `source`. more: flags of dpo.py."""
     folder = f"ablations/{name}"
     return [
         f"{folder}/matched python -m clinic.ablations {source} {SEED}",
-        f"{folder}/dpo python dpo.py --model {{run}}/sft/merged {{images}} {{dpo}} {order} "
+        f"{folder}/dpo python dpo.py --model {{run}}/sft/merged {{images}} {{dpo}} {more} "
         f"--pairs {{run}}/{folder}/matched/pairs.jsonl {SEED}",
         test(name, f"{{run}}/{folder}/dpo/merged"),
     ]
@@ -143,9 +143,11 @@ def of_stage2() -> list[str]:
         lines += paired(f"no-{name}", f"--criteria {others}")
     lines += stage2("right-wrong", PREFERRED)
     lines += paired("length", "--rule length-matched")
-    lines += stage2("questions", order="--order question")
-    for name, rate in RATES.items():
-        folder, chosen = f"ablations/{name}", "--pairs {run}/pairs/pairs.jsonl --chosen"
+    lines += stage2("questions", more="--order question")
+    lines += stage2("four-10", more=f"--lr {RATES['-10']}")
+    for which, rate in RATES.items():
+        name, chosen = f"chosen{which}", "--pairs {run}/pairs/pairs.jsonl --chosen"
+        folder = f"ablations/{name}"
         lines += [
             f"{folder}/matched python -m clinic.ablations {chosen} {SEED}",
             f"{folder}/sft python sft.py --model {{run}}/sft/merged {{images}} --method full "
