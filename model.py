@@ -369,6 +369,18 @@ def segment_positions(
     return positions, now
 
 
+def check_segment(segment: Segment, number: int, image_id: int) -> None:
+    """Raises ValueError for what no row may have. number: the segment's in its row."""
+    parent = segment.parent
+    if parent is not None and not 0 <= parent < number:
+        raise ValueError(f"segment {number} has parent {parent}; a parent must come before it")
+    if parent is None and segment.labels[0]:
+        raise ValueError("the first token of a root is supervised; nothing predicts it")
+    tokens, features = segment.ids.count(image_id), sum(image.tokens for image in segment.images)
+    if tokens != features:
+        raise ValueError(f"{tokens} image tokens but {features} image features")
+
+
 def collate(rows: list[Row], processor: Processor, weights: list[float] | None = None) -> Batch:
     """Rows (trees) to one batch. A parent stands before its children, and a root's first token is
     not supervised: nothing predicts it."""
@@ -381,14 +393,8 @@ def collate(rows: list[Row], processor: Processor, weights: list[float] | None =
         # of each segment: the position after it, and where it and its ancestors lie
         nexts, paths, at = [], [], 0
         for s, segment in enumerate(row):
+            check_segment(segment, s, processor.image_id)
             parent, stop = segment.parent, at + len(segment.ids)
-            if parent is not None and not 0 <= parent < s:
-                raise ValueError(f"segment {s} has parent {parent}; a parent must come before it")
-            if parent is None and segment.labels[0]:
-                raise ValueError("the first token of a root is supervised; nothing predicts it")
-            tokens = segment.ids.count(processor.image_id)
-            if tokens != (features := sum(image.tokens for image in segment.images)):
-                raise ValueError(f"{tokens} image tokens but {features} image features")
             begin, path = (0, ()) if parent is None else (nexts[parent], paths[parent])
             ids[b, at:stop] = torch.tensor(segment.ids)
             labels[b, at:stop] = torch.tensor(segment.labels)
