@@ -102,6 +102,9 @@ SENTENCES = re.compile(  # the sentences of a coherent chain; anything else is g
 )
 
 
+CHECKED = re.compile(r"(\w+) fits (\w+)\b")  # a check's diagnosis and clue
+
+
 def verdict(
     case: world.Case, kind: str, options: dict[str, str], answer: str, response: str
 ) -> dict[str, bool]:
@@ -117,7 +120,7 @@ def verdict(
     clues = re.findall(r"The history gives (\w+)\.", thinking)
     rules = re.findall(r"\b[Aa] (\w+) with (\w+) means (\w+)\b", thinking)
     suggests = re.findall(r"This suggests (\w+)\.", thinking)
-    fits = re.findall(r"(\w+) fits (\w+)\b", thinking)
+    fits = CHECKED.findall(thinking)
     needs = re.findall(r"So (\w+) needs (\w+)\.", thinking)
     tasks = re.findall(r"Asked is the [\w ]+\.", thinking)
     true = (

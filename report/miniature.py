@@ -4,7 +4,9 @@ A share is a ratio of sums over questions, so that a difference of two can be re
 
     accuracy, text accuracy   right answers          vote, slope     majority vote, and its rise
     met, and each criterion   of the judged chains   hallucinated    of those that look at the image
-    sign, misread, miscounted what chains read, against their films
+    sign, misread, miscounted what chains read, against their films: the right sign; a wrong one;
+                              the right one, but number or side are wrong
+    false reading, false check   any of these wrong; a check that confirms a wrong diagnosis
     caption, knows            the sign, asked for the film alone: of all films, of misread ones
     follows, invented         looking.py's
     gain, known; withheld     what Stage I gains where the base was taught the rule, and where not
@@ -17,7 +19,7 @@ Where we depart from the paper, or it is silent: it measures accuracy. All else 
 from pathlib import Path
 
 import data
-from clinic import ablations, world
+from clinic import ablations, roles, world
 from report import looking, score
 
 BASE, STAGE1, STAGE2 = "base", "stage1", "stage2"  # folders eval-NAME and look-NAME of a run
@@ -59,20 +61,26 @@ def films_of(run: Path) -> dict[str, world.Case]:
 
 def of_readings(folder: Path, films: dict[str, world.Case], named: Counts) -> dict[str, Counts]:
     """From the chains: what they read, against their films. named: of_captions."""
-    found: dict[str, Counts] = {"sign": {}, "misread": {}, "miscounted": {}, "knows": {}}
+    found: dict[str, Counts] = {}
     path = folder / "predictions.jsonl"
     for _, row in data.read_jsonl(path) if path.exists() else []:
         film, key = films.get(row["id"]), row["id"]
         reading = world.MENTION.search(row["response"]) if film else None
         if reading:
-            wrong = reading[3] != film.sign
-            miscounted = not wrong and reading[0] != film.reading()
-            sums = {"sign": (not wrong, 1), "misread": (wrong, 1), "miscounted": (miscounted, 1)}
+            wrong, false = reading[3] != film.sign, reading[0] != film.reading()
+            checks = set(roles.CHECKED.findall(row["response"]))
+            seen = {
+                "sign": not wrong,
+                "misread": wrong,
+                "miscounted": false and not wrong,
+                "false reading": false,
+                "false check": bool(checks - {(film.diagnosis, film.clue)}),
+            }
             if wrong and key in named:
-                sums["knows"] = named[key]
-            for measure, (value, one) in sums.items():
-                total, count = found[measure].get(key, (0, 0))
-                found[measure][key] = (total + value, count + one)
+                seen["knows"] = named[key][0]
+            for measure, value in seen.items():
+                total, count = found.setdefault(measure, {}).get(key, (0, 0))
+                found[measure][key] = (total + value, count + 1)
     return found
 
 

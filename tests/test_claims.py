@@ -109,7 +109,8 @@ def test_false_readings_are_counted_against_the_films(tmp_path, world):
             film = replace(film, sign=next(sign for sign in others if sign != film.sign))
         if wrong == "side":
             film = replace(film, side="left" if film.side == "right" else "right")
-        rows += [{"id": row["id"], "response": f"<think> {film.reading()} </think>"}] * 2
+        check = f"Wait, let me check: {film.diagnosis} fits {film.clue}."
+        rows += [{"id": row["id"], "response": f"<think> {film.reading()} {check} </think>"}] * 2
     rows.append({"id": questions[0]["id"], "response": "nothing is read"})
     data.write_jsonl(tmp_path / "eval-base" / "predictions.jsonl", rows)
     named = dict.fromkeys([row["id"] for row in questions], (True, 1))
@@ -118,6 +119,8 @@ def test_false_readings_are_counted_against_the_films(tmp_path, world):
     assert found["misread"] == {first: (2, 2), second: (0, 2), third: (0, 2)}
     assert found["sign"] == {first: (0, 2), second: (2, 2), third: (2, 2)}
     assert found["miscounted"] == {first: (0, 2), second: (2, 2), third: (0, 2)}
+    assert found["false reading"] == {first: (2, 2), second: (2, 2), third: (0, 2)}
+    assert found["false check"] == {first: (2, 2), second: (0, 2), third: (0, 2)}
     assert found["knows"] == {first: (2, 2)}  # asked for the film alone it names the sign
 
 
