@@ -199,9 +199,9 @@ def plot(rows: list[dict], path: Path) -> None:
         if row["paper"]:
             axis.plot(row["paper"], at, "D", color="#c0504d")
     axis.axvline(0, color="#808080", linewidth=0.8)
-    words = [textwrap.fill(row["claim"], 60) for row in rows]
+    words = [textwrap.fill(row["claim"], 70) for row in rows]
     axis.set_yticks(range(len(rows)), words, fontsize=8)
-    axis.invert_yaxis()
+    axis.set_ylim(len(rows) - 0.5, -0.5)
     axis.set_xlabel(
         "difference\npoints: runs, 95 % over questions; grey: 95 % t over runs\n"
         "red: the paper's 7B on MedXpertQA-MM"
