@@ -374,6 +374,6 @@ def plot_films(pairs: list[dict], image_root: Path, path: Path) -> None:
         film.axis("off")
         for ax, (title, colour, text) in zip(columns, texts):
             ax.text(0, 1, text.replace("$", r"\$"), va="top", fontsize=9, family="monospace")
-            ax.set_title(title, loc="left", fontsize=9, color=colour)
+            ax.set_title(title, loc="left", fontsize=8, color=colour)
             ax.axis("off")
     save(figure, path)
