@@ -175,14 +175,18 @@ def forward_only(policy: nn.Module) -> Iterator[None]:
 
 def ahead(items: Iterable, make: Callable) -> Iterator:
     """make(item) of each item in order. A thread makes the next ones while the caller works."""
-    with ThreadPoolExecutor(1) as thread:
-        made: deque = deque()
+    thread, made = ThreadPoolExecutor(1), deque()
+    try:
         for item in items:
             made.append(thread.submit(make, item))
             if len(made) > AHEAD:
                 yield made.popleft().result()
         for one in made:
             yield one.result()
+    finally:
+        # without waiting: where a run is given up, the garbage collector comes here, and it may
+        # do so in a thread that holds the lock which waiting needs
+        thread.shutdown(wait=False, cancel_futures=True)
 
 
 # --------------------------------------------------------------------------------------------------
