@@ -507,3 +507,20 @@ def test_a_file_is_seen_once_a_slow_disk_shows_it_as_it_was_written(tmp_path, mo
     later.start()
     assert train.sees(path, b"new")
     later.join()
+
+
+def test_micro_batches_that_are_given_up_are_not_waited_for():
+    """The garbage collector may close the iterator in a thread whose lock the waiting needs."""
+    may_go, made = threading.Event(), []
+
+    def make(item: int) -> int:
+        if item:
+            may_go.wait(20)
+        made.append(item)
+        return item
+
+    batches = train.ahead(range(9), make)
+    assert next(batches) == 0
+    batches.close()
+    assert made == [0]  # the thread is still at work on the next one
+    may_go.set()
