@@ -175,7 +175,7 @@ def prompt_messages(question: Question) -> list[dict]:
 
 def parts_of(message: dict, images: int) -> list[dict]:
     """A turn's content as parts, {"type": "text", "text"} or {"type": "image"}. If it is one text
-    and the user's, the `images` that are not shown yet stand in front of it."""
+    and the user's, the images that are not shown yet, so many, stand in front of it."""
     if isinstance(message["content"], list):
         return message["content"]
     shown = [{"type": "image"}] * (images if message["role"] == "user" else 0)
@@ -317,7 +317,7 @@ def json_lines(rows: Iterable[dict]) -> Iterator[str]:
 
 
 def write_lines(path: str | Path, lines: Iterable[str]) -> None:
-    """Writes under a temporary name and renames: a reader sees the whole file or none."""
+    """Writes under a temporary name and renames: a reader sees the old file or the new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(unfinished(path), "w", encoding="utf-8") as file:
@@ -391,7 +391,7 @@ def image_files(image_root: str | Path, rows: Iterable[dict]) -> list[Path]:
 
 
 def some(questions: Iterable[Question], limit: int) -> list[Question]:
-    """So many text and so many image questions, drawn by their ids; all of them for 0."""
+    """At most `limit` text and `limit` image questions, drawn by a hash of their ids; 0: all."""
     questions = list(questions)
     if not limit:
         return questions

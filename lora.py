@@ -44,7 +44,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.base = base
         self.scale = alpha / rank
-        # Real numbers even if the base's are on `meta`: no file holds them, and they are few. A has
+        # Allocated even if the base is on `meta`: no file holds A and B, and they are small. A has
         # PEFT's initialisation, drawn on the CPU, so every device and every rank gets the same.
         device = "cpu" if base.weight.is_meta else base.weight.device
         bound = math.sqrt(1 / base.in_features)

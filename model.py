@@ -112,7 +112,7 @@ def load_config(folder: str | Path):
     if path.with_name("adapter_config.json").exists():
         raise data.RowError(f"{folder} is a LoRA adapter; give the merged checkpoint beside it")
     if not path.exists():
-        message = "it has no config.json; nothing is downloaded here, see README"
+        message = "it has no config.json; nothing is downloaded here, see docs/running.md"
         raise data.RowError(f"{folder} is not a model's folder: {message}")
     with reading(path):
         stored = dict(json.loads(path.read_text(encoding="utf-8")))
@@ -168,7 +168,7 @@ class ImageInput:
 @dataclass
 class Segment:
     """Tokens with one label each (0 = not supervised). parent: index of the earlier segment of the
-    row that it continues, None for a root. branch: the number of the response it belongs to."""
+    row that it continues, None for a root. branch: in DPO the number of its response, from 1."""
 
     ids: list[int]
     labels: list[int]
@@ -271,7 +271,8 @@ class Processor:
         return text + f"{TURN_START}assistant\n"
 
     def encode_prompt(self, messages: list[dict], images: list[ImageInput]) -> Segment:
-        """The unsupervised root of a row, tokenised on its own: no merge reaches the response."""
+        """The unsupervised root of a row, tokenised on its own: no token spans prompt and
+        response."""
         ids = self.tokenize(self.render(messages, [image.tokens for image in images]))
         tokens, features = ids.count(self.image_id), sum(image.tokens for image in images)
         if tokens != features:
@@ -331,7 +332,7 @@ class Batch:
     pixels: Tensor | None  # the images of all rows, in order
     grids: list[tuple[int, int, int]]  # of each image, merged patches
     row_weights: Tensor  # (B,) float, 1, or 0 for a row that only keeps this rank in step
-    branches: int  # most responses of a row
+    branches: int  # in DPO the most responses of a row, else 0
     # DPO: (B, K) float, log pi_ref of each response, 0 where a row has fewer
     reference: Tensor | None = None
     edges: Tensor | None = None  # DPO: (3, E) long, row, chosen and rejected chain of each pair
@@ -442,7 +443,9 @@ class Policy(nn.Module):
         self.model = model
         self.family = FAMILIES[model.config.model_type]
         self.image_id = model.config.image_token_id
-        self.checkpoint = None  # of parameters on `meta`: hub.Checkpoint, where their numbers are
+        self.checkpoint = (
+            None  # hub.Checkpoint: the files that hold the values of parameters on `meta`
+        )
         from transformers import AttentionInterface
 
         # transformers makes no mask for an attention function that it does not know

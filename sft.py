@@ -6,8 +6,8 @@ The loss is on the response's tokens and on <|im_end|>, which teaches the model 
 has none. Each token has the label of its span (THINK, ANSWER, TAG), so that the loss on the
 reasoning and on the answer are reported apart and can be weighted.
 
-reads demos.jsonl, a Hugging Face folder; writes OUT/adapter (PEFT's format), OUT/merged (what Stage
-II starts from), OUT/metrics.jsonl, OUT/stage.json
+reads demos.jsonl, a Hugging Face folder; writes OUT/merged (what Stage II starts from),
+OUT/adapter (with LoRA; PEFT's format), OUT/metrics.jsonl, OUT/stage.json
 
     torchrun --nproc_per_node 8 sft.py --model Qwen2.5-VL-7B-Instruct --demos demos.jsonl \\
         --out out/sft

@@ -12,8 +12,9 @@ The same command runs as one process on a CPU, on 8 GPUs (torchrun --nproc_per_n
 and on several nodes. A *collective* is a function that every rank must call, or the others wait
 for ever.
 
-No rank ever holds the whole model: it is built on the `meta` device and sharded there, each rank
-reads the rows of its own shards from the files, and saving gathers one tensor at a time.
+With several ranks, none holds the whole language model: it is built on the `meta` device and
+sharded there, each rank reads the rows of its own shards from the files, and saving gathers one
+tensor at a time.
 
 Resume is exact: the plan of all steps is a pure function of the seed, and weights, optimizer and
 step are saved together in OUT/state. A run that was killed ends with the weights of a run that was
@@ -229,7 +230,7 @@ def build(
 def shard(
     policy: nn.Module, device: torch.device, checkpointing: int = 0, replicas: int = 1
 ) -> nn.Module:
-    """Puts a policy on its device and, with several ranks, shards it block by block (FSDP2). The
+    """Puts a policy on its device and, in a process group, shards it block by block (FSDP2). The
     model is changed from outside: it knows nothing of ranks.
 
     checkpointing   how many blocks compute their activations again in backward
@@ -422,7 +423,7 @@ class Run:
             run.update()
 
     After the loop's body the step is written: a row of out/metrics.jsonl, a line, and every
-    `save_every` steps a state in out/state. The loop may add to `run.figures` before.
+    `save_every` steps a state in out/state. The loop may add to `run.figures` after `update`.
 
     plan          the rows of every step; it fixes the number of steps, and so the cosine
     make_batch    (rows, their weights) -> a batch on the device; it runs in a thread, a few
