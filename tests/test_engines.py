@@ -349,7 +349,7 @@ def test_replies_carry_text_finish_reason_and_the_seed_of_their_own(stopping, fa
     engine = engine_of(stopping[family])
     completions = [
         completion
-        for group in engine.answer(asks_of(pictures, samples=4), WARM)
+        for group in engine.answer(asks_of(pictures, samples=16), WARM)
         for completion in group
     ]
     stop = engine.processor.stop_id
