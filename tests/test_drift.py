@@ -170,7 +170,8 @@ def test_what_is_not_the_same_is_caught_and_the_honest_pair_passes(
 ):
     if fault == "flat positions" and family == "internvl":
         pytest.skip("its positions have one dimension")
-    folder, requests = checkpoints[family], asks_of(films, 6)[:3]  # all with a film
+    # all with a film; so many that the mean's standard error is below what each fault changes
+    folder, requests = checkpoints[family], asks_of(films, 24)[:3]
     completions = sampled(folder, requests, replace(WARM, temperature=1.0, top_p=1.0))
     honest = drift.compare(trained(folder, requests, completions))
     drift.check_drift(honest, drift.LIMIT_FP32, "pairs.jsonl")
