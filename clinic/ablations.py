@@ -7,11 +7,11 @@ RUN/ablations/NAME, and `python -m report claims` compares them.
 Stage I, from the base model:
     no-hasty     without the teacher that always writes one sign on the left
     text         240 demonstrations on text questions,
-    image-0 ...  on image questions, whose teachers misread 0, 20 or 40 % of the films (and still
-                 answer rightly: a wrong answer would be rejected),
+    image-0 ...  on image questions, whose teachers write a wrong reading of 0, 20 or 40 % of the
+                 films (rule and answer stay right: a wrong answer would be rejected),
     mixed-0 ...  or half of each. Their films are neither Stage II's nor the test's.
     withheld     base model and demonstrations lack a third of the rules (world.WITHHELD)
-Stage II, from the demo's Stage I and 400 pairs:
+Stage II, from the demo's Stage I and at most 400 pairs (length has fewer):
     four         the demo's own: all four criteria; four-10: at ten times the learning rate
     swap-20 ...  20, 35 or 50 % of the pairs are the wrong way round; 50 are random labels
     blind, lenient, style            pairs of a judge that errs (roles.ERRING)

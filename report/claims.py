@@ -2,7 +2,7 @@
 
     python -m report claims --runs runs/claims/seed-21 runs/claims/seed-22 --out docs/claims.md
 
-A claim is a difference between two shares on the same image questions. It is *shown* if it has the
+A claim is a difference between two shares on the same test questions. It is *shown* if it has the
 claimed sign in every run and each run's 95 % interval, which resamples questions, excludes 0 (for
 "rises or holds": excludes a loss of 2 points). Beside it stands the t interval over runs: it also
 holds what differs from seed to seed, which the interval over questions does not.
@@ -82,8 +82,10 @@ CLAIMS = (
     Claim("… of the sign alone", (STAGE1, "misread"), (STAGE2, "misread"), -1),
     Claim("… of number or side, with the right sign",
           (STAGE1, "miscounted"), (STAGE2, "miscounted"), -1),
-    Claim("Stage II makes chains confirm a wrong diagnosis in their check",
-          (STAGE1, "false check"), (STAGE2, "false check"), 1),
+    Claim("Stage II makes chains that read check themselves",
+          (STAGE1, "checks"), (STAGE2, "checks"), 1),
+    Claim("… whose checks confirm a wrong diagnosis less often",
+          (STAGE1, "false check"), (STAGE2, "false check"), -1),
     Claim("the Stage-II model names the sign better if asked for the film alone",
           (STAGE2, "sign"), (STAGE2, "caption"), 1),
     Claim("where a chain misreads the sign, the model asked for the film alone names it",
@@ -232,7 +234,7 @@ def disorder(run: Path, name: str) -> float | None:
     if not path.exists() or not verdicts.exists():
         return None
     good = {
-        (row["id"], row["sample"]): all(row["criteria"].values())
+        (row["id"], row["sample"]): bool(row["criteria"] and all(row["criteria"].values()))
         for _, row in data.read_jsonl(verdicts)
     }
     pairs = [
@@ -299,8 +301,8 @@ ablation is. Accuracy and criteria are of image questions.
 
 {}
 
-A judge that errs puts pairs the wrong way round, or pairs what is equally good. Grey: that share \
-of the demo's pairs swapped; dotted: Stage I; a mark for each run.
+Grey: that share of the demo's pairs swapped; dotted: Stage I; a mark for each run. These judges \
+swap nothing: what they reject fails. But they also pair chains that both fail.
 
 ![Stage II by the share of pairs that are not truly ordered]({})"""
 

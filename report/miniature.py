@@ -6,7 +6,8 @@ A share is a ratio of sums over questions, so that a difference of two can be re
     met, and each criterion   of the judged chains   hallucinated    of those that look at the image
     sign, misread, miscounted what chains read, against their films: the right sign; a wrong one;
                               the right one, but number or side are wrong
-    false reading, false check   any of these wrong; a check that confirms a wrong diagnosis
+    false reading             a reading with any error
+    checks, false check       chains that check; of these, those that confirm a wrong diagnosis
     caption, knows            the sign, asked for the film alone: of all films, of misread ones
     follows, invented         looking.py's
     gain, known; withheld     what Stage I gains where the base was taught the rule, and where not
@@ -74,8 +75,10 @@ def of_readings(folder: Path, films: dict[str, world.Case], named: Counts) -> di
                 "misread": wrong,
                 "miscounted": false and not wrong,
                 "false reading": false,
-                "false check": bool(checks - {(film.diagnosis, film.clue)}),
+                "checks": bool(checks),
             }
+            if checks:
+                seen["false check"] = bool(checks - {(film.diagnosis, film.clue)})
             if wrong and key in named:
                 seen["knows"] = named[key][0]
             for measure, value in seen.items():

@@ -121,6 +121,7 @@ def test_false_readings_are_counted_against_the_films(tmp_path, world):
     assert found["miscounted"] == {first: (0, 2), second: (2, 2), third: (0, 2)}
     assert found["false reading"] == {first: (2, 2), second: (2, 2), third: (0, 2)}
     assert found["false check"] == {first: (2, 2), second: (0, 2), third: (0, 2)}
+    assert found["checks"] == {first: (2, 2), second: (2, 2), third: (2, 2)}
     assert found["knows"] == {first: (2, 2)}  # asked for the film alone it names the sign
 
 
