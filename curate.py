@@ -299,7 +299,7 @@ def read_type(completion: str) -> dict[str, str]:
 
 
 def bank_of(args: argparse.Namespace) -> Bank:
-    return data.some(decontaminate.read_bank(args.questions), args.limit)
+    return data.draw(decontaminate.read_bank(args.questions), args.limit)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -390,7 +390,7 @@ def image_files(image_root: str | Path, rows: Iterable[dict]) -> list[Path]:
     return [image_file(image_root, image) for row in rows for image in row["images"]]
 
 
-def some(questions: Iterable[Question], limit: int) -> list[Question]:
+def draw(questions: Iterable[Question], limit: int) -> list[Question]:
     """At most `limit` text and `limit` image questions, drawn by a hash of their ids; 0: all."""
     questions = list(questions)
     if not limit:

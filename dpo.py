@@ -175,12 +175,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     about = "refuse pairs without the rollout's token ids"
     add("--require-token-ids", action="store_true", help=about)
     train.add_flags(parser, "pairs")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.micro_tokens = args.micro_tokens or args.max_length
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
     args, started = parse(argv), time.time()
-    out, device, budget = Path(args.out), train.init_ranks(), args.micro_tokens or args.max_length
+    out, device, budget = Path(args.out), train.init_ranks(), args.micro_tokens
     pairs = schema.read_rows(args.pairs, "pairs")
     if not train.begin(args, [args.model, args.pairs], data.image_files(args.images, pairs)):
         return
@@ -201,8 +203,9 @@ def main(argv: list[str] | None = None) -> None:
         return forest.collate([subtrees[index] for index in indices], weights).to(device)
 
     unseen, every = [one for one in wholes if one.tree in held], math.ceil(len(steps) / HELD_TIMES)
-    lengths, settings = [one.tokens for one in subtrees], train.run_settings(args)
-    run = train.Run(policy, steps, make_batch, device=device, lengths=lengths, **settings)
+    lengths = [one.tokens for one in subtrees]
+    how = {"peak": args.lr, "budget": budget, "save_every": args.save_every}
+    run = train.Run(policy, steps, make_batch, out=out, device=device, lengths=lengths, **how)
     for step in run:
         for batch in run.micro_batches():
             run.backward(*pair_loss(policy(batch), batch, args.beta))
@@ -232,9 +235,10 @@ def build(
     lengths = [one.tokens for one in subtrees]
     images = max(len(tree.images) for tree in forest.trees)
     policy = train.build(args, device, steps, lengths, images)
-    seen = next((forest.encode(one) for one in subtrees if forest.trees[one.tree].images), None)
+    pictured = (one for one in subtrees if forest.trees[one.tree].images)
+    pictured = next(map(forest.encode, pictured), None)
     shortest = forest.encode(min(subtrees, key=lambda one: one.tokens))
-    gate.gate_policy(policy, seen, shortest, forest.processor, args.method == "lora", device)
+    gate.gate_policy(policy, pictured, shortest, forest.processor, args.method == "lora", device)
     return policy
 
 

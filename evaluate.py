@@ -72,7 +72,7 @@ def read_all(paths: list[str]) -> Questions:
 
 def questions_of(args: argparse.Namespace) -> Questions:
     """The questions of a run by id; without options if it is open-ended."""
-    chosen = data.some(read_all(args.questions).values(), args.limit)
+    chosen = data.draw(read_all(args.questions).values(), args.limit)
     return {q.id: q.opened() if args.open_ended else q for q in chosen}
 
 

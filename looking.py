@@ -215,7 +215,7 @@ def questions_of(args: argparse.Namespace) -> list[data.Question]:
     if len(kept) < len(image):
         left = len(image) - len(kept)
         print(f"left out: {left} of {WHOLE_IMAGE}; with another image they are no questions")
-    return data.some(kept, args.limit)
+    return data.draw(kept, args.limit)
 
 
 def run(args: argparse.Namespace) -> None:

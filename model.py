@@ -208,9 +208,7 @@ class Processor:
         with reading(f"{folder}: its tokenizer (tokenizer.json and others)"):
             self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             vocabulary = self.tokenizer.get_vocab()
-        grid = self.family.grid_positions
-        self.settings = {"max_pixels": max_pixels} if grid else {"tiles": tiles}
-        self.images = image_processor(folder, grid, max_pixels, tiles)
+        self.images = image_processor(folder, self.family.grid_positions, max_pixels, tiles)
         added = self.tokenizer.added_tokens_decoder.items()
         self.special = {token.content: index for index, token in added if token.special}
         for token in (TURN_START, TURN_END, self.family.image_token):
@@ -266,8 +264,6 @@ class Processor:
                     self.refuse_special(part["text"], f"{message['role']} text")
                     text += part["text"]
             text += f"{TURN_END}\n"
-        if waiting:
-            raise data.RowError("the messages have images but no user turn to hold them")
         return text + f"{TURN_START}assistant\n"
 
     def encode_prompt(self, messages: list[dict], images: list[ImageInput]) -> Segment:
@@ -370,21 +366,9 @@ def segment_positions(
     return positions, now
 
 
-def check_segment(segment: Segment, number: int, image_id: int) -> None:
-    """Raises ValueError for what no row may have. number: the segment's in its row."""
-    parent = segment.parent
-    if parent is not None and not 0 <= parent < number:
-        raise ValueError(f"segment {number} has parent {parent}; a parent must come before it")
-    if parent is None and segment.labels[0]:
-        raise ValueError("the first token of a root is supervised; nothing predicts it")
-    tokens, features = segment.ids.count(image_id), sum(image.tokens for image in segment.images)
-    if tokens != features:
-        raise ValueError(f"{tokens} image tokens but {features} image features")
-
-
 def collate(rows: list[Row], processor: Processor, weights: list[float] | None = None) -> Batch:
-    """Rows (trees) to one batch. A parent stands before its children, and a root's first token is
-    not supervised: nothing predicts it."""
+    """Rows (trees) to one batch. In a row a parent comes before its children, and the first token
+    of a root is not supervised, since nothing predicts it."""
     shape = len(rows), max(sum(len(segment.ids) for segment in row) for row in rows)
     ids, labels, branch, predecessor = (torch.zeros(shape, dtype=torch.long) for _ in range(4))
     positions = torch.zeros(3, *shape, dtype=torch.long)
@@ -394,7 +378,6 @@ def collate(rows: list[Row], processor: Processor, weights: list[float] | None =
         # of each segment: the position after it, and where it and its ancestors lie
         nexts, paths, at = [], [], 0
         for s, segment in enumerate(row):
-            check_segment(segment, s, processor.image_id)
             parent, stop = segment.parent, at + len(segment.ids)
             begin, path = (0, ()) if parent is None else (nexts[parent], paths[parent])
             ids[b, at:stop] = torch.tensor(segment.ids)
@@ -443,9 +426,7 @@ class Policy(nn.Module):
         self.model = model
         self.family = FAMILIES[model.config.model_type]
         self.image_id = model.config.image_token_id
-        self.checkpoint = (
-            None  # hub.Checkpoint: the files that hold the values of parameters on `meta`
-        )
+        self.checkpoint = None  # hub.Checkpoint: the files with the values of what is on `meta`
         from transformers import AttentionInterface
 
         # transformers makes no mask for an attention function that it does not know

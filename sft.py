@@ -20,11 +20,10 @@ Where we depart from the paper, or it is silent:
   3. The newline after <|im_end|> is not supervised: generation ends at <|im_end|>.
   4. --pack puts several demonstrations in one row, which do not see each other; the system turn is
      computed once. The loss is the same, with fewer tokens.
-  5. A demonstration that is too long is dropped and counted, never cut: from a
-     chain without its answer the model would learn to think without end.
-  6. OUT/merged has the dtype of the base's weight files. Weights are trained in fp32, so a small
-     change may be rounded away: stage.json has the share of weights that changed and what rounding
-     took of the change. --save-dtype float32 keeps all of it, in twice the space of bf16.
+  5. A demonstration that is too long is dropped and counted, never cut: from a chain without its
+     answer the model would learn to think without end.
+  6. OUT/merged has the dtype of the base's weight files. Weights are trained in fp32, and a small
+     change may be rounded away: stage.json says how much. --save-dtype float32 keeps all of it.
 """
 
 import argparse
@@ -92,7 +91,7 @@ def pack(rows: list[model.Row], stop_id: int) -> model.Row:
     turn (the system prompt), that turn is the root and each demonstration a child of it."""
     cut = rows[0][0].ids.index(stop_id) + 1 if stop_id in rows[0][0].ids else 0
     prefix = rows[0][0].ids[:cut]
-    if len(rows) == 1 or not cut or any(row[0].ids[:cut] != prefix for row in rows):
+    if len(rows) == 1 or any(row[0].ids[:cut] != prefix for row in rows):
         cut = 0
     packed = [model.Segment(prefix, [data.PROMPT] * cut)] if cut else []
     for prompt, response in rows:
@@ -135,6 +134,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--weights", type=weight, nargs=3, default=[1.0] * 3, metavar=spans, help=about)
     train.add_flags(parser, "rows")
     args = parser.parse_args(argv)
+    args.micro_tokens = args.micro_tokens or args.max_length
     if not any(args.weights):
         parser.error("argument --weights: at least one of them must be above 0")
     return args
@@ -159,17 +159,17 @@ def main(argv: list[str] | None = None) -> None:
 
     images = max(sum(len(demos[index][0]["images"]) for index in part) for part in packs)
     policy = train.build(args, device, steps, sizes, images)
-    seen = next((encode(index) for index, (row, _) in enumerate(demos) if row["images"]), None)
+    pictured = next((encode(index) for index, (row, _) in enumerate(demos) if row["images"]), None)
     shortest = encode(lengths.index(min(lengths)))
-    gate.gate_policy(policy, seen, shortest, processor, args.method == "lora", device)
+    gate.gate_policy(policy, pictured, shortest, processor, args.method == "lora", device)
 
     def make_batch(indices: list[int], weights: list[float]) -> model.Batch:
         packed = [pack([encode(j) for j in packs[i]], processor.stop_id) for i in indices]
         return model.collate(packed, processor, weights).to(device)
 
     span_weights = dict(zip((data.THINK, data.ANSWER, data.TAG), args.weights))
-    settings = train.run_settings(args)
-    run = train.Run(policy, steps, make_batch, device=device, lengths=sizes, **settings)
+    how = {"peak": args.lr, "budget": args.micro_tokens, "save_every": args.save_every}
+    run = train.Run(policy, steps, make_batch, out=out, device=device, lengths=sizes, **how)
     for _ in run:
         for batch in run.micro_batches():
             run.backward(*sft_loss(policy(batch), batch, span_weights))

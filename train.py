@@ -50,6 +50,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
 import data
 import hub
@@ -210,9 +211,9 @@ def build(
     count = sum(p.numel() for p in trained_parameters(policy).values())
     every = sum(p.numel() for p in policy.parameters())
     print0(f"training {count:,} of {every:,} parameters ({args.method})")
-    budget, ranks = args.micro_tokens or args.max_length, world_size()
-    used, rows, length = packing(plan, budget, ranks, lengths)
-    message = f"efficiency on {ranks} ranks {used:.2f}; "
+    ranks = world_size()
+    used, rows, length = micro_batch_shape(plan, args.micro_tokens, ranks, lengths)
+    message = f"batching efficiency on {ranks} ranks {used:.2f}; "
     print0(f"{message}the largest micro-batch has {rows} x {length:,} tokens")
     blocks = len(policy.language_model.layers)
     again = blocks if args.checkpointing == "all" else 0
@@ -228,19 +229,19 @@ def build(
 
 
 def shard(
-    policy: nn.Module, device: torch.device, checkpointing: int = 0, replicas: int = 1
+    policy: nn.Module, device: torch.device, recomputed: int = 0, replicas: int = 1
 ) -> nn.Module:
     """Puts a policy on its device and, in a process group, shards it block by block (FSDP2). The
     model is changed from outside: it knows nothing of ranks.
 
-    checkpointing   how many blocks compute their activations again in backward
-    replicas        copies of the model (HSDP), a divisor of the number of ranks
+    recomputed   how many blocks compute their activations again in backward
+    replicas     copies of the model (HSDP), a divisor of the number of ranks
     On a GPU: bf16 compute, fp32 master weights and gradient sums; on a CPU everything is fp32.
     """
     if world_size() % replicas:
         message = f"--replicas {replicas} does not divide the number of ranks, {world_size()}"
         refuse(data.RowError(f"{message}; one replica a node is usual"))
-    recompute_blocks(policy, checkpointing)
+    recompute_blocks(policy, recomputed)
     if dist.is_initialized():
         fully_shard_blocks(policy, device, replicas)
     load_weights(policy, device)
@@ -250,8 +251,7 @@ def shard(
 def recompute_blocks(policy: nn.Module, count: int) -> None:
     """The first `count` blocks keep no activations for backward, which computes them again."""
     for layer in policy.language_model.layers[:count]:
-        again = partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
-        layer.forward = again
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def load_weights(policy: nn.Module, device: torch.device) -> None:
@@ -387,7 +387,7 @@ def deal_rows(
     return dealt
 
 
-def packing(
+def micro_batch_shape(
     plan: Sequence[Sequence[int]], budget: int, ranks: int, lengths: Sequence[int]
 ) -> tuple[float, int, int]:
     """(efficiency, rows of the largest micro-batch, tokens of its longest row). Efficiency: the
@@ -475,7 +475,6 @@ class Run:
             for step in range(self.begin, len(self.plan)):
                 self.step, self.started = step, time.time()
                 self.sums: dict[str, Tensor] = {}
-                self.figures: dict[str, float] = {}
                 yield step
                 if rank() == 0:
                     data.append_jsonl(log, [self.figures])
@@ -670,13 +669,6 @@ def sees(path: Path, content: bytes) -> bool:
                 return True
         time.sleep(0.1)
     return False
-
-
-def run_settings(args: argparse.Namespace) -> dict:
-    """What a Run takes from a stage's flags."""
-    budget = args.micro_tokens or args.max_length
-    out, every = Path(args.out), args.save_every
-    return {"out": out, "peak": args.lr, "budget": budget, "save_every": every}
 
 
 def save(args: argparse.Namespace, policy: model.Policy, processor: model.Processor) -> dict:

@@ -595,11 +595,11 @@ real = pytest.mark.skipif(
 
 def test_a_limit_takes_so_many_of_each_kind_by_their_ids_alone_and_in_their_order():
     bank = [data.Question(f"q{i}", FOUR, "B", ["x.png"] * (i % 3 == 0)) for i in range(30)]
-    few = data.some(bank, 4)
+    few = data.draw(bank, 4)
     assert [q for q in bank if q in few] == few
     assert sorted(bool(q.images) for q in few) == [False] * 4 + [True] * 4
-    assert data.some(bank, 0) == bank == data.some(bank, 99)
-    assert {q.id for q in data.some(bank[::-1], 4)} == {q.id for q in few}
+    assert data.draw(bank, 0) == bank == data.draw(bank, 99)
+    assert {q.id for q in data.draw(bank[::-1], 4)} == {q.id for q in few}
 
 
 def real_replies() -> list[tuple[dict, dict]]:

@@ -801,31 +801,6 @@ def test_features_of_a_trained_tower_after_sampling_have_gradients(folders):
     assert torch.equal(features, sampled) and gradients(policy)
 
 
-def test_image_tokens_that_do_not_match_the_features_are_refused(processor):
-    prompt, response = (
-        prompt_of(processor, "What?", [picture(56, 56)]),
-        processor.encode_response("x"),
-    )
-    with pytest.raises(ValueError, match="4 image tokens but 0 image features"):
-        model.collate([[replace(prompt, images=[]), response]], processor)
-    short = prompt.ids.copy()
-    short.remove(processor.image_id)
-    with pytest.raises(ValueError, match="3 image tokens but 4 image features"):
-        model.collate([[replace(prompt, ids=short, labels=prompt.labels[1:]), response]], processor)
-
-
-@pytest.mark.parametrize("parent", [1, 2, -1])
-def test_collate_refuses_a_parent_that_does_not_come_before(processor, parent):
-    row = [prompt_of(processor, "Why?", []), processor.encode_response("x", parent)]
-    with pytest.raises(ValueError, match="parent"):
-        model.collate([row], processor)
-
-
-def test_collate_refuses_a_supervised_root(processor):
-    with pytest.raises(ValueError, match="root"):
-        model.collate([[replace(processor.encode_response("x"), parent=None)]], processor)
-
-
 def test_dropout_stays_off_after_train(processor, policy):
     for module in policy.modules():
         if hasattr(module, "attention_dropout"):

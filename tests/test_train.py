@@ -127,7 +127,7 @@ def test_rows_dealt_by_length_make_ranks_wait_little():
     plan = train.shuffled(len(lengths), 64, 1, 0)
     waited = [max(lengths[i] for i in step[at : at + 8]) for step in plan for at in range(0, 64, 8)]
     shuffled = 8 * sum(waited) / sum(lengths)
-    assert shuffled > 1.8 and 1 / train.packing(plan, 1, 8, lengths)[0] <= 1.17
+    assert shuffled > 1.8 and 1 / train.micro_batch_shape(plan, 1, 8, lengths)[0] <= 1.17
     shares = [train.deal_rows(step, 1, 8, lengths) for step in plan]
     longest = [max(sum(lengths[i] for ((i, _),) in rank) for rank in ranks) for ranks in shares]
     assert 8 * sum(longest) / sum(lengths) <= 1.08
@@ -135,10 +135,10 @@ def test_rows_dealt_by_length_make_ranks_wait_little():
 
 def test_the_largest_micro_batch_counts_its_padding():
     lengths = [100, 30, 29, 28, 27]
-    assert train.packing([[0, 1, 2], [3, 4]], 90, 1, lengths)[1:] == (1, 100)
-    assert train.packing([[1, 2, 3, 4]], 90, 1, lengths)[1:] == (3, 30)
+    assert train.micro_batch_shape([[0, 1, 2], [3, 4]], 90, 1, lengths)[1:] == (1, 100)
+    assert train.micro_batch_shape([[1, 2, 3, 4]], 90, 1, lengths)[1:] == (3, 30)
     # 120 tokens, 114 of rows
-    assert train.packing([[1, 2, 3, 4]], 120, 1, lengths) == (114 / 120, 4, 30)
+    assert train.micro_batch_shape([[1, 2, 3, 4]], 120, 1, lengths) == (114 / 120, 4, 30)
 
 
 def test_the_order_depends_on_seed_and_epoch_and_nothing_else():

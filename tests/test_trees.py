@@ -265,7 +265,7 @@ def test_ranks_have_rows_of_like_length_at_the_same_time(world):
     assert sorted(index for index, weight in own if weight) == list(range(7))
     assert all(index == lengths.index(60) for index, weight in own if not weight)  # the shortest
     spent = world * sum(longest[::world])
-    found, *_ = train.packing([list(range(7))], 1, world, lengths)
+    found, *_ = train.micro_batch_shape([list(range(7))], 1, world, lengths)
     assert found == pytest.approx(sum(lengths) / spent)
 
 
@@ -294,7 +294,7 @@ def test_a_micro_batch_is_as_many_rows_as_its_tokens_hold_padding_included(lengt
         fits = len(more) * own[0] <= budget and sum(more) >= train.FILLED * len(more) * own[0]
         assert not rounds or not fits
     spent = world * sum(costs[0] for costs in padded)
-    found, *_ = train.packing([list(range(len(lengths)))], budget, world, lengths)
+    found, *_ = train.micro_batch_shape([list(range(len(lengths)))], budget, world, lengths)
     assert found == pytest.approx(sum(lengths) / spent)
 
 
