@@ -77,12 +77,6 @@ class Completion:
         return None if self.token_logps is None else sum(self.token_logps)
 
 
-def textless(request: Request, sampling: Sampling, finish_reason: str) -> list[Completion]:
-    """A completion without text for each sample of a request."""
-    seeds = [(k, data.sample_seed(sampling.seed, request.id, k)) for k in request.samples]
-    return [Completion(request.id, k, "", None, finish_reason, seed) for k, seed in seeds]
-
-
 class Engine(Protocol):
     spec: str
     proven: bool  # it answered in an earlier run, so a refusal is about the question
