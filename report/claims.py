@@ -147,8 +147,9 @@ def measure_claims(runs: list[Run]) -> list[dict]:
             continue
         levels, differences = [], []
         for before, after in sides:
-            keys = [key for key in after if key in before]
-            pairs = [[side[key] for key in keys] for side in (after, before)]
+            # a question without the measure on one side has weight 0 there
+            keys = before | after
+            pairs = [[side.get(key, (0.0, 0.0)) for key in keys] for side in (after, before)]
             levels.append(tuple(ratio(side) for side in reversed(pairs)))
             differences.append(score.ratio_interval(pairs))
         rows.append(
@@ -269,7 +270,7 @@ def plot_disorder(runs: list[Run], disorders: dict[str, list[float | None]], pat
     sheet, axes = figures.canvas(1, 2, 9, 3.6)
     curve = ["four", *(f"swap-{percent}" for percent in ablations.SWAPS)]
     for axis, measure in zip(axes[0], ("met", "accuracy")):
-        for number, (run, look) in enumerate(zip(runs, figures.LOOKS)):
+        for number, (run, look) in enumerate(zip(runs, figures.LOOKS * len(runs))):
             share = {name: ratio(list(run[name][measure].values())) for name in run if run[name]}
             at = [(disorders[name][number], share[name]) for name in curve]
             axis.plot(*zip(*at), color="#a0a0a0", marker=look.marker, markersize=4)

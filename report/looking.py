@@ -127,7 +127,7 @@ def plot(runs: list[dict], path: Path) -> None:
     shown = [name for name in DRAWN if any(name in run["figures"] for run in runs)]
     sheet, axes = figures.canvas(1, len(shown), 3 * len(shown), 3)
     for axis, name in zip(axes[0], shown):
-        for at, (run, look) in enumerate(zip(runs, figures.LOOKS)):
+        for at, (run, look) in enumerate(zip(runs, figures.LOOKS * len(runs))):
             if found := run["figures"].get(name):
                 mean, off = figures.intervals([found])
                 axis.errorbar(at, mean, off, fmt=look.marker, color=look.shade, ecolor="#404040")

@@ -119,11 +119,9 @@ def gains(folder: Path, films: dict[str, world.Case]) -> dict[str, Counts]:
     found: dict[str, Counts] = {"gain, known": {}, "gain, withheld": {}}
     for key, film in films.items():
         rule = film.sign, film.clue
-        gain = after[key][0] / after[key][1] - before[key][0] / before[key][1]
-        withheld = rule in world.WITHHELD
-        for name, there in (("withheld", withheld), ("known", not withheld)):
-            there = there and rule not in world.FAMILIAR
-            found[f"gain, {name}"][key] = (gain, 1) if there else (0, 0)
+        if rule not in world.FAMILIAR:
+            gain = after[key][0] / after[key][1] - before[key][0] / before[key][1]
+            found[f"gain, {'withheld' if rule in world.WITHHELD else 'known'}"][key] = (gain, 1)
     return found
 
 

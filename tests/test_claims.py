@@ -1,6 +1,7 @@
 """What several runs show: differences and intervals from files whose answer is known by
 construction."""
 
+from collections import defaultdict
 from dataclasses import replace
 
 import pytest
@@ -76,6 +77,14 @@ def test_differences_are_those_of_the_files(tmp_path):
         assert row["differences"] == [[after - before] * 3] * 2
         assert (row["mean"], row["low"], row["high"]) == (after - before,) * 3
     assert [row["shown"] for row in found] == [True, True, True, True, False, True, True]
+
+
+def test_a_question_without_the_measure_on_one_side_counts_on_the_other():
+    run = defaultdict(dict)
+    run["stage1"] = {"invented": {"a": (1, 1), "b": (0, 1)}}
+    run["stage2"] = {"invented": {"b": (1, 1)}}
+    (row,) = claims.measure_claims([run])
+    assert row["levels"] == [(0.5, 1.0)]
 
 
 def test_a_claim_that_one_run_contradicts_is_not_shown_whatever_the_mean(tmp_path):
