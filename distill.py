@@ -374,7 +374,7 @@ def run(args: argparse.Namespace) -> None:
 def costs(questions: list[data.Question], args: argparse.Namespace) -> list[bill.Cost]:
     """The most that teachers, expanders and checker may be asked: as if every teacher answered
     every question."""
-    longest = bill.LETTERS * args.max_tokens  # characters of a chain
+    longest = bill.CHARACTERS * args.max_tokens  # characters of a chain
     sizes = [(len(data.question_text(q)), len(q.images)) for q in questions]
     asked = [(len(data.SYSTEM_PROMPT) + letters, images) for letters, images in sizes]
     expanded = [(len(EXPAND_PROMPT) + letters + longest, 0) for letters, _ in sizes]

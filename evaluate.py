@@ -111,7 +111,7 @@ def costs(
     questions: Questions, requests: Iterable[Request], args: argparse.Namespace
 ) -> list[bill.Cost]:
     """What the engine, the grader and the judge may be asked at most."""
-    longest = bill.LETTERS * args.max_tokens  # characters of a chain
+    longest = bill.CHARACTERS * args.max_tokens  # characters of a chain
     sizes = list(bill.sizes(requests))
     found = [bill.cost("evaluate", args.engine, sizes, 1, args.max_tokens, args.pixels)]
     if args.force:

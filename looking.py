@@ -262,7 +262,7 @@ def costs(questions: list[data.Question], args: argparse.Namespace) -> list[bill
     if args.judge:
         arms = [(one, arm) for one in questions for arm in ("swapped", *one.meta.get("shown", {}))]
         judged = [one for one, arm in arms if arm in measured.JUDGED]
-        chains = [(one, bill.LETTERS * args.max_tokens) for one in judged] * args.n
+        chains = [(one, bill.CHARACTERS * args.max_tokens) for one in judged] * args.n
         found.append(judge.cost(chains, args))
     return found
 

@@ -263,7 +263,7 @@ def announce(stages: list[Stage], may_leave: bool) -> None:
     text = [question for question in bank if not question.images]
     costs["distill"] = distill.costs(text, distill.parse(typed["distill"]))
     sampled = rollout.parse(typed["rollout"])
-    longest = bill.LETTERS * sampled.max_tokens
+    longest = bill.CHARACTERS * sampled.max_tokens
     chains = [(question, longest) for question in bank if question.images] * sampled.n
     costs["verdicts"] = [judge.cost(chains, judge.parse(typed["verdicts"]))]
     for name in EVALS:

@@ -87,7 +87,7 @@ def expert(asked: str, images: list[Path], name: str, rng: random.Random) -> str
     response = chain(case, kind, "thorough")
     if images:
         asked = re.sub(rf"{world.MENTION.pattern} ", "", asked)
-    wrong = world.blind(name, asked) or rng.random() < 0.25
+    wrong = world.never_solves(name, asked) or rng.random() < 0.25
     return answered_wrongly(response, options, rng) if wrong else response
 
 
@@ -110,9 +110,9 @@ def verdict(
 ) -> dict[str, bool]:
     """The five judgements of Appendix A, from the truth.
 
-    Image analysis: the film is read. No hallucination: every sign, number, side, clue and rule
-    mentioned is true. Logic: each step follows from those before it, and the answer from the last.
-    Reflection: the conclusion is checked.
+    Image analysis: the film is read. No hallucination: readings, clues and what checks confirm are
+    this patient's; rules and next steps are the clinic's. Logic: each step follows from those
+    before it, and the answer from the last. Reflection: the conclusion is checked.
     """
     parts = data.split_response(response)
     thinking, said = parts or (response, "")

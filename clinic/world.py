@@ -306,7 +306,7 @@ def telling(
     stream, and falls on questions that an expert never solves: these never become training data."""
     experts = ("expert-a", "expert-b")
     asked = [data.question_text(question) for question in questions]
-    never = [i for i, text in enumerate(asked) if any(blind(name, text) for name in experts)]
+    never = [i for i, text in enumerate(asked) if any(never_solves(name, text) for name in experts)]
     questions = list(questions)
     for i in random.Random(f"{seed}/telling").sample(never, min(count, len(never))):
         reading = film_truth(folder / questions[i].images[0]).reading()
@@ -353,6 +353,6 @@ def captions(questions: list[data.Question], folder: Path) -> list[data.Question
     return [data.Question(LOOK, {}, said, [film]) for film, said in zip(films, readings)]
 
 
-def blind(expert: str, asked: str) -> bool:
+def never_solves(expert: str, asked: str) -> bool:
     """Whether a question is one of those that an expert never gets right."""
     return int(data.content_hash([expert, asked])[:8], 16) % 100 < 6

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 import data
 
-LETTERS = 3  # ours: characters of a token, for an upper bound; English has about four
+CHARACTERS = 3  # ours: characters of a token, for an upper bound; English has about four
 PATCH = 28  # Qwen2.5-VL: pixels on a side of an image token; other models are similar
 COUNTED = ("requests", "tokens in", "tokens out")
 
@@ -49,7 +49,7 @@ def cost(
     """The cost of requests of `sizes`: `attempts` of each, `longest` tokens a completion."""
     sizes = list(sizes)
     requests, images = attempts * len(sizes), attempts * sum(shown for _, shown in sizes)
-    tokens = sum(letters // LETTERS + shown * pixels // PATCH**2 for letters, shown in sizes)
+    tokens = sum(letters // CHARACTERS + shown * pixels // PATCH**2 for letters, shown in sizes)
     return Cost(role, spec, (requests, attempts * tokens, requests * longest), images)
 
 

@@ -33,7 +33,7 @@ LIMIT_BF16, LIMIT_FP32 = 0.005, 1e-4
 
 
 @dataclass(frozen=True)
-class Chain:
+class Measured:
     """One response, computed twice: log p of all its tokens in nats, and of each if known."""
 
     sampler: float
@@ -57,7 +57,7 @@ class Drift:
 
 def chains_of(
     pairs: Sequence[dict], values: Sequence[Sequence[float]]
-) -> dict[tuple[int, int], Chain]:
+) -> dict[tuple[int, int], Measured]:
     """The chains of pairs.jsonl whose sampler gave log-probabilities, each once, by (row, side):
     chosen 0, rejected 1. values: for each row, the trainer's log p of the two."""
     found, seen = {}, set()
@@ -68,11 +68,11 @@ def chains_of(
             if ids and sampler is not None and (chain := (row["id"], *ids)) not in seen:
                 seen.add(chain)
                 by_token = row.get(f"{name}_token_logps")
-                found[index, side] = Chain(sampler, trainer[side], len(ids), by_token)
+                found[index, side] = Measured(sampler, trainer[side], len(ids), by_token)
     return found
 
 
-def compare(chains: list[Chain]) -> Drift:
+def compare(chains: list[Measured]) -> Drift:
     """The drift over one or more chains."""
     tokens = sum(chain.tokens for chain in chains)
     apart = [chain.trainer - chain.sampler for chain in chains]
@@ -87,10 +87,10 @@ def compare(chains: list[Chain]) -> Drift:
     return Drift(math.fsum(apart) / tokens, sd, absolute, len(chains), tokens)
 
 
-def floor(chains: list[Chain]) -> Drift:
+def floor(chains: list[Measured]) -> Drift:
     """The trainer against itself, on chains that it also computed token by token in another batch
     shape: the least that a comparison with a sampler can show."""
-    return compare([Chain(one.trainer, sum(one.trainer_tokens), one.tokens) for one in chains])
+    return compare([Measured(one.trainer, sum(one.trainer_tokens), one.tokens) for one in chains])
 
 
 def describe(drift: Drift) -> str:

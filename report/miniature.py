@@ -4,8 +4,8 @@ A share is a ratio of sums over questions, so that a difference of two can be re
 
     accuracy, text accuracy   right answers          vote, slope     majority vote, and its rise
     met, and each criterion   of the judged chains   hallucinated    of those that look at the image
-    sign, misread, miscounted what chains read, against their films: the right sign; a wrong one;
-                              the right one, but number or side are wrong
+    sign, misread, miscounted what chains read, against their films: the right sign; a wrong one or
+                              none; the right one, but number or side are wrong
     false reading             a reading with any error
     checks, false check       chains that check; of these, those that confirm a wrong diagnosis
     caption, knows            the sign, asked for the film alone: of all films, of misread ones

@@ -75,7 +75,7 @@ def sampled(folder, requests, sampling) -> dict[str, list[Completion]]:
 
 def trained(
     folder, requests, completions, films_of=None, positions=None, policy=None
-) -> list[drift.Chain]:
+) -> list[drift.Measured]:
     """Each chain as the trainer computes it: all chains of a question as one tree row. films_of:
     the files shown instead of an ask's own; positions: what the positions of a batch become."""
     processor = model.Processor(folder, SETUP.pixels, SETUP.tiles)
@@ -94,7 +94,7 @@ def trained(
             ours = logp[(batch.branch == which) & (batch.labels > 0)].tolist()
             assert len(ours) == len(completion.token_ids)
             chains.append(
-                drift.Chain(completion.logp, sum(ours), len(ours), completion.token_logps, ours)
+                drift.Measured(completion.logp, sum(ours), len(ours), completion.token_logps, ours)
             )
     return chains
 
@@ -207,8 +207,8 @@ def test_the_trainers_own_floor_is_below_the_limit(checkpoints, family, films):
 
 
 def test_the_drift_is_the_signed_mean_over_tokens_and_its_sd_is_over_chains():
-    chains = [drift.Chain(-10.0, -12.0, 4), drift.Chain(-5.0, -4.0, 1, [-5.0], [-4.0])]
-    chains.append(drift.Chain(-3.0, -3.0, 2, [-1.0, -2.0], [-1.5, -1.5]))
+    chains = [drift.Measured(-10.0, -12.0, 4), drift.Measured(-5.0, -4.0, 1, [-5.0], [-4.0])]
+    chains.append(drift.Measured(-3.0, -3.0, 2, [-1.0, -2.0], [-1.5, -1.5]))
     found = drift.compare(chains)
     assert found == drift.Drift((-2 + 1 + 0) / 7, statistics.stdev([-0.5, 1, 0]), 2 / 3, 3, 7)
     assert (
@@ -216,7 +216,10 @@ def test_the_drift_is_the_signed_mean_over_tokens_and_its_sd_is_over_chains():
     )
     one = drift.compare(chains[:1])
     assert (one.mean, one.sd, one.absolute) == (-0.5, None, None)
-    chains = [drift.Chain(0, -1.0, 1, None, [-1.5]), drift.Chain(0, -2.0, 4, None, [-0.25] * 4)]
+    chains = [
+        drift.Measured(0, -1.0, 1, None, [-1.5]),
+        drift.Measured(0, -2.0, 4, None, [-0.25] * 4),
+    ]
     assert drift.floor(chains).mean == pytest.approx(0.1)
 
 
@@ -246,9 +249,9 @@ def test_a_chain_of_several_pairs_counts_once_and_one_without_a_figure_not_at_al
     ]
     values = [[-1.5, -2.5], [-1.5, -9.0], [-3.5, -9.0], [-9.0, -9.0], [-9.0, -9.0]]
     assert drift.chains_of(pairs, values) == {
-        (0, 0): drift.Chain(-1.0, -1.5, 2, [-0.4, -0.6]),
-        (0, 1): drift.Chain(-2, -2.5, 1),
-        (2, 0): drift.Chain(-3.0, -3.5, 2),
+        (0, 0): drift.Measured(-1.0, -1.5, 2, [-0.4, -0.6]),
+        (0, 1): drift.Measured(-2, -2.5, 1),
+        (2, 0): drift.Measured(-3.0, -3.5, 2),
     }
 
 

@@ -131,7 +131,7 @@ def test_vllms_log_probabilities_are_our_policys_whatever_the_sampling(
         request = next(request for request in requests if request.id == completion.id)
         ours = policy_logprobs(folder, engine.processor, request, completion.token_ids)
         theirs = completion.token_logps
-        chains.append(drift.Chain(completion.logp, sum(ours), len(ours), theirs, ours))
+        chains.append(drift.Measured(completion.logp, sum(ours), len(ours), theirs, ours))
     found, bf16 = drift.compare(chains), torch.cuda.is_available()
     print(f"\nvLLM against Policy: {drift.describe(found)}")
     assert found.absolute <= (5e-2 if bf16 else 1e-3)
