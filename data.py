@@ -122,6 +122,10 @@ class Question:
     def answer_text(self) -> str:
         return self.options[self.answer] if self.options else self.answer
 
+    def written_answer(self) -> str:
+        """The answer as in the paper's figures, "B. MRI", or an open-ended question's reference."""
+        return f"{self.answer}. {self.answer_text()}" if self.options else self.answer
+
 
 # ours: the paper counts twelve imaging modalities and names radiology, pathology and optical
 # coherence tomography. Name -> its words. The first table goes first: "CT angiography" is

@@ -128,7 +128,7 @@ def expand(engine: Engine, chains: list[Chain], args: argparse.Namespace) -> Non
     summaries, requests = [], []
     for chain in right:
         summaries.append((data.split_response(chain.response) or (chain.response,))[0])
-        parts = data.question_text(chain.question), summaries[-1], written_answer(chain.question)
+        parts = data.question_text(chain.question), summaries[-1], chain.question.written_answer()
         requests.append(prompt_request(chain.question.id, EXPAND_PROMPT % parts, []))
     for chain, summary, row in zip(right, summaries, ask(engine, "expander", requests, args)):
         match = EXPANSION.fullmatch(row["response"])
@@ -307,11 +307,6 @@ def read_completion(text: str, reasoning: str, options: dict[str, str]) -> str:
     return in_form(reasoning, f"{letter}. {options[letter]}") if letter else text
 
 
-def written_answer(question: data.Question, form: str = "letter-text") -> str:
-    text = question.answer_text()
-    return f"{question.answer}. {text}" if question.options and form == "letter-text" else text
-
-
 # --------------------------------------------------------------------------------------------------
 # review.csv
 
@@ -390,11 +385,12 @@ def costs(questions: list[data.Question], args: argparse.Namespace) -> list[bill
 
 def make_demo(chain: Chain, form: str) -> dict:
     """A row of demos.jsonl."""
-    thinking, _ = data.split_response(chain.response)
-    response = data.join_response(thinking, written_answer(chain.question, form))
-    turns = [*data.prompt_messages(chain.question), {"role": "assistant", "content": response}]
-    row = {"id": chain.question.id, "sample": chain.sample, "messages": turns}
-    row |= {"images": chain.question.images, "teacher": chain.teacher}
+    question, (thinking, _) = chain.question, data.split_response(chain.response)
+    answer = question.answer_text() if form == "text" else question.written_answer()
+    response = data.join_response(thinking, answer)
+    turns = [*data.prompt_messages(question), {"role": "assistant", "content": response}]
+    row = {"id": question.id, "sample": chain.sample, "messages": turns}
+    row |= {"images": question.images, "teacher": chain.teacher}
     return row | {"checks": {"correct": True, "structure": True, "coherence": True}} | chain.notes
 
 
@@ -458,7 +454,7 @@ def from_huatuo(record: dict, where: str) -> Chain:
     question = benchmarks.question_of(item, [], "huatuo", where)
     fault = conclusion_fault(record["Response"], question)
     faults = {"conclusion": f"its Response {fault}"} if fault else {}
-    response = in_form(record["Complex_CoT"], written_answer(question))
+    response = in_form(record["Complex_CoT"], question.written_answer())
     notes = {"meta": {"Response": record["Response"]}}
     return Chain(question, 0, "huatuo", response, faults, notes)
 

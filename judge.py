@@ -80,15 +80,10 @@ Please return the evaluation in the following JSON format:
 <Answer> %s </Answer>"""
 
 
-def ground_truth(question: data.Question) -> str:
-    """The answer as judge and raters see it: "B. MRI", or an open-ended question's reference."""
-    return f"{question.answer}. {question.answer_text()}" if question.options else question.answer
-
-
 def judge_request(question: data.Question, rollout: dict, image_root: Path) -> Request:
     """The Appendix A prompt about one rollout, with the question's images. Its id is a hash of all
     of that, so two rollouts of one text are one request."""
-    text = data.question_text(question), ground_truth(question), rollout["response"]
+    text = data.question_text(question), question.written_answer(), rollout["response"]
     images = inference.image_paths(question, image_root)
     return inference.prompt_request(question.id, JUDGE_PROMPT % text, images)
 
@@ -115,7 +110,7 @@ def cost(chains: Iterable[tuple[data.Question, int]], args: argparse.Namespace) 
     """What judging chains may cost at most, given each one's question and characters."""
     sizes = []
     for question, letters in chains:
-        text = JUDGE_PROMPT + data.question_text(question) + ground_truth(question)
+        text = JUDGE_PROMPT + data.question_text(question) + question.written_answer()
         sizes.append((len(text) + letters, len(question.images)))
     return inference.label_cost("judge", args.judge, sizes, args)
 

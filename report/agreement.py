@@ -26,7 +26,7 @@ import data
 from command import schema, stage
 from command.sheets import read_sheet, write_sheet
 from engines.inference import image_paths
-from judge import CRITERIA, ground_truth
+from judge import CRITERIA
 from rollout import read_rollouts
 
 RESAMPLES = 2000  # ours: bootstrap over cases
@@ -63,7 +63,7 @@ def sample(args: argparse.Namespace) -> None:
             copies.append(f"{case}-{len(copies) + 1}{path.suffix}")
             shutil.copyfile(path, images / copies[-1])
         options = "\n".join(f"({letter}) {text}" for letter, text in question.options.items())
-        texts = [question.question, options, ground_truth(question), chains[id, sha]]
+        texts = [question.question, options, question.written_answer(), chains[id, sha]]
         sheet.append([case, *texts, " ".join(copies), *[""] * len(CRITERIA)])
         key.append({"case": case, "id": id, "response_sha": sha})
     write_sheet(out / "sheet" / "sheet.csv", SHEET, sheet)
