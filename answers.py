@@ -295,6 +295,11 @@ def is_correct(response: str, question: Question) -> bool:
     return bool(said) and said in {normalise(answer) for answer in accepted}
 
 
+def is_right(row: dict, question: Question) -> bool:
+    """Whether a completion's row is finished, and right by rule."""
+    return row["finish_reason"] == "stop" and is_correct(row["response"], question)
+
+
 # --------------------------------------------------------------------------------------------------
 # Endless thinking
 

@@ -319,7 +319,7 @@ def run(args: argparse.Namespace) -> None:
                 open_engine(spec, inference.setup_of(args))  # Unavailable for one without a key
     inputs = [*args.questions, *args.against, args.reviewed, *map(checkpoint, specs)]
     images = data.image_files(args.images, map(vars, bank))
-    if not stage.open_folder(args, filter(None, inputs), inference.SPEED, images):
+    if not stage.open_folder(args, filter(None, inputs), inference.FREE, images):
         return
     left, rejected, after = bank, {}, {"bank": bank}
     for step, run_step in STEPS.items():

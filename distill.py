@@ -356,7 +356,7 @@ def run(args: argparse.Namespace) -> None:
     specs = [*args.teachers, *(spec for _, spec in args.expand), args.checker]
     inputs = filter(None, [args.questions, args.review, *map(checkpoint, specs)])
     images = data.image_files(args.images, map(vars, questions))
-    if not stage.open_folder(args, inputs, inference.SPEED, images):
+    if not stage.open_folder(args, inputs, inference.FREE, images):
         return
     bill.announce(costs(questions, args), args.images_may_leave)
     kept, made = distill(questions, verdicts, args)
@@ -432,7 +432,7 @@ def import_chains(args: argparse.Namespace) -> None:
     sent = [vars(chain.question) for chain in chains] if args.checker else []
     inputs = filter(None, [args.file, args.review, checkpoint(args.checker)])
     images = data.image_files(args.images, sent)
-    if not stage.open_folder(args, inputs, inference.SPEED, images):
+    if not stage.open_folder(args, inputs, inference.FREE, images):
         return
     for chain in chains:
         chain.faults |= check_chain(chain.response, "stop", chain.question, *args.words)

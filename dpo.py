@@ -21,11 +21,12 @@ OUT/reference.jsonl, OUT/after.jsonl, OUT/stage.json
         --images images --out out/dpo
 
 Where we depart from the paper, or it is silent:
-  1. lr 1e-6, full parameters and the cosine are the paper's (App. C), as is LoRA for 32B and 72B
-     (its lr, 5e-6, is ours). "Full" is the language model: vision tower and projector are frozen.
+  1. lr 1e-6, full parameters and the cosine are the paper's (App. C), as is LoRA for 32B and 72B;
+     LoRA's lr, 5e-6, is ours. "Full" is the language model: vision tower and projector are frozen.
      Beta 0.1, one epoch, batch 64, warm-up 10 % are ours.
-  2. LoRA trains a fresh adapter on the *merged* Stage-I weights. Its trainer would resume Stage I's
-     adapter and switch it off for the reference, which is then the raw base model.
+  2. LoRA trains a fresh adapter on the *merged* Stage-I weights. The paper's trainer,
+     LLaMA-Factory, would go on training Stage I's adapter; its reference, the model with that
+     adapter switched off, would be the base model before Stage I.
   3. A rollout's own token ids are trained on; a pair without them is tokenised, and counted.
   4. Log-probabilities are sums over the response, <|im_end|> included, as in Eq. 1, never means.
   5. --order pair shuffles pairs, as the paper's trainer does; --order question keeps a question's
@@ -55,7 +56,7 @@ from command import flags, schema, stage
 
 BETA = 0.1  # ours: paper silent (LLaMA-Factory default; the DPO paper uses 0.1 to 0.5)
 FIRST = 4  # ours: subtrees of a rank that are compared with the reference before training
-HELD_TIMES = 10  # ours: how often in a run the pairs that are held out are looked at
+HELD_TIMES = 10  # ours: held-out pairs are evaluated at most so often, the last time at the end
 
 
 def dpo_loss(
@@ -101,13 +102,13 @@ def pair_batches(
     forest: trees.Forest, subtrees: Sequence[trees.Subtree], budget: int, device: torch.device
 ) -> Iterator[model.Batch]:
     """This rank's micro-batches of these subtrees, each of them once."""
-    rounds = reference.rounds_of([one.tokens for one in subtrees], budget)
+    waves = reference.waves_of([one.tokens for one in subtrees], budget)
 
-    def make_batch(parts: reference.Round) -> model.Batch:
+    def make_batch(parts: reference.Wave) -> model.Batch:
         indices, weights = zip(*parts[train.rank()])
         return forest.collate([subtrees[index] for index in indices], weights).to(device)
 
-    return train.ahead(rounds, make_batch)
+    return train.ahead(waves, make_batch)
 
 
 def held_figures(
@@ -127,7 +128,7 @@ def held_figures(
 def gate_reference(
     policy: model.Policy, batches: Iterator[model.Batch], beta: float, device: torch.device
 ) -> None:
-    """Rows as they will be trained must have the reference's log-probabilities and a loss of ln 2.
+    """The plan's first subtrees must have the reference's log-probabilities and a loss of ln 2.
     Near h = 0 the loss moves by beta / 2 times h, and h by the rounding errors of two chains. A
     collective."""
     found, chains = [], []
@@ -141,9 +142,8 @@ def gate_reference(
     loss, count = train.all_reduce(torch.stack(found).double().sum(0)).tolist()
     chains = train.all_gather(chains)  # (tokens, distance from the reference)
     wrong = [off for tokens, off in chains if not off <= gate.tolerance(tokens, device)]
-    message = (
-        f"log-probabilities differ by up to {max(wrong, default=0):.4f}; remove reference.jsonl"
-    )
+    message = f"log-probabilities differ by up to {max(wrong, default=0):.4f}; if other code or "
+    message += "another kind of GPU wrote reference.jsonl, remove it"
     gate.check_claim("policy equals reference", not wrong, message)
     mean, longest = loss / count, max(tokens for tokens, _ in chains)
     least = gate.tolerance(gate.SHORT, device) / 10  # ours: 1e-4 in fp32, whatever beta is
@@ -186,24 +186,24 @@ def main(argv: list[str] | None = None) -> None:
     pairs = schema.read_rows(args.pairs, "pairs")
     if not train.begin(args, [args.model, args.pairs], data.image_files(args.images, pairs)):
         return
-    forest = trees.read_forest(args, pairs)
+    forest = trees.make_forest(args, pairs)
     held = trees.held_out(forest.trees, forest.places, args.held_out)
     subtrees, steps = trees.make_plan(args, forest, held)
     policy = build(args, forest, subtrees, steps, device)
 
-    wholes = forest.subtrees(args.max_length)  # all of a question's chains at once
-    rounds = reference.rounds_of([one.tokens for one in wholes], budget)
+    wholes = forest.subtrees(args.max_length)  # each tree whole, unless it is over --max-length
+    waves = reference.waves_of([one.tokens for one in wholes], budget)
     path = out / "reference.jsonl"
-    forest.reference = reference.compute(path, policy, forest, wholes, rounds, device)
-    reference.gate_drift(args, pairs, forest, forest.reference, policy, budget, device)
+    forest.reference = reference.compute(path, policy, forest, wholes, waves, device)
+    reference.gate_drift(args, pairs, forest, policy, budget, device)
     first = pair_batches(forest, subtrees[: FIRST * train.world_size()], budget, device)
     gate_reference(policy, first, args.beta, device)
 
     def make_batch(indices: list[int], weights: list[float]) -> model.Batch:
         return forest.collate([subtrees[index] for index in indices], weights).to(device)
 
-    unseen, every = [one for one in wholes if one.tree in held], math.ceil(len(steps) / HELD_TIMES)
-    lengths = [one.tokens for one in subtrees]
+    unseen = [one for one in wholes if one.tree in held]
+    every, lengths = math.ceil(len(steps) / HELD_TIMES), [one.tokens for one in subtrees]
     how = {"peak": args.lr, "budget": budget, "save_every": args.save_every}
     run = train.Run(policy, steps, make_batch, out=out, device=device, lengths=lengths, **how)
     for step in run:
@@ -216,8 +216,8 @@ def main(argv: list[str] | None = None) -> None:
             run.figures |= held_figures(policy, batches, args.beta)
     after = out / "after.jsonl"
     if train.rank() == 0:
-        after.unlink(missing_ok=True)  # of this run, where it was killed here
-    reference.compute(after, policy, forest, wholes, rounds, device)
+        after.unlink(missing_ok=True)  # a run that was killed here began it
+    reference.compute(after, policy, forest, wholes, waves, device)
     saved = train.save(args, policy, forest.processor)
     if train.rank() == 0:
         finish(args, started, forest, held, saved)

@@ -16,8 +16,8 @@ Where we depart from the paper, or it is silent:
   1. T = 0.5 is the paper's for majority vote and pass@n; its main tables name no decoding. Ours:
      the same samples serve all figures, so MV@1 = pass@1 = accuracy.
   2. For n below N, MV@n is a mean over seeded subsets (the paper may have used the first n).
-  3. With --judge one chain of every image question is judged, right or wrong, so that a stage
-     cannot look better by answering less. The seed draws it: the same sample at every stage.
+  3. With --judge one chain of every image question is judged (--judge-samples), right or wrong, so
+     that a stage cannot look better by answering less. It is the same sample at every stage.
   4. --prompt paper is Appendix A's system prompt for whatever model is asked; official is the
      benchmark's own prompt; bare is the question alone, for models that reason unasked.
   5. --open-ended removes the options (Fig. 8), and an engine says which answers mean the reference.
@@ -55,8 +55,9 @@ FORCE_PROMPT = "Give the letter of the option that you choose, and nothing else.
 
 
 def read_all(paths: list[str]) -> Questions:
-    """Questions of several files by id. One that two benchmarks share counts in both: the second
-    gets an id with its source. Raises RowError where one id stands for two questions."""
+    """Questions of several files by id. A question that two benchmarks share counts in both: under
+    another source it is kept again, as ID-SOURCE. Raises RowError where one id stands for two
+    questions, whatever their meta."""
     found: Questions = {}
     for path in paths:
         for question in schema.read_questions(path):
@@ -98,12 +99,13 @@ def requests_of(questions: Questions, args: argparse.Namespace) -> dict[str, Req
 
 def judged_samples(questions: Questions, args: argparse.Namespace) -> set[tuple[str, int]]:
     """(id, sample) of the chains for the judge: --judge-samples of each image question, drawn by
-    the seed alone, so that every run over these questions has the same."""
+    --seed, the question's id and -n: the same at every stage."""
     n, chosen = args.n[0], set()
     count = min(args.judge_samples or n, n)
-    for key in (key for key, question in questions.items() if question.images):
-        rng = random.Random(data.sample_seed(args.seed, key, n))
-        chosen |= {(key, sample) for sample in rng.sample(range(n), count)}
+    for key, question in questions.items():
+        if question.images:
+            rng = random.Random(data.sample_seed(args.seed, key, n))
+            chosen |= {(key, sample) for sample in rng.sample(range(n), count)}
     return chosen
 
 
@@ -111,14 +113,20 @@ def costs(
     questions: Questions, requests: Iterable[Request], args: argparse.Namespace
 ) -> list[bill.Cost]:
     """What the engine, the grader and the judge may be asked at most."""
-    longest = bill.CHARACTERS * args.max_tokens  # characters of a chain
+    longest, requests = bill.CHARACTERS * args.max_tokens, list(requests)  # characters of a chain
     sizes = list(bill.sizes(requests))
     found = [bill.cost("evaluate", args.engine, sizes, 1, args.max_tokens, args.pixels)]
-    if args.force:
-        forced = [(len(FORCE_PROMPT) + letters + longest, images) for letters, images in sizes]
-        found.append(bill.cost("force", args.engine, forced, 1, args.max_tokens, args.pixels))
+    second = {"letter": [], "force": requests if args.force else []}
+    if args.prompt == "official":
+        second["letter"] = [r for r in requests if official.second_turn(questions[r.id], "")]
+    for role, asked in second.items():
+        if asked:  # FORCE_PROMPT is longer than what MedXpertQA asks
+            again = [
+                (len(FORCE_PROMPT) + size + longest, shown) for size, shown in bill.sizes(asked)
+            ]
+            found.append(bill.cost(role, args.engine, again, 1, args.max_tokens, args.pixels))
     if args.open_ended:
-        graded = [(len(GRADE_PROMPT) + letters + longest, 0) for letters, _ in sizes]
+        graded = [(len(GRADE_PROMPT) + size + longest, 0) for size, _ in sizes]
         found.append(inference.label_cost("grader", args.open_ended, graded, args))
     if args.judge:
         chains = [(questions[key], longest) for key, _ in judged_samples(questions, args)]
@@ -133,7 +141,8 @@ def sampling_of(args: argparse.Namespace) -> Sampling:
 def complete(
     requests: dict[str, Request], questions: Questions, args: argparse.Namespace
 ) -> list[dict]:
-    """Rows of predictions.jsonl: the engine's completions of image questions, then of text ones."""
+    """Rows of predictions.jsonl, image questions first: completions, what is read from them, and
+    second turns."""
     engine, sampling = open_engine(args.engine, setup_of(args)), sampling_of(args)
     to_row = partial(inference.completion_row, spec=args.engine)
 
@@ -141,7 +150,7 @@ def complete(
         return inference.complete_all(engine, part, sampling, role, to_row, args)
 
     rows = []
-    # one after the other, so that all questions of a batch have as many samples
+    # one kind after the other, so that all questions of a batch have as many samples
     for images in (True, False):
         part = [one for key, one in requests.items() if bool(questions[key].images) == images]
         if part:
@@ -160,35 +169,36 @@ def ask_for_letters(
     ask: Callable, requests: dict[str, Request], rows: list[dict], questions: Questions
 ) -> None:
     """MedXpertQA's second turn: asks for the letter after each finished chain, and adds it to the
-    response."""
+    response, which then has no token ids and no log-probability."""
     ended = [row for row in rows if row["finish_reason"] == "stop"]
     turns = [official.second_turn(questions[row["id"]], row["response"]) for row in ended]
     asked = [(row, turn) for row, turn in zip(ended, turns) if turn]
     for row, letter in second_turns(ask, "letter", requests, asked):
         row["response"] += f"\n\n{official.trigger(questions[row['id']])} {letter['response']}"
         row["response_sha"] = data.response_hash(row["response"])
-        row |= {"token_ids": None, "finish_reason": letter["finish_reason"]}
+        row |= {"token_ids": None, "logp": None, "finish_reason": letter["finish_reason"]}
 
 
 def second_turns(
     ask: Callable, role: str, requests: dict[str, Request], asked: list[tuple[dict, list[dict]]]
 ) -> list[tuple[dict, dict]]:
-    """(row, its second completion) of rows with the turns that follow them. Equal ones are asked
-    once."""
+    """(row, its second completion). asked: rows, and the turns that are added to a row's request.
+    Rows of one question with the same turns are asked once."""
     second, keys = {}, []
     for row, turns in asked:
         first, key = requests[row["id"]], f"{row['id']}/{data.content_hash(turns)[:16]}"
         second[key] = replace(first, id=key, messages=[*first.messages, *turns], samples=(0,))
-        keys.append(key)
+        keys.append((row, key))
     found = ask(role, list(second.values())) if second else {}
-    return [(row, found[key, 0]) for (row, _), key in zip(asked, keys)]
+    return [(row, found[key, 0]) for row, key in keys]
 
 
 def force_answers(
     ask: Callable, requests: dict[str, Request], rows: list[dict], questions: Questions
 ) -> None:
-    """Asks for the letter after each chain without a readable answer, one that was cut off too:
-    `forced` is that letter, or None. What a model knows stands apart from whether it ends."""
+    """Asks for the letter after each chain without a readable answer, also one that was cut off.
+    `forced` is that letter; None where it cannot be read either, or none was asked for. So a model
+    that knows the answer but does not end is told from one that does not know it."""
     asked = []
     for row in rows:
         row["forced"] = None
@@ -207,15 +217,15 @@ def read_answers(rows: list[dict], questions: Questions, open_ended: bool) -> No
     for row in rows:
         question, finished = questions[row["id"]], row["finish_reason"] == "stop"
         row["extracted"] = score.choice_of(row, question)
-        row["correct"] = finished and answers.is_correct(row["response"], question)
+        row["correct"] = answers.is_right(row, question)
         if official.has_rule(question) and not open_ended:
             row["official"] = official.choice(row["response"], question) if finished else None
             row["official_correct"] = row["official"] == question.answer
 
 
 def grade(rows: list[dict], questions: Questions, args: argparse.Namespace) -> int:
-    """Asks the grader which free answers mean the reference; those in its very words are right
-    already. An answer without a readable grade is wrong. Returns how many those are."""
+    """Asks the grader whether a free answer means the reference, unless it has the reference's very
+    words. Returns the number of answers without a readable grade, which count as wrong."""
     engine = open_engine(args.open_ended, setup_of(args))
     unsure, requests = [row for row in rows if row["extracted"] and not row["correct"]], []
     for row in unsure:
@@ -232,7 +242,7 @@ def grade(rows: list[dict], questions: Questions, args: argparse.Namespace) -> i
 
 
 def judge_rows(rows: list[dict], questions: Questions, args: argparse.Namespace) -> list[dict]:
-    """Verdicts on the chains that are for the judge, but for empty ones."""
+    """A verdict on each chain of judged_samples that is not empty."""
     chosen = judged_samples(questions, args)
     chains = [row for row in rows if (row["id"], row["sample"]) in chosen]
     chains = [row for row in chains if row["response"].strip()]
@@ -286,7 +296,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--judge", default="", help="engine spec; judges chains on image questions")
     about = "judged chains of each image question; 0: all"  # default 1 is ours: paper silent
     add("--judge-samples", type=flags.whole(0), default=1, help=about)
-    about = "so many text and so many image questions only; 0: all"
+    about = "at most so many text questions, and so many with images; 0: all"
     add("--limit", type=flags.whole(0), default=0, help=about)
     inference.add_flags(parser)
     add("--seed", type=flags.SEED, default=0)
@@ -306,7 +316,7 @@ def main(argv: list[str] | None = None) -> None:
     specs = [spec for spec in (args.engine, args.open_ended, args.judge) if spec]
     inputs = [*args.questions, *filter(None, map(checkpoint, specs))]
     images = data.image_files(args.images, map(vars, questions.values()))
-    if not stage.open_folder(args, inputs, inference.SPEED, images):
+    if not stage.open_folder(args, inputs, inference.FREE, images):
         return
     requests = requests_of(questions, args)
     bill.announce(costs(questions, requests.values(), args), args.images_may_leave)

@@ -1,15 +1,15 @@
 """What must be true before the first step: data, images, LoRA and gradients, one line a claim.
 
-    gate: ok  all 3,000 rows are valid
+    gate: ok  all 3,000 demonstrations are valid
     gate: ok  supervised tokens decode to the responses
-    gate: ok  image tokens equal image features
+    gate: ok  a row's image tokens equal its image features
     gate: ok  LoRA trains the 196 linear maps of the language model and nothing else
     gate: ok  the shortest row, 212 tokens, goes forward and backward
-    gate: ok  trees and chunks have the plain row's log-probabilities
+    gate: ok  the first response has the plain row's log-probability
 
 A wrong mask or a wrong image raises no error in training; the model is only worse. A claim that
-does not hold ends the run with Refused, on all ranks. dpo.py adds two: policy equals reference,
-first loss ln 2.
+does not hold on one rank ends the run on all. dpo.py adds two: policy equals reference, first loss
+ln 2.
 
 Where we depart from the paper, or it is silent: it has no such check.
 """
@@ -26,12 +26,12 @@ import data
 import model
 import train
 
-SHORT = 100  # ours: tokens up to which two values of a chain may differ by 1e-3 in fp32
+SHORT = 100  # ours: a chain of fewer tokens has the tolerance of so many
 
 
 def check_claim(claim: str, holds: bool, otherwise: str) -> None:
-    """One line of the gate: a claim that must hold on every rank. A collective. Raises
-    train.Refused, on all of them, if it does not."""
+    """One line of the gate: a claim that must hold on every rank, or all of them end
+    (train.refuse). A collective."""
     against = train.all_gather([] if holds else [otherwise])
     train.print0(f"  gate: {'NOT' if against else 'ok '} {claim}")
     if against:
@@ -40,16 +40,18 @@ def check_claim(claim: str, holds: bool, otherwise: str) -> None:
 
 def gate_rows(
     path: str,
+    what: str,
     rows: Sequence[tuple[str, object, list[str]]],
     encode: Callable[[object], model.Row],
     keep: Callable[[model.Row], object],
     processor: model.Processor,
 ) -> list:
     """Encodes every row once, each rank its share of them, and decodes its supervised tokens again.
-    rows: (id, row, its responses). Returns keep(encoded row) of each. A collective."""
+    what: what the rows are called; rows: (id, row, its responses). Returns keep(encoded row) of
+    each. A collective."""
     kept, invalid, different = [], [], []
     own = range(train.rank(), len(rows), train.world_size())
-    for index in tqdm(own, "checking", unit="row", disable=train.rank() > 0):
+    for index in tqdm(own, f"checking {what}", disable=train.rank() > 0):
         name, row, responses = rows[index]
         try:
             encoded = encode(row)
@@ -63,36 +65,36 @@ def gate_rows(
             if found != wanted:
                 different.append((index, f"{name}: {found[:60]!r} instead of {wanted[:60]!r}"))
     claims = {
-        f"all {len(rows)} rows are valid": invalid,
+        f"all {len(rows):,} {what} are valid": invalid,
         "supervised tokens decode to the responses": different,
     }
-    for claim, own in claims.items():
-        wrong = sorted(train.all_gather(own))
+    for claim, faults in claims.items():
+        wrong = sorted(train.all_gather(faults))
         first = "; ".join(text for _, text in wrong[:3])
-        check_claim(claim, not wrong, f"{path}: {len(wrong)} rows: {first}")
+        check_claim(claim, not wrong, f"{path}: {len(wrong)} {what}: {first}")
     return [one for _, one in sorted(train.all_gather(kept))]
 
 
 def gate_policy(
     policy: model.Policy,
-    row: model.Row | None,
+    pictured: model.Row | None,
     shortest: model.Row,
     processor: model.Processor,
     with_lora: bool,
     device: torch.device,
 ) -> None:
-    """row: one that has images, if there is any; shortest: the row that is run forward and
-    backward. The policy is on its device, sharded. A collective."""
-    if row:
-        images = row[0].images
+    """Checks the policy, sharded on its device: the image features of `pictured`, a row with
+    images, if there is any; what LoRA trains; and a step on the shortest row. A collective."""
+    if pictured:
+        images = pictured[0].images
         pixels = torch.cat([image.pixels for image in images]).to(device)
         grids = [image.grid for image in images]
         with torch.no_grad():
             features = len(policy.image_features(pixels, grids))
-        tokens = row[0].ids.count(policy.image_id)
+        tokens = pictured[0].ids.count(policy.image_id)
         message = f"{tokens} tokens, {features} features"
         message += "; use the pixel settings and the processor of this checkpoint"
-        check_claim("image tokens equal image features", tokens == features, message)
+        check_claim("a row's image tokens equal its image features", tokens == features, message)
     if with_lora:
         text = policy.language_model
         language = next(name for name, module in policy.named_modules() if module is text)
@@ -107,8 +109,9 @@ def gate_policy(
 def gate_step(
     policy: model.Policy, row: model.Row, processor: model.Processor, device: torch.device
 ) -> None:
-    """Every rank runs the same row forward and backward, then its first response the plain way. No
-    gradient stays, and no random number is drawn. A collective."""
+    """Every rank runs the same row forward and backward: the loss and all gradients must be finite.
+    Then its first response alone must have the same log-probability the plain way: so in Stage II a
+    tree equals a plain row. Gradients are cleared afterwards. A collective."""
     batch = model.collate([row], processor).to(device)
     logp = policy(batch)
     (-logp.sum()).backward()
@@ -123,17 +126,17 @@ def gate_step(
     with train.forward_only(policy):
         plain = policy(model.collate([row[:2]], processor).to(device), plain=True).sum()
     off = abs(float(logp[0, : len(row[0].ids) + tokens].detach().sum() - plain))
-    claim = "trees and chunks have the plain row's log-probabilities"
-    check_claim(claim, off <= tolerance(tokens, device), f"the first response is off by {off:.4f}")
+    claim = "the first response has the plain row's log-probability"
+    check_claim(claim, off <= tolerance(tokens, device), f"it is off by {off:.4f}")
 
 
 def tolerance(tokens: int, device: torch.device) -> float:
     """How far two values of log pi(y|x), computed by the same weights, may differ.
 
     The rounding errors of the tokens are small and of either sign, so they add up like a random
-    walk: with the square root of the length. This holds for any micro-batch: other rows beside a
-    chain pad it to another length and change how its tokens round, not by how much. Chains of up
-    to SHORT tokens have the limit of SHORT: in a few tokens one large error is not averaged out.
+    walk: with the square root of the length. This holds for any micro-batch: beside other rows a
+    token has another rounding error, of the same size. Chains of up to SHORT tokens have the limit
+    of SHORT: in a few tokens one large error is not averaged out.
     """
     a_token = 1e-4 if device.type == "cpu" else 2e-2  # ours: rounding in fp32, and in bf16
     return a_token * math.sqrt(max(tokens, SHORT))

@@ -1,13 +1,14 @@
-"""Multimodal Medical Reasoning Preference (paper 3.3): who reasons well among the right answers.
+"""Multimodal Medical Reasoning Preference (paper 3.3): which right answers are reasoned well.
 
-    Y   = { y : the answer of y is right, by rule }    the others never reach the judge
+    Y   = { y : finished, and right by rule }          the others never reach the judge
     Y_p = { y in Y : all four criteria are met }       Logical Consistency, Image Analysis
     Y_n = { y in Y : any of the four is not met }      Involvement, No Hallucination, Reflection
     pairs = some of Y_p x Y_n, question by question
 
-The judge gets the images and the prompt of the paper's Appendix A, and answers with JSON. It is
-asked up to three times for a completion that can be read; without one the row keeps the error and
-is on neither side. The same text on the same question is judged once.
+The judge gets the images and the prompt of the paper's Appendix A, and answers with JSON. A judge
+that is no local checkpoint is asked up to three times, until its answer can be read. A chain
+without a readable verdict keeps the error and is on neither side. Equal texts on one question are
+judged once.
 
     python judge.py verdicts --judge clinic:judge --rollouts rollouts.jsonl \\
         --questions questions.jsonl --images . --out out/verdicts
@@ -22,8 +23,8 @@ Where we depart from the paper, or it is silent:
   2. How pairs are chosen is not said. All of Y_p x Y_n is our default: with 8 samples at 40 to 45 %
      accuracy it gives about the paper's 4,432 and 5,224 pairs from 2,000 image questions; one
      negative a positive does not.
-  3. An answer cut off by the token limit is wrong, so never a negative. Equal samples are one.
-  4. --criteria pairs under fewer than the four: a chain that meets those is positive.
+  3. An answer cut off by the token limit is not in Y, so it is on neither side.
+  4. --criteria names fewer than four: a chain that meets these is positive, whatever else it fails.
 """
 
 import argparse
@@ -40,7 +41,7 @@ import data
 from command import flags, schema, stage
 from engines import bill, inference, open_engine
 from engines.inference import Engine, Request
-from rollout import cut_off, read_rollouts
+from rollout import read_rollouts, warn_cut_off
 
 Questions = dict[str, data.Question]  # by id
 KEYS = data.JUDGED
@@ -109,16 +110,14 @@ def judge_chains(
 def cost(chains: Iterable[tuple[data.Question, int]], args: argparse.Namespace) -> bill.Cost:
     """What judging chains may cost at most, given each one's question and characters."""
     sizes = []
-    for question, letters in chains:
+    for question, characters in chains:
         text = JUDGE_PROMPT + data.question_text(question) + question.written_answer()
-        sizes.append((len(text) + letters, len(question.images)))
+        sizes.append((len(text) + characters, len(question.images)))
     return inference.label_cost("judge", args.judge, sizes, args)
 
 
 def right_by_rule(rollouts: list[dict], questions: Questions) -> list[dict]:
-    """The rollouts that were finished and whose answer is right."""
-    ended = [row for row in rollouts if row["finish_reason"] == "stop"]
-    return [row for row in ended if answers.is_correct(row["response"], questions[row["id"]])]
+    return [row for row in rollouts if answers.is_right(row, questions[row["id"]])]
 
 
 def verdicts(args: argparse.Namespace) -> None:
@@ -126,7 +125,7 @@ def verdicts(args: argparse.Namespace) -> None:
     questions = {question.id: question for question in schema.read_questions(args.questions)}
     inputs = [args.rollouts, args.questions, *filter(None, [inference.checkpoint(args.judge)])]
     images = data.image_files(args.images, map(vars, questions.values()))
-    if not stage.open_folder(args, inputs, inference.SPEED, images):
+    if not stage.open_folder(args, inputs, inference.FREE, images):
         return
     rollouts = read_rollouts(args.rollouts, questions)
     right = right_by_rule(rollouts, questions)
@@ -147,7 +146,8 @@ def verdicts(args: argparse.Namespace) -> None:
 PAIR_RULES = ("all", "length-matched")
 # ours: a warning says so below these; the paper has 4,432 and 5,224 pairs (3.3)
 FEW_PAIRS, FEW_QUESTIONS = 100, 20
-ENDS = ("no_verdict", "rule_and_judge_disagree", "positive", "negative")  # of a right chain
+# what becomes of a right chain
+OUTCOMES = ("no_verdict", "rule_and_judge_disagree", "positive", "negative")
 
 
 def choose_pairs(
@@ -155,7 +155,7 @@ def choose_pairs(
 ) -> list[tuple[dict, dict]]:
     """(chosen, rejected) of one question, in random order, at most `cap` unless it is 0. all: every
     positive with every negative; length-matched: each positive with the unused negative of the
-    nearest length. Equal texts count once."""
+    nearest length in characters. Equal texts count once."""
     texts = ({row["response"]: row for row in rows} for rows in (positives, negatives))
     good, bad = (rng.sample(list(rows.values()), len(rows)) for rows in texts)
     if rule == "all":
@@ -195,8 +195,8 @@ def sort_out(
 
 
 def pair_row(question: data.Question, good: dict, bad: dict) -> dict:
-    """A row of pairs.jsonl, which TRL and LLaMA-Factory read too. The sampler's log-probabilities
-    are in it if rollout.py has them; dpo.py compares its own."""
+    """A row of pairs.jsonl. It has the sampler's log-probabilities where rollouts.jsonl has them:
+    reference.gate_drift compares them with the trainer's."""
     row = {"id": question.id, "prompt": data.prompt_messages(question), "images": question.images}
     row["failed"] = bad["failed"]
     kept = ("sample", "token_ids", "verdict", "logp", "token_logps")
@@ -222,15 +222,14 @@ def make_pairs(
     for key, (positives, negatives) in sides.items():
         rng = random.Random(data.sample_seed(seed, key, 0))
         for good, bad in choose_pairs(positives, negatives, rule, cap, rng):
-            if good["response"] != bad["response"]:  # else it was judged both ways: no preference
-                rows.append(pair_row(questions[key], good, bad))
+            rows.append(pair_row(questions[key], good, bad))
     words = {side: [len(row[side].split()) for row in rows] for side in ("chosen", "rejected")}
     report = {
         "criteria": list(criteria),
         "candidates": len(rollouts),
         "unfinished": sum(row["finish_reason"] != "stop" for row in rollouts),
         "correct": len(right),
-        **{name: counts[name] for name in ENDS},
+        **{name: counts[name] for name in OUTCOMES},
         "negatives_failing": {name: counts[name] for name in criteria},
         "questions": len({row["id"] for row in rollouts}),
         "questions_with_pairs": len({row["id"] for row in rows}),
@@ -244,17 +243,15 @@ def make_pairs(
 def print_report(report: dict) -> None:
     if len(report["criteria"]) < len(CRITERIA):
         print("positive is a chain that meets " + ", ".join(report["criteria"]))
-    judged = report["positive"] + report["negative"]
-    line = "{candidates} -> {correct} -> {judged} -> {positive} / {negative} -> "
-    line += "{questions_with_pairs} of {questions} -> {pairs}"
-    print("candidates -> correct -> judged -> positive / negative -> questions with pairs -> pairs")
-    print(line.format(**report, judged=judged))
+    print("candidates -> correct -> positive / negative -> questions with pairs -> pairs")
+    line = "{candidates} -> {correct} -> {positive} / {negative} -> "
+    print(f"{line}{{questions_with_pairs}} of {{questions}} -> {{pairs}}".format(**report))
     failing = [f"{name} {count}" for name, count in report["negatives_failing"].items()]
     print("why negatives fail:   " + ", ".join(failing))
     print("length in words:      chosen {chosen}, rejected {rejected}".format(**report["words"]))
 
 
-def few(report: dict) -> str | None:
+def warn_few(report: dict) -> str | None:
     """A warning if the pairs are few, or of few questions."""
     count, asked = report["pairs"], report["questions_with_pairs"]
     if count >= FEW_PAIRS and asked >= FEW_QUESTIONS:
@@ -275,7 +272,7 @@ def pairs(args: argparse.Namespace) -> None:
     data.write_jsonl(out / "pairs.jsonl", rows)
     data.write_json(out / "report.json", report)
     print_report(report)
-    for warning in filter(None, [cut_off(rollouts), few(report)]):
+    for warning in filter(None, [warn_cut_off(rollouts), warn_few(report)]):
         print(warning)
     figures = {name: value for name, value in report.items() if isinstance(value, int)}
     stage.finish(args, [out / "pairs.jsonl", out / "report.json"], started, figures)

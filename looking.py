@@ -224,7 +224,7 @@ def run(args: argparse.Namespace) -> None:
     specs = [spec for spec in (args.engine, args.judge) if spec]
     inputs = [*args.questions, *filter(None, map(inference.checkpoint, specs))]
     images = data.image_files(root, map(vars, questions))
-    if not stage.open_folder(args, inputs, inference.SPEED, images):
+    if not stage.open_folder(args, inputs, inference.FREE, images):
         return
     engines = {spec: inference.identity(spec) for spec in specs}
     bill.announce(costs(questions, args), args.images_may_leave)

@@ -2,7 +2,7 @@
 
     python medee.py demo                         the whole method on a laptop: a miniature clinic
     python medee.py run qwen2.5-vl-7b ...        the same stages at the paper's size
-    python medee.py status                       which stages of a run are done
+    python medee.py status --out runs/demo       which stages of a run are done
     python medee.py adopt sft --out runs/7b      takes over a stage that was finished by hand
     python medee.py plan --gpus 1                which rows fit, for every recipe
     python medee.py plan qwen2.5-vl-7b --gpus 8  memory of a GPU in both stages, term by term
@@ -18,6 +18,7 @@ the paper's.
 """
 
 import argparse
+import math
 import os
 import shlex
 import subprocess
@@ -57,17 +58,17 @@ pairs        python judge.py pairs --verdicts {run}/verdicts/verdicts.jsonl \
                {pairs} --seed {seed}
 dpo          torchrun dpo.py --model {run}/sft/merged --pairs {run}/pairs/pairs.jsonl {images} \
                {dpo} --seed {seed}
-eval-base    python evaluate.py --engine {engine}:{base} --name {size}/base \
+eval-base    python evaluate.py --engine {engine}:{base} --name {label}/base \
                --questions {test} {images} {evaluate} --judge {eval_judge} --seed {seed}
-eval-stage1  python evaluate.py --engine {engine}:{run}/sft/merged --name {size}/Stage-I \
+eval-stage1  python evaluate.py --engine {engine}:{run}/sft/merged --name {label}/Stage-I \
                --questions {test} {images} {evaluate} --judge {eval_judge} --seed {seed}
-eval-stage2  python evaluate.py --engine {engine}:{run}/dpo/merged --name {size}/Stage-II \
+eval-stage2  python evaluate.py --engine {engine}:{run}/dpo/merged --name {label}/Stage-II \
                --questions {test} {images} {evaluate} --judge {eval_judge} --seed {seed}
-look-base    python looking.py --engine {engine}:{base} --name {size}/base \
+look-base    python looking.py --engine {engine}:{base} --name {label}/base \
                --questions {test} {images} {look} --judge {eval_judge} --seed {seed}
-look-stage1  python looking.py --engine {engine}:{run}/sft/merged --name {size}/Stage-I \
+look-stage1  python looking.py --engine {engine}:{run}/sft/merged --name {label}/Stage-I \
                --questions {test} {images} {look} --judge {eval_judge} --seed {seed}
-look-stage2  python looking.py --engine {engine}:{run}/dpo/merged --name {size}/Stage-II \
+look-stage2  python looking.py --engine {engine}:{run}/dpo/merged --name {label}/Stage-II \
                --questions {test} {images} {look} --judge {eval_judge} --seed {seed}
 looks        python -m report looking --results {run}/look-base {run}/look-stage1 {run}/look-stage2
 report       python -m report page --results {run}/eval-base {run}/eval-stage1 {run}/eval-stage2 \
@@ -90,7 +91,7 @@ base         python -m clinic teach {teach} --seed {seed}
 FULL = {
     "engine": "vllm", "curate": {}, "distill": {},
     # paper App. C: lr; the rest ours
-    "sft": {"lr": 1e-4, "epochs": 3, "batch": 64, "rank": 8, "alpha": 16},
+    "sft": {"max-length": 8192, "lr": 1e-4, "epochs": 3, "batch": 64, "rank": 8, "alpha": 16},
     # paper 3.3: n; the rest ours
     "rollout": {"n": 8, "temperature": 0.95, "top-p": 0.95, "max-tokens": 8192},
     "pairs": {"rule": "all"},  # ours
@@ -121,15 +122,17 @@ def override(recipe: dict, changes: dict[str, dict]) -> dict:
     return recipe | {name: recipe[name] | more for name, more in changes.items()}
 
 
+LORA = {"method": "lora", "lr": 5e-6}  # paper App. C: method, for 32B and 72B; lr ours
+
+
 def large(gpus: int) -> dict:
     """FULL for a model that needs so many GPUs for each vLLM: LoRA in Stage II too."""
     parallel = {"tensor-parallel": gpus}
-    lora = {"method": "lora", "lr": 5e-6}  # paper App. C: method; lr ours
     changes = dict.fromkeys(("rollout", "evaluate", "look"), parallel)
-    return override(FULL, {**changes, "dpo": lora})
+    return override(FULL, {**changes, "dpo": LORA})
 
 
-SMALL = override(FULL, {"dpo": {"method": "lora", "lr": 5e-6}})  # ours: fits a GPU of 24 GB
+SMALL = override(FULL, {"dpo": LORA})  # ours: fits a GPU of 24 GB
 QWEN, INTERNVL = {"image": {"pixels": 768 * 768}}, {"image": {"tiles": 1}}  # ours
 RECIPES = {
     "qwen2.5-vl-3b": SMALL | QWEN | {"base": "models/Qwen2.5-VL-3B-Instruct"},
@@ -165,8 +168,7 @@ def values_of(recipe: dict, given: dict, run: Path) -> dict:
     is read; a list where there may be several."""
     chosen = {name: words_of(value) for name, value in recipe.items() if isinstance(value, dict)}
     images = ["--images", given["root"], *chosen["image"]]
-    more = {"run": run, "engine": recipe["engine"], "images": images, "pixels": chosen["image"]}
-    return chosen | given | more
+    return chosen | given | {"run": run, "engine": recipe["engine"], "images": images}
 
 
 def method(recipe: dict, given: dict, run: Path, ranks: int = 0) -> list[Stage]:
@@ -191,7 +193,7 @@ def demo_stages(
         "classifier": "clinic:classifier", "editor": "clinic:editor", "judge": "clinic:judge",
         "eval_judge": "clinic:judge",
         "teachers": ["clinic:thorough", "clinic:hasty", "clinic:bookish"], "seed": seed,
-        "size": "demo",  # demo/base, as 7B/base at the paper's size
+        "label": "demo",  # demo/base, as 7B/base at the paper's size
     }  # fmt: skip
     stages = pipeline.stages_from(CLINIC, clinic) + method(recipe, given, run)
     if ablate:
@@ -241,16 +243,20 @@ def run_stages(
 
 def limits(one: Stage, run: Path, args: argparse.Namespace) -> list[str]:
     """The limits of a stage that asks engines, as flags; --max-requests is what is left of the
-    whole run's. Raises RowError if nothing is left."""
+    whole run's. Raises UserError if nothing is left."""
     if one.name not in ASKING:
         return []
-    left = args.max_requests - bill.paid(run / "replies")["requests"]
-    if args.max_requests and left <= 0 and one.state() != "done":
-        made = f"{args.max_requests} requests were made (--max-requests)"
-        raise data.RowError(f"{made}; give more to go on")
-    more = {"images-may-leave": True} if args.images_may_leave else {}
-    more |= {"max-requests": max(left, 1)} if args.max_requests else {}
-    return words_of({"concurrency": args.concurrency} | more)
+    more = {"concurrency": args.concurrency}
+    more |= {"images-may-leave": True} if args.images_may_leave else {}
+    if args.max_requests:
+        left = args.max_requests - bill.paid(run / "replies")["requests"]
+        if left <= 0 and one.state() != "done":
+            made = f"{args.max_requests} requests were made (--max-requests)"
+            raise flags.UserError(f"{made}; give more to go on")
+        more["max-requests"] = max(
+            left, 1
+        )  # 0 would be no limit; a stage that is done asks nothing
+    return words_of(more)
 
 
 def announce(stages: list[Stage], may_leave: bool) -> None:
@@ -287,9 +293,9 @@ def demo(args: argparse.Namespace) -> None:
     curate.print_funnel(data.read_json(folder / "curate" / "funnel.json"))
 
 
-def check_results(folders: list[str], size: str) -> None:
+def check_results(folders: list[str], label: str) -> None:
     """Raises RowError, before a long run, for --results that its tables could not take."""
-    own = [f"{size}/{stage}" for stage in tables.STAGES]
+    own = [f"{label}/{title}" for title in tables.STAGES]
     tables.distinct([*own, *(score.read_results(folder)["name"] for folder in folders)])
 
 
@@ -300,7 +306,7 @@ def run(args: argparse.Namespace) -> None:
         "curate": limit | {"reviewed": args.reviewed},
         "distill": {"expand": args.expand, "checker": args.checker},
         "evaluate": limit | {"judge-samples": args.judge_samples},
-        "look": {"limit": args.limit or recipe["look"]["limit"]},
+        "look": {"limit": min(args.limit or math.inf, recipe["look"]["limit"])},
     }
     given = {
         "base": args.base or recipe["base"], "root": args.images, "bank": args.questions,
@@ -308,14 +314,14 @@ def run(args: argparse.Namespace) -> None:
         "experts": args.experts, "classifier": args.classifier, "editor": args.editor,
         "judge": args.judge[0], "eval_judge": args.judge[-1],
         "teachers": args.teachers, "seed": args.seed,
-        "size": args.recipe.rpartition("-")[2].upper(), "results": args.results, "run": folder,
+        "label": args.recipe.rpartition("-")[2].upper(), "results": args.results, "run": folder,
     }  # fmt: skip
     stages = method(override(recipe, changes), given, folder, args.gpus)
     stages += pipeline.stages_from(PAPER, given)
     if args.dry:
         for one in stages:
             print(shlex.join([*one.command(), *limits(one, folder, args)]))
-    check_results(args.results, given["size"])
+    check_results(args.results, given["label"])
     announce(stages, args.images_may_leave or args.dry)
     if not args.dry:
         run_stages(stages, folder, args.recipe, args)
@@ -323,19 +329,18 @@ def run(args: argparse.Namespace) -> None:
 
 def plan(args: argparse.Namespace) -> None:
     import memory
-    from train import MAX_LENGTH
 
     if args.base and not args.recipe:
         near = "name the recipe nearest in size, whose batch, rows and method are then counted"
-        raise data.RowError(f"--base {args.base}: {near}: {', '.join(PUBLISHED)}")
+        raise flags.UserError(f"--base {args.base}: {near}: {', '.join(PUBLISHED)}")
     if args.recipe:
-        memory.plan_recipe(RECIPES[args.recipe], args, MAX_LENGTH)
+        memory.plan_recipe(RECIPES[args.recipe], args)
     else:
         memory.plan_table({name: RECIPES[name] for name in PUBLISHED}, args.gpus)
 
 
 def claims(args: argparse.Namespace) -> None:
-    """A demo with ablations for each seed, so many of them at once, then their comparison."""
+    """Runs a demo with ablations for each seed, --at-once side by side, and compares them."""
     from report import __main__ as report
 
     folders = [Path(args.out) / f"seed-{seed}" for seed in args.seeds]
@@ -353,7 +358,7 @@ def claims(args: argparse.Namespace) -> None:
                 [*command, "--out", str(folder)], stdout=told, stderr=told, env=environment
             )
         if ran.returncode:
-            raise data.RowError(f"seed {seed} stopped; {log} says why; the same command goes on")
+            raise flags.UserError(f"seed {seed} stopped; {log} says why; the same command goes on")
         print(f"seed {seed}: finished", flush=True)
 
     with ThreadPoolExecutor(args.at_once) as pool:
@@ -379,7 +384,8 @@ def adopt(args: argparse.Namespace) -> None:
     stages = {one.name: one for one in pipeline.stages_of(Path(args.out))}
     for name in args.stages:
         if name not in stages:
-            raise data.RowError(f"{name}: is no stage of this run; they are {', '.join(stages)}")
+            known = ", ".join(stages)
+            raise flags.UserError(f"{name} is not a stage of this run; its stages are {known}")
         stages[name].adopt()
         print(f"{name}: {stages[name].folder} is this run's now")
 
@@ -414,7 +420,7 @@ def add_run(add) -> None:
     add("--reviewed", default="", help="review.csv of curate, its question column corrected")
     about = "chains of each benchmark question that are judged; 0: all"
     add("--judge-samples", type=flags.whole(0), default=1, help=about)  # ours: paper silent
-    about = "rehearse: so many text and image questions of the bank, and of the benchmarks"
+    about = "rehearse with at most so many text and image questions of bank and benchmarks; 0: all"
     add("--limit", type=flags.whole(0), default=0, help=about)
     about = "requests at once to a remote engine"  # ours: as in engines
     add("--concurrency", type=flags.whole(1, 1000), default=16, help=about)
@@ -426,12 +432,13 @@ def add_run(add) -> None:
 
 def add_plan(add) -> None:
     add("recipe", nargs="?", choices=PUBLISHED, help="default: a table of all of them")
-    add("--gpus", type=flags.whole(1), default=8, help="that share the weights")
-    about = "tokens of the longest row: prompt, images, responses; 0: as long as the recipe allows"
+    add("--gpus", type=flags.whole(1), default=8, help="GPUs that share the weights")
+    about = "of a recipe: tokens of the longest row, prompt, images, responses; 0: as it allows"
     add("--len", type=flags.whole(0), default=0, help=about)
-    add("--images", type=flags.whole(0), default=1, help="images of a row in Stage II")
-    add("--memory", type=flags.number(above=0), default=80, help="GB of a GPU")
-    add("--base", default="", help="local model folder whose config.json is read")
+    about = "of a recipe: images of a row in Stage II"
+    add("--images", type=flags.whole(0), default=1, help=about)
+    add("--memory", type=flags.number(above=0), default=80, help="of a recipe: GB of a GPU")
+    add("--base", default="", help="of a recipe: local model folder whose config.json is read")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -448,8 +455,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add_plan(command(plan, about))
     one = command(demo, "the whole method in the miniature clinic")
     one("--out", default="runs/demo", help="run folder")
-    one("--seed", type=flags.SEED, default=0, help="of the world, the base model and every draw")
-    one("--fast", action="store_true", help="a smaller world: whether the chain is whole")
+    one("--seed", type=flags.SEED, default=0, help="seed of world, base model and every draw")
+    one("--fast", action="store_true", help="a smaller world, to see whether all stages run")
     one(
         "--ablate",
         action="store_true",

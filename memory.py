@@ -290,8 +290,8 @@ def plan_table(recipes: dict[str, dict], gpus: int) -> None:
             print(f"{name:<16}{method:>6}" + "".join(f"{cell:>17}" for cell in cells))
 
 
-def plan_recipe(recipe: dict, args: argparse.Namespace, max_length: int) -> None:
-    """Both stages of a recipe, term by term. max_length: of a stage whose recipe gives none."""
+def plan_recipe(recipe: dict, args: argparse.Namespace) -> None:
+    """Both stages of a recipe, term by term."""
     config = model.load_config(args.base) if args.base else config_of(SHAPES[args.recipe])
     source = args.base or "the published config, from memory (--base FOLDER reads yours)"
     print(f"{args.recipe} on {args.gpus} GPUs of {args.memory:.0f} GB; shapes of {source}")
@@ -301,7 +301,7 @@ def plan_recipe(recipe: dict, args: argparse.Namespace, max_length: int) -> None
     ):
         method = stage.get("method", "lora")
         policy = policy_of(config, method, stage.get("rank", lora.RANK))
-        length = args.len or stage.get("max-length", max_length)
+        length = args.len or stage["max-length"]
         print(f"\n{title} ({method}; rows of {length} tokens; images a row: {images})")
         load = Load(1, length, length, images * recipe_image(policy, recipe))
         report(policy, load, args.gpus, USABLE * args.memory, max(1, stage["batch"] // args.gpus))

@@ -1,20 +1,22 @@
-"""log pi_ref: what the policy says before its first update, computed once, by the code that trains.
+"""log pi_ref: the policy's log-probabilities before its first update, computed once.
 
     log pi(y | x) = sum over the tokens of y of log p(y_t | x, y_<t)
 
-The reference never changes, so each chain's value is computed before training and stored. A chain
-that stands in several pairs is stored once.
+The reference never changes, so each chain's value is computed before training, by the code that
+trains, and stored. A chain that stands in several pairs is stored once.
 
     reference.jsonl   {"key", "logp", "tokens"}, a row for each chain, appended as it is computed
+    after.jsonl       the same after training, under the same keys, for whoever compares the two
 
-The key is a hash of the weights, the prompt, its images and the response. A run that was killed
-computes the rest, in the batches it would have had: the values are the same to the bit.
+The key is a hash of the Stage-I weights, the prompt, its images and the response. A run that was
+killed computes the rest. With as many ranks and the same --micro-tokens it has the same batches,
+and the values are the same to the bit.
 
 gate_drift compares the values with the log-probabilities that the sampler recorded
 (engines/drift.py).
 
 Where we depart from the paper, or it is silent: its trainer computes the reference at every step,
-or keeps a second model.
+by a second model or with the adapter switched off.
 """
 
 import argparse
@@ -37,18 +39,17 @@ TOKEN_WISE = 64  # ours: chains whose drift is measured token by token
 
 
 def response_sums(logp: Tensor, batch: model.Batch) -> Tensor:
-    """log pi(y_k|x) of each row's branches k = 1, 2, ... from per-token log-probabilities (B, T).
-    (B, K), K at least 2, so that a batch of plain rows has a column for y_l too; 0 where a row has
-    fewer. Column 0 of the sums, the prompt's branch, is dropped: chain i is branch i + 1."""
-    sums = logp.new_zeros(len(logp), max(2, batch.branches) + 1)
+    """log pi(y|x) of each row's K responses from per-token log-probabilities (B, T). (B, K), 0
+    where a row has fewer. Chain i of a subtree is branch i + 1; branch 0 is the prompt's."""
+    sums = logp.new_zeros(len(logp), batch.branches + 1)
     return sums.scatter_add(1, batch.branch, logp)[:, 1:]
 
 
-Round = tuple[train.MicroBatch, ...]  # a micro-batch of every rank
+Wave = tuple[train.MicroBatch, ...]  # what the ranks compute at one time, a micro-batch each
 
 
-def rounds_of(lengths: Sequence[int], budget: int) -> list[Round]:
-    """Rounds that have every row once."""
+def waves_of(lengths: Sequence[int], budget: int) -> list[Wave]:
+    """Waves that have every row once."""
     rows, ranks = list(range(len(lengths))), train.world_size()
     return list(zip(*train.deal_rows(rows, budget, ranks, lengths)))
 
@@ -57,19 +58,19 @@ def log_probs(
     policy: model.Policy,
     forest: trees.Forest,
     subtrees: Sequence[trees.Subtree],
-    rounds: list[Round],
+    waves: list[Wave],
     device: torch.device,
     title: str,
 ) -> Iterator[list[tuple[int, list[float]]]]:
-    """(index, log pi of its chains) of each subtree, a round at a time. A collective: every rank
-    computes its own micro-batch of a round, and all get all values."""
+    """(index, log pi of its chains) of each subtree, a wave at a time. A collective: every rank
+    computes its own micro-batch, and all get all values."""
 
-    def make_batch(parts: Round) -> model.Batch:
+    def make_batch(parts: Wave) -> model.Batch:
         own = [forest.encode(subtrees[index]) for index, _ in parts[train.rank()]]
         return model.collate(own, forest.processor).to(device)
 
-    batches = train.ahead(rounds, make_batch)
-    shown = tqdm(rounds, title, unit="batch", disable=train.rank() > 0)
+    batches = train.ahead(waves, make_batch)
+    shown = tqdm(waves, title, unit="batch", disable=train.rank() > 0)
     for parts, batch in zip(shown, batches):
         with train.forward_only(policy):
             sums = response_sums(policy(batch), batch).tolist()
@@ -83,17 +84,17 @@ def compute(
     policy: model.Policy,
     forest: trees.Forest,
     subtrees: Sequence[trees.Subtree],
-    rounds: list[Round],
+    waves: list[Wave],
     device: torch.device,
 ) -> dict[str, float]:
-    """log pi_ref of each chain, by its key. Rounds with a chain that is not stored are computed as
-    they would have been, so that a run that was killed has the values of one that was not, to the
-    bit."""
+    """log pi of each chain by the policy as it is now, by the chain's key; `path` has what was
+    computed before. A wave with any chain that it does not have is computed whole, as in a run that
+    was not killed."""
     found = train.from_first(lambda: data.resume_jsonl(path))  # a torn line is cut by one rank
     stored = {row["key"]: row["logp"] for row in found}
     keys = [forest.keys_of(one) for one in subtrees]
     missing, counts = [], {True: 0, False: 0}
-    for parts in rounds:
+    for parts in waves:
         own = [index for part in parts for index, weight in part if weight]
         known = all(key in stored for index in own for key in keys[index])
         counts[known] += len(own)
@@ -124,13 +125,14 @@ def token_log_probs(
 ) -> list[list[float]]:
     """log pi of each supervised token of each row. A collective."""
     found = []
-    for parts in rounds_of([sum(len(segment.ids) for segment in row) for row in rows], budget):
+    for parts in waves_of([sum(len(segment.ids) for segment in row) for row in rows], budget):
         part = parts[train.rank()]
         batch = model.collate([rows[index] for index, _ in part], processor).to(device)
         with train.forward_only(policy):
             logp = policy(batch)
         for (index, weight), values, labels in zip(part, logp, batch.labels):
-            found += [(index, values[labels > 0].tolist())] * bool(weight)
+            if weight:
+                found.append((index, values[labels > 0].tolist()))
     return [logp for _, logp in sorted(train.all_gather(found))]
 
 
@@ -138,34 +140,33 @@ def gate_drift(
     args: argparse.Namespace,
     pairs: list[dict],
     forest: trees.Forest,
-    logp: dict[str, float],
     policy: model.Policy,
     budget: int,
     device: torch.device,
 ) -> None:
-    """The sampler recorded the log-probabilities of what it sampled, and the reference must agree:
-    then both had the same weights, images and positions. Up to TOKEN_WISE chains are computed once
-    more, each as a row of its own: the trainer's difference from itself shows how much is only
-    rounding. logp: the reference's value of each chain, by its key. A collective."""
-    ends = forest.places
-    values = [[logp[forest.keys[tree][chain]] for chain in edge] for tree, edge in ends]
+    """Refuses to train if the reference's log-probabilities and those that the sampler recorded
+    differ by more than --max-drift: then weights, images or positions were not the same. Up to
+    TOKEN_WISE chains are computed once more, each as a row of its own: the trainer's difference
+    from itself shows how much is only rounding. A collective."""
+    logp = forest.reference
+    values = [[logp[forest.keys[tree][chain]] for chain in edge] for tree, edge in forest.places]
     chains = drift.chains_of([pairs[index] for index in forest.pairs], values)
     if not chains:
         train.print0("drift: not measured, since no pair has its sampler's log-probabilities")
         return
-    token_wise = [place for place, chain in chains.items() if chain.sampler_tokens][:TOKEN_WISE]
+    token_wise = [key for key, chain in chains.items() if chain.sampler_tokens][:TOKEN_WISE]
     rows = []
     for pair, side in token_wise:
-        tree, edge = ends[pair]
+        tree, edge = forest.places[pair]
         rows.append(forest.encode(trees.Subtree(tree, (edge[side],), (), 0)))
     again = token_log_probs(policy, rows, forest.processor, budget, device)
-    for place, logps in zip(token_wise, again):
-        chains[place] = replace(chains[place], trainer_tokens=logps)
+    for key, logps in zip(token_wise, again):
+        chains[key] = replace(chains[key], trainer_tokens=logps)
     limit = args.max_drift or (drift.LIMIT_BF16 if device.type == "cuda" else drift.LIMIT_FP32)
     found = drift.compare(list(chains.values()))
     train.print0(f"drift: {drift.describe(found)}; the limit is {limit:g} (--max-drift)")
     if token_wise:
-        own = drift.floor([chains[place] for place in token_wise])
+        own = drift.floor([chains[key] for key in token_wise])
         train.print0(f"drift: of the trainer against itself, {drift.describe(own)}")
     try:
         drift.check_drift(found, limit, args.pairs)

@@ -1,9 +1,10 @@
 """y_1 ... y_8 ~ M_1(y | q, I): the Stage-I model's own attempts at each question (paper 3.3).
 
 Stage II learns from the difference between this model's good and bad chains. So each image question
-is answered eight times: 16,000 chains of the paper's 2,000. DPO trains on exactly the token ids
-that were sampled. If the engine gives log-probabilities, every chain has their sum "logp", and the
-first chains "token_logps": Stage II checks that it trains the model that sampled (engines/drift.py)
+is answered eight times: the paper's 2,000 give 16,000 chains. DPO trains on the sampled token ids,
+where the engine gives them. If it gives log-probabilities, every chain has their sum "logp", and
+the first chains have "token_logps": with these Stage II checks that it trains the model that
+sampled (engines/drift.py).
 
 reads questions.jsonl; writes OUT/rollouts.jsonl, one row a sample, and OUT/stage.json
 
@@ -13,8 +14,7 @@ reads questions.jsonl; writes OUT/rollouts.jsonl, one row a sample, and OUT/stag
 Where we depart from the paper, or it is silent:
   1. n = 8 is the paper's. Temperature 0.95, top-p 0.95 and 8,192 new tokens are ours
      (LLaMA-Factory's 0.95; its 1,024 tokens would cut reasoning off).
-  2. An answer cut off by the token limit is kept and marked "length": it counts as wrong, and is
-     never a negative.
+  2. An answer cut off by the token limit is kept and marked "length": it counts as wrong.
 """
 
 import argparse
@@ -27,14 +27,13 @@ from command import flags, schema, stage
 from engines import bill, inference, open_engine
 from engines.inference import Completion, Sampling
 
-# ours: so many chains keep each token's log-probability. Stage II compares 64 of the chains in
-# pairs; the paper's 16,000 give 4,432 pairs (3.3), so these hold more than enough.
+# ours: so many chains keep each token's log-probability. Stage II compares up to 64 of them that
+# stand in pairs (reference.TOKEN_WISE)
 BY_TOKEN = 512
-# ours: from this share of answers cut off by the token limit on, a warning is printed
-CUT_OFF = 0.05
+CUT_OFF = 0.05  # ours: a warning is printed above this share of answers cut off
 
 
-def too_short(engine: str, max_tokens: int) -> str | None:
+def warn_short(engine: str, max_tokens: int) -> str | None:
     """A warning if answers have less room than the demonstrations that the engine's checkpoint
     learnt from. Stage I records their lengths in the stage.json beside the checkpoint."""
     folder = inference.checkpoint(engine)
@@ -48,7 +47,7 @@ def too_short(engine: str, max_tokens: int) -> str | None:
     return f"warning: --max-tokens {max_tokens} is below what {engine} learnt from: {have}"
 
 
-def cut_off(rows: list[dict]) -> str | None:
+def warn_cut_off(rows: list[dict]) -> str | None:
     """A warning if many rollouts were cut off."""
     share = sum(row["finish_reason"] == "length" for row in rows) / max(1, len(rows))
     if share <= CUT_OFF:
@@ -89,13 +88,13 @@ def main(argv: list[str] | None = None) -> None:
     requests = inference.question_requests(questions, Path(args.images), args.n)
     inputs = [args.questions, *filter(None, [inference.checkpoint(args.engine)])]
     images = [image for request in requests for image in request.images]
-    if not stage.open_folder(args, inputs, inference.SPEED, images):
+    if not stage.open_folder(args, inputs, inference.FREE, images):
         return
     sizes = bill.sizes(requests)
     most = bill.cost("rollout", args.engine, sizes, 1, args.max_tokens, args.pixels)
     bill.announce([most], args.images_may_leave)
     sampling = Sampling(args.temperature, args.top_p, args.max_tokens, args.seed)
-    if warning := too_short(args.engine, args.max_tokens):
+    if warning := warn_short(args.engine, args.max_tokens):
         print(warning, flush=True)
     # before the engine is asked: its folder may be trained anew
     answered_by = inference.identity(args.engine)
@@ -118,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     shown = [f"{cut} cut off by --max-tokens {args.max_tokens}"]
     shown += [f"{count} {reason}" for reason, count in others.items()]
     print(f"{len(rows)} answers to {len(requests)} questions, {', '.join(shown)}")
-    if warning := cut_off(rows):
+    if warning := warn_cut_off(rows):
         print(warning)
     figures = {"answers": len(rows), "cut_off": cut, "unanswered": sum(others.values())}
     stage.finish(args, [path], started, figures, {args.engine: answered_by})

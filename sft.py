@@ -72,6 +72,7 @@ def read_demos(
     those are. A collective."""
     tokens = gate.gate_rows(
         " ".join(args.demos),
+        "demonstrations",
         [(row["id"], row, [row["messages"][-1]["content"]]) for row in rows],
         lambda row: encode_demo(row, processor, Path(args.images)),
         lambda encoded: Counter(label for segment in encoded for label in segment.labels),

@@ -69,7 +69,7 @@ FILLED = 0.9  # ours: least share of a micro-batch's tokens that is not padding
 # ours: the ranks wait while the first hashes or writes a large checkpoint; torch waits 10 minutes
 PATIENCE = timedelta(hours=1)
 SIGHT = 10  # ours: seconds in which a network disk must show a file that another node wrote
-# flags that change speed or memory, and results only by rounding
+# flags that change speed, memory or what is kept, and results only by rounding
 FREE = ("save_every", "print_every", "micro_tokens", "checkpointing", "replicas")
 
 
@@ -82,7 +82,8 @@ class Refused(flags.UserError):
 
 
 def init_ranks() -> torch.device:
-    """Joins the process group of torchrun. Returns this rank's device."""
+    """This rank's device. Joins the process group of torchrun; without torchrun a GPU makes a group
+    of one, and a CPU has none."""
     cuda, device = torch.cuda.is_available(), torch.device("cpu")
     if cuda:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -127,22 +128,22 @@ def leave_group() -> None:
 
 
 def refuse(error: Exception | None) -> NoReturn:
-    """Ends all ranks with exit code 1; only the first raises the error, so it is printed once.
-    Every rank must call it, so that none waits for another."""
+    """Ends all ranks with exit code 1; only the first raises the error, so it is printed once. A
+    collective."""
     first = rank() == 0
     leave_group()
     raise error if first else SystemExit(1)
 
 
 def all_reduce(values: Tensor) -> Tensor:
-    """Sums a tensor over all ranks."""
+    """Sums a tensor over all ranks. A collective."""
     if world_size() > 1:
         dist.all_reduce(values)
     return values
 
 
 def all_gather(rows: list) -> list:
-    """Every rank's list, joined in rank order, on every rank."""
+    """Every rank's list, joined in rank order, on every rank. A collective."""
     if world_size() == 1:
         return rows
     parts: list = [None] * world_size()
@@ -203,7 +204,8 @@ def build(
     images: int,
 ) -> model.Policy:
     """The policy of a stage: its vision frozen, LoRA injected with --method lora, sharded. plan:
-    the rows of every step; lengths: of each row in tokens; images: the most that a row has."""
+    the rows of every step; lengths: of each row in tokens; images: the most that a row has. A
+    collective."""
     policy = hub.meta_policy(args.model)
     policy.freeze_vision()
     if args.method == "lora":
@@ -236,11 +238,12 @@ def shard(
 
     recomputed   how many blocks compute their activations again in backward
     replicas     copies of the model (HSDP), a divisor of the number of ranks
-    On a GPU: bf16 compute, fp32 master weights and gradient sums; on a CPU everything is fp32.
+    On a GPU: bf16 compute, fp32 master weights and gradient sums; on a CPU everything is fp32. A
+    collective.
     """
     if world_size() % replicas:
         message = f"--replicas {replicas} does not divide the number of ranks, {world_size()}"
-        refuse(data.RowError(f"{message}; one replica a node is usual"))
+        refuse(Refused(f"{message}; one replica a node is usual"))
     recompute_blocks(policy, recomputed)
     if dist.is_initialized():
         fully_shard_blocks(policy, device, replicas)
@@ -341,15 +344,15 @@ def gather_full(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def order(rows: int, seed: int, epoch: int) -> list[int]:
-    """The order of rows in an epoch: a resumed run sees the rows that it would have seen."""
+    """The order of rows in an epoch. It depends on nothing else, so a resumed run has it too."""
     indices = list(range(rows))
     random.Random(data.sample_seed(seed, "order", epoch)).shuffle(indices)
     return indices
 
 
 def shuffled(rows: int, batch: int, epochs: float, seed: int) -> list[list[int]]:
-    """The rows of every step, epoch after epoch in another order. The last batch of an epoch may be
-    smaller: no row is dropped, none is seen twice."""
+    """The rows of every step. Each epoch has every row once, in an order of its own; its last batch
+    may be smaller. The last epoch may be a part of one."""
     per_epoch = math.ceil(rows / batch)
     places = [divmod(step, per_epoch) for step in range(math.ceil(epochs * per_epoch))]
     orders = [order(rows, seed, epoch) for epoch in range(math.ceil(epochs))]
@@ -366,9 +369,10 @@ def deal_rows(
 
     Rows are dealt to the ranks in rounds, the longest first, so that the rows of a round are of
     like length (the ranks wait for one another); every other round goes backwards. All ranks get
-    equally many: the last round is filled up with the shortest row at weight 0. A micro-batch is as
-    many rounds as `budget` tokens hold, padding included, if they are of like length; a longer row
-    is alone. Without lengths the order stays, and a row counts 1."""
+    equally many: the last round is filled up with the shortest row at weight 0. A micro-batch takes
+    the next round if it then has at most `budget` tokens on a rank, padding included, and at least
+    FILLED of them are not padding; a row over `budget` is alone. Without lengths the order stays,
+    and a row counts 1."""
     size = lengths or dict.fromkeys(indices, 1)
     if lengths:
         indices = sorted(indices, key=lambda index: (-lengths[index], index))
@@ -380,10 +384,10 @@ def deal_rows(
     for number, part in enumerate(rounds):
         longest = size[part[0][0]]
         padded = (len(held) + 1) * (held or [longest])[0]
-        room = bool(held) and padded <= budget and sum(held) + longest >= FILLED * padded
-        held = [*held, longest] if room else [longest]
+        fits = bool(held) and padded <= budget and sum(held) + longest >= FILLED * padded
+        held = [*held, longest] if fits else [longest]
         for own, row in zip(dealt, part[::-1] if number % 2 else part):
-            own[-1].append(row) if room else own.append([row])
+            own[-1].append(row) if fits else own.append([row])
     return dealt
 
 
@@ -422,12 +426,14 @@ class Run:
                 run.backward(*loss_of(policy(batch), batch))
             run.update()
 
-    After the loop's body the step is written: a row of out/metrics.jsonl, a line, and every
-    `save_every` steps a state in out/state. The loop may add to `run.figures` after `update`.
+    After the loop's body the step is written: a row of out/metrics.jsonl, a line every
+    `print_every` steps, and every `save_every` a state in out/state. The loop may add to
+    `run.figures` after `update`. Each of these is a collective.
 
     plan          the rows of every step; it fixes the number of steps, and so the cosine
     make_batch    (rows, their weights) -> a batch on the device; it runs in a thread, a few
                   micro-batches ahead. A row of weight 0 only keeps its rank in step with the others
+    peak, warmup  of learning_rate
     budget        of a micro-batch, in tokens; in rows if `lengths` is not given
     save_every    steps between states; the last step has one too. 0 keeps none.
     lengths       the rows' tokens: rows are dealt to the ranks by them; they give the tokens/s
@@ -455,8 +461,7 @@ class Run:
         self.lengths, self.save_every, self.print_every = lengths, save_every, print_every
         self.dealt = [deal_rows(step, budget, world_size(), lengths)[rank()] for step in plan]
         self.parameters = list(trained_parameters(policy).values())
-        fused = device.type == "cuda" or not dist.is_initialized()
-        settings = {"betas": betas, "eps": EPS, "weight_decay": weight_decay, "fused": fused}
+        settings = {"betas": betas, "eps": EPS, "weight_decay": weight_decay, "fused": True}
         self.optimizer = torch.optim.AdamW(self.parameters, lr=peak, **settings)
         out.mkdir(parents=True, exist_ok=True)
         self.begin = load_state(out / "state", policy, self.optimizer)
@@ -500,8 +505,9 @@ class Run:
 
     def update(self) -> None:
         """The step itself: divides the gradients' sums by the global count, once; clips; moves the
-        weights. The device is read once. Raises Refused before it does harm. A collective."""
-        sums = all_reduce(torch.stack([*self.sums.values()]))  # (figures, 2)
+        weights. The device is read once. If loss or norm are not finite, the run ends before the
+        weights move. A collective."""
+        sums = all_reduce(torch.stack([*self.sums.values()]))  # (figures, 2), the loss first
         for parameter in self.parameters:
             if parameter.grad is not None:
                 local_tensor(parameter.grad).div_(sums[0, 1])
@@ -511,7 +517,7 @@ class Run:
         means = [x / max(y, 1e-12) for x, y in zip(read[::2], read[1::2])]
         if not (math.isfinite(means[0]) and math.isfinite(norm)):
             message = f"step {self.step}: the loss is {means[0]}, the gradient's norm {norm}"
-            refuse(Refused(f"{message}; the weights are untouched: those after {self.step} steps"))
+            refuse(Refused(f"{message}; the weights are still those after {self.step} steps"))
         now = learning_rate(self.step, len(self.plan), self.peak, self.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = now
@@ -549,7 +555,7 @@ def save_state(
     folder: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, step: int
 ) -> None:
     """Writes the trained weights and AdamW's moments beside the older state, then makes it the one
-    to resume from: a kill at any moment leaves one whole state or the other."""
+    to resume from: a kill at any moment leaves one whole state or the other. A collective."""
     from safetensors.torch import save_file
 
     making = folder / f"step_{step:06d}.tmp"
@@ -657,7 +663,7 @@ def begin(args: argparse.Namespace, inputs: list[str | Path], images: Iterable[P
     if blind:
         seen = f"rank {', '.join(blind)} cannot see what rank 0 wrote there"
         wanted = "OUT must lie on a disk that all nodes share"
-        refuse(data.RowError(f"--out {args.out}: {seen}; {wanted}"))
+        refuse(Refused(f"--out {args.out}: {seen}; {wanted}"))
     return True
 
 

@@ -14,9 +14,9 @@ as one batch element, too). A question whose chains A and B meet all criteria an
 
 Chains are numbered as they appear in the pairs, from 0.
 
-The plan is made before the first step: which pairs a step has is a function of seed, batch, order
-and the trees, and does not depend on the number of ranks. It fixes the number of steps, and so the
-cosine.
+The plan is made before the first step. It is a function of the pairs that are trained on, --order,
+--batch, --epochs, --seed and, where trees are cut, --max-length; the number of ranks does not
+matter. It fixes the number of steps, and so the cosine.
 
     order pair        pairs shuffled, as the paper's trainer has them; those of a step that are of
                       one question are one tree
@@ -54,7 +54,7 @@ class Chain:
     ids: tuple[int, ...]
 
 
-Place = tuple[int, Edge]  # of a pair: its tree, and its chains there
+Place = tuple[int, Edge]  # where a pair is: number of its tree, and its two chains there
 
 
 @dataclass
@@ -67,7 +67,7 @@ class Tree:
     chains: list[Chain] = field(default_factory=list)
 
     def index(self, chain: Chain) -> int:
-        """A chain's place in `chains`. It is added unless one with the same tokens is there."""
+        """A chain's number in `chains`. It is added unless one with the same tokens is there."""
         for index, other in enumerate(self.chains):
             if other.ids == chain.ids:
                 return index
@@ -99,22 +99,25 @@ def edges_of(places: Sequence[Place], trees: int) -> list[list[Edge]]:
     return edges
 
 
-LEAST = 16  # ours: pairs that are held out at least, for figures that say something
-MOST = 0.2  # ours: of the pairs; where LEAST are more than that, none are held out
+HELD_PAIRS = 16  # ours: at least so many are held out, for figures that say something
+HELD_SHARE = 0.2  # ours: at most this share of all pairs is
 
 
 def held_out(trees: Sequence[Tree], places: Sequence[Place], share: float) -> set[int]:
-    """The questions that are kept out of training, by a hash of their ids: a share of those that
-    have pairs, and as many more as it takes to LEAST pairs."""
+    """Numbers of the trees that are kept out of training, drawn by a hash of their ids: `share` of
+    those that have pairs, and more until they have HELD_PAIRS pairs. None if these are more than
+    HELD_SHARE of all pairs."""
+    if not share:
+        return set()
     counts = Counter(tree for tree, _ in places)
     held: set[int] = set()
     pairs = 0
     for tree in sorted(counts, key=lambda tree: (data.content_hash(trees[tree].id), tree)):
-        if len(held) >= share * len(counts) and pairs >= LEAST:
+        if len(held) >= share * len(counts) and pairs >= HELD_PAIRS:
             break
         held.add(tree)
         pairs += counts[tree]
-    return held if share and pairs <= MOST * len(places) else set()
+    return held if pairs <= HELD_SHARE * len(places) else set()
 
 
 @dataclass(frozen=True)
@@ -129,9 +132,9 @@ class Subtree:
 
 
 def cut(sizes: Sequence[int], edges: Sequence[Edge], limit: int) -> list[list[Edge]]:
-    """Edges in as few rows as a simple rule makes, none over `limit` tokens. sizes: tokens of the
-    prompt, then of each chain. A row opens with the cheapest edge and takes the one that adds the
-    fewest tokens while it fits: a chain may stand in several rows, an edge never."""
+    """Edges in parts of at most `limit` tokens, the prompt counted in each. sizes: tokens of the
+    prompt, then of each chain. Greedy: a part begins with the cheapest edge, and takes the one that
+    adds the fewest tokens while it fits. A chain may stand in several parts, an edge in one."""
     left, parts = list(edges), []
 
     def added(edge: Edge, held: set[int]) -> int:
@@ -176,7 +179,7 @@ def plan(
             parts = by_pair(places, args.batch, args.seed, epoch)
         else:
             parts = by_question(edges_of(places, len(sizes)), args.batch, args.seed, epoch)
-        for part in parts[: math.ceil((args.epochs - epoch) * len(parts))]:
+        for part in parts[: math.ceil((args.epochs - epoch) * len(parts))]:  # 0.5: half an epoch
             begin = len(subtrees)
             edges: dict[int, list[Edge]] = {}
             for tree, edge in part:
@@ -197,7 +200,7 @@ def by_question(
     edges: Sequence[Sequence[Edge]], batch: int, seed: int, epoch: int
 ) -> list[list[Place]]:
     """Steps of about `batch` pairs: each question goes whole into the step in which its middle pair
-    would be. A step that none falls into, beside a question of many pairs, is no step."""
+    would be. Where a question has more than `batch` pairs, steps without any are left out."""
     steps: dict[int, list[Place]] = {}
     count = 0
     for tree in train.order(len(edges), seed, epoch):
@@ -209,17 +212,17 @@ def by_question(
 
 
 def step_facts(subtrees: Sequence[Subtree], step: Sequence[int]) -> dict[str, float]:
-    """What a step has: pairs; questions; worth, how many independent comparisons the pairs are:
-    2pn / (p + n) of a question with p chosen and n rejected chains, since pairs of the same chains
-    say less than pairs of different ones; and the largest question's share of the pairs."""
+    """What a step has: pairs; questions; worth, the number of independent comparisons, since pairs
+    of the same chains say less than pairs of different ones: the sum of 2pn / (p + n) over its
+    questions, of p chosen and n rejected chains; and the largest question's share of the pairs."""
     pairs: dict[int, int] = {}
-    ends: dict[int, tuple[set[int], set[int]]] = {}
+    sides: dict[int, tuple[set[int], set[int]]] = {}
     for one in (subtrees[index] for index in step):
         pairs[one.tree] = pairs.get(one.tree, 0) + len(one.edges)
-        chosen, rejected = ends.setdefault(one.tree, (set(), set()))
+        chosen, rejected = sides.setdefault(one.tree, (set(), set()))
         chosen |= {one.chains[w] for w, _ in one.edges}
         rejected |= {one.chains[l] for _, l in one.edges}
-    worth = sum(2 * len(p) * len(n) / (len(p) + len(n)) for p, n in ends.values())
+    worth = sum(2 * len(p) * len(n) / (len(p) + len(n)) for p, n in sides.values())
     total = sum(pairs.values())
     return {
         "pairs": total,
@@ -280,7 +283,7 @@ class Forest:
     reference: dict[str, float] = field(default_factory=dict)  # log pi_ref of each chain, by key
 
     def subtrees(self, limit: int) -> list[Subtree]:
-        """All of each tree's chains at once, or in as few subtrees as `limit` allows."""
+        """The chains of all kept pairs, a subtree for each tree; one over `limit` tokens is cut."""
         return [
             one
             for tree, own in enumerate(edges_of(self.places, len(self.trees)))
@@ -302,14 +305,14 @@ class Forest:
         return collate_trees(rows, weights, self.processor)
 
 
-def read_forest(args: argparse.Namespace, pairs: list[dict]) -> Forest:
+def make_forest(args: argparse.Namespace, pairs: list[dict]) -> Forest:
     """Makes trees of the pairs, checks them, and prints how many are dropped for their length. A
     collective."""
     root, processor = Path(args.images), model.Processor(args.model, args.pixels, args.tiles)
     textual = sum(not all(row.get(f"{side}_token_ids") for side in SIDES) for row in pairs)
     if textual and args.require_token_ids:
-        message = f"{args.pairs}: {textual} pairs have no token ids; sample with an engine"
-        train.refuse(data.RowError(f"{message} that tells them, or drop --require-token-ids"))
+        message = f"{args.pairs}: {textual} pairs have no token ids; sample with hf: or vllm:"
+        train.refuse(data.RowError(f"{message}, or drop --require-token-ids"))
     trees, places = group(pairs, processor, root)
     # a 72B takes minutes to hash: once, not on every rank
     checkpoint = train.from_first(lambda: stage.fingerprint(args.model))
@@ -317,30 +320,31 @@ def read_forest(args: argparse.Namespace, pairs: list[dict]) -> Forest:
     def keep(row: model.Row) -> tuple[list[int], list[str]]:
         return [len(segment.ids) for segment in row], chain_keys(row, checkpoint)
 
-    kept = gate.gate_rows(
+    checked = gate.gate_rows(
         args.pairs,
+        "questions",
         [(tree.id, tree, [chain.text for chain in tree.chains]) for tree in trees],
         lambda tree: encode_tree(tree, range(len(tree.chains)), processor, root),
         keep,
         processor,
     )
-    sizes, keys = [tokens for tokens, _ in kept], [own for _, own in kept]
+    sizes, keys = [tokens for tokens, _ in checked], [own for _, own in checked]
     lengths = [
         sizes[tree][0] + sizes[tree][1 + chosen] + sizes[tree][1 + rejected]
         for tree, (chosen, rejected) in places
     ]
     fitting = [pair for pair, length in enumerate(lengths) if length <= args.max_length]
     dropped = [length for length in lengths if length > args.max_length]
-    over = f"({len(dropped)} over {args.max_length} tokens: --max-length)"
-    kept = f"pairs: kept {len(fitting)} of {len(pairs)}"
-    train.print0(f"{kept} {over}, {textual} tokenised from text")
+    message = f"pairs: kept {len(fitting)} of {len(pairs)}"
+    message += f" ({len(dropped)} over {args.max_length} tokens: --max-length)"
+    train.print0(f"{message}; without token ids, tokenised from text: {textual}")
     if not fitting:
         message = f"every pair is over {args.max_length} tokens"
         train.refuse(data.RowError(f"{args.pairs}: {message}; raise --max-length"))
     if dropped:
         longest = max(lengths[pair] for pair in fitting)
         tokens = f"{min(dropped):,} to {max(dropped):,} tokens, those kept up to {longest:,}"
-        train.print0(f"warning: the pairs that are dropped have {tokens}: long chains go first")
+        train.print0(f"warning: long chains are lost: the pairs that are dropped have {tokens}")
     fit = [places[pair] for pair in fitting]
     return Forest(trees, sizes, keys, processor, root, fit, fitting, len(dropped))
 

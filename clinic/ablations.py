@@ -78,7 +78,7 @@ def stage1(
     return [
         f"{folder}/distill python distill.py run --questions {questions} --images {root} "
         f"--teachers {asked} {{distill}} {SEED}",
-        f"{folder}/sft python sft.py --model {base} --images {root} {{pixels}} "
+        f"{folder}/sft python sft.py --model {base} --images {root} {{image}} "
         f"--demos {{run}}/{folder}/distill/demos.jsonl {{sft}} {SEED}",
         test(name, f"{{run}}/{folder}/sft/merged"),
     ]

@@ -39,8 +39,8 @@ def sizes(requests: Iterable) -> Iterator[tuple[int, int]]:
     """(characters, images) of each sample of inference.Requests."""
     for request in requests:
         parts = [part for turn in request.messages for part in data.parts_of(turn, 0)]
-        letters = sum(len(part.get("text", "")) for part in parts)
-        yield from [(letters, len(request.images))] * len(request.samples)
+        characters = sum(len(part.get("text", "")) for part in parts)
+        yield from [(characters, len(request.images))] * len(request.samples)
 
 
 def cost(
@@ -49,7 +49,7 @@ def cost(
     """The cost of requests of `sizes`: `attempts` of each, `longest` tokens a completion."""
     sizes = list(sizes)
     requests, images = attempts * len(sizes), attempts * sum(shown for _, shown in sizes)
-    tokens = sum(letters // CHARACTERS + shown * pixels // PATCH**2 for letters, shown in sizes)
+    tokens = sum(size // CHARACTERS + shown * pixels // PATCH**2 for size, shown in sizes)
     return Cost(role, spec, (requests, attempts * tokens, requests * longest), images)
 
 

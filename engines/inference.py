@@ -115,7 +115,7 @@ class Setup:
 
 
 # flags that change the speed, or whether it may run, but not the result
-SPEED = ("batch", "replicas", "tensor_parallel", "concurrency", "max_requests", "images_may_leave")
+FREE = ("batch", "replicas", "tensor_parallel", "concurrency", "max_requests", "images_may_leave")
 
 
 def add_flags(parser: ArgumentParser) -> None:

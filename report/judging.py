@@ -107,7 +107,7 @@ def judge_films(args: argparse.Namespace) -> None:
     other = {key: replace(one, images=swaps[key]) for key, one in own.items()}
     inputs = [args.chains, args.questions, *filter(None, [inference.checkpoint(args.judge)])]
     films = data.image_files(root, map(vars, questions))
-    if not stage.open_folder(args, inputs, inference.SPEED, films):
+    if not stage.open_folder(args, inputs, inference.FREE, films):
         return
     answered_by = inference.identity(args.judge)  # its folder may be trained anew
     letters = [(own[row["id"]], len(row["response"])) for row in chains]

@@ -269,7 +269,7 @@ def prepare(
     edges = trees.edges_of(places, len(rows))
     encoded = [trees.encode_tree(row, range(len(row.chains)), processor, root) for row in rows]
     forest, whole = forest_of(encoded, processor, edges=edges)
-    rounds = reference.rounds_of([1] * len(rows), micro if device else 1)
+    rounds = reference.waves_of([1] * len(rows), micro if device else 1)
     if device:
         path = out / "reference.jsonl"
         logp = reference.compute(path, policy, forest, whole, rounds, device)

@@ -229,7 +229,7 @@ def test_text_pairs_have_trls_loss_and_gradients(folder, policy, processor, tmp_
         [theirs[key] for key in ("prompt_ids", "chosen_ids", "rejected_ids")]
         for theirs in trainer.train_dataset
     ] == [[segment.ids for segment in row] for row in rows]
-    rounds, forest = reference.rounds_of([1] * 3, 2), forest_of(rows, processor)
+    rounds, forest = reference.waves_of([1] * 3, 2), forest_of(rows, processor)
     rounds = reference.log_probs(model.Policy(other), *forest, rounds, CPU, "")
     values = [values for done in rounds for _, values in done]
     batch = collate_pairs(list(zip(rows, values)), [1.0] * 3, processor)
@@ -334,7 +334,7 @@ def refer(
     tmp_path, policy, rows: list[model.Row], processor, checkpoint: str = "one", micro: int = 1
 ) -> list[list[float]]:
     forest, whole = forest_of(rows, processor, checkpoint)
-    rounds, path = reference.rounds_of([1] * len(rows), micro), tmp_path / "reference.jsonl"
+    rounds, path = reference.waves_of([1] * len(rows), micro), tmp_path / "reference.jsonl"
     logp = reference.compute(path, policy, forest, whole, rounds, CPU)
     return [[logp[key] for key in forest.keys_of(one)] for one in whole]
 
@@ -462,7 +462,7 @@ def test_the_first_loss_may_be_off_by_half_of_beta_times_what_may_be_rounding(
 ):
     """At beta 5, and h off by 0.0008, the loss is off by 0.002."""
     (row,) = encode(processor, films)
-    rounds, forest = reference.rounds_of([1], 1), forest_of([row], processor)
+    rounds, forest = reference.waves_of([1], 1), forest_of([row], processor)
     (((_, values),),) = reference.log_probs(policy, *forest, rounds, CPU, "")
     gate_one(policy, row, [values[0] + 0.8e-3, values[1]], processor, 5.0)
 
@@ -479,12 +479,12 @@ def test_a_run_prints_the_gate_line_by_line(folder, films, tmp_path, capsys):
         "1",
     )
     assert gate_lines(capsys.readouterr().out) == [
-        "all 2 rows are valid",
+        "all 2 questions are valid",
         "supervised tokens decode to the responses",
-        "image tokens equal image features",
+        "a row's image tokens equal its image features",
         "LoRA trains the 21 linear maps of the language model and nothing else",
         "the shortest row, N tokens, goes forward and backward",
-        "trees and chunks have the plain row's log-probabilities",
+        "the first response has the plain row's log-probability",
         "policy equals reference",
         "first loss 0.693147 is ln 2 = 0.693147",
     ]
@@ -508,8 +508,8 @@ def test_the_gate_refuses_pairs_that_cannot_be_encoded_and_names_them(
     folder, films, tmp_path, capsys
 ):
     refused(
-        "all 2 rows are valid",
-        "pairs.jsonl: 1 rows: p1: .*no film.png",
+        "all 2 questions are valid",
+        "pairs.jsonl: 1 questions: p1: .*no film.png",
         folder,
         films,
         tmp_path,
@@ -523,7 +523,7 @@ def test_the_gate_refuses_token_ids_of_another_answer(folder, processor, films, 
     rows[1]["rejected_token_ids"] = rows[2]["rejected_token_ids"]
     refused(
         "supervised tokens decode to the responses",
-        "pairs.jsonl: 1 rows: p1: .* instead of",
+        "pairs.jsonl: 1 questions: p1: .* instead of",
         folder,
         films,
         tmp_path,
@@ -538,6 +538,7 @@ def test_the_gate_takes_an_answer_that_was_cut_off(processor, films):
     row["rejected"] = processor.decode(row["rejected_token_ids"])
     gate.gate_rows(
         "pairs.jsonl",
+        "questions",
         [("p0", row, [row["chosen"], row["rejected"]])],
         lambda row: encode_pair(row, processor, films),
         len,
@@ -555,7 +556,7 @@ def test_the_gate_refuses_image_tokens_that_are_not_the_towers_features(
         lambda self, pixels, grids: image_features(self, pixels, grids)[:-1],
     )
     refused(
-        "image tokens equal image features",
+        "a row's image tokens equal its image features",
         "4 tokens, 3 features",
         folder,
         films,
@@ -596,7 +597,7 @@ def test_the_gate_refuses_a_policy_that_is_not_its_reference(
         return {key: value + off[key] for key, value in found.items()}
 
     monkeypatch.setattr(reference, "compute", shifted)
-    said = "log-probabilities differ by up to (0.1000|nan); remove reference.jsonl"
+    said = "log-probabilities differ by up to (0.1000|nan); .*remove it"
     refused(
         "policy equals reference",
         said,
@@ -686,7 +687,7 @@ def test_a_run_starts_at_ln_2_learns_the_preference_and_leaves_vision_alone(
         stage["outputs"] == {"merged": fingerprint(tmp_path / "out" / "merged")}
         and not (tmp_path / "out" / "state").exists()
     )
-    assert "kept 4 of 4" in (said := capsys.readouterr().out) and "1 tokenised from text" in said
+    assert "kept 4 of 4" in (said := capsys.readouterr().out) and "tokenised from text: 1" in said
     lines = said.partition("\nStage II is finished: ")[2].splitlines()
     found = {line[:14].strip(): line[14:] for line in lines[1:]}
     assert lines[0] == str(tmp_path / "out" / "merged")

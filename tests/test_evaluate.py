@@ -470,6 +470,28 @@ def test_medxpertqas_own_prompt_has_two_turns_and_its_own_rule_reads_them_differ
     assert found["official"][0] == 1 and results == again
 
 
+def test_the_letters_turn_is_in_the_bill_and_leaves_no_log_probability(tmp_path):
+    two, one = (
+        data.Question(f"{name}?", OPTIONS, "B", source=name) for name in ("medxpertqa-text", "mmmu")
+    )
+    questions = {two.id: two, one.id: one}
+    flags = ["--engine", "hf:none", "--questions", "q.jsonl", "--out", "out", "-n", "2"]
+    args = evaluate.parse([*flags, "--prompt", "official", "--max-tokens", "100"])
+    requests = evaluate.requests_of(questions, args)
+    chains, letters = evaluate.costs(questions, requests.values(), args)
+    assert (chains.role, chains.figures[0]) == ("evaluate", 4)
+    assert (letters.role, letters.figures[0], letters.figures[2]) == ("letter", 2, 200)
+    assert letters.figures[1] >= 200  # the chain is in the prompt
+
+    row = {"id": two.id, "sample": 0, "response": "A chain.", "finish_reason": "stop"}
+    row |= {"token_ids": [1, 2], "logp": -3.0}
+    letter = {"response": "B", "finish_reason": "stop"}
+    ask = lambda role, asked: {(request.id, 0): letter for request in asked}
+    evaluate.ask_for_letters(ask, requests, [row], questions)
+    assert row["response"].endswith("the answer is B")
+    assert row["token_ids"] is None and row["logp"] is None
+
+
 @pytest.mark.parametrize(("style", "roles"), [("paper", ["system", "user"]), ("bare", ["user"])])
 def test_bare_is_the_papers_prompt_without_its_system_turn(tmp_path, style, roles):
     question = data.Question("What is seen?", OPTIONS, "B")

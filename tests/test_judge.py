@@ -542,19 +542,6 @@ def test_samples_of_one_text_are_one():
     )
 
 
-def test_one_text_that_was_judged_both_ways_is_never_paired_with_itself():
-    # a verdict may be edited by hand
-    rows = [
-        candidate("q", 0, "same"),
-        candidate("q", 1, "same"),
-        candidate("q", 2, "good"),
-        candidate("q", 3, "bad"),
-    ]
-    verdicts = [judged(row, No_Hallucination=row["sample"] not in (1, 3)) for row in rows]
-    pairs, _ = judge.make_pairs(rows, verdicts, {"q": question()}, "all", 0, 0)
-    assert pairs and all(pair["chosen"] != pair["rejected"] for pair in pairs)
-
-
 def test_a_pair_carries_what_the_sampler_told_of_each_chain_and_nothing_where_it_did_not():
     good, bad, old = (candidate("q", k, text) for k, text in enumerate(("good", "bad", "old")))
     good |= {"logp": -3.5, "token_logps": [-3.0, -0.5]}
@@ -694,7 +681,7 @@ def test_report_of_nothing_right_has_no_pairs_and_no_averages():
     "pairs, questions, warned", [(100, 20, False), (99, 20, True), (100, 19, True), (0, 0, True)]
 )
 def test_few_pairs_or_pairs_of_few_questions_are_warned_of(pairs, questions, warned):
-    said = judge.few({"pairs": pairs, "questions_with_pairs": questions})
+    said = judge.warn_few({"pairs": pairs, "questions_with_pairs": questions})
     assert bool(said) == warned
     assert not said or f"warning: {pairs} pairs of {questions} questions" in said
 
@@ -702,7 +689,7 @@ def test_few_pairs_or_pairs_of_few_questions_are_warned_of(pairs, questions, war
 @pytest.mark.parametrize("cut, warned", [(0, False), (5, False), (6, True), (100, True)])
 def test_many_answers_that_were_cut_off_are_warned_of(cut, warned):
     rows = [candidate("q", k, "x", finish="length" if k < cut else "stop") for k in range(100)]
-    said = rollout.cut_off(rows)
+    said = rollout.warn_cut_off(rows)
     assert bool(said) == warned
     assert not said or f"warning: {cut}% of the answers" in said and "--max-tokens" in said
 
@@ -941,7 +928,7 @@ def test_pairs_join_thorough_chains_with_lacking_ones_and_the_report_adds_up(
     )
     assert report["pairs"] == len(pairs) == stage["figures"]["pairs"]
     said = capsys.readouterr().out
-    assert f"120 -> {len(met)} -> {len(met)} -> {report['positive']} / {report['negative']}" in said
+    assert f"120 -> {len(met)} -> {report['positive']} / {report['negative']}" in said
     few = f"warning: {len(pairs)} pairs of {len({row['id'] for row in pairs})} questions"
     assert few in said and "cut off" not in said  # ten questions are few
     files = [out / "pairs.jsonl", verdicts / "verdicts.jsonl", rollouts]

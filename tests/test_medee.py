@@ -343,7 +343,7 @@ def test_a_stage_of_a_begun_run_is_adopted_by_its_name(tmp_path, monkeypatch, ca
     (tmp_path / "run.json").write_text(json.dumps(record))
     monkeypatch.chdir(os.getcwd())  # adopt changes it
     with pytest.raises(
-        data.RowError, match="nonsense: is no stage of this run; they are world, distill"
+        flags.UserError, match="nonsense is not a stage of this run; its stages are world, distill"
     ):
         medee.main(["adopt", "nonsense", "--out", str(tmp_path)])
     medee.main(["adopt", "distill", "--out", str(tmp_path)])
@@ -389,7 +389,7 @@ GIVEN = {
     "base": "base", "root": "images", "bank": ["bank.jsonl"], "against": ["test.jsonl"],
     "test": ["test.jsonl"], "baselines": ["vllm:base"], "experts": ["gemini:a"],
     "classifier": "gemini:a", "editor": "gemini:a", "judge": "gemini:a", "eval_judge": "gemini:a",
-    "teachers": ["gemini:a"], "seed": 0, "size": "7B",
+    "teachers": ["gemini:a"], "seed": 0, "label": "7B",
 }  # fmt: skip
 
 
@@ -479,7 +479,7 @@ def test_a_run_sends_no_image_away_without_leave_and_asks_no_more_than_it_may(tm
     left = ["--concurrency", "3", "--max-requests", "10"]
     assert medee.limits(asking, tmp_path / "run", args) == left
     args.max_requests = 140
-    with pytest.raises(data.RowError, match="140 requests were made"):
+    with pytest.raises(flags.UserError, match="140 requests were made"):
         medee.limits(asking, tmp_path / "run", args)
 
 
@@ -651,7 +651,7 @@ def test_a_seed_that_stops_is_named_with_its_log_and_the_others_finish_first(tmp
     for seed in (4, 5):
         (tmp_path / f"seed-{seed}" / "world").mkdir(parents=True)
         (tmp_path / f"seed-{seed}" / "world" / "foreign").write_text("of another run")
-    with pytest.raises(data.RowError, match="seed 4 stopped; .*seed-4.log says why"):
+    with pytest.raises(flags.UserError, match="seed 4 stopped; .*seed-4.log says why"):
         medee.main(["claims", "--out", str(tmp_path), "--seeds", "4", "5"])
     for seed in (4, 5):
         assert "was not begun by this run" in (tmp_path / f"seed-{seed}.log").read_text()

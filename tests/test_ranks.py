@@ -583,7 +583,7 @@ REFUSED = {  # what is wrong -> (flags, what is said once)
     "OUT is a file": (["--out", "{folder}/demos.jsonl"], "demos.jsonl: a folder is wanted there"),
     "one node lacks the images": (
         ["--out", "{folder}/out", "--images", "films"],
-        "gate: all 4 rows are valid: false",
+        "gate: all 4 demonstrations are valid: false",
     ),
     "replicas that do not divide": (
         ["--out", "{folder}/out", "--replicas", "3"],

@@ -271,13 +271,13 @@ def test_a_file_without_demonstrations_is_refused(tmp_path):
 
 
 GATE = [
-    "all 2 rows are valid",
+    "all 2 demonstrations are valid",
     "supervised tokens decode to the responses",
-    "image tokens equal image features",
+    "a row's image tokens equal its image features",
     # seven in each of three layers
     "LoRA trains the 21 linear maps of the language model and nothing else",
     "the shortest row, N tokens, goes forward and backward",
-    "trees and chunks have the plain row's log-probabilities",
+    "the first response has the plain row's log-probability",
 ]
 
 
@@ -309,10 +309,9 @@ def test_the_gate_refuses_rows_that_cannot_be_encoded_and_names_them(
 ):
     rows = [demo(0), demo(1, "film0.png"), demo(2, "no such film.png"), demo(3)]
     rows[3]["messages"][2]["content"] = "<think> <|im_end|> </think> <answer> A </answer>"
-    said = (
-        "demos.jsonl: 2 rows: d2: .*no such film.png.*; d3: the response contains the special token"
-    )
-    refused("all 4 rows are valid", said, folder, films, tmp_path, capsys, rows)
+    said = "demos.jsonl: 2 demonstrations: d2: .*no such film.png.*; d3: the response contains the "
+    said += "special token"
+    refused("all 4 demonstrations are valid", said, folder, films, tmp_path, capsys, rows)
 
 
 def test_the_gate_refuses_supervised_tokens_that_are_not_the_response(
@@ -326,7 +325,10 @@ def test_the_gate_refuses_supervised_tokens_that_are_not_the_response(
     )
     with_nodule = [index for index in range(4) if "nodule" in demo(index)["messages"][2]["content"]]
     assert 0 < len(with_nodule) < 4
-    said = f"demos.jsonl: {len(with_nodule)} rows: d{with_nodule[0]}: .*mass.* instead of .*nodule"
+    said = (
+        f"demos.jsonl: {len(with_nodule)} demonstrations: d{with_nodule[0]}: .*mass.* instead of "
+    )
+    said += ".*nodule"
     refused(
         "supervised tokens decode to the responses",
         said,
@@ -344,6 +346,7 @@ def test_the_gate_takes_decomposed_letters_for_what_the_tokenizer_makes_of_them(
     assert "\u00e9" in processor.decode(sft.encode_demo(row, processor, films)[1].ids)
     gate.gate_rows(
         "demos.jsonl",
+        "demonstrations",
         [("x", row, [row["messages"][2]["content"]])],
         lambda row: sft.encode_demo(row, processor, films),
         len,
@@ -366,7 +369,7 @@ def test_the_gate_refuses_image_tokens_that_are_not_the_towers_features(
 
     monkeypatch.setattr(model.Processor, "encode_image", twice)
     refused(
-        "image tokens equal image features",
+        "a row's image tokens equal its image features",
         "4 tokens, 8 features",
         folder,
         films,

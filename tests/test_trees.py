@@ -352,7 +352,7 @@ def test_only_a_pair_that_alone_is_too_long_is_dropped_and_its_length_is_told(
     said, history = capsys.readouterr().out, schema.read_metrics(tmp_path / "out")
     assert (
         f"kept 3 of 4 (1 over {limit} tokens" in said
-        and f"have {lengths[3]:,} to {lengths[3]:,} tokens, those kept up to {limit:,}:" in said
+        and f"have {lengths[3]:,} to {lengths[3]:,} tokens, those kept up to {limit:,}" in said
     )
     assert [row["pairs"] for row in history] == [3]
     record = json.loads((tmp_path / "out" / "stage.json").read_text())
@@ -373,7 +373,7 @@ def held(counts: list[int], share: float) -> set[int]:
 def test_held_out_questions_are_drawn_by_their_ids_and_have_pairs_enough():
     counts = [3] * 400
     assert len(held(counts, 0.05)) == 20 and held(counts, 0.05) == held(counts, 0.05)
-    assert len(held([1] * 100, 0.05)) == trees.LEAST  # five questions would have five pairs
+    assert len(held([1] * 100, 0.05)) == trees.HELD_PAIRS  # five questions would have five pairs
     assert held([2] * 20, 0.05) == set()  # 16 of 40 pairs are too many
     assert held(counts, 0) == set()
     empty = [0, 4] * 100
@@ -388,7 +388,7 @@ def test_held_out_pairs_are_looked_at_and_never_trained_on(folders, films, tmp_p
     said, history = capsys.readouterr().out, schema.read_metrics(tmp_path / "out")
     figures = json.loads((tmp_path / "out" / "stage.json").read_text())["figures"]
     count = figures["held_out"]
-    assert count >= trees.LEAST and f"held out: {count} pairs of " in said
+    assert count >= trees.HELD_PAIRS and f"held out: {count} pairs of " in said
     assert sum(row["pairs"] for row in history) == figures["pairs"] == len(pairs) - count
     looked = [row for row in history if "held_loss" in row]
     assert looked and looked[-1] == history[-1]  # 11 steps: one more often than every tenth
