@@ -39,7 +39,7 @@ from pathlib import Path
 
 import answers
 import data
-from benchmarks import decontaminate, descriptions
+from benchmarks import decontaminate, descriptions, modalities
 from command import flags, schema, stage
 from engines import Replicas, bill, inference, open_engine
 from engines.inference import Request, Sampling, checkpoint, image_paths, question_requests
@@ -279,7 +279,7 @@ TYPE_PROMPT = (
     "Reply with one JSON object and nothing else:\n"
     '{"type": "one of the three", "modality": "...", "why": "one sentence"}\n\n'
     "<Question> %s </Question>"
-).replace("MODALITIES", ", ".join([*data.MODALITIES[0], *data.MODALITIES[1], "other"]))
+).replace("MODALITIES", ", ".join([*modalities.MODALITIES[0], *modalities.MODALITIES[1], "other"]))
 
 
 def read_type(completion: str) -> dict[str, str]:
@@ -291,7 +291,7 @@ def read_type(completion: str) -> dict[str, str]:
         raise ValueError(f"type is {found['type']!r}, none of {', '.join(TYPES)}")
     texts = [found.get(key) for key in ("modality", "why")]
     modality, why = (" ".join(text.split()) if isinstance(text, str) else "" for text in texts)
-    return {"type": label, "modality": modality and data.modality(modality), "why": why}
+    return {"type": label, "modality": modality and modalities.modality(modality), "why": why}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -391,7 +391,7 @@ def modality_of(question: data.Question) -> str:
     if not question.images:
         return "text"
     named = question.meta.get("modality")
-    return data.modality(str(named)) if named else "unknown"
+    return modalities.modality(str(named)) if named else "unknown"
 
 
 def print_funnel(funnel: list[dict]) -> None:

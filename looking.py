@@ -42,6 +42,7 @@ from PIL import Image
 
 import data
 import judge
+from benchmarks import modalities
 from command import flags, stage
 from command.images import image_size, load_image
 from engines import Replicas, bill, inference, open_engine
@@ -60,7 +61,7 @@ def swap(questions: list[data.Question], root: Path, seed: int) -> dict[str, lis
     images, with another content. A question without such a partner is left out."""
     groups: dict[tuple, list[data.Question]] = {}
     for one in questions:
-        kind = data.modality(str(one.meta.get("modality", "")))
+        kind = modalities.modality(str(one.meta.get("modality", "")))
         groups.setdefault((one.source, kind, len(one.images)), []).append(one)
     found = {}
     for kind, members in groups.items():

@@ -23,7 +23,7 @@ SIGNS = {
     "smear": ["dot", "spike", "rod"],
     "oct": ["cyst", "peak", "fold"],
 }
-# data.MODALITIES' names for the clinic's modalities
+# benchmarks.modalities' names for the clinic's modalities
 KINDS = {"radiograph": "x-ray", "scan": "ct", "smear": "microscopy", "oct": "ophthalmic imaging"}
 DIAGNOSES = {
     "radiograph": ["pneumonia", "abscess", "embolism", "contusion", "tuberculosis"],

@@ -33,6 +33,7 @@ from pathlib import Path
 import answers
 import benchmarks
 import data
+from benchmarks import modalities
 from judge import CRITERIA
 
 VOTE_SUBSETS = 100  # ours: seeded subsets behind MV@n
@@ -174,7 +175,7 @@ def entry(question: data.Question, rows: list[dict], verdicts: dict[tuple, dict 
     official_correct. verdicts: (id, sample) -> criteria, None for an unreadable verdict."""
     groups = {key: str(question.meta[key]) for key in GROUPS if question.meta.get(key)}
     if "modality" in groups:
-        groups["modality"] = data.modality(groups["modality"])
+        groups["modality"] = modalities.modality(groups["modality"])
     found = {
         "id": question.id,
         "source": question.source,

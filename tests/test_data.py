@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import answers
 import data
+from benchmarks import modalities
 from command import schema
 from report.__main__ import main as report_main
 
@@ -583,8 +584,8 @@ def test_an_option_in_latex_is_the_same_option_in_another_spelling():
     ],
 )
 def test_a_modality_told_in_any_words_is_one_of_twelve_or_other(name, told):
-    assert {data.modality(text) for text in told} == {name}
-    assert len(data.MODALITIES[0] | data.MODALITIES[1]) == 12
+    assert {modalities.modality(text) for text in told} == {name}
+    assert len(modalities.MODALITIES[0] | modalities.MODALITIES[1]) == 12
 
 
 REAL = Path(os.environ.get("MEDEE_REAL_DATA", ""))
