@@ -5,7 +5,7 @@
 
 y_w is the chosen chain, y_l the rejected one. pi_ref is the policy before its first update: its
 log-probabilities are computed once, before training (reference.py). So h = 0 at the first step and
-the loss is ln 2 = 0.6931; the gate refuses to train if it is not.
+the loss is ln 2 = 0.6931; the gate refuses to train if it is off by more than rounding.
 
 All pairs of a question in a step are one tree: the prompt, its images and each chain are computed
 once, and Eq. 1 is summed over the pairs (trees.py, which also makes the plan of all steps). A tree
@@ -53,6 +53,7 @@ import reference
 import train
 import trees
 from command import flags, schema, stage
+from engines import drift
 
 BETA = 0.1  # ours: paper silent (LLaMA-Factory default; the DPO paper uses 0.1 to 0.5)
 FIRST = 4  # ours: subtrees of a rank that are compared with the reference before training
@@ -170,7 +171,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     # ours: paper silent
     about = "share of the questions whose pairs are not trained on, but evaluated during training"
     add("--held-out", type=flags.number(0, 0.5), default=0.05, help=about)
-    about = "most nats a token between trainer and sampler; 0: 0.005 in bf16, 0.0001 in fp32"
+    about = "most nats a token, on average, between trainer and sampler; 0: "
+    about += f"{drift.LIMIT_BF16} in bf16, {drift.LIMIT_FP32} in fp32"
     add("--max-drift", type=flags.number(0), default=0.0, help=about)
     about = "refuse pairs without the rollout's token ids"
     add("--require-token-ids", action="store_true", help=about)

@@ -5,11 +5,11 @@
     gate: ok  a row's image tokens equal its image features
     gate: ok  LoRA trains the 196 linear maps of the language model and nothing else
     gate: ok  the shortest row, 212 tokens, goes forward and backward
-    gate: ok  the first response has the plain row's log-probability
+    gate: ok  the last response has the plain row's log-probability
 
 A wrong mask or a wrong image raises no error in training; the model is only worse. A claim that
 does not hold on one rank ends the run on all. dpo.py adds two: policy equals reference, first loss
-ln 2.
+ln 2; and reference.gate_drift, where the sampler's log-probabilities are known.
 
 Where we depart from the paper, or it is silent: it has no such check.
 """
@@ -65,13 +65,13 @@ def gate_rows(
             if found != wanted:
                 different.append((index, f"{name}: {found[:60]!r} instead of {wanted[:60]!r}"))
     claims = {
-        f"all {len(rows):,} {what} are valid": invalid,
-        "supervised tokens decode to the responses": different,
+        f"all {len(rows):,} {what} are valid": (what, invalid),
+        "supervised tokens decode to the responses": ("responses", different),
     }
-    for claim, faults in claims.items():
+    for claim, (of, faults) in claims.items():
         wrong = sorted(train.all_gather(faults))
         first = "; ".join(text for _, text in wrong[:3])
-        check_claim(claim, not wrong, f"{path}: {len(wrong)} {what}: {first}")
+        check_claim(claim, not wrong, f"{path}: {len(wrong)} {of}: {first}")
     return [one for _, one in sorted(train.all_gather(kept))]
 
 
@@ -110,8 +110,9 @@ def gate_step(
     policy: model.Policy, row: model.Row, processor: model.Processor, device: torch.device
 ) -> None:
     """Every rank runs the same row forward and backward: the loss and all gradients must be finite.
-    Then its first response alone must have the same log-probability the plain way: so in Stage II a
-    tree equals a plain row. Gradients are cleared afterwards. A collective."""
+    Then its last response, alone behind the prompt, must have the same log-probability the plain
+    way: in Stage II it is a branch beside others, so a tree equals a plain row. Gradients are
+    cleared afterwards. A collective."""
     batch = model.collate([row], processor).to(device)
     logp = policy(batch)
     (-logp.sum()).backward()
@@ -122,11 +123,11 @@ def gate_step(
     claim = f"the shortest row, {batch.ids.numel()} tokens, goes forward and backward"
     message = f"its -log p is {loss}, and {finite.count(False)} gradients are not finite"
     check_claim(claim, math.isfinite(loss) and finite != [] and all(finite), message)
-    tokens = len(row[1].ids)
+    tokens, alone = len(row[-1].ids), [row[0], row[-1]]
     with train.forward_only(policy):
-        plain = policy(model.collate([row[:2]], processor).to(device), plain=True).sum()
-    off = abs(float(logp[0, : len(row[0].ids) + tokens].detach().sum() - plain))
-    claim = "the first response has the plain row's log-probability"
+        plain = policy(model.collate([alone], processor).to(device), plain=True).sum()
+    off = abs(float(logp[0, -tokens:].detach().sum() - plain))
+    claim = "the last response has the plain row's log-probability"
     check_claim(claim, off <= tolerance(tokens, device), f"it is off by {off:.4f}")
 
 

@@ -24,7 +24,7 @@ Where we depart from the paper, or it is silent:
      accuracy it gives about the paper's 4,432 and 5,224 pairs from 2,000 image questions; one
      negative a positive does not.
   3. An answer cut off by the token limit is not in Y, so it is on neither side.
-  4. --criteria names fewer than four: a chain that meets these is positive, whatever else it fails.
+  4. --criteria may name fewer than four: a chain that meets these is positive.
 """
 
 import argparse
@@ -138,7 +138,7 @@ def verdicts(args: argparse.Namespace) -> None:
     rows = judge_chains(engine, right, questions, args)
     data.write_jsonl(out / "verdicts.jsonl", rows)
     unread = sum(row["criteria"] is None for row in rows)
-    print(f"{len(rows)} verdicts, {unread} unreadable and left out")
+    print(f"{len(rows)} chains judged, {unread} without a readable verdict: these make no pairs")
     figures = {"judged": len(rows), "unreadable": unread}
     stage.finish(args, [out / "verdicts.jsonl"], started, figures, {args.judge: answered_by})
 
@@ -154,8 +154,9 @@ def choose_pairs(
     positives: list[dict], negatives: list[dict], rule: str, cap: int, rng: random.Random
 ) -> list[tuple[dict, dict]]:
     """(chosen, rejected) of one question, in random order, at most `cap` unless it is 0. all: every
-    positive with every negative; length-matched: each positive with the unused negative of the
-    nearest length in characters. Equal texts count once."""
+    positive with every negative; length-matched: positives in random order, each with the unused
+    negative of the nearest length in characters, until one side is used up. Equal texts count
+    once."""
     texts = ({row["response"]: row for row in rows} for rows in (positives, negatives))
     good, bad = (rng.sample(list(rows.values()), len(rows)) for rows in texts)
     if rule == "all":
@@ -174,7 +175,7 @@ def choose_pairs(
 def sort_out(
     right: list[dict], verdict_rows: list[dict], criteria: Sequence[str]
 ) -> tuple[dict[str, tuple[list, list]], Counter]:
-    """({question id: its Y_p and Y_n}, how many chains came to each side, to neither, and fail each
+    """({question id: its Y_p and Y_n}, chains of each of OUTCOMES and those that fail each
     criterion). A chain that meets all of `criteria` is positive, any other negative."""
     by_key = {(row["id"], row["sample"], row["response_sha"]): row for row in verdict_rows}
     sides: dict[str, tuple[list, list]] = {}
@@ -189,7 +190,8 @@ def sort_out(
             failed = [name for name in criteria if not judged["criteria"][name]]
             counts.update(failed)
             candidate = {**rollout, "failed": failed, "verdict": judged["verdict_sha"]}
-            sides.setdefault(rollout["id"], ([], []))[bool(failed)].append(candidate)
+            positives, negatives = sides.setdefault(rollout["id"], ([], []))
+            (negatives if failed else positives).append(candidate)
             counts["negative" if failed else "positive"] += 1
     return sides, counts
 
@@ -246,6 +248,8 @@ def print_report(report: dict) -> None:
     print("candidates -> correct -> positive / negative -> questions with pairs -> pairs")
     line = "{candidates} -> {correct} -> {positive} / {negative} -> "
     print(f"{line}{{questions_with_pairs}} of {{questions}} -> {{pairs}}".format(**report))
+    line = "on neither side:      {no_verdict} without a verdict, "
+    print(f"{line}{{rule_and_judge_disagree}} that the judge calls wrong".format(**report))
     failing = [f"{name} {count}" for name, count in report["negatives_failing"].items()]
     print("why negatives fail:   " + ", ".join(failing))
     print("length in words:      chosen {chosen}, rejected {rejected}".format(**report["words"]))

@@ -93,12 +93,12 @@ def compute(
     found = train.from_first(lambda: data.resume_jsonl(path))  # a torn line is cut by one rank
     stored = {row["key"]: row["logp"] for row in found}
     keys = [forest.keys_of(one) for one in subtrees]
-    missing, counts = [], {True: 0, False: 0}
+    missing, read = [], 0
     for parts in waves:
-        own = [index for part in parts for index, weight in part if weight]
-        known = all(key in stored for index in own for key in keys[index])
-        counts[known] += len(own)
-        if not known:
+        indices = [index for part in parts for index, weight in part if weight]
+        if all(key in stored for index in indices for key in keys[index]):
+            read += len(indices)
+        else:
             missing.append(parts)
     with open(path, "a", encoding="utf-8") if train.rank() == 0 else nullcontext() as log:
         for done in log_probs(policy, forest, subtrees, missing, device, path.stem):
@@ -112,7 +112,7 @@ def compute(
                         rows.append({"key": key, "logp": value, "tokens": tokens})
             if train.rank() == 0:
                 data.append_jsonl(log, rows)
-    train.print0(f"{path.stem}: {counts[False]} rows computed, {counts[True]} from {path.name}")
+    train.print0(f"{path.stem}: {len(keys) - read} trees computed, {read} from {path.name}")
     return stored
 
 
@@ -144,13 +144,13 @@ def gate_drift(
     budget: int,
     device: torch.device,
 ) -> None:
-    """Refuses to train if the reference's log-probabilities and those that the sampler recorded
-    differ by more than --max-drift: then weights, images or positions were not the same. Up to
-    TOKEN_WISE chains are computed once more, each as a row of its own: the trainer's difference
-    from itself shows how much is only rounding. A collective."""
+    """Refuses to train if the reference and what the sampler recorded differ by more than
+    --max-drift a token, with its sign, on average over all chains: then weights, images or
+    positions were not the same. Up to TOKEN_WISE chains are computed once more, each as a row of
+    its own: the trainer's difference from itself shows how much is only rounding. A collective."""
     logp = forest.reference
     values = [[logp[forest.keys[tree][chain]] for chain in edge] for tree, edge in forest.places]
-    chains = drift.chains_of([pairs[index] for index in forest.pairs], values)
+    chains = drift.chains_of([pairs[index] for index in forest.kept], values)
     if not chains:
         train.print0("drift: not measured, since no pair has its sampler's log-probabilities")
         return
@@ -166,8 +166,8 @@ def gate_drift(
     found = drift.compare(list(chains.values()))
     train.print0(f"drift: {drift.describe(found)}; the limit is {limit:g} (--max-drift)")
     if token_wise:
-        own = drift.floor([chains[key] for key in token_wise])
-        train.print0(f"drift: of the trainer against itself, {drift.describe(own)}")
+        floor = drift.floor([chains[key] for key in token_wise])
+        train.print0(f"drift: of the trainer against itself, {drift.describe(floor)}")
     try:
         drift.check_drift(found, limit, args.pairs)
     except data.RowError as error:

@@ -1,10 +1,10 @@
 """y_1 ... y_8 ~ M_1(y | q, I): the Stage-I model's own attempts at each question (paper 3.3).
 
-Stage II learns from the difference between this model's good and bad chains. So each image question
-is answered eight times: the paper's 2,000 give 16,000 chains. DPO trains on the sampled token ids,
-where the engine gives them. If it gives log-probabilities, every chain has their sum "logp", and
-the first chains have "token_logps": with these Stage II checks that it trains the model that
-sampled (engines/drift.py).
+Stage II learns from the difference between this model's good and bad chains. So each question (the
+paper's 2,000 are image questions) is answered eight times. DPO trains on the sampled token ids,
+where the engine gives them. If it gives log-probabilities, every chain has "logp", their sum: Stage
+II refuses to train where its own differ (engines/drift.py). The first chains also have
+"token_logps", for figures token by token.
 
 reads questions.jsonl; writes OUT/rollouts.jsonl, one row a sample, and OUT/stage.json
 
@@ -37,8 +37,7 @@ def warn_short(engine: str, max_tokens: int) -> str | None:
     """A warning if answers have less room than the demonstrations that the engine's checkpoint
     learnt from. Stage I records their lengths in the stage.json beside the checkpoint."""
     folder = inference.checkpoint(engine)
-    path = Path(folder or "", "..", "stage.json")
-    if folder is None or not path.exists():
+    if folder is None or not (path := Path(folder, "..", "stage.json")).exists():
         return None
     taken = stage.read_record(path)["figures"].get("response_tokens")
     if not taken or max_tokens >= taken["p99"]:

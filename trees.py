@@ -1,4 +1,4 @@
-"""Stage II's rows: all pairs of a question as one tree, and the plan of all steps.
+"""Stage II's rows: the pairs of a question that a step has, as one tree; and the plan of all steps.
 
     root = prompt and images        branches = the chains that are compared        edges = pairs
 
@@ -66,13 +66,27 @@ class Tree:
     images: list[str]
     chains: list[Chain] = field(default_factory=list)
 
-    def index(self, chain: Chain) -> int:
-        """A chain's number in `chains`. It is added unless one with the same tokens is there."""
+    def add(self, chain: Chain) -> int:
+        """The chain's number in `chains`; one with the same tokens is not added again."""
         for index, other in enumerate(self.chains):
             if other.ids == chain.ids:
                 return index
         self.chains.append(chain)
         return len(self.chains) - 1
+
+
+def chain_of(row: dict, side: str, processor: model.Processor) -> Chain:
+    """A side of a pair: the tokens that were sampled, or where there are none its text's."""
+    ids = row.get(f"{side}_token_ids") or processor.encode_response(row[side]).ids
+    return Chain(row[side], tuple(ids))
+
+
+def question_key(row: dict, image_root: Path) -> str:
+    """Pairs with the same are of one question: a hash of prompt and images. An image that is not
+    there stands for itself; the gate refuses it."""
+    paths = [data.image_file(image_root, image) for image in row["images"]]
+    images = [data.file_hash(path) if path.is_file() else str(path) for path in paths]
+    return data.content_hash([row["prompt"], images])
 
 
 def group(
@@ -87,27 +101,26 @@ def group(
         if number == len(trees):
             trees.append(Tree(pair["id"], pair["prompt"], pair["images"]))
         chosen, rejected = (chain_of(pair, side, processor) for side in SIDES)
-        places.append((number, (trees[number].index(chosen), trees[number].index(rejected))))
+        places.append((number, (trees[number].add(chosen), trees[number].add(rejected))))
     return trees, places
 
 
-def edges_of(places: Sequence[Place], trees: int) -> list[list[Edge]]:
-    """The edges of each of so many trees."""
-    edges: list[list[Edge]] = [[] for _ in range(trees)]
+def edges_of(places: Sequence[Place], count: int) -> list[list[Edge]]:
+    """The edges of each of `count` trees."""
+    edges: list[list[Edge]] = [[] for _ in range(count)]
     for tree, edge in places:
         edges[tree].append(edge)
     return edges
 
 
-HELD_PAIRS = 16  # ours: at least so many are held out, for figures that say something
-HELD_SHARE = 0.2  # ours: at most this share of all pairs is
+HELD_PAIRS = 16  # ours: fewer pairs that are held out say nothing
+HELD_SHARE = 0.2  # ours: if HELD_PAIRS are more than this share of all, none are held out
 
 
 def held_out(trees: Sequence[Tree], places: Sequence[Place], share: float) -> set[int]:
     """Numbers of the trees that are kept out of training, drawn by a hash of their ids: `share` of
-    those that have pairs, and more until they have HELD_PAIRS pairs. None if these are more than
-    HELD_SHARE of all pairs."""
-    if not share:
+    those that have pairs, and more until they have HELD_PAIRS pairs. Of few pairs no tree is."""
+    if not share or HELD_PAIRS > HELD_SHARE * len(places):
         return set()
     counts = Counter(tree for tree, _ in places)
     held: set[int] = set()
@@ -117,7 +130,7 @@ def held_out(trees: Sequence[Tree], places: Sequence[Place], share: float) -> se
             break
         held.add(tree)
         pairs += counts[tree]
-    return held if pairs <= HELD_SHARE * len(places) else set()
+    return held
 
 
 @dataclass(frozen=True)
@@ -172,49 +185,45 @@ def plan(
 ) -> tuple[list[Subtree], list[list[int]]]:
     """(subtrees, those of each step), for all epochs. sizes: of each tree, its prompt's tokens and
     its chains'."""
+    if args.order == "pair":
+        order = train.shuffled(len(places), args.batch, args.epochs, args.seed)
+        pairs_of_steps = [[places[pair] for pair in step] for step in order]
+    else:
+        pairs_of_steps = by_question(edges_of(places, len(sizes)), args)
     subtrees: list[Subtree] = []
     steps: list[list[int]] = []
-    for epoch in range(math.ceil(args.epochs)):
-        if args.order == "pair":
-            parts = by_pair(places, args.batch, args.seed, epoch)
-        else:
-            parts = by_question(edges_of(places, len(sizes)), args.batch, args.seed, epoch)
-        for part in parts[: math.ceil((args.epochs - epoch) * len(parts))]:  # 0.5: half an epoch
-            begin = len(subtrees)
-            edges: dict[int, list[Edge]] = {}
-            for tree, edge in part:
-                edges.setdefault(tree, []).append(edge)
-            for tree, own in edges.items():
-                subtrees += subtrees_of(tree, sizes[tree], own, args.max_length)
-            steps.append(list(range(begin, len(subtrees))))
+    for pairs in pairs_of_steps:
+        edges: dict[int, list[Edge]] = {}
+        for tree, edge in pairs:
+            edges.setdefault(tree, []).append(edge)
+        begin = len(subtrees)
+        for tree, own in edges.items():
+            subtrees += subtrees_of(tree, sizes[tree], own, args.max_length)
+        steps.append(list(range(begin, len(subtrees))))
     return subtrees, steps
 
 
-def by_pair(places: Sequence[Place], batch: int, seed: int, epoch: int) -> list[list[Place]]:
-    """Steps of `batch` pairs."""
-    order = [places[pair] for pair in train.order(len(places), seed, epoch)]
-    return [order[at : at + batch] for at in range(0, len(order), batch)]
-
-
-def by_question(
-    edges: Sequence[Sequence[Edge]], batch: int, seed: int, epoch: int
-) -> list[list[Place]]:
+def by_question(edges: Sequence[Sequence[Edge]], args: argparse.Namespace) -> list[list[Place]]:
     """Steps of about `batch` pairs: each question goes whole into the step in which its middle pair
     would be. Where a question has more than `batch` pairs, steps without any are left out."""
-    steps: dict[int, list[Place]] = {}
-    count = 0
-    for tree in train.order(len(edges), seed, epoch):
-        number = (count + len(edges[tree]) // 2) // batch
-        for edge in edges[tree]:
-            steps.setdefault(number, []).append((tree, edge))
-        count += len(edges[tree])
-    return list(steps.values())
+    found: list[list[Place]] = []
+    for epoch in range(math.ceil(args.epochs)):
+        steps: dict[int, list[Place]] = {}
+        count = 0
+        for tree in train.order(len(edges), args.seed, epoch):
+            number = (count + len(edges[tree]) // 2) // args.batch
+            for edge in edges[tree]:
+                steps.setdefault(number, []).append((tree, edge))
+            count += len(edges[tree])
+        share = round(args.epochs - epoch, 6)  # of the epoch: the last may be a part of one
+        found += list(steps.values())[: math.ceil(share * len(steps))]
+    return found
 
 
 def step_facts(subtrees: Sequence[Subtree], step: Sequence[int]) -> dict[str, float]:
-    """What a step has: pairs; questions; worth, the number of independent comparisons, since pairs
-    of the same chains say less than pairs of different ones: the sum of 2pn / (p + n) over its
-    questions, of p chosen and n rejected chains; and the largest question's share of the pairs."""
+    """What a step has: pairs; questions; worth, about how many independent pairs these are: p
+    chosen and n rejected chains of a question count as their harmonic mean, 2pn / (p + n), a lone
+    pair as 1; and the largest question's share of the pairs."""
     pairs: dict[int, int] = {}
     sides: dict[int, tuple[set[int], set[int]]] = {}
     for one in (subtrees[index] for index in step):
@@ -233,21 +242,7 @@ def step_facts(subtrees: Sequence[Subtree], step: Sequence[int]) -> dict[str, fl
 
 
 # --------------------------------------------------------------------------------------------------
-# Pairs to trees to batches
-
-
-def chain_of(row: dict, side: str, processor: model.Processor) -> Chain:
-    """A side of a pair: the tokens that were sampled, or where there are none its text's."""
-    ids = row.get(f"{side}_token_ids") or processor.encode_response(row[side]).ids
-    return Chain(row[side], tuple(ids))
-
-
-def question_key(row: dict, image_root: Path) -> str:
-    """Pairs with the same are of one question: a hash of prompt and images. An image that is not
-    there stands for itself; the gate refuses it."""
-    paths = [data.image_file(image_root, image) for image in row["images"]]
-    images = [data.file_hash(path) if path.is_file() else str(path) for path in paths]
-    return data.content_hash([row["prompt"], images])
+# Trees to batches
 
 
 def encode_tree(
@@ -270,15 +265,16 @@ def chain_keys(row: model.Row, checkpoint: str) -> list[str]:
 
 @dataclass
 class Forest:
-    """All pairs of a file as trees, without those that alone are too long."""
+    """The questions of a file as trees, with all their chains. `places` has the pairs that are
+    kept: not those that alone are too long."""
 
     trees: list[Tree]
     sizes: list[list[int]]  # of each tree: tokens of its prompt, then of each chain
     keys: list[list[str]]  # of each tree: chain_keys
     processor: model.Processor
     image_root: Path
-    places: list[Place] = field(default_factory=list)  # of each pair
-    pairs: list[int] = field(default_factory=list)  # which rows of the file they are
+    places: list[Place] = field(default_factory=list)  # of each kept pair
+    kept: list[int] = field(default_factory=list)  # its row in the file
     dropped: int = 0  # pairs that are left out
     reference: dict[str, float] = field(default_factory=dict)  # log pi_ref of each chain, by key
 
@@ -357,8 +353,8 @@ def make_plan(
     places = [place for place in forest.places if place[0] not in held]
     subtrees, steps = plan(places, forest.sizes, args)
     tokens, questions = sum(one.tokens for one in subtrees), {tree for tree, _ in places}
-    message = f"plan: {len(steps)} steps of {len(subtrees)} trees, {tokens:,} tokens, of "
-    train.print0(f"{message}{len(questions)} questions")
+    message = f"plan: {len(steps)} steps; {len(subtrees)} rows (trees or parts of them) of "
+    train.print0(f"{message}{tokens:,} tokens, of {len(questions)} questions")
     train.print0(f"held out: {len(forest.places) - len(places)} pairs of {len(held)} questions")
     return subtrees, steps
 

@@ -360,11 +360,11 @@ def test_stored_reference_values_are_used_again_and_go_with_their_pair(
 ):
     rows = encode(processor, films, [None, "film0.png", "film1.png"])
     first = refer(tmp_path, policy, rows, processor)
-    assert "3 rows computed, 0 from" in capsys.readouterr().out
+    assert "3 trees computed, 0 from" in capsys.readouterr().out
     before = (tmp_path / "reference.jsonl").read_bytes()
     assert refer(tmp_path, policy, rows, processor) == first
     assert (
-        "0 rows computed, 3 from" in capsys.readouterr().out
+        "0 trees computed, 3 from" in capsys.readouterr().out
         and (tmp_path / "reference.jsonl").read_bytes() == before
     )
     assert (
@@ -372,7 +372,7 @@ def test_stored_reference_values_are_used_again_and_go_with_their_pair(
     )  # by content, not by place in the file
     more = rows + [encode_pair(pair(9, None, processor), processor, films)]
     assert refer(tmp_path, policy, more, processor)[:3] == first
-    assert "1 rows computed, 3 from" in capsys.readouterr().out.splitlines()[-1]
+    assert "1 trees computed, 3 from" in capsys.readouterr().out.splitlines()[-1]
 
 
 @pytest.mark.parametrize("change", ["checkpoint", "tokens", "pixels"])
@@ -388,7 +388,7 @@ def test_a_reference_value_is_computed_anew_where_what_it_depends_on_changes(
     capsys.readouterr()
     refer(tmp_path, policy, rows, processor, "two" if change == "checkpoint" else "one")
     assert (
-        "2 rows computed, 0 from" if change == "checkpoint" else "1 rows computed, 1 from"
+        "2 trees computed, 0 from" if change == "checkpoint" else "1 trees computed, 1 from"
     ) in capsys.readouterr().out
 
 
@@ -415,7 +415,7 @@ def test_a_chain_of_several_pairs_and_of_both_sides_is_stored_once(
     ]  # chains that are all stored, and another prompt before one of them
     found = refer(tmp_path, policy, more, processor)
     assert found[0] == [values[1][1], values[0][0]] and abs(found[1][0] - values[1][1]) > 1e-2
-    assert "1 rows computed, 1 from" in capsys.readouterr().out
+    assert "1 trees computed, 1 from" in capsys.readouterr().out
     assert len(data.resume_jsonl(tmp_path / "reference.jsonl")) == 5
 
 
@@ -426,7 +426,7 @@ def test_stored_values_hold_under_another_micro_batch(
     rows = encode(processor, films, [None, "film0.png", "film1.png"])
     first = refer(tmp_path, policy, rows, processor)
     assert refer(tmp_path, policy, rows, processor, micro=micro) == first
-    assert "0 rows computed, 3 from reference.jsonl" in capsys.readouterr().out
+    assert "0 trees computed, 3 from reference.jsonl" in capsys.readouterr().out
 
 
 def gate_one(policy, row: model.Row, values: list[float], processor, beta: float) -> None:
@@ -484,7 +484,7 @@ def test_a_run_prints_the_gate_line_by_line(folder, films, tmp_path, capsys):
         "a row's image tokens equal its image features",
         "LoRA trains the 21 linear maps of the language model and nothing else",
         "the shortest row, N tokens, goes forward and backward",
-        "the first response has the plain row's log-probability",
+        "the last response has the plain row's log-probability",
         "policy equals reference",
         "first loss 0.693147 is ln 2 = 0.693147",
     ]
@@ -523,7 +523,7 @@ def test_the_gate_refuses_token_ids_of_another_answer(folder, processor, films, 
     rows[1]["rejected_token_ids"] = rows[2]["rejected_token_ids"]
     refused(
         "supervised tokens decode to the responses",
-        "pairs.jsonl: 1 questions: p1: .* instead of",
+        "pairs.jsonl: 1 responses: p1: .* instead of",
         folder,
         films,
         tmp_path,
@@ -544,6 +544,27 @@ def test_the_gate_takes_an_answer_that_was_cut_off(processor, films):
         len,
         processor,
     )
+
+
+def test_the_gate_refuses_a_tree_whose_second_chain_sees_the_first(
+    policy, processor, films, monkeypatch
+):
+    (row,) = encode(processor, films)
+    policy.freeze_vision()
+    gate.gate_step(policy, row, processor, CPU)
+    collate = model.collate
+
+    def leaking(rows, *given):
+        batch = collate(rows, *given)
+        tree = batch.tree and [
+            [(start, stop, ((0, start),) if seen else ()) for start, stop, seen in stretches]
+            for stretches in batch.tree
+        ]
+        return replace(batch, tree=tree)
+
+    monkeypatch.setattr(model, "collate", leaking)
+    with pytest.raises(train.Refused, match="plain row's log-probability: false; it is off by"):
+        gate.gate_step(policy, row, processor, CPU)
 
 
 def test_the_gate_refuses_image_tokens_that_are_not_the_towers_features(
@@ -779,7 +800,7 @@ def test_another_checkpoint_in_the_same_folder_is_refused_and_elsewhere_gets_its
         run(folder, films, tmp_path, rows, "--epochs", "1")
     capsys.readouterr()
     run(folder, films, tmp_path, rows, "--epochs", "1", "--out", str(tmp_path / "other"))
-    assert "2 rows computed, 0 from" in capsys.readouterr().out
+    assert "2 trees computed, 0 from" in capsys.readouterr().out
     second = data.resume_jsonl(tmp_path / "other" / "reference.jsonl")
     assert not {row["key"] for row in first} & {row["key"] for row in second}
     assert all(abs(a["logp"] - b["logp"]) > 0.1 for a, b in zip(first, second, strict=True))

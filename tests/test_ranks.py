@@ -508,7 +508,7 @@ def test_a_reference_pass_that_was_killed_computes_only_the_rest_to_the_same_val
     said = finish(
         start(count, spec | {"mains": [killed], "die": None}, tmp_path, "last"), tmp_path, "last"
     )
-    assert f"reference: {7 - done} rows computed, {done} from reference.jsonl" in said
+    assert f"reference: {7 - done} trees computed, {done} from reference.jsonl" in said
     assert path.read_bytes() == whole and said.count("dropped a torn last line") == 1
 
 

@@ -277,7 +277,7 @@ GATE = [
     # seven in each of three layers
     "LoRA trains the 21 linear maps of the language model and nothing else",
     "the shortest row, N tokens, goes forward and backward",
-    "the first response has the plain row's log-probability",
+    "the last response has the plain row's log-probability",
 ]
 
 
@@ -325,9 +325,7 @@ def test_the_gate_refuses_supervised_tokens_that_are_not_the_response(
     )
     with_nodule = [index for index in range(4) if "nodule" in demo(index)["messages"][2]["content"]]
     assert 0 < len(with_nodule) < 4
-    said = (
-        f"demos.jsonl: {len(with_nodule)} demonstrations: d{with_nodule[0]}: .*mass.* instead of "
-    )
+    said = f"demos.jsonl: {len(with_nodule)} responses: d{with_nodule[0]}: .*mass.* instead of "
     said += ".*nodule"
     refused(
         "supervised tokens decode to the responses",
@@ -438,7 +436,7 @@ def test_the_gate_refuses_log_probabilities_that_are_not_the_plain_rows(
         return logp - 0.01, slope  # a hundredth of a nat a token
 
     monkeypatch.setattr(attention.ChunkedLogProbs, "residual", wrong)
-    with pytest.raises(train.Refused, match=f"{GATE[-1]}: false; .* is off by"):
+    with pytest.raises(train.Refused, match=f"{GATE[-1]}: false; it is off by"):
         gate.gate_step(policy, row, processor, torch.device("cpu"))
 
 

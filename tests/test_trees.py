@@ -236,6 +236,12 @@ def test_whole_questions_fill_steps_of_about_the_batch():
     assert len(one) == len(alone) == 1  # nine pairs in steps of two: no step is empty
 
 
+def test_a_part_of_an_epoch_has_as_many_steps_as_in_stage_1():
+    for epochs in (1.6, 2.2, 3.2):  # in floating point 2.2 - 2 is more than a fifth of five steps
+        _, steps = planned("pair", epochs=epochs)
+        assert len(steps) == len(train.shuffled(sum(COUNTS), BATCH, epochs, 0))
+
+
 def test_a_part_of_an_epoch_is_a_part_of_its_steps():
     _, steps = planned("pair", epochs=1.5)
     assert len(steps) == 5 + 3
@@ -375,6 +381,7 @@ def test_held_out_questions_are_drawn_by_their_ids_and_have_pairs_enough():
     assert len(held(counts, 0.05)) == 20 and held(counts, 0.05) == held(counts, 0.05)
     assert len(held([1] * 100, 0.05)) == trees.HELD_PAIRS  # five questions would have five pairs
     assert held([2] * 20, 0.05) == set()  # 16 of 40 pairs are too many
+    assert len(held(counts, 0.3)) == 120  # as many as were asked for
     assert held(counts, 0) == set()
     empty = [0, 4] * 100
     assert all(empty[tree] for tree in held(empty, 0.05))
