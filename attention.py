@@ -1,7 +1,7 @@
 """What makes the policy fast and equals the plain computation: a reader may skip this file.
 
     tree attention        a row whose responses share a prompt is attended to stretch by stretch
-    grouped attention     while sampling: heads that share keys do not repeat them
+    grouped attention     while sampling: keys are not copied for each head that shares them
     segment attention     all images, or windows of images, of one size at once
     chunked log-probs     log softmax(h W^T)[target] without ever holding (N, V)
 
@@ -26,7 +26,8 @@ def wide_product(hidden: Tensor, weight: Tensor) -> Tensor:
     log p; sums in fp32 over bf16 factors, 2e-5 (bench/gpu.py on an H200)."""
     if hidden.is_cuda and hidden.dtype is torch.bfloat16:
         return torch.mm(hidden, weight.T, out_dtype=torch.float32)
-    return (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    return hidden.to(wide) @ weight.to(wide).T
 
 
 class ChunkedLogProbs(torch.autograd.Function):
@@ -65,7 +66,8 @@ class ChunkedLogProbs(torch.autograd.Function):
             if slope is not None:
                 slope[part] = g.to(weight.dtype) @ weight
             del g  # frees it before the next chunk is made
-        ctx.save_for_backward(slope, *(hidden, weight, targets) if ctx.needs_input_grad[1] else ())
+        head = (hidden, weight, targets) if ctx.needs_input_grad[1] else ()
+        ctx.save_for_backward(slope, *head)
         ctx.chunk = chunk
         return logp
 
@@ -169,22 +171,23 @@ def tree_attention(module, query, key, value, attention_mask, scaling=None, tree
     """Attention of tree rows, stretch by stretch: query (B, heads, T, d), key and value (B, fewer
     heads, T, d) -> (B, T, heads, d).
 
-    A stretch after those that it sees is a plain causal row, and is computed as one. The outputs at
-    the earlier stretches are known already and are dropped. Computing them twice costs less than a
-    (T, T) mask: half of it would be computed for nothing, and the fastest kernels take no mask.
+    The ancestors of a stretch, then the stretch itself, are a plain causal row, and are computed as
+    one. The outputs at the ancestors are dropped: their own stretches give them. Computing them
+    twice costs less than a (T, T) mask: half of it would be computed for nothing, and the fastest
+    kernels take no mask.
     """
     if attention_mask is not None:  # a step of engines/decode.py
         return grouped_attention(query, key, value, attention_mask, scaling), None
-    if tree is None:  # every row is a plain chain
+    if tree is None:  # every row is one stretch
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling)
     rows = []
     for b, stretches in enumerate(tree):
         mixed = []
-        for start, stop, before in stretches:
+        for start, stop, seen in stretches:
             q, k, v = (
-                torch.cat([t[b : b + 1, :, i:j] for i, j in (*before, (start, stop))], 2)
+                torch.cat([t[b : b + 1, :, i:j] for i, j in (*seen, (start, stop))], 2)
                 for t in (query, key, value)
             )
             out = F.scaled_dot_product_attention(

@@ -10,8 +10,8 @@ The vocabulary of the method, with nothing but the standard library:
 
 Where we depart from the paper, or it is silent:
   1. The paper shows no assistant turn; ours has the form that its system prompt asks for.
-  2. With options, the user turn ends in "Answer Choices:" as in the paper's Figure 7; without, the
-     question is open-ended.
+  2. With options, the user turn is the stem, "Answer Choices:" and a line for each option, as in
+     the paper's Figure 7; without, the question is open-ended.
 """
 
 import hashlib
@@ -46,7 +46,7 @@ IMAGE_MARK = re.compile(r"<image\s+(\d+)>")  # how published questions name thei
 LETTERS = "ABCDEFGHIJ"  # ten options at most: MMMU-Pro, MedXpertQA-Text
 
 # Span labels of a token; 0 is not supervised. TAG is the tags, the end of the turn, text outside of
-# both spans, and every token of a rollout's own ids, whose spans no loss needs.
+# both spans, and in Stage II every token of a chain, since no loss there needs its spans.
 PROMPT, THINK, ANSWER, TAG = 0, 1, 2, 3
 SPAN_NAMES = {THINK: "think", ANSWER: "answer", TAG: "tag"}
 
@@ -144,8 +144,8 @@ def prompt_messages(question: Question) -> list[dict]:
 
 
 def parts_of(message: dict, images: int) -> list[dict]:
-    """A turn's content as parts, {"type": "text", "text"} or {"type": "image"}. If it is one text
-    and the user's, the images that are not shown yet, so many, stand in front of it."""
+    """A turn's content as parts, {"type": "text", "text"} or {"type": "image"}. images: how many no
+    earlier turn has shown; where the user's content is one text, they stand in front of it."""
     if isinstance(message["content"], list):
         return message["content"]
     shown = [{"type": "image"}] * (images if message["role"] == "user" else 0)
@@ -177,18 +177,17 @@ def split_response(response: str) -> tuple[str, str] | None:
     return match[1].strip(), match[2].strip()
 
 
-def label_spans(response: str, offsets: list[tuple[int, int]]) -> list[int]:
+def label_spans(response: str, starts: Iterable[int]) -> list[int]:
     """One label a token, by the character at which the token begins.
 
-    offsets: (start, end) of each token in `response`, as a fast tokenizer returns them. The text of
-    a <think> block is THINK, of an <answer> block ANSWER; the tags and all else are TAG. So a
-    response without tags is all TAG: it is supervised.
+    The text of a <think> block is THINK, of an <answer> block ANSWER; the tags and all else are
+    TAG. So a response without tags is all TAG: it is supervised.
     """
-    labels = [TAG] * (len(response) + 1)  # the end of the turn lies behind the text
+    labels = [TAG] * (len(response) + 1)  # the end of the turn may begin behind the text
     for block in BLOCK.finditer(response):
         start, end = block.span(2)
         labels[start:end] = [THINK if block[1] == "think" else ANSWER] * (end - start)
-    return [labels[start] for start, _ in offsets]
+    return [labels[start] for start in starts]
 
 
 # "↑ TSH" is not "↓ TSH", and "-2" is not "2"
@@ -264,8 +263,8 @@ def read_json(path: str | Path):
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """(where, row) for each line, where = "file:line". A torn last line (its writer was killed) is
-    an error here; `resume_jsonl` removes it for the stage that writes the file."""
+    """(where, row) for each line, where = "file:line". A last line that is cut inside its JSON, by
+    a kill, is an error here; `resume_jsonl` removes it for the stage that writes the file."""
     with open_file(path) as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():

@@ -93,7 +93,8 @@ def trained_weights(model: nn.Module) -> set[str]:
 
 
 def merged_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scale: float) -> Tensor:
-    """W0 + scale * B A, computed in fp32 and returned in W0's dtype. (out, in)"""
+    """W0 + scale * B A, computed in fp32 and returned in W0's dtype, which train.gather_full makes
+    fp32, too. (out, in)"""
     return (weight.float() + scale * (lora_B.float() @ lora_A.float())).to(weight.dtype)
 
 

@@ -6,14 +6,16 @@
     Family            what differs between the two base models: image tokens, positions, names
     Processor         messages and images -> token ids; a response -> token ids and span labels
     Segment, Row      a row is a *tree* of segments: prompt -> response (SFT), prompt -> the chains
-                      that a question's pairs compare (DPO), several roots (packing)
+                      that a question's pairs compare (DPO), system turn -> prompts -> responses
+                      (SFT with --pack)
     collate           rows -> Batch. Token i sees token j iff j <= i and j's segment is i's own or
                       an ancestor of it
     Policy            Batch -> (B, T) log-probabilities
 
 What makes it fast is in attention.py; folders of weights are in hub.py.
 
-Letters in shapes: B rows, T tokens of the longest row, D width, V vocabulary, N supervised tokens.
+Letters in shapes: B rows, T tokens of the longest row, D width, V vocabulary, N supervised tokens;
+in DPO K responses of a row and E pairs.
 
 Where we depart from the paper, or it is silent:
   1. At most 768 x 768 pixels for Qwen, one 448 tile for InternVL (LLaMA-Factory's settings; the
@@ -71,7 +73,9 @@ class Family:
     # the vision tower and, below, the map into the language model's width: frozen in both stages
     vision: str
     projector: str
-    grid_positions: bool  # an image has (time, row, column) positions, or counts like text
+    # Qwen: images of any size in patches, whose positions are (time, row, column). InternVL: tiles
+    # of one size, whose positions count like text
+    grid_positions: bool
     texts: tuple[str, ...]  # the model_types its language model may have
 
 
@@ -189,7 +193,7 @@ def image_processor(folder: str | Path, grid_positions: bool, max_pixels: int, t
     with reading(Path(folder) / "preprocessor_config.json"):
         images = kind.from_pretrained(folder)
     if grid_positions:
-        shortest = min(images.size["shortest_edge"], max_pixels)
+        shortest = min(images.size["shortest_edge"], max_pixels)  # both "edges" count pixels
         images.size = {"shortest_edge": shortest, "longest_edge": max_pixels}
     else:
         images.crop_to_patches, images.min_patches, images.max_patches = tiles > 1, 1, tiles
@@ -277,14 +281,15 @@ class Processor:
 
     def encode_response(self, response: str, parent: int = 0, branch: int = 0) -> Segment:
         """A supervised segment: the response's tokens, each labelled by its span, and the end of
-        the turn. The response is tokenised as a whole, as the model itself would write it."""
+        the turn. The response is tokenised as a whole. A model may sample the same text as other
+        tokens: rollouts keep their ids."""
         self.refuse_special(response, "response")
         encoded = self.tokenizer(response, add_special_tokens=False, return_offsets_mapping=True)
-        labels = data.label_spans(response, encoded["offset_mapping"])
+        labels = data.label_spans(response, [start for start, _ in encoded["offset_mapping"]])
         return Segment(encoded["input_ids"] + [self.stop_id], labels + [data.TAG], parent, branch)
 
     def encode_tokens(self, ids: list[int], parent: int = 0, branch: int = 0) -> Segment:
-        """A supervised segment of a rollout's own token ids."""
+        """A supervised segment of a chain's token ids, which no loss needs the spans of."""
         return Segment(list(ids), [data.TAG] * len(ids), parent, branch)
 
     def decode(self, ids: list[int]) -> str:
@@ -306,7 +311,8 @@ class Processor:
 # Batches of tree rows
 
 
-# start and stop of a stretch of tokens, and the stretches of the row before it that it sees
+# start and stop of a stretch of tokens, and of each ancestor segment, which it sees: of a pair's
+# second chain the prompt alone, a part of the first stretch
 Stretch = tuple[int, int, tuple[tuple[int, int], ...]]
 
 
@@ -322,7 +328,7 @@ class Batch:
     labels: Tensor  # (B, T) long, 0 = not supervised
     supervised: Tensor  # (2, N) long, row and column of each supervised token
     predecessor: Tensor  # (N,) long, the column whose hidden state predicts that token
-    branch: Tensor  # (B, T) long, the response of its row that a supervised token belongs to
+    branch: Tensor  # (B, T) long, the response that a token belongs to, from 1; 0: prompts, SFT
     positions: Tensor  # (3, B, T) long, time / row / column; all three equal for text
     tree: list[list[Stretch]] | None
     pixels: Tensor | None  # the images of all rows, in order
@@ -331,7 +337,8 @@ class Batch:
     branches: int  # in DPO the most responses of a row, else 0
     # DPO: (B, K) float, log pi_ref of each response, 0 where a row has fewer
     reference: Tensor | None = None
-    edges: Tensor | None = None  # DPO: (3, E) long, row, chosen and rejected chain of each pair
+    # DPO: (3, E) long, of each pair its row, and the chosen and rejected response, from 0
+    edges: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         moved = {
@@ -372,7 +379,7 @@ def collate(rows: list[Row], processor: Processor, weights: list[float] | None =
     shape = len(rows), max(sum(len(segment.ids) for segment in row) for row in rows)
     ids, labels, branch, predecessor = (torch.zeros(shape, dtype=torch.long) for _ in range(4))
     positions = torch.zeros(3, *shape, dtype=torch.long)
-    grid, tree = processor.family.grid_positions, []
+    grid_positions, tree = processor.family.grid_positions, []
     for b, row in enumerate(rows):
         stretches: list[Stretch] = []
         # of each segment: the position after it, and where it and its ancestors lie
@@ -385,7 +392,7 @@ def collate(rows: list[Row], processor: Processor, weights: list[float] | None =
             branch[b, at:stop] = segment.branch
             predecessor[b, at:stop] = torch.arange(at - 1, stop - 1)
             predecessor[b, at] = path[-1][1] - 1 if path else at
-            places, end = segment_positions(segment, begin, processor.image_id, grid)
+            places, end = segment_positions(segment, begin, processor.image_id, grid_positions)
             positions[:, b, at:stop] = torch.tensor(places).T
             nexts.append(end)
             paths.append((*path, (at, stop)))

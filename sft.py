@@ -19,7 +19,7 @@ Where we depart from the paper, or it is silent:
      micro-batches of means.
   3. The newline after <|im_end|> is not supervised: generation ends at <|im_end|>.
   4. --pack puts several demonstrations in one row, which do not see each other; the system turn is
-     computed once. The loss is the same, with fewer tokens.
+     computed once. A row has the loss of its demonstrations, in fewer tokens; --batch counts rows.
   5. A demonstration that is too long is dropped and counted, never cut: from a chain without its
      answer the model would learn to think without end.
   6. OUT/merged has the dtype of the base's weight files. Weights are trained in fp32, and a small
@@ -47,8 +47,7 @@ def sft_loss(
     """Weighted sum of -log p over supervised tokens; logp (B, T). Returns (sum, sum of weights,
     {span: (sum, count)})."""
     row = batch.row_weights[:, None]  # (B, 1), 0 for a row that only keeps a rank in step
-    # 0 * logp: a batch without supervised tokens still has a gradient, on every rank
-    loss, count, spans = 0.0 * logp.sum(), 0.0, {}
+    loss, count, spans = 0.0, 0.0, {}
     for label, name in data.SPAN_NAMES.items():
         own = (batch.labels == label) * row  # (B, T)
         total, tokens = -(logp * own).sum(), own.sum()
@@ -68,8 +67,8 @@ def encode_demo(row: dict, processor: model.Processor, image_root: Path) -> mode
 def read_demos(
     args: argparse.Namespace, rows: list[dict], processor: model.Processor
 ) -> list[tuple[dict, Counter]]:
-    """(demonstration, its tokens by label) of those that are not too long, checked. Prints how many
-    those are. A collective."""
+    """Checks all demonstrations. Returns (demonstration, its tokens by label) of those within
+    --max-length, and prints how many these are. A collective."""
     tokens = gate.gate_rows(
         " ".join(args.demos),
         "demonstrations",
@@ -90,11 +89,11 @@ def read_demos(
 def pack(rows: list[model.Row], stop_id: int) -> model.Row:
     """One row of several demonstrations, with the same loss. If all prompts begin with the same
     turn (the system prompt), that turn is the root and each demonstration a child of it."""
-    cut = rows[0][0].ids.index(stop_id) + 1 if stop_id in rows[0][0].ids else 0
-    prefix = rows[0][0].ids[:cut]
-    if len(rows) == 1 or any(row[0].ids[:cut] != prefix for row in rows):
+    cut = rows[0][0].ids.index(stop_id) + 1
+    first = rows[0][0].ids[:cut]
+    if len(rows) == 1 or any(row[0].ids[:cut] != first for row in rows):
         cut = 0
-    packed = [model.Segment(prefix, [data.PROMPT] * cut)] if cut else []
+    packed = [model.Segment(first, [data.PROMPT] * cut)] if cut else []
     for prompt, response in rows:
         ids, labels, parent = prompt.ids[cut:], prompt.labels[cut:], 0 if cut else None
         packed.append(model.Segment(ids, labels, parent, images=prompt.images))
@@ -128,7 +127,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--lr", type=flags.RATE, default=1e-4)  # paper App. C
     # ours: paper silent (LLaMA-Factory example)
     add("--epochs", type=flags.EPOCHS, default=3)
-    about = "pack demonstrations into rows of up to this many tokens; 0: one each"
+    about = "demonstrations share rows of up to so many tokens; 0: one each"
     add("--pack", type=flags.whole(0), default=0, help=about)
     weight = flags.number(0, 1e6)  # ours: weighted sums must be finite in fp32
     spans, about = ("THINK", "ANSWER", "TAG"), "of the spans' tokens in the loss"
@@ -151,9 +150,10 @@ def main(argv: list[str] | None = None) -> None:
     demos = read_demos(args, rows, processor)
     lengths = [tokens.total() for _, tokens in demos]
     packs = pack_plan(lengths, args.pack, args.seed)
+    # at most: the system turn is counted in each demonstration, and pack keeps it once
     sizes = [sum(lengths[index] for index in part) for part in packs]
     steps = train.shuffled(len(packs), args.batch, args.epochs, args.seed)
-    train.print0(f"plan: {len(steps)} steps of {len(packs)} rows, {sum(sizes):,} tokens an epoch")
+    train.print0(f"plan: {len(steps)} steps; an epoch is {len(packs)} rows, {sum(sizes):,} tokens")
 
     def encode(index: int) -> model.Row:
         return encode_demo(demos[index][0], processor, root)

@@ -4,9 +4,9 @@
     theta <- AdamW(theta, clip(gradient)), learning rate: warm-up, then a cosine (paper App. C)
 
 Sum locally, count globally, divide once. Every loss returns (sum, count); SFT counts supervised
-tokens, DPO counts pairs. Counts are added over micro-batches and ranks before the division. So one
-rank with two rows, two ranks with one row each, and one rank that accumulates twice take the same
-step. (A mean of means would weigh a token by the length of its micro-batch.)
+tokens (by their weight), DPO counts pairs. Counts are added over micro-batches and ranks before the
+division. So one rank with two rows, two ranks with one row each, and one rank that accumulates
+twice take the same step. (A mean of means would weigh a token by the length of its micro-batch.)
 
 The same command runs as one process on a CPU, on 8 GPUs (torchrun --nproc_per_node 8 sft.py ...)
 and on several nodes. A *collective* is a function that every rank must call, or the others wait

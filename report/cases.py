@@ -180,7 +180,7 @@ def spans_of(response: str) -> list[tuple[str, str]]:
     parts = re.split(rf"({data.TAGS.pattern})", response)
     ends = [0, *accumulate(map(len, parts))]
     found = []
-    for part, label in zip(parts, data.label_spans(response, list(zip(ends, ends[1:])))):
+    for part, label in zip(parts, data.label_spans(response, ends)):
         kind = data.SPAN_NAMES[label]
         if kind == "tag" and part.strip() and not data.TAGS.fullmatch(part):
             kind = "outside"

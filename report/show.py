@@ -32,7 +32,7 @@ def response_of(row: dict, side: str, processor: Processor) -> Segment:
         return processor.encode_response(row[side])
     # where each token begins in the text; "\ufffd" is a character of which a part is still to come
     starts = [len(processor.decode(ids[:k]).rstrip("\ufffd")) for k in range(len(ids))]
-    return Segment(ids, data.label_spans(processor.decode(ids), list(zip(starts, starts))))
+    return Segment(ids, data.label_spans(processor.decode(ids), starts))
 
 
 def show(args: argparse.Namespace) -> None:

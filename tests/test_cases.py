@@ -264,7 +264,7 @@ def test_no_case_is_an_error_that_counts_each_condition(tmp_path):
 )
 @settings(max_examples=200, deadline=None)
 def test_a_chain_keeps_every_character_and_marks_each_as_label_spans_does(response):
-    labels = data.label_spans(response, [(i, i + 1) for i in range(len(response))])
+    labels = data.label_spans(response, range(len(response)))
     found = [(character, kind) for kind, text in cases.spans_of(response) for character in text]
     assert "".join(character for character, _ in found) == response
     for (character, kind), label in zip(found, labels):

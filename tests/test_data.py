@@ -198,7 +198,7 @@ SPANS = {
 def test_each_character_gets_the_label_of_its_block(name):
     response = "".join(text for text, _ in SPANS[name])
     expected = [label for text, label in SPANS[name] for _ in text]
-    assert data.label_spans(response, [(i, i + 1) for i in range(len(response))]) == expected
+    assert data.label_spans(response, range(len(response))) == expected
 
 
 def test_a_token_across_a_border_is_labelled_by_its_first_character():
@@ -214,12 +214,12 @@ def test_a_token_across_a_border_is_labelled_by_its_first_character():
         (at("</answer>"), len(response)),
         (len(response), len(response)),  # the end-of-turn token lies behind the text
     ]
-    assert data.label_spans(response, offsets) == [X, X, T, X, X, A, X, X]
+    assert data.label_spans(response, [start for start, _ in offsets]) == [X, X, T, X, X, A, X, X]
 
 
 def test_no_supervised_character_is_labelled_as_prompt():
     response = data.join_response("why", "B")
-    labels = data.label_spans(response, [(i, i + 1) for i in range(len(response))])
+    labels = data.label_spans(response, range(len(response)))
     assert data.PROMPT not in labels and set(labels) == set(data.SPAN_NAMES)
 
 

@@ -351,8 +351,8 @@ def test_special_tokens_in_a_response_are_refused(processor):
             processor.encode_response(f"<think> {token} </think> <answer> A </answer>")
 
 
-def test_images_without_a_user_turn_are_refused(processor):
-    with pytest.raises(data.RowError, match="user turn"):
+def test_images_that_no_turn_shows_are_refused(processor):
+    with pytest.raises(data.RowError, match="0 image tokens for 4 features"):
         processor.encode_prompt(turns("x")[:1], [processor.encode_image(picture(56, 56))])
 
 
@@ -695,7 +695,8 @@ def test_chunked_logprobs_of_a_bf16_model_are_summed_in_fp32():
     logp = attention.ChunkedLogProbs.apply(
         hidden.requires_grad_(), weight.requires_grad_(), targets, 7
     )
-    expected = (hidden @ weight.T).float().log_softmax(-1)[torch.arange(50), targets]
+    logits = hidden.float() @ weight.float().T
+    expected = logits.log_softmax(-1)[torch.arange(50), targets]
     assert logp.dtype == torch.float32
     torch.testing.assert_close(logp, expected, atol=1e-4, rtol=1e-5)
     logp.sum().backward()
