@@ -1511,7 +1511,7 @@ def test_every_verdict_is_read_or_asked_again_or_left_out_and_counted(
     assert all(bool(row["error"]) == (row["criteria"] is None) for row in rows.values())
     assert server.asked == {name: times for name, (_, _, times) in VERDICTS.items()}
     unread = sum(criteria is None for criteria in expected.values())
-    assert f"{len(VERDICTS)} verdicts, {unread} unreadable" in capsys.readouterr().out
+    assert f"{len(VERDICTS)} chains judged, {unread} without a readable" in capsys.readouterr().out
     _, report = judge.make_pairs(
         [row for _, row in data.read_jsonl(rollouts)],
         list(rows.values()),
