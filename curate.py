@@ -3,8 +3,8 @@
     a question is kept iff                                         step        requests
       it is no benchmark question                                  leak        none
       and no baseline solves it directly                           difficulty  1 a baseline
-      and recognising a pattern in its image does not answer it    type        1
-      (descriptions of its image are removed; paper §3.3)          describe    1, and a human
+      and recognising a pattern in its image does not answer it    type        1, up to 3
+      (descriptions of its image are removed; paper §3.3)          describe    up to 3, and a human
       and every expert solves it in at least one of 4 attempts     solvable    up to 4 an expert
 
 The steps run in this order, the cheapest first; a step without an engine drops nothing. Text
@@ -23,7 +23,8 @@ Where we depart from the paper, or it is silent:
   1. A question is dropped if *any* baseline is right in one greedy attempt. (If every one must be,
      `--drop-if all`, the paper's remaining 8 to 12 % are hard to reach.)
   2. benchmarks/decontaminate.py defines a leak, benchmarks/descriptions.py a description.
-  3. The prompt for the type is ours. Three attempts without a readable type drop a question too.
+  3. The prompt for the type is ours. A question without a readable type in all attempts (three; one
+     of a local engine) is dropped too.
   4. The paper removes descriptions after the experts have solved a question; we do it before, so
      that they solve the text that is trained on.
   5. The experts differ for text and image questions: --experts gemini:... text=https:... image=...
@@ -101,6 +102,9 @@ def describe(questions: Bank, args: argparse.Namespace) -> dict[str, dict]:
     reviewed = descriptions.reviewed_texts(sheet, by_id)
     edits = {key: (text, {"reviewed": True}) for key, text in reviewed.items()}
     others = {key: question for key, question in by_id.items() if key not in reviewed}
+    if not args.editor:  # what is undecided in the sheet goes on waiting
+        for key in sheet.keys() & others.keys():
+            others[key].meta.setdefault("needs_review", sheet[key][1])
     for demand in demands("describe", questions, args):
         read = lambda text, _: descriptions.read_edit(text)
         for key, edit, _ in ask(demand, others, read, args):

@@ -16,7 +16,7 @@ work as well, to compare). A demonstration is in the paper's message format (App
     ... --review filled-in.csv                             a human overrules rules and checker
 
 reads questions.jsonl, or chains; writes OUT/demos.jsonl, OUT/rejected.jsonl (with the faults),
-OUT/stage.json, OUT/review.csv (every chain with a right answer; a human says yes or no in a copy)
+OUT/stage.json, OUT/review.csv (every chain that a human may keep; yes or no, in a copy)
 
 Where we depart from the paper, or it is silent:
   1. check_chain checks all three criteria by rule. The checker, if there is one, decides on (ii)
@@ -27,8 +27,8 @@ Where we depart from the paper, or it is silent:
   3. The answer is written as "B. text", as in the paper's figures, or with --answer-form text as
      "text".
   4. Only right answers are expanded, and must stay. The expander gets no image: gpt-oss reads none.
-  5. A human's yes keeps a chain that rules or checker rejected, a no drops it; neither makes a
-     wrong answer right.
+  5. A human's no drops a chain. A yes keeps one that rules or checker rejected, unless its answer
+     is wrong or it is not one think block and one answer block.
   6. Importing is ours. HuatuoGPT-o1's chains answer open questions, and often do not end at the
      option given as their answer. A chain is kept if the first sentence of its Response that names
      an option names the answer alone, without a word such as "not" (37 of 198 chains). This
@@ -338,7 +338,7 @@ def write_review(args: argparse.Namespace, chains: list[Chain], verdicts: dict[s
         unknown.discard(key)
     write_sheet(Path(args.out) / "review.csv", columns, rows)
     if unknown:
-        what = "chains that this run did not make, or whose answer is wrong"
+        what = "chains that this run did not make, or that no verdict can keep"
         print(f"{args.review}: {len(unknown)} verdicts are on {what}; they count for nothing")
 
 
@@ -371,16 +371,21 @@ def costs(questions: list[data.Question], args: argparse.Namespace) -> list[bill
     every question."""
     longest = bill.CHARACTERS * args.max_tokens  # characters of a chain
     sizes = [(len(data.question_text(q)), len(q.images)) for q in questions]
-    asked = [(len(data.SYSTEM_PROMPT) + letters, images) for letters, images in sizes]
-    expanded = [(len(EXPAND_PROMPT) + letters + longest, 0) for letters, _ in sizes]
+    asked = [(len(data.SYSTEM_PROMPT) + characters, images) for characters, images in sizes]
+    expanded = [(len(EXPAND_PROMPT) + characters + longest, 0) for characters, _ in sizes]
     wanted = [("teacher", spec, asked) for spec in args.teachers]
     wanted += [("expander", spec, expanded) for _, spec in args.expand]
     found = [bill.cost(*one, 1, args.max_tokens, args.pixels) for one in wanted]
     if args.checker:
-        read = [(len(CHECK_PROMPT) + letters + longest, images) for letters, images in sizes]
-        read = read * len(args.teachers)
-        found.append(inference.label_cost("checker", args.checker, read, args))
+        read = [(characters + longest, images) for characters, images in sizes]
+        found.append(checker_cost(read * len(args.teachers), args))
     return found
+
+
+def checker_cost(sizes: list[tuple[int, int]], args: argparse.Namespace) -> bill.Cost:
+    """sizes: (characters of question and chain, images) of each chain that may be checked."""
+    sizes = [(len(CHECK_PROMPT) + characters, images) for characters, images in sizes]
+    return inference.label_cost("checker", args.checker, sizes, args)
 
 
 def make_demo(chain: Chain, form: str) -> dict:
@@ -436,7 +441,12 @@ def import_chains(args: argparse.Namespace) -> None:
         return
     for chain in chains:
         chain.faults |= check_chain(chain.response, "stop", chain.question, *args.words)
-    checker = open_engine(args.checker, inference.setup_of(args)) if args.checker else None
+    checker = None
+    if args.checker:
+        texts = [(data.question_text(chain.question) + chain.response, chain) for chain in chains]
+        sizes = [(len(text), len(chain.question.images)) for text, chain in texts]
+        bill.announce([checker_cost(sizes, args)], args.images_may_leave)
+        checker = open_engine(args.checker, inference.setup_of(args))
     kept: dict[str, list[Chain]] = {chain.question.id: [] for chain in chains}
     select(chains, kept, verdicts, checker, args)
     for same in kept.values():
@@ -487,8 +497,8 @@ DENIALS = set(
 
 def conclusion_fault(text: str, question: data.Question) -> str | None:
     """Why a conclusion is not clearly the answer, or None: the first sentence that names an option
-    must name the answer alone, and hold no word of DENIALS."""
-    names = {letter: f" {data.normalise(text)} " for letter, text in question.options.items()}
+    must name the answer alone, and hold no word of DENIALS, nor one like "isn't"."""
+    names = {letter: f" {data.normalise(option)} " for letter, option in question.options.items()}
     # ours: an option of one or two characters may stand anywhere by chance
     names = {letter: name for letter, name in names.items() if len(name) > len(" xx ")}
     for sentence in re.split(r"(?<=[.!?])\s+|\n", text):
@@ -502,6 +512,7 @@ def conclusion_fault(text: str, question: data.Question) -> str | None:
             return f"first names {' and '.join(sorted(named))}, not {question.answer}"
         if named:
             denied = DENIALS & set(said.split())
+            denied |= set(re.findall(r"\w+n['’]t\b", sentence.casefold()))
             return f"names {named[0]} beside '{min(denied)}'" if denied else None
     return "names no option"
 

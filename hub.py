@@ -2,8 +2,8 @@
 
     meta_policy(folder)    the module without weights; each rank then reads its own rows of a file
     load_policy(folder)    all of it, in this process
-    save_policy(folder)    config, tokenizer, processors and weights; a kill at any moment leaves
-                           the old folder or the new one
+    save_policy(folder)    config, tokenizer, processors and weights; a kill leaves the old folder,
+                           the new one, or one without weights, which nothing loads
 
 Every tensor of a file is loaded, or named in an error. config.json says whether the head is tied.
 

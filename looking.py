@@ -13,7 +13,8 @@ compared.
     sight       accuracy, real less swapped
     follows     counterfactual: answers by the film that is shown, less answers by its own
     ungrounded  of the chains that read a swapped image, by the judge: share with the answer that
-                the real image was given. They describe, and answer from the text.
+                the real image was given. At most so many answer from the text: the swapped image
+                may call for the same answer
     invented    of the chains that read a normal image, by the judge: share that hallucinate
 
 Shares are over all pairs of a sample of one image and a sample of the other. grey measures what
@@ -31,6 +32,7 @@ Where we depart from the paper, or it is silent: it does not ask. All of this is
 """
 
 import argparse
+import os
 import random
 import statistics
 import time
@@ -58,14 +60,15 @@ WHOLE_IMAGE = "mmmu-pro-vision"  # its question is in the image: another image i
 
 def swap(questions: list[data.Question], root: Path, seed: int) -> dict[str, list[str]]:
     """{id: the images of another question}: one of the same benchmark, modality and number of
-    images, with another content. A question without such a partner is left out."""
+    images, none of whose files is its own; they may still show the same. A question without such a
+    partner is left out."""
     groups: dict[tuple, list[data.Question]] = {}
     for one in questions:
-        kind = modalities.modality(str(one.meta.get("modality", "")))
-        groups.setdefault((one.source, kind, len(one.images)), []).append(one)
+        modality = modalities.modality(str(one.meta.get("modality", "")))
+        groups.setdefault((one.source, modality, len(one.images)), []).append(one)
     found = {}
-    for kind, members in groups.items():
-        random.Random(f"{seed}/{kind}").shuffle(members)
+    for group, members in groups.items():
+        random.Random(f"{seed}/{group}").shuffle(members)
         contents = [[data.file_hash(root / image) for image in one.images] for one in members]
         for at, one in enumerate(members):
             # the next ones in a shuffled ring
@@ -84,7 +87,8 @@ def flat(path: Path, folder: Path, name: str) -> Path:
         mean = image.resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
         colour = GREY if name == "grey" else mean
         made.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", image.size, colour).save(made)
+        Image.new("RGB", image.size, colour).save(data.unfinished(made), "PNG")
+        os.replace(data.unfinished(made), made)  # a kill leaves no part of an image
     return made
 
 

@@ -2,7 +2,7 @@
 
 Training P weights with AdamW in fp32 takes 16 P bytes: 4 for a weight, 4 for its gradient, 8 for
 its two moments. Each of N ranks holds one Nth of each, its shard; only one block is ever whole,
-while it is needed. Four moments, here of one block on two ranks:
+while it is needed. A step has four phases, here of one block on two ranks:
 
                rank 0                     rank 1
     at rest    w0 g0 m0 v0                w1 g1 m1 v1              flat, padded to a multiple of N
@@ -12,7 +12,8 @@ while it is needed. Four moments, here of one block on two ranks:
     4 STEP     w0 m0 v0 <- AdamW(g0)      w1 m1 v1 <- AdamW(g1)    nothing is sent
 
 A step gathers and computes block by block forwards; then it gathers, computes and scatters block
-by block backwards; then it steps. `count` is that of all ranks: sum locally, divide once.
+by block backwards; then it steps. `count` is the number of outputs of all ranks' rows: sum locally,
+divide once.
 
     held by a rank            (4 + 4 + 8) P / N, and of one block its whole weights and gradient
     sent by a rank, per step  3 * 4 P (N - 1) / N: gather, gather again, scatter (beside them, loss
@@ -21,7 +22,7 @@ by block backwards; then it steps. `count` is that of all ranks: sum locally, di
     torchrun --nproc_per_node 2 -m clinic.zero3      or alone: python -m clinic.zero3
 
 Where we depart from the paper, or it is silent: the paper trains with DeepSpeed ZeRO-3; train.py
-uses PyTorch's own FSDP2. This file is for reading only; nothing imports it.
+uses PyTorch's own FSDP2. This file is for reading only; no other script imports it.
 """
 
 import os
@@ -81,7 +82,7 @@ class Ring:
 
     def reduce_scatter(self, whole: torch.Tensor) -> torch.Tensor:
         """This rank's shard of the sum over ranks. The sum of shard r sets out from rank r + 1,
-        grows by each rank's own part on its way, and ends at rank r."""
+        grows by each rank's own part on its way, and ends at rank r. Overwrites `whole`."""
         parts = whole.view(self.world_size, -1)
         for r in range(self.rank - 1, self.rank - self.world_size, -1):
             parts[(r - 1) % self.world_size] += self.pass_on(parts[r % self.world_size])
@@ -125,10 +126,10 @@ def take_step(blocks: list[Sharded], optimizer, ring: Ring, x, y) -> torch.Tenso
     loss, count = totals
     upstream = 2 * error  # the gradient of a sum of squares; it is divided after it is summed
     for block in reversed(blocks):
-        whole, x = block.gather(), inputs.pop().detach().requires_grad_()  # 1 GATHER, again
+        whole, inside = block.gather(), inputs.pop().detach().requires_grad_()  # 1 GATHER, again
         with torch.enable_grad():  # 2 COMPUTE
-            out = functional_call(block.module, whole, (x,))
-        upstream, *gradients = torch.autograd.grad(out, [x, *whole.values()], upstream)
+            out = functional_call(block.module, whole, (inside,))
+        upstream, *gradients = torch.autograd.grad(out, [inside, *whole.values()], upstream)
         del whole, out  # freed, before the gradients are copied into one tensor
         gradient = flatten(gradients, ring.world_size)
         del gradients

@@ -28,6 +28,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,9 +62,9 @@ class ClinicEngine:
                 seed = data.sample_seed(sampling.seed, request.id, k)
                 try:
                     text = self.roles.answer(self.role, request.messages, request.images, seed)
-                except (StopIteration, LookupError, AttributeError, TypeError, ValueError):
+                except (StopIteration, LookupError, AttributeError, TypeError, ValueError) as error:
                     why = "is no question of the clinic, and its roles know no other"
-                    raise data.RowError(f"{self.spec}: {request.id} {why}") from None
+                    raise data.RowError(f"{self.spec}: {request.id} {why}") from error
                 completions.append(Completion(request.id, k, text, None, "stop", seed))
             yield completions
 
@@ -293,7 +294,7 @@ class VLLMEngine:
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             max_tokens=sampling.max_tokens,
-            seed=seed % 2**63,
+            seed=seed,
             stop_token_ids=[self.processor.stop_id],
             logit_bias=self.bias,
             detokenize=False,
@@ -355,14 +356,15 @@ class Replicas:
         from multiprocessing.connection import wait
 
         for number, pipe in enumerate(self.pipes):
-            pipe.send((requests[number :: len(self.pipes)], sampling))
+            with suppress(ConnectionError):  # it ended while it loaded; why is read below
+                pipe.send((requests[number :: len(self.pipes)], sampling))
         busy = list(self.pipes)
         while busy:
             for pipe in wait(busy):
                 number = self.pipes.index(pipe)
                 try:
                     message = pipe.recv()
-                except EOFError:
+                except (EOFError, OSError):  # OSError: in the middle of a message
                     message = "its process died"
                 if message is None:
                     busy.remove(pipe)
@@ -388,7 +390,7 @@ def replica(spec: str, setup: Setup, gpus: str, pipe) -> None:
                 pipe.send((completions, engine.tally))
                 engine.tally.clear()
             pipe.send(None)
-    except (EOFError, BrokenPipeError):
+    except (EOFError, ConnectionError):
         pass  # the other side has ended
     except Exception as error:
         pipe.send(f"{type(error).__name__}: {error}")
@@ -411,8 +413,13 @@ def open_engine(spec: str, setup: Setup) -> Engine:
         known = "hf:PATH, vllm:PATH, http://HOST/v1#MODEL, gemini:NAME or clinic:ROLE"
         raise Unavailable(f"{spec}: unknown engine; a spec is {known}")
     if checkpoint(spec) is not None:
-        groups = gpu_groups(setup.tensor_parallel)
+        size = setup.tensor_parallel if kind == "vllm" else 1
+        groups = gpu_groups(size)
         replicas = setup.replicas or max(1, len(groups))
+        if groups and replicas > len(groups):
+            raise Unavailable(
+                f"{spec}: --replicas {replicas}: there are {len(groups)} x {size} GPUs"
+            )
         if replicas > 1:
-            return Replicas(spec, setup, (groups or [""] * replicas)[:replicas])
+            return Replicas(spec, setup, groups[:replicas] or [""] * replicas)
     return ENGINES[kind](spec, setup)

@@ -4,8 +4,8 @@
     judge      gemini:gemini-2.5-pro      48,000  196,608,000  196,608,000  ...googleapis.com
 
 Every command with a remote engine prints this table first. Images may be of patients: they leave
-this machine only with --images-may-leave. RUN/replies/paid.jsonl has a row for each engine and
-command, stopped ones included; medee.py run --max-requests counts it.
+this machine only with --images-may-leave. RUN/replies/paid.jsonl has what was asked, beside the
+completions that came of it; medee.py run --max-requests counts it.
 
 Where we depart from the paper, or it is silent: it gives no cost.
 """

@@ -30,7 +30,8 @@ import model
 from model import Policy, Processor, Segment
 
 LIKELIEST = 256  # ours: measured; top-p sorts so many tokens first, enough for most rows
-DROPPED = 0.75  # ours: ended rows are dropped when this share of a batch is left; it costs a step
+COMPACT = 0.75  # ours: the cache is copied without ended rows when at most this share goes on; the
+# copy costs about a step
 
 
 def uniforms(seed: int, count: int) -> Tensor:
@@ -58,7 +59,9 @@ def choose_likely(mass: Tensor, draw: Tensor, top_p: float, count: int) -> Tenso
     of a step, so only the `count` likeliest tokens are sorted, or more where these are too few."""
     count = min(count, mass.shape[-1])
     some, tokens = mass.topk(count)
-    tokens, order = tokens.sort(-1)  # of equal tokens the first comes first, here and below
+    tokens, order = tokens.sort(
+        -1
+    )  # equally likely tokens stay in order, here and in the next line
     some, order = some.gather(-1, order).double().sort(dim=-1, descending=True, stable=True)
     total = some.cumsum(-1)
     kept = ((total - some) < top_p).sum(-1, keepdim=True)
@@ -72,8 +75,8 @@ def choose_likely(mass: Tensor, draw: Tensor, top_p: float, count: int) -> Tenso
 
 
 def place_of(total: Tensor, draw: Tensor, kept: Tensor) -> Tensor:
-    """Where the cumulative mass total (..., K) passes draw (...) times the mass of its first kept
-    (..., 1) places. (...)"""
+    """The first place below `kept` at which the cumulative mass exceeds draw times the mass that is
+    kept. total (..., K), draw (...), kept (..., 1) -> (...)"""
     ceiling = total.gather(-1, kept - 1)
     place = torch.searchsorted(total, draw[..., None] * ceiling, right=True)
     return place.clamp_max(kept - 1)[..., 0]
@@ -92,8 +95,8 @@ class TreeCache:
         buffers = self.layers.setdefault(layer, [key[:, :, :0], value[:, :, :0]])
         stop = self.used + key.shape[2]
         for index, new in enumerate((key, value)):
-            more = min(2 * stop, self.limit) - buffers[index].shape[2]
             if buffers[index].shape[2] < stop:
+                more = min(2 * stop, self.limit) - buffers[index].shape[2]
                 buffers[index] = F.pad(buffers[index], (0, 0, 0, more))
             buffers[index][:, :, self.used : stop] = new
         return buffers[0][:, :, :stop], buffers[1][:, :, :stop]
@@ -175,7 +178,7 @@ def decode_trees(
 
     lengths = torch.tensor([len(prompt.ids) for prompt in prompts], device=device)
     real = torch.arange(longest, device=device) < lengths[:, None]  # (R, L), not padding
-    alive = torch.arange(rows, device=device)  # rows still in the batch, by their first number
+    alive = torch.arange(rows, device=device)  # rows still in the batch, by their index in prompts
     hidden = hidden[alive, lengths - 1][:, None].expand(-1, n, -1)  # (R, n, D)
     # a prompt ends in text, so the response goes on from its last position
     after = batch.positions[0, alive, lengths - 1] + 1
@@ -186,7 +189,7 @@ def decode_trees(
     done = torch.zeros(rows, n, dtype=torch.bool, device=device)
     own = torch.eye(n, dtype=torch.bool, device=device)
     for step in range(steps):
-        # as in training: logits in fp32, their sum before the ban
+        # as in training: logits in fp32, and log sum exp before the ban
         logits = attention.wide_product(hidden.flatten(0, 1), policy.model.lm_head.weight)
         logits = logits.unflatten(0, hidden.shape[:2])  # (R, n, V)
         total = logits.logsumexp(-1)
@@ -195,14 +198,14 @@ def decode_trees(
         tokens[alive, :, step] = torch.where(done, -1, chosen)
         found = logits.gather(-1, chosen[..., None])[..., 0]
         logps[alive, :, step] = (found - total).float()
-        sampled, going = int((~done).sum()), ~done.all(1)
+        sampled, before = int((~done).sum()), ~done.all(1)
         done |= (chosen == processor.stop_id) | (step + 1 == steps)
-        ended = alive[going & done.all(1)].tolist()
+        ended = alive[before & done.all(1)].tolist()
         yield sampled, {row: responses(tokens[row], logps[row]) for row in ended}
         going = ~done.all(1)
         if not going.any():
             return
-        if going.sum() <= DROPPED * len(going):
+        if going.sum() <= COMPACT * len(going):
             cache.keep(going)
             alive, done, chosen = alive[going], done[going], chosen[going]
             real, after = real[going], after[going]

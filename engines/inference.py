@@ -79,7 +79,7 @@ class Completion:
 
 class Engine(Protocol):
     spec: str
-    proven: bool  # it answered in an earlier run, so a refusal is about the question
+    proven: bool  # its file has completions already, so a refusal is about the question
     tally: Counter  # shown beside the progress bar: tokens, requests asked again, ...
 
     def answer(self, requests: list[Request], sampling: Sampling) -> Iterator[list[Completion]]:
@@ -188,8 +188,8 @@ def complete_all(
 ) -> dict[tuple[str, int], dict]:
     """{(id, sample): row} of these requests, in their order. Asks for whatever the role's file does
     not hold yet, and appends a row for each completion as it comes, with a progress bar. What was
-    asked is added to the ledger, however the asking ends. A row is known by its id, its sample and
-    `asked`, a hash of messages and images."""
+    asked for it is in the ledger then: a kill loses only what is under way. A row is known by its
+    id, its sample and `asked`, a hash of messages and images."""
     path = completions_file(args, role, engine.spec, sampling)
     asked = {request.id: content_of(request.messages, request.images) for request in requests}
     wanted = [(one.id, k, asked[one.id]) for one in requests for k in one.samples]
@@ -202,6 +202,7 @@ def complete_all(
             left += [replace(one, samples=samples)] if samples else []
         done = len(wanted) - sum(len(one.samples) for one in left)
         engine.proven, started, before = bool(rows), time.time(), Counter(engine.tally)
+        booked = before
         bar = tqdm(total=len(wanted), initial=done, desc=f"{role} {engine.spec}", unit="answer")
         try:
             for completions in engine.answer(left, sampling):
@@ -211,13 +212,15 @@ def complete_all(
                     new.append({**to_row(one), "asked": asked[one.id]})
                 data.append_jsonl(file, map(sealed, new))
                 rows |= {key_of(row): row for row in new}
-                spent = Counter(engine.tally) - before
+                bill.record(path.parent, engine.spec, Counter(engine.tally) - booked)
+                booked = Counter(engine.tally)
+                spent = booked - before
                 rate = (spent["tokens"] + spent["tokens out"]) / (time.time() - started)
                 bar.set_postfix({"tokens/s": f"{rate:.0f}", **spent}, refresh=not new)
                 bar.update(len(new))
         finally:
             bar.close()
-            bill.record(path.parent, engine.spec, Counter(engine.tally) - before)
+            bill.record(path.parent, engine.spec, Counter(engine.tally) - booked)
     return {key[:2]: rows[key] for key in wanted}
 
 
@@ -237,8 +240,8 @@ def retry_until_read(
     args: Namespace,
 ) -> dict[str, list[dict]]:
     """{request id: its completions as rows}: the last one is `enough`, or all attempts are used.
-    Attempts are samples of their own, and go round by round: what is not asked for again does not
-    change the others. Requests with one id are one."""
+    Attempt k is sample k, with a seed of its own, so no answer depends on what else is asked again.
+    Requests with one id are one."""
     by_id = {request.id: request for request in requests}
     found: dict[str, list[dict]] = {key: [] for key in by_id}
     for attempt in range(attempts):
@@ -311,9 +314,13 @@ def read_object(completion: str, keys: Sequence[str]) -> dict:
     raise ValueError(f"no JSON object in it has {', '.join(keys)}")
 
 
-# Yes or No, perhaps with a reason; if the reason takes it back, even in part, it is neither
+# Yes or No, perhaps with a reason; if the reason takes it back, even in part, it is neither: "Yes -
+# no, rather not", but not "Yes - no invented findings"
 YES_NO = re.compile(r"(yes|no|true|false)\b\s*\.?(?:\s*[-–—:;.(](.*))?", re.S)
-HEDGE = re.compile(r"\b(?:yes|no|mostly|partly|partially|somewhat|but|except|however|unclear)\b")
+HEDGE = re.compile(
+    r"^\s*(?:yes|no)\b\s*(?:[^\w\s]|$)"
+    r"|\b(?:mostly|partly|partially|somewhat|but|except|however|unclear)\b"
+)
 
 
 def read_yes_no(completion: str, keys: Sequence[str]) -> dict[str, bool]:

@@ -5,7 +5,7 @@
                earliest sampled
     pass@n     1 - C(N - c, n) / C(N, n): unbiased, from N samples of which c are right
                (paper §4.3, Fig. 6)
-    McNemar    exact and two-sided, on the questions that only one of two models gets right
+    McNemar    exact and two-sided, on the questions that only one of two models' votes get right
 
 results.json has one entry a question, from which every figure can be made again without the model:
 
@@ -17,9 +17,10 @@ results.json has one entry a question, from which every figure can be made again
 
 An answer that cannot be read, was cut off or was never given is wrong and stays in the denominator.
 
-Where we depart from the paper, or it is silent: it gives no intervals. Ours are Wilson's at 95 %,
-over questions, since samples of one question are not independent. For means of shares they are
-rather too wide: such a mean varies less than Wilson's formula supposes.
+Where we depart from the paper, or it is silent: it gives no intervals. Ours are at 95 %, over
+questions, since samples of one question are not independent: Wilson's for shares, resampling for
+differences and ratios. For means of shares Wilson's are rather too wide: such a mean varies less
+than the formula supposes.
 """
 
 import json
@@ -28,6 +29,7 @@ import random
 import statistics
 from collections import Counter
 from functools import lru_cache
+from itertools import combinations
 from pathlib import Path
 
 import answers
@@ -98,16 +100,14 @@ def vote(choices: list[str | None], right: list[bool]) -> bool:
 
 @lru_cache(maxsize=None)  # a question is in several groups, with the same vote
 def majority_at(n: int, choices: tuple, right: tuple, seed: int) -> float:
-    """Share of random n-subsets of the samples, in their order, whose majority is right."""
-    if n == len(choices):
-        return float(vote(choices, right))
-    if n == 1:
-        return statistics.fmean(right)
-    rng, votes = random.Random(seed), []
-    for _ in range(VOTE_SUBSETS):
-        subset = sorted(rng.sample(range(len(choices)), n))
-        votes.append(vote([choices[i] for i in subset], [right[i] for i in subset]))
-    return statistics.fmean(votes)
+    """Share of the n-subsets of the samples, in their order, whose majority is right; of so many
+    random ones where there are more."""
+    everything, rng = range(len(choices)), random.Random(seed)
+    if math.comb(len(choices), n) <= VOTE_SUBSETS:
+        subsets = combinations(everything, n)
+    else:
+        subsets = (sorted(rng.sample(everything, n)) for _ in range(VOTE_SUBSETS))
+    return statistics.fmean(vote([choices[i] for i in s], [right[i] for i in s]) for s in subsets)
 
 
 def sizes(most: int) -> list[int]:
@@ -159,14 +159,15 @@ def ratio_interval(sides: list[list[tuple[float, float]]], seed: int = 0) -> lis
 
 
 def choice_of(row: dict, question: data.Question) -> str | None:
-    """What votes are counted by: the letter or, open-ended, the normalised answer. An answer that
-    equals the reference is written as the reference. An unfinished completion has no choice."""
+    """What votes are counted by: the letter or, open-ended, the normalised answer, and where that
+    is right the reference. An unfinished completion has no choice."""
     if row["finish_reason"] != "stop":
         return None
     if question.options:
         return answers.extract_choice(row["response"], question.options)
-    answer = data.normalise(answers.free_answer(row["response"]) or "")
-    return question.answer if answer == data.normalise(question.answer) else answer or None
+    if answers.is_correct(row["response"], question):
+        return question.answer
+    return data.normalise(answers.free_answer(row["response"]) or "") or None
 
 
 def entry(question: data.Question, rows: list[dict], verdicts: dict[tuple, dict | None]) -> dict:
@@ -230,8 +231,7 @@ def summarise(entries: list[dict]) -> dict:
         "cut_off": ended.count("length") / len(ended),
         "over_long": ended.count("overlong") / len(ended),
         "unanswered": sum(end in ("blocked", "refused", "empty") for end in ended) / len(ended),
-        # results of older versions have no loops
-        "loops": statistics.fmean(flatten(entries, "loops")) if "loops" in entries[0] else None,
+        "loops": statistics.fmean(flatten(entries, "loops")),
         **lengths(flatten(entries, "words")),
         "majority": {},
         "pass": {},
@@ -267,7 +267,7 @@ def lengths(words: list[int]) -> dict[str, float]:
 
 def judged_counts(entries: list[dict]) -> dict[str, int]:
     """Numbers of chains: sent to the judge, with a readable verdict, meeting all criteria, looking
-    at the image, and of those hallucinating: others invent nothing in the image."""
+    at the image, and of these hallucinating (the others say nothing of the image)."""
     sent = [given for given in flatten(entries, "criteria") if given is not None]
     judged = [given for given in sent if given]
     looking = [given for given in judged if given["Image_Analysis_Involvement"]]

@@ -1597,6 +1597,15 @@ def test_a_reviewed_text_lets_its_question_in_and_nothing_else_is_asked_anew(ser
         assert path.parent.name == "replies" or path.read_bytes() == content
 
 
+def test_a_question_that_no_human_has_decided_goes_on_waiting_without_the_editor(serve, tmp_path):
+    _, flags, _ = few(tmp_path, serve)
+    run_curate(tmp_path / "bank.jsonl", tmp_path / "out", *flags)
+    sheet = fill(tmp_path / "out" / "review.csv", {}, tmp_path / "filled.csv")
+    more = [*flags, "--editor", "", "--reviewed", str(sheet)]
+    kept, rejected, _ = run_curate(tmp_path / "bank.jsonl", tmp_path / "second", *more)
+    assert SPOILT not in kept and rejected[SPOILT]["evidence"] == {"fault": FAULT}
+
+
 def test_a_sheet_that_a_human_corrected_in_place_survives_every_rerun(serve, tmp_path):
     bank, flags, server = few(tmp_path, serve)
     out, bank_file = tmp_path / "out", tmp_path / "bank.jsonl"

@@ -1151,6 +1151,8 @@ NAMED = {  # name: (Response, options, the fault if the answer is B)
     "a small word": ("It might be rest.", ["ad", "be"], "names no option"),
     "a sign": ("There is ↓ TSH.", ["↑ TSH", "↓ TSH"], None),
     "not": ("This is not rest.", ["surgery", "rest"], "names B beside 'not'"),
+    "a contraction": ("The best is certainly not x? It isn't rest.", ["surgery", "rest"],
+                      "names B beside 'isn't'"),
     "while": ("While rest has its uses ...", ["surgery", "rest"], "names B beside 'while'"),
     "a no of the answer": ("There is no pain.", ["pain", "no pain"], None),
     "not, of another sentence": ("It is not new. Rest helps.", ["x", "rest"], None),
@@ -1248,7 +1250,7 @@ def test_a_humans_yes_does_not_say_that_an_answer_nobody_checked_is_right(tmp_pa
     ]
 
 
-def test_an_imports_checker_sees_what_the_rules_let_pass_with_its_images(serve, tmp_path):
+def test_an_imports_checker_sees_what_the_rules_let_pass_with_its_images(serve, tmp_path, capsys):
     names = ("good", "bad", "loop")
     no = {**YES, "Plausibility_Coherence": "No"}
     server = served(serve, {"checker": lambda name, _: json.dumps(no if name == "bad" else YES)})
@@ -1259,6 +1261,7 @@ def test_an_imports_checker_sees_what_the_rules_let_pass_with_its_images(serve, 
     data.write_jsonl(tmp_path / "chains.jsonl", rows)
     flags = ["--checker", spec(server, "checker"), "--images", str(tmp_path)]
     demos, rejected = run_import(tmp_path / "chains.jsonl", "sharegpt", *flags)
+    assert "at most:" in (said := capsys.readouterr().out) and "checker" in said  # the bill, first
     assert server.by_model == {("checker", "good"): 1, ("checker", "bad"): 1}
     assert all("data:image/png" in json.dumps(body) for _, _, body in server.requests)
     assert [demo["checker"] for demo in demos] == [spec(server, "checker")]

@@ -30,7 +30,7 @@ import model
 import rollout
 import train
 from command import schema
-from engines import decode, inference
+from engines import bill, decode, inference
 from engines.inference import Completion, Request, Sampling
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -1015,9 +1015,33 @@ def test_replicas_answer_what_one_engine_answers(stopping, pictures):
 
 def test_a_replica_that_cannot_start_says_why():
     broken = engines.open_engine("hf:/nowhere", inference.Setup(replicas=2))
-    with pytest.raises(inference.Unavailable, match="hf:/nowhere: replica"):
-        list(broken.answer([Request("a", turns("What?"), [], (0,))] * 2, GREEDY))
+    # more than a pipe holds: it has ended before it takes them
+    asked = [Request("a", turns("What?" * 200_000), [], (0,))] * 2
+    with pytest.raises(inference.Unavailable, match="hf:/nowhere: replica .*no config.json"):
+        list(broken.answer(asked, GREEDY))
     broken.close()
+
+
+def test_more_replicas_than_groups_of_gpus_are_refused(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    with pytest.raises(inference.Unavailable, match="--replicas 3: there are 2 x 1 GPUs"):
+        engines.open_engine("hf:/nowhere", inference.Setup(replicas=3))
+    with pytest.raises(inference.Unavailable, match="--replicas 2: there are 1 x 2 GPUs"):
+        engines.open_engine("vllm:/nowhere", inference.Setup(replicas=2, tensor_parallel=2))
+
+
+def test_what_was_asked_is_in_the_ledger_as_soon_as_it_is_answered(tmp_path):
+    class Paid(Scribe):
+        def answer(self, requests, sampling):
+            for completions in super().answer(requests, sampling):
+                self.tally["requests"] += 1
+                yield completions
+                asked = bill.paid(tmp_path)["requests"]
+                assert asked == self.tally["requests"]  # a kill here would lose nothing
+
+    engine = Paid()
+    complete(engine, [Request("a", turns("a"), [], (0, 1, 2))], tmp_path / "rollouts.jsonl")
+    assert bill.paid(tmp_path)["requests"] == 3
 
 
 def test_gpus_are_grouped_for_engines_that_need_several(monkeypatch):

@@ -211,6 +211,13 @@ READABLE = {
         ),
         LAST_NO,
     ),
+    "a reason that begins with the other word": (
+        completion(
+            Reflection_Presence="No: there is no yes to a check",
+            No_Hallucination="Yes - no invented findings",
+        ),
+        LAST_NO,
+    ),
     "the prompt repeated before": (
         judge.JUDGE_PROMPT + "\n" + completion(Reflection_Presence="No"),
         LAST_NO,

@@ -138,6 +138,20 @@ def test_a_flat_image_has_the_size_of_its_own_and_one_colour(tmp_path):
             assert image.getcolors() == [(60 * 40, colour)]
 
 
+def test_a_flat_image_whose_writing_is_killed_is_made_again(tmp_path, monkeypatch):
+    Image.new("RGB", (60, 40)).save(tmp_path / "own.png")
+
+    def killed(image, path, *_):
+        path.write_bytes(b"half of a")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Image.Image, "save", killed)
+        looking.flat(tmp_path / "own.png", tmp_path / "flat", "grey")
+    with Image.open(looking.flat(tmp_path / "own.png", tmp_path / "flat", "grey")) as image:
+        assert image.size == (60, 40)
+
+
 # --------------------------------------------------------------------------------------------------
 # The command, with engines of which it is known whether they look
 

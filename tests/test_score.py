@@ -103,16 +103,29 @@ def test_majority_of_one_is_the_mean_accuracy_whatever_the_seed(choices, seed):
     "choices", ["AABBB-CA", "ABABABAB", "--A-B-A-", "BBBBBBBA", "AAAAAAAA", "CCBBAAAA"]
 )
 @pytest.mark.parametrize("n", [2, 3, 4, 6])
-def test_majority_at_n_is_near_the_share_over_all_subsets(choices, n):
-    choices = [None if c == "-" else c for c in choices]
+@pytest.mark.parametrize("times", [1, 2])
+def test_majority_at_n_is_the_share_over_all_subsets_or_near_it_where_they_are_many(
+    choices, n, times
+):
+    choices = [None if c == "-" else c for c in choices * times]
     subsets = list(itertools.combinations(choices, n))  # in the order sampled
     share = sum(brute_majority(subset) == "A" for subset in subsets) / len(subsets)
     error = math.sqrt(share * (1 - share) / score.VOTE_SUBSETS)
-    assert abs(score.majority_at(n, tuple(choices), right_of(choices), seed=5) - share) <= 4 * error
+    exact = len(subsets) <= score.VOTE_SUBSETS
+    found = score.majority_at(n, tuple(choices), right_of(choices), seed=5)
+    assert abs(found - share) <= (1e-12 if exact else 4 * error)
+
+
+def test_answers_that_a_benchmark_accepts_are_one_choice():
+    question = data.Question("How many?", {}, "24/7", meta={"answers": ["24/7", "3.429"]})
+    said = ["24/7", "3.429", "5", "3.429"]
+    rows = [{"response": one, "finish_reason": "stop"} for one in said]
+    choices = [score.choice_of(row, question) for row in rows]
+    assert choices == ["24/7", "24/7", "5", "24/7"]
 
 
 def test_majority_at_n_follows_from_its_seed():
-    choices = list("AABBCABC")
+    choices = list("AABBCABC") * 2
     right = right_of(choices)
     assert score.majority_at(4, tuple(choices), right, 1) == score.majority_at(
         4, tuple(choices), right, 1
