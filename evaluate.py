@@ -17,7 +17,8 @@ Where we depart from the paper, or it is silent:
      the same samples serve all figures, so MV@1 = pass@1 = accuracy.
   2. For n below N, MV@n is a mean over seeded subsets (the paper may have used the first n).
   3. With --judge one chain of every image question is judged (--judge-samples), right or wrong, so
-     that a stage cannot look better by answering less. It is the same sample at every stage.
+     that a stage cannot look better by answering less. It is the same sample at every stage. Empty
+     chains and unreadable verdicts are left out, and counted.
   4. --prompt paper is Appendix A's system prompt for whatever model is asked; official is the
      benchmark's own prompt; bare is the question alone, for models that reason unasked.
   5. --open-ended removes the options (Fig. 8), and an engine says which answers mean the reference.
@@ -116,7 +117,9 @@ def costs(
     longest, requests = bill.CHARACTERS * args.max_tokens, list(requests)  # characters of a chain
     sizes = list(bill.sizes(requests))
     found = [bill.cost("evaluate", args.engine, sizes, 1, args.max_tokens, args.pixels)]
-    second = {"letter": [], "force": requests if args.force else []}
+    second = {"letter": [], "force": []}
+    if args.force:
+        second["force"] = [r for r in requests if questions[r.id].options]
     if args.prompt == "official":
         second["letter"] = [r for r in requests if official.second_turn(questions[r.id], "")]
     for role, asked in second.items():
@@ -202,7 +205,8 @@ def force_answers(
     asked = []
     for row in rows:
         row["forced"] = None
-        if row["extracted"] is None and row["response"].strip():
+        options = questions[row["id"]].options
+        if options and row["extracted"] is None and row["response"].strip():
             said = {"role": "assistant", "content": row["response"]}
             asked.append((row, [said, {"role": "user", "content": FORCE_PROMPT}]))
     for row, letter in second_turns(ask, "force", requests, asked):
@@ -233,6 +237,8 @@ def grade(rows: list[dict], questions: Questions, args: argparse.Namespace) -> i
         prompt = GRADE_PROMPT % (question.question, question.answer, answer)
         requests.append(inference.prompt_request(row["id"], prompt, []))
     completions = inference.ask_yes_no(engine, requests, ("Correct",), "grader", args)
+    if isinstance(engine, Replicas):
+        engine.close()  # the judge needs the GPUs
     ungraded = 0
     for row, request in zip(unsure, requests):
         verdict, _ = inference.read_verdict(completions[request.id], ("Correct",))

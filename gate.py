@@ -115,13 +115,16 @@ def gate_step(
     cleared afterwards. A collective."""
     batch = model.collate([row], processor).to(device)
     logp = policy(batch)
-    (-logp.sum()).backward()
-    loss = -logp.sum().item()
+    loss = -logp.sum()
+    loss.backward()
+    loss = loss.item()
     grads = [p.grad for p in train.trained_parameters(policy).values() if p.grad is not None]
     finite = [bool(train.local_tensor(grad).isfinite().all()) for grad in grads]
     policy.zero_grad(set_to_none=True)
     claim = f"the shortest row, {batch.ids.numel()} tokens, goes forward and backward"
-    message = f"its -log p is {loss}, and {finite.count(False)} gradients are not finite"
+    message = (
+        f"its -log p is {loss}; {finite.count(False)} of {len(finite)} gradients are not finite"
+    )
     check_claim(claim, math.isfinite(loss) and finite != [] and all(finite), message)
     tokens, alone = len(row[-1].ids), [row[0], row[-1]]
     with train.forward_only(policy):

@@ -10,7 +10,8 @@
 
 METHOD below is the method. {name} is a path, the run's input, or the recipe's flags for that stage;
 --out {run}/NAME is added to each. The miniature and the 7B differ in their recipes, never in the
-code. Engines' completions are kept in RUN/replies; RUN/run.json lists the stages.
+code. Engines' completions are kept in replies/, beside a stage's folder; RUN/run.json lists the
+stages.
 command/pipeline.py decides what is done and what must be made anew.
 
 Where we depart from the paper, or it is silent: see each script. The recipes say which numbers are
@@ -74,7 +75,7 @@ looks        python -m report looking --results {run}/look-base {run}/look-stage
 report       python -m report page --results {run}/eval-base {run}/eval-stage1 {run}/eval-stage2 \
                --sft {run}/sft --dpo {run}/dpo --pairs {run}/pairs --images {root}
 """
-PAPER = """
+TABLES = """
 tables       python -m report table --results {run}/eval-base {run}/eval-stage1 {run}/eval-stage2 \
                {results}
 figures      python -m report plot --results {run}/eval-base {run}/eval-stage1 {run}/eval-stage2 \
@@ -122,17 +123,17 @@ def override(recipe: dict, changes: dict[str, dict]) -> dict:
     return recipe | {name: recipe[name] | more for name, more in changes.items()}
 
 
-LORA = {"method": "lora", "lr": 5e-6}  # paper App. C: method, for 32B and 72B; lr ours
+DPO_LORA = {"method": "lora", "lr": 5e-6}  # paper App. C: method, for 32B and 72B; lr ours
 
 
 def large(gpus: int) -> dict:
     """FULL for a model that needs so many GPUs for each vLLM: LoRA in Stage II too."""
     parallel = {"tensor-parallel": gpus}
     changes = dict.fromkeys(("rollout", "evaluate", "look"), parallel)
-    return override(FULL, {**changes, "dpo": LORA})
+    return override(FULL, {**changes, "dpo": DPO_LORA})
 
 
-SMALL = override(FULL, {"dpo": LORA})  # ours: fits a GPU of 24 GB
+SMALL = override(FULL, {"dpo": DPO_LORA})  # ours: fits a GPU of 24 GB
 QWEN, INTERNVL = {"image": {"pixels": 768 * 768}}, {"image": {"tiles": 1}}  # ours
 RECIPES = {
     "qwen2.5-vl-3b": SMALL | QWEN | {"base": "models/Qwen2.5-VL-3B-Instruct"},
@@ -317,11 +318,11 @@ def run(args: argparse.Namespace) -> None:
         "label": args.recipe.rpartition("-")[2].upper(), "results": args.results, "run": folder,
     }  # fmt: skip
     stages = method(override(recipe, changes), given, folder, args.gpus)
-    stages += pipeline.stages_from(PAPER, given)
+    stages += pipeline.stages_from(TABLES, given)
+    check_results(args.results, given["label"])
     if args.dry:
         for one in stages:
-            print(shlex.join([*one.command(), *limits(one, folder, args)]))
-    check_results(args.results, given["label"])
+            print(shlex.join(one.command()))
     announce(stages, args.images_may_leave or args.dry)
     if not args.dry:
         run_stages(stages, folder, args.recipe, args)

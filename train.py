@@ -18,8 +18,9 @@ tensor at a time.
 
 Resume is exact: the plan of all steps is a pure function of the seed, and weights, optimizer and
 step are saved together in OUT/state. A run that was killed ends with the weights of a run that was
-not. The last step has a state too: the result is saved, then stage.json, and only then is the state
-removed, so that a kill while saving costs no step.
+not; with other ranks or --micro-tokens up to rounding. The last step has a state too: the result is
+saved, then stage.json, and only then is the state removed, so that a kill while saving costs no
+step.
 
 Where we depart from the paper, or it is silent:
   1. FSDP2 instead of DeepSpeed ZeRO-3: the same sharding of weights, gradients and optimizer.
@@ -220,12 +221,14 @@ def build(
     blocks = len(policy.language_model.layers)
     again = blocks if args.checkpointing == "all" else 0
     if args.checkpointing == "auto" and device.type == "cuda":
-        pixels = images * memory.image_bytes(policy, args.pixels, args.tiles)
+        image_bytes = images * memory.image_bytes(policy, args.pixels, args.tiles)
         gpus = max(1, ranks // args.replicas)
         room = memory.USABLE * torch.cuda.get_device_properties(device).total_memory
-        load = memory.Load(rows, length, length, pixels)  # every token supervised: the most
+        load = memory.Load(rows, length, length, image_bytes)  # every token supervised: the most
         fewest = memory.blocks_to_recompute(policy, load, gpus, room)
         again = blocks if fewest is None else fewest
+        if fewest is None:
+            print0("warning: this may not fit into memory; lower --micro-tokens, or more GPUs")
     print0(f"checkpointing {again} of {blocks} blocks")
     return shard(policy, device, again, args.replicas)
 
@@ -426,8 +429,9 @@ class Run:
                 run.backward(*loss_of(policy(batch), batch))
             run.update()
 
-    After the loop's body the step is written: a row of out/metrics.jsonl, a line every
-    `print_every` steps, and every `save_every` a state in out/state. The loop may add to
+    After the loop's body the step is written: a row of out/metrics.jsonl (whose "step" counts from
+    0, the printed one from 1), a line every `print_every` steps, and every `save_every` a state in
+    out/state. The loop may add to
     `run.figures` after `update`. Each of these is a collective.
 
     plan          the rows of every step; it fixes the number of steps, and so the cosine
@@ -516,7 +520,7 @@ class Run:
         *read, norm = torch.cat([sums.flatten(), norm[None]]).tolist()
         means = [x / max(y, 1e-12) for x, y in zip(read[::2], read[1::2])]
         if not (math.isfinite(means[0]) and math.isfinite(norm)):
-            message = f"step {self.step}: the loss is {means[0]}, the gradient's norm {norm}"
+            message = f"step {self.step + 1}: the loss is {means[0]}, the gradient's norm {norm}"
             refuse(Refused(f"{message}; the weights are still those after {self.step} steps"))
         now = learning_rate(self.step, len(self.plan), self.peak, self.warmup)
         for group in self.optimizer.param_groups:

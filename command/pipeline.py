@@ -1,9 +1,10 @@
 """Stages as commands: which are done, which must be made anew, and how each is run.
 
-A stage is done if its folder has a stage.json, and its command and the hashes of its inputs are
-those asked for now. A killed stage resumes from its last row or step. If its settings or inputs
-changed, its folder is renamed to NAME.1 and the stage is made anew; nothing is ever deleted. A
-folder that the run did not begin is left alone. A change of the code is only reported.
+A stage is done if its folder has a stage.json, its command is the one asked for now, and its inputs
+and outputs are as they were. A killed stage resumes from its last row or step. If its command, an
+input or an output changed, its folder is renamed to NAME.1 and the stage is made anew; nothing is
+ever deleted. A folder that the run did not begin is left alone. A change of the code is only
+reported.
 
 reads and writes RUN/run.json, the run's stages, and FOLDER/medee.json, the command, beside the
 folder's own records (stage.py), which name its inputs.
@@ -121,8 +122,8 @@ class Stage:
         if state == "not begun by this run":
             raise data.RowError(
                 f"{self.folder} was not begun by this run, and is left alone; if it is this stage, "
-                f"finished by hand: python medee.py adopt {self.name} --out {self.folder.parent}; "
-                "else give another --out"
+                f"finished by hand: python medee.py adopt {self.name} --out "
+                f"{self.folder.parents[self.name.count('/')]}; else give another --out"
             )
         if state == "done":
             if edited := self.edited():
@@ -143,8 +144,8 @@ class Stage:
 
 
 def words_of(settings: dict) -> list[str]:
-    """{"lr": 1e-4, "n": 8, "checkpointing": True, "base": ""} -> ["--lr", "0.0001", "-n", "8",
-    "--checkpointing"]; a list of lists repeats its flag."""
+    """{"lr": 1e-4, "n": 8, "exact-leaks": True, "base": ""} -> ["--lr", "0.0001", "-n", "8",
+    "--exact-leaks"]; a list of lists repeats its flag."""
     words = []
     for name, value in settings.items():
         if value in (None, "", []):

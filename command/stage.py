@@ -71,10 +71,13 @@ def remember(run: Path) -> None:
 
 def large_hash(path: Path) -> str:
     """data.file_hash, kept on disk where the file is large."""
-    known = len(data.HASHES)
-    digest = data.file_hash(path)
-    if _memory and (stat := path.stat()).st_size >= LARGE and len(data.HASHES) > known:
-        row = {"path": os.path.realpath(path), "size": stat.st_size, "mtime": stat.st_mtime_ns}
+    if not path.is_file():
+        return data.file_hash(path)  # which says what is wrong
+    stat = path.stat()  # before its bytes are read: a file that changes meanwhile is hashed again
+    key = (os.path.realpath(path), stat.st_size, stat.st_mtime_ns)
+    known, digest = key in data.HASHES, data.file_hash(path)
+    if _memory and stat.st_size >= LARGE and not known:
+        row = dict(zip(("path", "size", "mtime"), key))
         _memory.parent.mkdir(parents=True, exist_ok=True)
         with open(_memory, "a", encoding="utf-8") as file:
             data.append_jsonl(file, [{**row, "sha256": digest}])
@@ -228,8 +231,9 @@ def open_folder(
     images: Iterable[Path] = (),
 ) -> bool:
     """Opens the folder --out for a command with these inputs; returns False if it is finished.
-    images: the files that the inputs' rows name. Raises RowError, before anything is written, for a
-    place that check_place or check_same refuses, or that another process writes to."""
+    images: the files that the inputs' rows name. Raises RowError, before a record or a result is
+    written, for a place that check_place or check_same refuses, or that another process writes to.
+    """
     out = Path(args.out)
     check_place(out)
     remember(out.parent)
@@ -244,7 +248,7 @@ def open_folder(
         print(f"{out}: is finished already ({out / 'stage.json'}); nothing to do")
         release()
         return False
-    if seen:
+    if seen or (out / "images.json").exists():  # of another command that made nothing
         data.write_json(out / "images.json", seen)
     data.write_json(out / "begun.json", begun)
     return True

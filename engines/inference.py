@@ -57,7 +57,8 @@ class Request:
 class Completion:
     """One response. finish_reason is "stop"; "length" where the token limit cut it off; "overlong"
     where the prompt left no room for it; of a remote engine also "blocked" (by a safety filter),
-    "refused" (the request was) or "empty" (no text, however often it was asked). token_ids end with
+    "refused" (the request was) or "empty" (no text, however often it was asked). seed: of a remote
+    engine that of the request, which may be for several samples. token_ids end with
     the stop token if there was one. token_logps: their log-probabilities in nats, at temperature 1
     over the whole vocabulary. Both are None where the engine does not give them. reasoning: a
     remote engine's thinking, if given apart."""
@@ -212,9 +213,9 @@ def complete_all(
                     new.append({**to_row(one), "asked": asked[one.id]})
                 data.append_jsonl(file, map(sealed, new))
                 rows |= {key_of(row): row for row in new}
-                bill.record(path.parent, engine.spec, Counter(engine.tally) - booked)
-                booked = Counter(engine.tally)
-                spent = booked - before
+                now = Counter(engine.tally)  # read once: an engine's threads go on counting
+                bill.record(path.parent, engine.spec, now - booked)
+                booked, spent = now, now - before
                 rate = (spent["tokens"] + spent["tokens out"]) / (time.time() - started)
                 bar.set_postfix({"tokens/s": f"{rate:.0f}", **spent}, refresh=not new)
                 bar.update(len(new))

@@ -7,7 +7,8 @@ in a row, or when the server asks for a wait of more than PATIENCE. What was com
 disk, and the same command goes on.
 
 A wish is what every request asks for although a server may refuse it: several samples at once, a
-whole completion instead of a stream, thoughts. After a refusal all requests go without it.
+whole completion instead of a stream, thoughts. After a completion without it all requests go
+without it.
 
 Where we depart from the paper, or it is silent: all numbers here are ours.
 """
@@ -38,7 +39,7 @@ class Remedy(NamedTuple):
 
 TRIES = 8  # ours: of one request, whatever its failures
 SAME, ROOM, LESS = "the same", "twice the room", "all but the wish"
-# ours: paper silent; waits of 1, 2, 4 ... 60 s outlast an outage of about three minutes
+# ours: paper silent; waits of 1, 2, 4 ... 60 s, each times .5 to 1, outlast an outage of a minute
 REMEDIES = {
     #                       tries  wait  next try asks for  at last
     "busy":          Remedy(TRIES, 60.0, SAME,             "stop"),     # 429, 5xx, no connection
@@ -51,7 +52,8 @@ REMEDIES = {
 }  # fmt: skip
 DENIED = (401, 402, 403, 404)  # HTTP statuses
 BUSY = (408, 409, 425, 429)  # and all from 500 on
-TEXTLESS = ("refused", "empty")  # finish_reasons of questions that got no text
+# finish_reasons where the server may be at fault; "blocked" and "length" are about the question
+TEXTLESS = ("refused", "empty")
 
 PATIENCE = 600.0  # ours: seconds, the longest wait a server may ask for; daily limits ask for more
 STRIKES = 8  # ours: after so many questions in a row without text, the server is at fault
@@ -98,8 +100,8 @@ class RemoteEngine:
 
     def answer(self, requests: list[Request], sampling: Sampling) -> Iterator[list[Completion]]:
         """After a failure that stops the run, requests under way still end and are yielded, since
-        they are paid for. Completions without text are yielded only after one with text, or at the
-        end: a server that refuses everything must not leave a file of refusals."""
+        they are paid for. Refused and empty completions are yielded only after one of another end,
+        or at the end: a server that refuses everything must not leave a file of refusals."""
         images = any(request.images for request in requests)
         if images and bill.host_of(self.spec) and not self.setup.images_may_leave:
             raise Unavailable(f"{self.spec}: images would be sent; give --images-may-leave")
@@ -170,6 +172,8 @@ class RemoteEngine:
                 sampling = replace(sampling, max_tokens=2 * sampling.max_tokens)
             if remedy.change == LESS:
                 wishes.remove(wish)
+        else:  # failures of several kinds: nothing is known of the question
+            kind = "busy"
         return self.give_up(kind, request, sampling, failure, self.completed == before)
 
     def kind_of(self, error: Exception, wish: str | None, roomy: bool) -> str:
@@ -275,7 +279,7 @@ class RemoteEngine:
         try:
             yield
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-            raise self.garbled(f"it cannot be read ({type(error).__name__})") from None
+            raise self.garbled(f"it cannot be read ({type(error).__name__})") from error
 
     def garbled(self, why: str) -> Garbled:
         sent = self.heard.text or "nothing"

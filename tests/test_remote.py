@@ -904,6 +904,14 @@ def test_a_server_that_stays_down_stops_the_run(api, serve):
     assert "question a has no answer after 8 tries" in str(stopped) and "overloaded" in str(stopped)
 
 
+def test_a_last_try_that_fails_in_another_way_says_nothing_of_the_question(api, serve):
+    def play(question, time, body):
+        return api.bad(503) if time < remote.TRIES else api.good("")
+
+    completions, stopped = until_it_stops(open_at(api, serve(play)), [request("a")])
+    assert not completions and "question a has no answer after 8 tries" in str(stopped)
+
+
 def test_a_question_that_alone_breaks_the_server_holds_nobody_up(api, serve):
     server = serve(
         lambda question, time, body: api.bad(500) if question == "q3" else api.good("yes")

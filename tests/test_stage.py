@@ -418,6 +418,16 @@ def test_the_first_large_input_of_a_new_run_is_remembered(tmp_path, source, monk
     assert "in.jsonl" in (tmp_path / "new" / "run" / "fingerprints.jsonl").read_text()
 
 
+def test_a_folder_begun_anew_without_images_forgets_those_of_before(tmp_path, source):
+    (tmp_path / "film.png").write_bytes(b"one")
+    args = argparse.Namespace(out=str(tmp_path / "out"), lr=1)
+    assert stage.open_folder(args, [source], images=[tmp_path / "film.png"])
+    args.lr = 2  # nothing was made yet: it may begin anew
+    assert stage.open_folder(args, [source])
+    (tmp_path / "out" / "rows.jsonl").write_text("{}\n")  # and is killed here
+    assert stage.open_folder(args, [source])
+
+
 def test_a_changed_image_is_another_input(tmp_path, source):
     film = tmp_path / "film.png"
     film.write_bytes(b"one")
