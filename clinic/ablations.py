@@ -14,9 +14,9 @@ Stage I, from the base model:
 Stage II, from the demo's Stage I and at most 400 pairs (length has fewer):
     four         the demo's own: all four criteria; four-10: at ten times the learning rate
     swap-20 ...  20, 35 or 50 % of the pairs are the wrong way round; 50 are random labels
-    blind, lenient, style            pairs of a judge that errs (roles.ERRING)
-    logic, image, truth, reflection  pairs by one criterion alone; no-logic ...: by the other three.
-                 (blind is no-truth by construction, and style is reflection)
+    logic, image, truth, reflection  pairs by one criterion alone; no-logic ...: by the other three
+    lenient      pairs of a judge that lets half of what fails pass (roles.ERRING); those of
+                 judge-blind are no-truth's, and those of judge-style are reflection's
     right-wrong  right answers above wrong ones, whoever reasons well
     length       each chosen chain with the rejected one of the nearest length
     questions    the demo's pairs, a question's in one step
@@ -52,7 +52,7 @@ APART = 1000  # added to the seed for the worlds of Stage I's ablations
 WORLDS = {"text": (240, 0), "image": (0, 240), "mixed": (120, 120)}  # text, image questions
 PAIRS = 400  # fewer than the smallest set of pairs that is not length-matched
 SWAPS = (20, 35, 50)  # per cent of pairs the wrong way round
-JUDGES = ("blind", "lenient", "style")
+JUDGES = {"blind": "no-truth", "lenient": "lenient", "style": "reflection"}  # ablation of each
 ALONE = dict(zip(("logic", "image", "truth", "reflection"), judge.CRITERIA))
 PREFERRED = "--rollouts {run}/rollout/rollouts.jsonl --questions {run}/curate/image.jsonl"
 SEED = "--seed {seed}"
@@ -133,10 +133,9 @@ def of_stage2() -> list[str]:
     lines = stage2("four")
     for percent in SWAPS:
         lines += stage2(f"swap-{percent}", f"--pairs {{run}}/pairs/pairs.jsonl --swap {percent}")
-    for name in JUDGES:
-        folder = f"ablations/{name}/verdicts"
-        asked = f"python judge.py verdicts --judge clinic:judge-{name} {PREFERRED} {{images}}"
-        lines += [f"{folder} {asked} {SEED}", *paired(name, "", f"{{run}}/{folder}")]
+    folder = "ablations/lenient/verdicts"
+    asked = f"python judge.py verdicts --judge clinic:judge-lenient {PREFERRED} {{images}}"
+    lines += [f"{folder} {asked} {SEED}", *paired("lenient", "", f"{{run}}/{folder}")]
     for name, criterion in ALONE.items():
         others = " ".join(other for other in ALONE.values() if other != criterion)
         lines += paired(name, f"--criteria {criterion}")

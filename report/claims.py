@@ -112,8 +112,8 @@ CLAIMS = (
     # what Stage II learns from: all-criteria chains
     *(Claim(f"Stage II raises all-criteria chains with {percent} % of pairs the wrong way round",
             (STAGE1, "met"), (f"swap-{percent}", "met"), 1) for percent in ablations.SWAPS),
-    *(Claim(f"… with pairs of the {name} judge", (STAGE1, "met"), (name, "met"), 1)
-      for name in ablations.JUDGES),
+    *(Claim(f"… with pairs of the {judge} judge", (STAGE1, "met"), (name, "met"), 1)
+      for judge, name in ablations.JUDGES.items()),
     *map(alone, ablations.ALONE),
     Claim("pairs by the four criteria beat right above wrong answers",
           ("right-wrong", "met"), ("four", "met"), 1),
@@ -226,10 +226,10 @@ COLUMNS = {
 }
 
 
-def disorder(run: Path, name: str) -> float | None:
-    """The share of an ablation's pairs that the truth does not order so: not an all-criteria chain
-    above one that fails any. None where there are no pairs, or wrong answers in them, which have no
-    verdict."""
+def true_order(run: Path, name: str) -> float | None:
+    """The share of an ablation's pairs that the truth orders so, an all-criteria chain above one
+    that fails any, less the share that it orders the other way. None where there are no pairs, or
+    wrong answers in them, which have no verdict."""
     path = run / "ablations" / name / "matched" / "pairs.jsonl"
     verdicts = run / "verdicts" / "verdicts.jsonl"
     if not path.exists() or not verdicts.exists():
@@ -244,10 +244,10 @@ def disorder(run: Path, name: str) -> float | None:
     ]
     if any(None in pair for pair in pairs):
         return None
-    return statistics.fmean(pair != [True, False] for pair in pairs)
+    return statistics.fmean(chosen - rejected for chosen, rejected in pairs)
 
 
-def ablation_table(runs: list[Run], disorders: dict[str, list[float | None]]) -> str:
+def ablation_table(runs: list[Run], orders: dict[str, list[float | None]]) -> str:
     """Stages and ablations: shares, mean and standard deviation over runs."""
 
     def cell(values: list[float | None]) -> str:
@@ -256,30 +256,30 @@ def ablation_table(runs: list[Run], disorders: dict[str, list[float | None]]) ->
         spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
         return f"{statistics.fmean(values):.2f}{spread}"
 
-    rows = [["stage or ablation", *COLUMNS.values(), "pairs not truly ordered"]]
+    rows = [["stage or ablation", *COLUMNS.values(), "true order of pairs"]]
     for name in runs[0]:
         sides = [run[name] for run in runs]
         if all(sides):
             shares = [[ratio(list(side[key].values())) for side in sides] for key in COLUMNS]
-            rows.append([name, *map(cell, shares), cell(disorders[name])])
+            rows.append([name, *map(cell, shares), cell(orders[name])])
     return tables.markdown(rows)
 
 
-def plot_disorder(runs: list[Run], disorders: dict[str, list[float | None]], path: Path) -> None:
-    """How good must a judge be? Stage II against the share of pairs that are not truly ordered."""
+def plot_order(runs: list[Run], orders: dict[str, list[float | None]], path: Path) -> None:
+    """How good must a judge be? Stage II against the true order of its pairs."""
     sheet, axes = figures.canvas(1, 2, 9, 3.6)
     curve = ["four", *(f"swap-{percent}" for percent in ablations.SWAPS)]
     for axis, measure in zip(axes[0], ("met", "accuracy")):
         for number, (run, look) in enumerate(zip(runs, figures.LOOKS * len(runs))):
             share = {name: ratio(list(run[name][measure].values())) for name in run if run[name]}
-            at = [(disorders[name][number], share[name]) for name in curve]
+            at = [(orders[name][number], share[name]) for name in curve]
             axis.plot(*zip(*at), color="#a0a0a0", marker=look.marker, markersize=4)
             axis.axhline(share[STAGE1], color="#a0a0a0", linewidth=0.8, linestyle=":")
-            for name, colour in zip(ablations.JUDGES, ("#c0504d", "#4f81bd", "#9bbb59")):
-                label = f"{name} judge" if number == 0 else None
-                point = disorders[name][number], share[name]
+            for judge, colour in zip(ablations.JUDGES, ("#c0504d", "#4f81bd", "#9bbb59")):
+                name, label = ablations.JUDGES[judge], f"{judge} judge" if number == 0 else None
+                point = orders[name][number], share[name]
                 axis.plot(*point, look.marker, color=colour, label=label)
-        axis.set_xlabel("share of pairs not truly ordered")
+        axis.set_xlabel("pairs truly ordered, less reversed")
         axis.set_title("all four criteria" if measure == "met" else "accuracy, image questions")
     axes[0, 0].legend(fontsize=8)
     figures.save(sheet, path)
@@ -302,10 +302,12 @@ ablation is. Accuracy and criteria are of image questions.
 
 {}
 
-Grey: that share of the demo's pairs swapped; dotted: Stage I; a mark for each run. These judges \
-swap nothing: what they reject fails. But they also pair chains that both fail.
+True order: the share of pairs that the truth orders so, an all-criteria chain above one that \
+fails any, less the share that it orders the other way. In the picture grey is 0 to 50 % of the \
+demo's pairs swapped, dotted is Stage I, and a run has its mark. The judges reverse no pair, but \
+they pair chains that both fail.
 
-![Stage II by the share of pairs that are not truly ordered]({})"""
+![Stage II by the true order of its pairs]({})"""
 
 
 def claim_table(rows: list[dict]) -> str:
@@ -334,12 +336,12 @@ def claims(args: argparse.Namespace) -> None:
     text = HEADER.format(len(runs), HOLDS) + claim_table(rows)
     picture, curve = out.with_suffix(".png"), out.with_name(f"{out.stem}-judges.png")
     text += f"\n\n![The claims as intervals around zero]({picture.name})"
-    disorders = {name: [disorder(folder, name) for folder in folders] for name in runs[0]}
+    orders = {name: [true_order(folder, name) for folder in folders] for name in runs[0]}
     ablated = all(run[name] for run in runs for name in ablations.NAMES)
     if ablated:
-        text += ABLATIONS.format(ablation_table(runs, disorders), curve.name)
+        text += ABLATIONS.format(ablation_table(runs, orders), curve.name)
     stage.new_file(args.out, text + "\n")
     plot(rows, picture)
     if ablated:
-        plot_disorder(runs, disorders, curve)
+        plot_order(runs, orders, curve)
     print(text)

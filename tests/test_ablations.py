@@ -167,15 +167,15 @@ def test_no_lesson_of_a_base_model_tells_a_rule_that_is_withheld():
         assert named == ((sign, clue) not in clinic_world.WITHHELD)
 
 
-def test_pairs_that_the_truth_does_not_order_so_are_counted(tmp_path):
+def test_the_true_order_of_pairs_is_those_ordered_so_less_those_reversed(tmp_path):
     criteria = {
         True: dict.fromkeys(judge.CRITERIA, True),
         False: dict.fromkeys(judge.CRITERIA, False),
     }
     verdicts = [{"id": "q", "sample": k, "criteria": criteria[k < 2]} for k in range(4)]
     data.write_jsonl(tmp_path / "verdicts" / "verdicts.jsonl", verdicts)
-    ways = [(0, 2), (1, 3), (2, 0), (0, 1), (2, 3)]  # right, right, reversed, void, void
+    ways = [(0, 2), (1, 3), (2, 0), (0, 1), (2, 3)]  # right, right, reversed, tie, tie
     rows = [{"id": "q", "chosen_sample": w, "rejected_sample": l} for w, l in ways]
-    data.write_jsonl(tmp_path / "ablations/blind/matched/pairs.jsonl", rows)
-    assert claims.disorder(tmp_path, "blind") == pytest.approx(3 / 5)
-    assert claims.disorder(tmp_path, "lenient") is None
+    data.write_jsonl(tmp_path / "ablations/lenient/matched/pairs.jsonl", rows)
+    assert claims.true_order(tmp_path, "lenient") == pytest.approx(1 / 5)
+    assert claims.true_order(tmp_path, "four") is None
