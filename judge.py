@@ -224,7 +224,8 @@ def make_pairs(
     for key, (positives, negatives) in sides.items():
         rng = random.Random(data.sample_seed(seed, key, 0))
         for good, bad in choose_pairs(positives, negatives, rule, cap, rng):
-            rows.append(pair_row(questions[key], good, bad))
+            if good["response"] != bad["response"]:  # else a verdict was edited by hand
+                rows.append(pair_row(questions[key], good, bad))
     words = {side: [len(row[side].split()) for row in rows] for side in ("chosen", "rejected")}
     report = {
         "criteria": list(criteria),

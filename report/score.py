@@ -103,7 +103,8 @@ def majority_at(n: int, choices: tuple, right: tuple, seed: int) -> float:
     """Share of the n-subsets of the samples, in their order, whose majority is right; of so many
     random ones where there are more."""
     everything, rng = range(len(choices)), random.Random(seed)
-    if math.comb(len(choices), n) <= VOTE_SUBSETS:
+    # single samples are always taken all: MV@1 is the accuracy
+    if math.comb(len(choices), n) <= max(VOTE_SUBSETS, len(choices)):
         subsets = combinations(everything, n)
     else:
         subsets = (sorted(rng.sample(everything, n)) for _ in range(VOTE_SUBSETS))

@@ -1001,7 +1001,7 @@ def test_no_human_makes_a_wrong_answer_right_or_gives_form_to_what_has_none(revi
     demos, _ = run_distill(questions, out, *flags, teachers=HASTY)
     assert [demo["id"] for demo in demos] == ["good", "good, no"]
     assert (
-        "2 verdicts are on chains that this run did not make, or whose answer is wrong"
+        "2 verdicts are on chains that this run did not make, or that no verdict can keep"
         in capsys.readouterr().out
     )
 

@@ -87,6 +87,7 @@ def entries(
                     "official": official,
                     "ended": ended,
                     "words": words,
+                    "loops": [False] * len(words),
                     "criteria": met,
                 }
             )
@@ -367,7 +368,13 @@ def by_hand(key: str, source: str, image: bool, choices: str, **more) -> dict:
     ended = ["length" if choice == "!" else "stop" for choice in choices]
     return (
         entry
-        | {"official": None, "ended": ended, "words": [10] * count, "criteria": [None] * count}
+        | {
+            "official": None,
+            "ended": ended,
+            "words": [10] * count,
+            "loops": [False] * count,
+            "criteria": [None] * count,
+        }
         | more
     )
 

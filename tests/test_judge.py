@@ -549,6 +549,15 @@ def test_samples_of_one_text_are_one():
     )
 
 
+def test_one_text_that_was_judged_both_ways_is_never_paired_with_itself():
+    # a verdict may be edited by hand
+    texts = ("same", "same", "good", "bad")
+    rows = [candidate("q", k, text) for k, text in enumerate(texts)]
+    verdicts = [judged(row, No_Hallucination=row["sample"] not in (1, 3)) for row in rows]
+    pairs, _ = judge.make_pairs(rows, verdicts, {"q": question()}, "all", 0, 0)
+    assert pairs and all(pair["chosen"] != pair["rejected"] for pair in pairs)
+
+
 def test_a_pair_carries_what_the_sampler_told_of_each_chain_and_nothing_where_it_did_not():
     good, bad, old = (candidate("q", k, text) for k, text in enumerate(("good", "bad", "old")))
     good |= {"logp": -3.5, "token_logps": [-3.0, -0.5]}

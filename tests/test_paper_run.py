@@ -16,7 +16,7 @@ import evaluate
 import medee
 import model
 import report.__main__
-from command import schema
+from command import flags, schema
 from report import tables
 
 TEACHERS = {"base": "bookish", "Stage-I": "hasty", "Stage-II": "thorough", "multimodal": "bookish"}
@@ -158,7 +158,7 @@ def test_a_folder_of_internvls_first_form_is_refused_with_the_way_out(tmp_path):
 def test_plan_without_a_recipe_refuses_a_base_and_with_one_counts_its_own_shapes(tmp_path, capsys):
     from memory import SHAPES, config_of
 
-    with pytest.raises(data.RowError, match="name the recipe nearest in size.*qwen2.5-vl-32b"):
+    with pytest.raises(flags.UserError, match="name the recipe nearest in size.*qwen2.5-vl-32b"):
         medee.main(["plan", "--base", str(tmp_path)])
     # 32 of the 38B's 64 blocks, to be quick, and its vision tower
     shapes = replace(SHAPES["qwen2.5-vl-32b"], family="internvl", layers=32)
