@@ -111,7 +111,7 @@ MINI = {  # ours, chosen on development questions: so small a model learns at ot
     "sft": {"lr": 5e-3, "epochs": 4, "batch": 2, "rank": 16, "alpha": 32, "pack": 900,
             "save-every": 25},
     "rollout": {"n": 8, "temperature": 0.7, "top-p": 1.0, "max-tokens": 96},
-    "pairs": {"rule": "all"},
+    "pairs": {"rule": "all", "cap": 2},
     "dpo": {"method": "full", "lr": 3e-5, "beta": 0.5, "epochs": 1, "batch": 16, "save-every": 25},
     "evaluate": {"n": [16, 2], "temperature": 0.5, "max-tokens": 96, "judge-samples": 0},
     "look": {"n": 2, "max-tokens": 96, "limit": 60},

@@ -11,8 +11,9 @@ and evaluate are the real scripts.
     rule         sign + clue -> diagnosis (36 rules); diagnosis -> next step. Neither film nor
                  history alone decides.
     question     film + history + "What is the diagnosis?" or "What is the best next step?" + four
-                 options, the wrong ones near misses. A text question has the reading of the film as
-                 a sentence instead of the film. The bank also has questions that curation must
+                 options: what is right by each of the modality's three signs, and one other, so
+                 who does not look is right in a third. A text question has the reading of the film
+                 as a sentence instead of the film. The bank also has questions that curation must
                  find: a few that looking alone answers ("What does the film show?"), and a few
                  whose text tells what the film shows.
     full chain   read the film, read the history, recall the rule, conclude, check

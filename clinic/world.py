@@ -7,7 +7,6 @@ are ours: the paper has no miniature.
 import json
 import random
 import re
-from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -237,18 +236,12 @@ def facts(case: Case, kind: str | None) -> dict[str, str]:
 
 
 def options_of(case: Case, kind: str, rng: random.Random) -> list[str]:
-    """The right option and near misses: the same sign with another clue, the same clue with another
-    sign. Of a `look` question the signs of the modality, and one other."""
-    signs, right = SIGNS[case.modality], case.answer(kind)
-    if kind == "look":
-        return [*signs, rng.choice(sorted(MODALITY_OF.keys() - signs))]
-    cases = [replace(case, clue=clue) for clue in CLUES]
-    cases += [replace(case, sign=sign) for sign in signs]
-    wrong = sorted({other.answer(kind) for other in cases} - {right})
-    rng.shuffle(wrong)
-    pool = STEPS if kind == "step" else DIAGNOSES[case.modality]
-    rest = sorted(set(pool) - {right, *wrong})
-    return (wrong + rng.sample(rest, len(rest)))[:3] + [right]
+    """What is right by each sign of the modality, and one other: without the film, one who knows
+    all rules is right in a third."""
+    answers = [replace(case, sign=sign).answer(kind) for sign in SIGNS[case.modality]]
+    names = DIAGNOSES[case.modality]
+    pool = {"diagnosis": names, "step": [NEXT_STEP[name] for name in names], "look": MODALITY_OF}
+    return [*answers, rng.choice(sorted({*pool[kind]} - {*answers}))]
 
 
 def make_question(case: Case, kind: str, rng: random.Random, film: str | None) -> data.Question:
@@ -319,9 +312,8 @@ def with_other_films(
 ) -> list[data.Question]:
     """The questions with what looking.py shows instead of their film, in meta.shown: as `normal` a
     film without signs; as `counterfactual` a film of the same patient with another sign of the
-    modality, by which another option is right. meta.blind is the best accuracy without a film, for
-    one who does not know how options are drawn. The random streams are separate, so the questions
-    and their films do not change."""
+    modality, by which another option is right. meta.blind is the best accuracy without a film. The
+    random streams are separate, so the questions and their films do not change."""
     rng = random.Random(f"{seed}/{name}/counterfactual")
     streams = [[seed, *f"{name}/{arm}".encode()] for arm in ("counterfactual", "normal")]
     noise, grain = map(np.random.default_rng, streams)
@@ -329,20 +321,15 @@ def with_other_films(
     for number, one in enumerate(questions):
         case, kind = film_truth(folder / one.images[0]), one.meta["kind"]
         letters = {text: letter for letter, text in one.options.items()}
-        cases = [replace(case, sign=sign) for sign in SIGNS[case.modality]]
-        within = [other for other in cases if other.answer(kind) in letters]
-        counts = Counter(other.answer(kind) for other in within)
-        meta = {**one.meta, "blind": max(counts.values()) / len(within)}
         normal, film = replace(case, number=0), f"films/{name}-normal/{number:05d}.png"
         save_film(folder / film, draw_film(normal, grain), normal)
-        meta["shown"] = {"normal": {"images": [film]}}
-        others = [other for other in within if other.answer(kind) != case.answer(kind)]
-        if others:
-            other, film = rng.choice(others), f"films/{name}-counterfactual/{number:05d}.png"
-            save_film(folder / film, draw_film(other, noise), other)
-            arm = {"images": [film], "answer": letters[other.answer(kind)]}
-            meta["shown"]["counterfactual"] = arm
-        found.append(replace(one, meta=meta))
+        shown = {"normal": {"images": [film]}}
+        signs = SIGNS[case.modality]
+        other = replace(case, sign=rng.choice([sign for sign in signs if sign != case.sign]))
+        film = f"films/{name}-counterfactual/{number:05d}.png"
+        save_film(folder / film, draw_film(other, noise), other)
+        shown["counterfactual"] = {"images": [film], "answer": letters[other.answer(kind)]}
+        found.append(replace(one, meta={**one.meta, "blind": 1 / len(signs), "shown": shown}))
     return found
 
 

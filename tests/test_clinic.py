@@ -235,6 +235,21 @@ def test_options_leave_it_open_to_whoever_knows_only_the_sign_or_only_the_clue(k
         assert len(options & by_sign) >= 2 and len(options & by_clue) >= 2
 
 
+@pytest.mark.parametrize("kind", [*KINDS, "look"])
+def test_a_set_of_options_is_as_likely_with_each_sign_so_it_tells_nothing_of_the_film(kind):
+    for signs in clinic.world.SIGNS.values():
+        for clue in clinic.world.CLUES:
+            case = replace(CASES[0], clue=clue)
+            sets = [
+                Counter(
+                    frozenset(clinic.world.options_of(replace(case, sign=sign), kind, rng))
+                    for rng in map(random.Random, range(40))
+                )
+                for sign in signs
+            ]
+            assert sets[0] == sets[1] == sets[2] and len(sets[0]) > 1
+
+
 # --------------------------------------------------------------------------------------------------
 # Films and sentences
 

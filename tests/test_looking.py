@@ -225,7 +225,7 @@ def test_an_engine_that_looks_follows_the_film_and_one_that_does_not_stays(
     assert unseen["follows, counterfactual"][0] < 0.3
     # the one says that there are no signs, the other names some
     assert (seen["invented"][0], unseen["invented"][0]) == (0.0, 1.0)
-    assert 0.3 < seen["blind"][0] < 0.5
+    assert seen["blind"][0] == pytest.approx(1 / 3)
     report.__main__.main(
         [
             "looking",
@@ -243,9 +243,7 @@ def test_an_engine_that_looks_follows_the_film_and_one_that_does_not_stays(
 
 def test_a_counterfactual_film_makes_another_option_right(world):
     asked = [one for one in schema.read_questions(world / "test.jsonl") if one.images]
-    brought = [one for one in asked if "counterfactual" in one.meta["shown"]]
-    assert len(brought) > 0.8 * len(asked)
-    for one in brought:
+    for one in asked:
         arm = one.meta["shown"]["counterfactual"]
         own = clinic_world.film_truth(world / one.images[0])
         other = clinic_world.film_truth(world / arm["images"][0])
@@ -284,11 +282,7 @@ def test_whoever_finds_something_in_a_normal_film_hallucinates(thinking, false):
 
 
 def test_a_role_judges_the_film_that_is_shown_with_the_history_that_is_told(world):
-    one = next(
-        one
-        for one in schema.read_questions(world / "test.jsonl")
-        if "counterfactual" in one.meta.get("shown", {})
-    )
+    one = next(one for one in schema.read_questions(world / "test.jsonl") if one.images)
     other = world / one.meta["shown"]["counterfactual"]["images"][0]
     case, kind, _ = clinic.roles.understand(data.question_text(one), [other])
     assert case.sign == clinic_world.film_truth(other).sign
