@@ -158,11 +158,12 @@ def choose_pairs(
     negative of the nearest length in characters, until one side is used up. Equal texts count
     once."""
     texts = ({row["response"]: row for row in rows} for rows in (positives, negatives))
-    good, bad = (rng.sample(list(rows.values()), len(rows)) for rows in texts)
+    good, bad = (list(rows.values()) for rows in texts)
     if rule == "all":
         pairs = list(product(good, bad))
         rng.shuffle(pairs)
     else:
+        rng.shuffle(good)
         pairs = []
         for one in good[: len(bad)]:
             length = len(one["response"])

@@ -37,7 +37,6 @@ All numbers are ours: the paper has no miniature.
 import argparse
 import random
 import time
-from itertools import product
 from pathlib import Path
 
 import answers
@@ -57,6 +56,7 @@ ALONE = dict(zip(("logic", "image", "truth", "reflection"), judge.CRITERIA))
 PREFERRED = "--rollouts {run}/rollout/rollouts.jsonl --questions {run}/curate/image.jsonl"
 SEED = "--seed {seed}"
 RATES = {"": 3e-5, "-10": 3e-4}  # medee.py's MINI["dpo"], and ten times that
+CAP = 2  # most pairs of a question, medee.py's MINI["pairs"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ def paired(name: str, choose: str, verdicts: str = "{run}/verdicts") -> list[str
     folder = f"ablations/{name}/pairs"
     made = (
         f"{folder} python judge.py pairs --verdicts {verdicts}/verdicts.jsonl {PREFERRED} "
-        f"{choose} {SEED}"
+        f"{{pairs}} {choose} {SEED}"
     )
     return [made, *stage2(name, f"--pairs {{run}}/{folder}/pairs.jsonl")]
 
@@ -181,17 +181,19 @@ def stages(values: dict) -> list[Stage]:
 # Pairs
 
 
-def right_above_wrong(rollouts: list[dict], questions: judge.Questions) -> list[dict]:
-    """Every right answer of a question with every wrong one; equal texts count once."""
-    sides: dict[str, tuple[dict, dict]] = {}
+def right_above_wrong(
+    rollouts: list[dict], questions: judge.Questions, rng: random.Random
+) -> list[dict]:
+    """Right answers above wrong ones, at most CAP pairs of a question."""
+    sides: dict[str, tuple[list, list]] = {}
     for row in rollouts:
         if row["finish_reason"] == "stop":
             wrong = not answers.is_correct(row["response"], questions[row["id"]])
-            sides.setdefault(row["id"], ({}, {}))[wrong][row["response"]] = {**row, "failed": []}
+            sides.setdefault(row["id"], ([], []))[wrong].append({**row, "failed": []})
     return [
         judge.pair_row(questions[key], good, bad)
         for key, (right, wrong) in sides.items()
-        for good, bad in product(right.values(), wrong.values())
+        for good, bad in judge.choose_pairs(right, wrong, "all", CAP, rng)
     ]
 
 
@@ -223,7 +225,7 @@ def run(args: argparse.Namespace) -> None:
         pairs = schema.read_rows(args.pairs, "pairs")
     else:
         questions = {one.id: one for one in schema.read_questions(args.questions)}
-        pairs = right_above_wrong(read_rollouts(args.rollouts, questions), questions)
+        pairs = right_above_wrong(read_rollouts(args.rollouts, questions), questions, rng)
     found = len(pairs)
     pairs = rng.sample(pairs, min(args.n, found))
     wrong = rng.sample(range(len(pairs)), round(len(pairs) * args.swap / 100))

@@ -90,17 +90,20 @@ def test_the_chosen_chains_become_as_many_demonstrations(tmp_path):
 
 def test_right_answers_stand_above_wrong_ones_and_unfinished_ones_nowhere():
     question = data.Question("?", {"A": "x", "B": "y"}, "A", ["film.png"], id="q")
-    said = [("one", "x", "stop"), ("one", "x", "stop"), ("two", "x", "stop")]
+    said = [("one", "x", "stop"), ("one", "x", "stop"), ("two", "x", "stop"), ("3", "x", "stop")]
     said += [("no", "y", "stop"), ("cut", "y", "length"), ("late", "x", "length")]
     rows = [
         {"id": "q", "sample": k, "response": chain(text, answer), "finish_reason": end}
         for k, (text, answer, end) in enumerate(said)
     ]
-    found = ablations.right_above_wrong(rows, {"q": question})
-    assert [(one["chosen"], one["rejected"]) for one in found] == [
-        (chain("one", "x"), chain("no", "y")),
-        (chain("two", "x"), chain("no", "y")),
-    ]
+    seen = set()
+    for seed in range(20):
+        found = ablations.right_above_wrong(rows, {"q": question}, random.Random(seed))
+        assert {one["rejected"] for one in found} == {chain("no", "y")}
+        chosen = {one["chosen"] for one in found}
+        assert len(found) == len(chosen) == ablations.CAP
+        seen |= chosen
+    assert seen == {chain(text, "x") for text in ("one", "two", "3")}
 
 
 @pytest.mark.parametrize("percent", clinic.roles.MISREADING)
