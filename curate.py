@@ -42,7 +42,7 @@ import answers
 import data
 from benchmarks import decontaminate, descriptions, modalities
 from command import flags, schema, stage
-from engines import Replicas, bill, inference, open_engine
+from engines import bill, inference, open_engine
 from engines.inference import Request, Sampling, checkpoint, image_paths, question_requests
 
 ATTEMPTS = 4  # paper 3.1: attempts of an expert
@@ -254,8 +254,7 @@ def ask(
     rows_of = inference.retry_until_read(
         engine, requests, demand.attempts, read_row, sampling, role, to_row, args
     )
-    if isinstance(engine, Replicas):
-        engine.close()  # the next engine needs the GPUs
+    engine.close()
     found, ends = [], []
     for key, rows in rows_of.items():
         evidence = {"engine": spec, "replies": file.name}

@@ -36,7 +36,7 @@ import answers
 import data
 from benchmarks import official
 from command import flags, schema, stage
-from engines import Replicas, bill, inference, open_engine
+from engines import bill, inference, open_engine
 from engines.inference import Request, Sampling, checkpoint, identity, setup_of
 from judge import Questions, judge_chains
 from judge import cost as judge_cost
@@ -163,8 +163,7 @@ def complete(
     read_answers(rows, questions, bool(args.open_ended))
     if args.force:
         force_answers(ask, requests, rows, questions)
-    if isinstance(engine, Replicas):
-        engine.close()
+    engine.close()
     return rows
 
 
@@ -237,8 +236,7 @@ def grade(rows: list[dict], questions: Questions, args: argparse.Namespace) -> i
         prompt = GRADE_PROMPT % (question.question, question.answer, answer)
         requests.append(inference.prompt_request(row["id"], prompt, []))
     completions = inference.ask_yes_no(engine, requests, ("Correct",), "grader", args)
-    if isinstance(engine, Replicas):
-        engine.close()  # the judge needs the GPUs
+    engine.close()
     ungraded = 0
     for row, request in zip(unsure, requests):
         verdict, _ = inference.read_verdict(completions[request.id], ("Correct",))

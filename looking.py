@@ -47,7 +47,7 @@ import judge
 from benchmarks import modalities
 from command import flags, stage
 from command.images import image_size, load_image
-from engines import Replicas, bill, inference, open_engine
+from engines import bill, inference, open_engine
 from engines.inference import Request
 from evaluate import add_flags, make_request, read_all, sampling_of
 from report import looking as measured
@@ -242,8 +242,7 @@ def run(args: argparse.Namespace) -> None:
     engine = open_engine(args.engine, inference.setup_of(args))
     # the role and the ids of evaluate.py, whose completions serve here too
     rows = inference.complete_all(engine, requests, sampling, "evaluate", to_row, args)
-    if isinstance(engine, Replicas):
-        engine.close()
+    engine.close()
     criteria = judge_others(rows, questions, swaps, args) if args.judge else {}
     entries = [entry_of(one, rows, list(shown), criteria, args.n) for one in questions]
     found = measured.figures_of(entries)

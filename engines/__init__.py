@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     import model
 
 
-class ClinicEngine:
+class ClinicEngine(Engine):
     """The miniature's roles. Like a remote engine they give text and no token ids."""
 
     def __init__(self, spec: str, setup: Setup):
@@ -102,7 +102,7 @@ def local_completion(
     return Completion(id, k, processor.decode(ids), ids, finish, seed, "", logps)
 
 
-class HFEngine:
+class HFEngine(Engine):
     """A local checkpoint in plain PyTorch and transformers' modules."""
 
     SAMPLES = 256  # ours: at once; fewer where memory is short
@@ -123,6 +123,12 @@ class HFEngine:
         self.processor = model.Processor(folder, setup.pixels, setup.tiles)
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.policy = hub.load_policy(folder, dtype).to(self.device)
+
+    def close(self) -> None:
+        import torch
+
+        del self.policy
+        torch.cuda.empty_cache()
 
     def answer(self, requests: list[Request], sampling: Sampling) -> Iterator[list[Completion]]:
         """A question's completions when the last of them ends, and an empty list once a second.
@@ -204,7 +210,7 @@ class HFEngine:
             yield sampled, completions
 
 
-class VLLMEngine:
+class VLLMEngine(Engine):
     """A local checkpoint sampled by vLLM. Each sample is a request with its own seed, yielded when
     it ends. The samples of a question share its prompt through vLLM's prefix cache."""
 
@@ -251,6 +257,9 @@ class VLLMEngine:
             logprobs_mode="raw_logprobs",  # before bias, temperature and top-p, as in training
         )
         self.engine = LLMEngine.from_engine_args(settings)
+
+    def close(self) -> None:
+        self.engine.engine_core.shutdown()
 
     def prompt(self, request: Request) -> tuple[dict, list[int]]:
         """(vLLM's input, the token ids it must make). An image is one mark, which vLLM expands."""
@@ -326,7 +335,7 @@ def gpu_groups(size: int) -> list[str]:
     return [",".join(gpus[at : at + size]) for at in range(0, len(gpus) - size + 1, size)]
 
 
-class Replicas:
+class Replicas(Engine):
     """The same local engine in several processes, each with its own GPUs and share of the
     questions. All completions come back here: one file, one progress bar, one thing to resume."""
 
@@ -345,7 +354,6 @@ class Replicas:
         atexit.register(self.close)
 
     def close(self) -> None:
-        """Ends the processes, which frees their GPUs for another engine."""
         for pipe in self.pipes:
             pipe.close()
         for process in self.processes:

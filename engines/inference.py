@@ -87,6 +87,9 @@ class Engine(Protocol):
         """Lists of completions, in any order, until every sample of every request has one. An
         empty list says that the engine is alive, and `tally` is shown."""
 
+    def close(self) -> None:
+        """Frees the GPUs for the next engine; this one cannot answer any more."""
+
 
 class Unavailable(flags.UserError):
     """An engine cannot answer, or no longer. Completions are kept; the same command goes on."""

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import data
 from engines import bill
-from engines.inference import Completion, Request, Sampling, Setup, Unavailable
+from engines.inference import Completion, Engine, Request, Sampling, Setup, Unavailable
 
 
 class Remedy(NamedTuple):
@@ -72,7 +72,7 @@ class Unanswered(Exception):
     """A question got only server errors while others were completed."""
 
 
-class RemoteEngine:
+class RemoteEngine(Engine):
     """A model behind an API. A subclass says how to ask (`call`), how to read one choice of a
     response (`completion`), and which HTTP status a failure has (`status`)."""
 

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+import curate
 import data
 import engines
 import evaluate
 import judge
+import looking
 import report.__main__
 import rollout
 from command import schema
@@ -165,7 +167,7 @@ def test_who_answered_is_told_though_its_folder_changes_in_the_meantime(
     spec, module = f"hf:{checkpoint}", COMMANDS[command][0]
     answered, open_engine = inference.identity(spec), module.open_engine
 
-    class Slow:
+    class Slow(inference.Engine):
         """Answers, and lets the checkpoint be trained anew before it has ended."""
 
         def __init__(self, engine: inference.Engine):
@@ -180,6 +182,46 @@ def test_who_answered_is_told_though_its_folder_changes_in_the_meantime(
     assert inference.identity(spec) != answered
     record = json.loads((tmp_path / "run" / "out" / "stage.json").read_text())
     assert record["engines"] == {spec: answered}
+
+
+def curating(spec: str, bank: Path, out: Path) -> None:
+    files = ["--questions", str(bank / "test.jsonl"), "--images", str(bank), "--out", str(out)]
+    roles = ["--baselines", spec, "clinic:hasty", "--experts", spec, "clinic:expert-a"]
+    curate.main([*files, *roles, "--classifier", spec, "--editor", spec, "--max-tokens", "8"])
+
+
+def evaluating_judged(spec: str, bank: Path, out: Path) -> None:
+    files = ["--questions", str(bank / "test.jsonl"), "--images", str(bank), "--out", str(out)]
+    more = ["-n", "1", "--max-tokens", "8", "--judge", spec]
+    evaluate.main(["--engine", spec, *files, *more])
+
+
+def looking_judged(spec: str, bank: Path, out: Path) -> None:
+    files = ["--questions", str(bank / "test.jsonl"), "--images", str(bank), "--out", str(out)]
+    more = ["-n", "1", "--max-tokens", "8", "--judge", spec]
+    looking.main(["--engine", spec, *files, *more])
+
+
+@pytest.mark.parametrize("command", [curating, evaluating_judged, looking_judged])
+def test_a_command_holds_one_local_model_at_a_time(
+    bank, checkpoint, asked, tmp_path, monkeypatch, command
+):
+    held, most = [], []
+    load, close = engines.HFEngine.__init__, engines.HFEngine.close
+
+    def loaded(self, *about):
+        load(self, *about)
+        held.append(self)
+        most.append(len(held))
+
+    def closed(self):
+        close(self)
+        held.remove(self)
+
+    monkeypatch.setattr(engines.HFEngine, "__init__", loaded)
+    monkeypatch.setattr(engines.HFEngine, "close", closed)
+    command(f"hf:{checkpoint}", bank, tmp_path / "run" / "out")
+    assert len(most) > 1 and max(most) == 1
 
 
 def test_a_greedy_local_judge_that_cannot_be_read_is_asked_once(bank, checkpoint, asked, tmp_path):

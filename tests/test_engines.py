@@ -2,6 +2,7 @@
 at a time without a cache."""
 
 import argparse
+import gc
 import importlib.util
 import json
 import os
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+import weakref
 from collections import Counter
 from dataclasses import fields, replace
 from pathlib import Path
@@ -1020,6 +1022,15 @@ def test_a_replica_that_cannot_start_says_why():
     with pytest.raises(inference.Unavailable, match="hf:/nowhere: replica .*no config.json"):
         list(broken.answer(asked, GREEDY))
     broken.close()
+
+
+def test_a_closed_engine_keeps_no_weights(stopping):
+    engine = engine_of(stopping["qwen"])
+    weights = weakref.ref(next(engine.policy.parameters()))
+    assert weights() is not None
+    engine.close()
+    gc.collect()
+    assert weights() is None
 
 
 def test_more_replicas_than_groups_of_gpus_are_refused(monkeypatch):

@@ -957,7 +957,7 @@ ENDLESS = {  # name: (first completion, its end, second completion; extracted, c
 }
 
 
-class Forced:
+class Forced(inference.Engine):
     """Answers first as ENDLESS says, then with the letter."""
 
     spec = "clinic:thorough"

@@ -13,7 +13,7 @@ import looking
 import report.__main__
 from clinic import world as clinic_world
 from command import schema
-from engines.inference import Completion
+from engines.inference import Completion, Engine
 from report import looking as measured
 from report import score
 
@@ -156,7 +156,7 @@ def test_a_flat_image_whose_writing_is_killed_is_made_again(tmp_path, monkeypatc
 # The command, with engines of which it is known whether they look
 
 
-class Looks:
+class Looks(Engine):
     """Answers by the film that it is shown, and says so; it cannot read a grey one."""
 
     def __init__(self, spec, setup):
