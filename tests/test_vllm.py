@@ -5,6 +5,7 @@ VLLM_CPU_KVCACHE_SPACE=1 python -m pytest -m vllm tests/test_vllm.py
 """
 
 import importlib.util
+import multiprocessing
 import os
 import socket
 import subprocess
@@ -68,11 +69,16 @@ def asks_of(pictures, samples: int) -> list[Request]:
 
 @pytest.fixture(scope="module", params=["qwen", "internvl"])
 def opened(request, folders):
-    """(folder, engine) of a family; vLLM's processes end with the module"""
+    """(folder, engine) of a family, one after the other"""
     folder = folders[request.param]
     engine = engines.open_engine(f"vllm:{folder}", SETUP)
+    processes = multiprocessing.active_children()
+    assert processes
     yield folder, engine
-    engine.engine.engine_core.shutdown()
+    engine.close()
+    for process in processes:  # they have been told to end, or were killed
+        process.join(10)
+        assert not process.is_alive()
 
 
 def policy_logprobs(folder, processor, request: Request, ids: list[int]) -> list[float]:
