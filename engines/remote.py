@@ -18,7 +18,7 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
@@ -108,9 +108,11 @@ class RemoteEngine(Engine):
         self.stopping.clear()
         self.failure, self.later, held = None, [], []  # what stopped the run; what to ask again
         with ThreadPoolExecutor(self.setup.concurrency) as pool:
+            if self.proven:  # refused ones that stand together would stop it again
+                requests = random.sample(requests, len(requests))
             running = [pool.submit(self.all_samples, request, sampling) for request in requests]
             try:
-                for future in as_completed(running):
+                for future in self.as_they_end(running):
                     completions = future.result()
                     ends = [one.finish_reason for one in completions]
                     self.tally.update(end for end in ends if end != "stop")
@@ -128,6 +130,21 @@ class RemoteEngine(Engine):
         if self.later:
             count = f"so it is with {len(self.later)} questions, all others are answered"
             raise Unavailable(f"{self.later[0]}; {count}; the same command asks them again")
+
+    def as_they_end(self, running: list[Future]) -> Iterator[Future]:
+        """Ctrl-C is a failure that stops the run; a second one does not wait."""
+        left = set(running)
+        while left:
+            try:
+                for future in as_completed(left):
+                    left.remove(future)
+                    yield future
+            except KeyboardInterrupt as stop:
+                if self.stopping.is_set():
+                    raise
+                self.failure = stop
+                self.stopping.set()
+                tqdm.write(f"{self.spec}: stopping when the requests under way have ended")
 
     def all_samples(self, request: Request, sampling: Sampling) -> list[Completion]:
         """All samples of a question, or those that came before the run was stopped."""

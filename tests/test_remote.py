@@ -1268,6 +1268,43 @@ def test_replies_under_way_when_another_request_stops_the_run_are_kept(api, serv
     )
 
 
+def test_replies_under_way_at_ctrl_c_are_kept(api, serve, tmp_path, monkeypatch):
+    # ignored by a process that a shell started in the background
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def play(question, time, body):
+        server.over.wait(0.5)
+        if question == "q6":  # while nothing is being written
+            os.kill(os.getpid(), signal.SIGINT)
+        server.over.wait(0.5)
+        return api.good("yes")
+
+    server, path = serve(play), tmp_path / "rollouts.jsonl"
+    requests = [request(f"q{i}") for i in range(40)]
+    with pytest.raises(KeyboardInterrupt):
+        complete_into(path, open_at(api, server, concurrency=4), requests)
+    signal.signal(signal.SIGINT, old)
+    kept = len(data.resume_jsonl(path))
+    assert 7 <= kept < 40 and kept == len(server.requests)
+    assert len(complete_into(path, open_at(api, server, concurrency=40), requests)) == 40
+    assert len(server.requests) == 40  # none was asked twice
+
+
+def test_a_run_that_goes_on_is_not_stopped_again_where_refused_questions_stand_together(
+    api, serve, tmp_path
+):
+    refused = {f"q{i}" for i in range(20, 20 + remote.STRIKES)}
+    server = serve(
+        lambda question, time, body: api.bad(400, "no") if question in refused else api.good("yes")
+    )
+    requests, path = [request(f"q{i}") for i in range(100)], tmp_path / "rollouts.jsonl"
+    with pytest.raises(inference.Unavailable, match="8 questions in a row"):
+        complete_into(path, open_at(api, server, concurrency=1), requests)
+    rows = complete_into(path, open_at(api, server, concurrency=1), requests)
+    ends = {key: row["finish_reason"] for (key, _), row in rows.items()}
+    assert ends == {one.id: "refused" if one.id in refused else "stop" for one in requests}
+
+
 def test_a_cap_on_requests_stops_with_all_answers_kept_and_the_same_command_goes_on(
     api, serve, tmp_path
 ):
