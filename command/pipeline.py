@@ -196,8 +196,7 @@ def stages_of(run: Path) -> list[Stage]:
     """The stages of a run that was begun. Changes to the folder that their paths are relative to.
     Raises RowError for a run that was copied or moved."""
     if not (run / "run.json").exists():
-        begin_it = f"start one with: python medee.py demo --out {run}"
-        raise flags.UserError(f"{run} holds no run; {begin_it}")
+        raise flags.UserError(f"{run} holds no run; medee.py demo or medee.py run begins one")
     record, there = stage.read_record(run / "run.json"), Path(os.path.realpath(run))
     stage.remember(there)
     os.chdir(record["started_in"])
