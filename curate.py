@@ -42,7 +42,7 @@ import answers
 import data
 from benchmarks import decontaminate, descriptions, modalities
 from command import flags, schema, stage
-from engines import bill, inference, open_engine
+from engines import bill, check_remote, inference, open_engine
 from engines.inference import Request, Sampling, checkpoint, image_paths, question_requests
 
 ATTEMPTS = 4  # paper 3.1: attempts of an expert
@@ -317,9 +317,7 @@ def run(args: argparse.Namespace) -> None:
         return bill.announce(costs(rest, args), may_leave=True)
     if not (Path(args.out) / "stage.json").exists():  # a finished folder asks nothing
         bill.announce(costs(bank, args), args.images_may_leave)
-        for spec in specs:
-            if not checkpoint(spec):  # a model is loaded only when its step begins
-                open_engine(spec, inference.setup_of(args))  # Unavailable for one without a key
+        check_remote(specs, inference.setup_of(args))
     inputs = [*args.questions, *args.against, args.reviewed, *map(checkpoint, specs)]
     images = data.image_files(args.images, map(vars, bank))
     if not stage.open_folder(args, filter(None, inputs), inference.FREE, images):

@@ -48,8 +48,8 @@ import benchmarks
 import data
 from command import flags, schema, stage
 from command.sheets import read_sheet, write_sheet
-from engines import bill, inference, open_engine
-from engines.inference import Engine, Request, checkpoint, image_paths, prompt_request
+from engines import bill, check_remote, inference, open_engine
+from engines.inference import Request, checkpoint, image_paths, prompt_request
 
 
 @dataclass
@@ -92,36 +92,33 @@ def distill(
 ) -> tuple[dict[str, list[Chain]], list[Chain]]:
     """({question id: its kept chains}, all chains). Teacher i mod n is first asked about question
     i; after a failure the next teacher is."""
-    setup = inference.setup_of(args)
-    teachers = [open_engine(spec, setup) for spec in args.teachers]
-    expanders = {teacher: open_engine(spec, setup) for teacher, spec in args.expand}
-    checker = open_engine(args.checker, setup) if args.checker else None
     kept, made = {question.id: [] for question in questions}, []
-    for attempt in range(len(teachers)):
-        for number, teacher in enumerate(teachers):
-            first = (number - attempt) % len(teachers)  # of the questions whose turn it is
-            turn = [q for q in questions[first :: len(teachers)] if not kept[q.id]]
+    count, expanders = len(args.teachers), dict(args.expand)
+    for attempt in range(count):
+        for number, teacher in enumerate(args.teachers):
+            first = (number - attempt) % count  # of the questions whose turn it is
+            turn = [question for question in questions[first::count] if not kept[question.id]]
             if not turn:
                 continue
             chains = teach(teacher, turn, args)
-            if teacher.spec in expanders:
-                expand(expanders[teacher.spec], chains, args)
-            select(chains, kept, verdicts, checker, args)
+            if teacher in expanders:
+                expand(expanders[teacher], chains, args)
+            select(chains, kept, verdicts, args)
             made += chains
     return kept, made
 
 
-def teach(engine: Engine, questions: list[data.Question], args: argparse.Namespace) -> list[Chain]:
+def teach(spec: str, questions: list[data.Question], args: argparse.Namespace) -> list[Chain]:
     """A teacher's chains for the paper's own prompt, in the questions' order."""
     requests, chains = inference.question_requests(questions, Path(args.images), 1), []
-    for question, row in zip(questions, ask(engine, "teacher", requests, args)):
+    for question, row in zip(questions, ask(spec, "teacher", requests, args)):
         response = read_completion(row["response"], row["reasoning"], question.options)
         faults = check_chain(response, row["finish_reason"], question, *args.words)
-        chains.append(Chain(question, 0, engine.spec, response, faults))
+        chains.append(Chain(question, 0, spec, response, faults))
     return chains
 
 
-def expand(engine: Engine, chains: list[Chain], args: argparse.Namespace) -> None:
+def expand(spec: str, chains: list[Chain], args: argparse.Namespace) -> None:
     """Replaces each summary with a right answer by the expander's chain, and checks that. The
     expander's own reasoning, about how to write, is ignored."""
     right = [chain for chain in chains if "correct" not in chain.faults]
@@ -130,13 +127,13 @@ def expand(engine: Engine, chains: list[Chain], args: argparse.Namespace) -> Non
         summaries.append((data.split_response(chain.response) or (chain.response,))[0])
         parts = data.question_text(chain.question), summaries[-1], chain.question.written_answer()
         requests.append(prompt_request(chain.question.id, EXPAND_PROMPT % parts, []))
-    for chain, summary, row in zip(right, summaries, ask(engine, "expander", requests, args)):
+    for chain, summary, row in zip(right, summaries, ask(spec, "expander", requests, args)):
         match = EXPANSION.fullmatch(row["response"])
         chain.response = in_form(*match.groups()) if match else row["response"]
         chain.faults = check_chain(
             chain.response, row["finish_reason"], chain.question, *args.words
         )
-        chain.notes["expander"] = engine.spec
+        chain.notes["expander"] = spec
         parts = data.split_response(chain.response)
         if parts and len(parts[0].split()) <= len(summary.split()):
             chain.faults["expansion"] = "its reasoning is no longer than the summary"
@@ -146,14 +143,13 @@ def select(
     chains: list[Chain],
     kept: dict[str, list[Chain]],
     verdicts: dict[str, bool],
-    checker: Engine | None,
     args: argparse.Namespace,
 ) -> None:
     """Adds to `kept`, {question id: its chains}, the chains in which neither the rules nor a human
     nor the checker find a fault."""
     apply_verdicts(chains, verdicts)
-    if checker:
-        check_by_engine(checker, chains, args)
+    if args.checker:
+        check_by_engine(args.checker, chains, args)
     for chain in chains:
         others = kept[chain.question.id]
         if chain.response in [other.response for other in others]:
@@ -175,7 +171,7 @@ def apply_verdicts(chains: list[Chain], verdicts: dict[str, bool]) -> None:
             chain.faults = {}
 
 
-def check_by_engine(engine: Engine, chains: list[Chain], args: argparse.Namespace) -> None:
+def check_by_engine(spec: str, chains: list[Chain], args: argparse.Namespace) -> None:
     """Asks the checker about (ii) and (iii), with the images, for chains on which neither a rule
     nor a human has decided."""
     open_chains = [chain for chain in chains if not chain.faults and "review" not in chain.notes]
@@ -184,16 +180,18 @@ def check_by_engine(engine: Engine, chains: list[Chain], args: argparse.Namespac
         prompt = CHECK_PROMPT % (data.question_text(chain.question), chain.response)
         images = image_paths(chain.question, Path(args.images))
         requests.append(prompt_request(chain.question.id, prompt, images))
+    engine = open_engine(spec, inference.setup_of(args))
     completions = inference.ask_yes_no(engine, requests, list(CHECKS), "checker", args)
+    engine.close()
     for chain, request in zip(open_chains, requests):
-        chain.notes["checker"] = engine.spec
+        chain.notes["checker"] = spec
         met, error = inference.read_verdict(completions[request.id], list(CHECKS))
         if error:
-            chain.faults["unchecked"] = f"{engine.spec}: {error}"
+            chain.faults["unchecked"] = f"{spec}: {error}"
             continue
         for key, name in CHECKS.items():
             if not met[key]:
-                chain.faults[name] = f"{engine.spec} says No to {key}"
+                chain.faults[name] = f"{spec} says No to {key}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -277,11 +275,13 @@ THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.S)
 EXPANSION = re.compile(r"\s*(?:<think>)?(.*?)(?:</think>)?\s*<answer>(.*?)</answer>\s*", re.S)
 
 
-def ask(engine: Engine, role: str, requests: list[Request], args: argparse.Namespace) -> list[dict]:
+def ask(spec: str, role: str, requests: list[Request], args: argparse.Namespace) -> list[dict]:
     """The completions as rows, in the order of the requests."""
+    engine = open_engine(spec, inference.setup_of(args))
     sampling = inference.Sampling(args.temperature, 1.0, args.max_tokens, args.seed)
-    row = lambda one: inference.completion_row(one, engine.spec) | {"reasoning": one.reasoning}
+    row = lambda one: inference.completion_row(one, spec) | {"reasoning": one.reasoning}
     rows = inference.complete_all(engine, requests, sampling, role, row, args)
+    engine.close()
     return [rows[request.id, k] for request in requests for k in request.samples]
 
 
@@ -359,6 +359,7 @@ def run(args: argparse.Namespace) -> None:
     if not stage.open_folder(args, inputs, inference.FREE, images):
         return
     bill.announce(costs(questions, args), args.images_may_leave)
+    check_remote(filter(None, specs), inference.setup_of(args))
     kept, made = distill(questions, verdicts, args)
     demos = [chain for chains in kept.values() for chain in chains]
     write_out(args, started, made, demos, verdicts, specs)
@@ -441,14 +442,12 @@ def import_chains(args: argparse.Namespace) -> None:
         return
     for chain in chains:
         chain.faults |= check_chain(chain.response, "stop", chain.question, *args.words)
-    checker = None
     if args.checker:
         texts = [(data.question_text(chain.question) + chain.response, chain) for chain in chains]
         sizes = [(len(text), len(chain.question.images)) for text, chain in texts]
         bill.announce([checker_cost(sizes, args)], args.images_may_leave)
-        checker = open_engine(args.checker, inference.setup_of(args))
     kept: dict[str, list[Chain]] = {chain.question.id: [] for chain in chains}
-    select(chains, kept, verdicts, checker, args)
+    select(chains, kept, verdicts, args)
     for same in kept.values():
         for sample, chain in enumerate(same):
             chain.sample = sample

@@ -27,7 +27,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -431,3 +431,11 @@ def open_engine(spec: str, setup: Setup) -> Engine:
         if replicas > 1:
             return Replicas(spec, setup, groups[:replicas] or [""] * replicas)
     return ENGINES[kind](spec, setup)
+
+
+def check_remote(specs: Iterable[str], setup: Setup) -> None:
+    """Raises Unavailable, before anything is asked, for an engine without a key or a server that
+    does not answer. A local model is loaded only when its turn comes."""
+    for spec in specs:
+        if checkpoint(spec) is None:
+            open_engine(spec, setup).close()

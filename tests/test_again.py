@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import curate
 import data
+import distill
 import engines
 import evaluate
 import judge
@@ -202,7 +203,13 @@ def looking_judged(spec: str, bank: Path, out: Path) -> None:
     looking.main(["--engine", spec, *files, *more])
 
 
-@pytest.mark.parametrize("command", [curating, evaluating_judged, looking_judged])
+def distilling(spec: str, bank: Path, out: Path) -> None:
+    files = ["--questions", str(bank / "test.jsonl"), "--images", str(bank), "--out", str(out)]
+    roles = ["--teachers", "clinic:thorough", spec, "--expand", "clinic:thorough", spec]
+    distill.main(["run", *files, *roles, "--checker", spec, "--max-tokens", "8"])
+
+
+@pytest.mark.parametrize("command", [curating, distilling, evaluating_judged, looking_judged])
 def test_a_command_holds_one_local_model_at_a_time(
     bank, checkpoint, asked, tmp_path, monkeypatch, command
 ):
