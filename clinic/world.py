@@ -312,8 +312,9 @@ def with_other_films(
 ) -> list[data.Question]:
     """The questions with what looking.py shows instead of their film, in meta.shown: as `normal` a
     film without signs; as `counterfactual` a film of the same patient with another sign of the
-    modality, by which another option is right. meta.blind is the best accuracy without a film. The
-    random streams are separate, so the questions and their films do not change."""
+    modality, by which another option is right. meta.blind is the best accuracy without a film, if
+    all rules occur. The random streams are separate, so the questions and their films do not
+    change."""
     rng = random.Random(f"{seed}/{name}/counterfactual")
     streams = [[seed, *f"{name}/{arm}".encode()] for arm in ("counterfactual", "normal")]
     noise, grain = map(np.random.default_rng, streams)

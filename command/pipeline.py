@@ -137,7 +137,12 @@ class Stage:
         module = self.script.startswith("-m ")
         script = self.script.split() if module else [str(flags.HERE / self.script)]
         command = [*(launcher if self.ranks else []), *script, *self.words, *limits]
-        code = subprocess.run([sys.executable, *command], env=environment()).returncode
+        process = subprocess.Popen([sys.executable, *command], env=environment())
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:  # it has come to the stage too, which ends by itself
+            process.wait()
+            raise
         if code:
             failed = f"{self.name} stopped with exit code {code}"
             raise flags.UserError(f"{failed}; the same command goes on from there")

@@ -127,7 +127,7 @@ class HFEngine(Engine):
     def close(self) -> None:
         import torch
 
-        del self.policy
+        self.policy = None
         torch.cuda.empty_cache()
 
     def answer(self, requests: list[Request], sampling: Sampling) -> Iterator[list[Completion]]:

@@ -15,10 +15,11 @@ Where we depart from the paper, or it is silent: all numbers here are ours.
 
 import random
 import re
+import signal
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
@@ -89,6 +90,9 @@ class RemoteEngine(Engine):
         self.strikes, self.complaint = 0, ""  # questions in a row without text; the last one's why
         self.heard = threading.local()  # .text: what the server sent last, in each thread
 
+    def close(self) -> None:
+        self.client.close()
+
     def call(self, request: Request, sampling: Sampling, seed: int, wish: bool) -> list[Completion]:
         """One request, with WISH if `wish`. Returns at least one of the samples."""
 
@@ -107,12 +111,12 @@ class RemoteEngine(Engine):
             raise Unavailable(f"{self.spec}: images would be sent; give --images-may-leave")
         self.stopping.clear()
         self.failure, self.later, held = None, [], []  # what stopped the run; what to ask again
-        with ThreadPoolExecutor(self.setup.concurrency) as pool:
+        with self.ctrl_c(), ThreadPoolExecutor(self.setup.concurrency) as pool:
             if self.proven:  # refused ones that stand together would stop it again
                 requests = random.sample(requests, len(requests))
             running = [pool.submit(self.all_samples, request, sampling) for request in requests]
             try:
-                for future in self.as_they_end(running):
+                for future in as_completed(running):
                     completions = future.result()
                     ends = [one.finish_reason for one in completions]
                     self.tally.update(end for end in ends if end != "stop")
@@ -131,20 +135,25 @@ class RemoteEngine(Engine):
             count = f"so it is with {len(self.later)} questions, all others are answered"
             raise Unavailable(f"{self.later[0]}; {count}; the same command asks them again")
 
-    def as_they_end(self, running: list[Future]) -> Iterator[Future]:
-        """Ctrl-C is a failure that stops the run; a second one does not wait."""
-        left = set(running)
-        while left:
-            try:
-                for future in as_completed(left):
-                    left.remove(future)
-                    yield future
-            except KeyboardInterrupt as stop:
-                if self.stopping.is_set():
-                    raise
-                self.failure = stop
-                self.stopping.set()
-                tqdm.write(f"{self.spec}: stopping when the requests under way have ended")
+    @contextmanager
+    def ctrl_c(self) -> Iterator[None]:
+        """The first Ctrl-C is a failure that stops the run; the second one is Python's."""
+
+        def stop(*_) -> None:
+            signal.signal(signal.SIGINT, before)
+            self.failure = self.failure or KeyboardInterrupt()
+            self.stopping.set()
+            tqdm.write(f"{self.spec}: stopping when the requests under way have ended")
+
+        before = signal.getsignal(signal.SIGINT)
+        main = threading.current_thread() is threading.main_thread()
+        if main and before is signal.default_int_handler:
+            signal.signal(signal.SIGINT, stop)
+        try:
+            yield
+        finally:
+            if main:
+                signal.signal(signal.SIGINT, before)
 
     def all_samples(self, request: Request, sampling: Sampling) -> list[Completion]:
         """All samples of a question, or those that came before the run was stopped."""

@@ -656,3 +656,33 @@ def test_a_seed_that_stops_is_named_with_its_log_and_the_others_finish_first(tmp
     for seed in (4, 5):
         assert "was not begun by this run" in (tmp_path / f"seed-{seed}.log").read_text()
     assert not (tmp_path / "claims.md").exists()
+
+
+def test_at_ctrl_c_a_stage_has_the_time_that_it_needs_to_end(tmp_path):
+    """a remote engine waits for the answers under way, which are paid for"""
+    (tmp_path / "slow.py").write_text(
+        "import pathlib, signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "try:\n    print('asking', flush=True)\n    time.sleep(60)\n"
+        "except KeyboardInterrupt:\n    time.sleep(2)\n"
+        "    pathlib.Path(sys.argv[-1], 'kept').touch()\n"
+    )
+    program = (
+        "import signal; from command import pipeline\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"pipeline.Stage('slow', '-m slow', ['--out', {str(tmp_path / 'out')!r}]).run()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while "asking" not in (line := process.stdout.readline()):
+        assert line, process.stderr.read()
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to the stage, too
+    process.communicate(timeout=60)
+    assert process.returncode and (tmp_path / "out" / "kept").exists()

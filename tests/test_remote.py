@@ -1268,26 +1268,45 @@ def test_replies_under_way_when_another_request_stops_the_run_are_kept(api, serv
     )
 
 
-def test_replies_under_way_at_ctrl_c_are_kept(api, serve, tmp_path, monkeypatch):
-    # ignored by a process that a shell started in the background
-    old = signal.signal(signal.SIGINT, signal.default_int_handler)
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises, also where a shell has started this process in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
 
+
+def test_replies_under_way_at_ctrl_c_are_kept(api, serve, tmp_path, interruptible):
     def play(question, time, body):
-        server.over.wait(0.5)
-        if question == "q6":  # while nothing is being written
+        server.over.wait(0.2)
+        if question == "q6":
             os.kill(os.getpid(), signal.SIGINT)
-        server.over.wait(0.5)
         return api.good("yes")
 
     server, path = serve(play), tmp_path / "rollouts.jsonl"
     requests = [request(f"q{i}") for i in range(40)]
     with pytest.raises(KeyboardInterrupt):
         complete_into(path, open_at(api, server, concurrency=4), requests)
-    signal.signal(signal.SIGINT, old)
     kept = len(data.resume_jsonl(path))
     assert 7 <= kept < 40 and kept == len(server.requests)
     assert len(complete_into(path, open_at(api, server, concurrency=40), requests)) == 40
     assert len(server.requests) == 40  # none was asked twice
+
+
+def test_ctrl_c_after_a_failure_keeps_the_replies_and_tells_the_failure(api, serve, interruptible):
+    def play(question, time, body):
+        if question == "bad":
+            return api.bad(401, "bad key")
+        server.over.wait(0.5)
+        if question == "q0":
+            os.kill(os.getpid(), signal.SIGINT)
+        server.over.wait(0.3)
+        return api.good("yes")
+
+    server = serve(play)
+    asked = [request("q0"), request("q1"), request("bad")]
+    completions, stopped = until_it_stops(open_at(api, server, concurrency=3), asked)
+    assert {one.id for one in completions} == {"q0", "q1"} and "bad key" in str(stopped)
 
 
 def test_a_run_that_goes_on_is_not_stopped_again_where_refused_questions_stand_together(
