@@ -21,8 +21,10 @@ import base64
 import ipaddress
 import os
 import re
+import threading
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -30,14 +32,76 @@ from urllib.parse import urlsplit
 
 import data
 from engines.inference import Completion, Request, Sampling, Setup, Unavailable
-from engines.remote import RemoteEngine
+from engines.remote import Garbled, NoRoom, RemoteEngine
 
 TIMEOUT = 1800.0  # ours: seconds for one completion; a reasoning model may think for many minutes
 SEEDS = 2**31  # both APIs take seeds below this
 REASONING = ("reasoning_content", "reasoning")  # what servers call a model's thinking
 
 
-class ChatEngine(RemoteEngine):
+class APIEngine(RemoteEngine):
+    """What both share: a response is read choice by choice (`completion`), and what cannot be read
+    is shown."""
+
+    API = ""  # what the address must be, in words
+
+    def __init__(self, spec: str, setup: Setup, key: str):
+        super().__init__(spec, setup, key)
+        self.heard = threading.local()  # .text: what the server sent last, in each thread
+
+    def close(self) -> None:
+        self.client.close()
+
+    def completion(self, id: str, sample: int, choice, seed: int) -> Completion:
+        """One choice of a response. An end that is not stop, length or blocked is kept as it is."""
+
+    def hear(self, response) -> None:
+        """Keeps what the server sent, as the clients drop what they cannot read. httpx calls it."""
+        response.read()
+        self.heard.text = response.text
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """For a request and the reading of its response. Raises Garbled for another form, which the
+        clients do not check: these errors may come from anywhere inside them."""
+        try:
+            yield
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+            raise self.garbled(f"it cannot be read ({type(error).__name__})") from error
+
+    def garbled(self, why: str) -> Garbled:
+        sent = getattr(self.heard, "text", "") or "nothing"
+        return Garbled(f"{why}; is this the address of {self.API}? The server sent: {sent}")
+
+    def completions(self, request: Request, choices: list, seed: int) -> list[Completion]:
+        """The completions among the choices. Raises the first failure if there are none."""
+        completions, failures = [], []
+        for k, choice in zip(request.samples, choices):
+            try:
+                with self.reading():  # a choice of another form costs only itself
+                    one = self.completion(request.id, k, choice, seed)
+                    check_text(one)
+                    completions.append(one)
+            except (Garbled, NoRoom) as failure:
+                failures.append(failure)
+        if not completions:
+            raise failures[0]
+        return completions
+
+
+def check_text(one: Completion) -> None:
+    """Raises Garbled or NoRoom for a completion without text that no filter has blocked."""
+    if one.finish_reason not in ("stop", "length", "blocked"):
+        raise Garbled(f"it ended with {one.finish_reason}")
+    if one.text or one.finish_reason == "blocked":
+        return
+    if one.finish_reason == "length":
+        raise NoRoom("thinking used up the token limit")
+    if not one.token_ids:  # vLLM may end its turn at once
+        raise Garbled("an empty completion")
+
+
+class ChatEngine(APIEngine):
     """Any server with OpenAI's chat completions."""
 
     API = "a chat completions API"
@@ -168,7 +232,7 @@ class ChatEngine(RemoteEngine):
         return 0 if isinstance(error, self.openai.APIError) else None
 
 
-class GeminiEngine(RemoteEngine):
+class GeminiEngine(APIEngine):
     """Google's API. Its client takes another address than Google's from GOOGLE_GEMINI_BASE_URL."""
 
     API = "the Gemini API"

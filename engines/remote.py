@@ -74,10 +74,9 @@ class Unanswered(Exception):
 
 
 class RemoteEngine(Engine):
-    """A model behind an API. A subclass says how to ask (`call`), how to read one choice of a
-    response (`completion`), and which HTTP status a failure has (`status`)."""
+    """A model behind an API. A subclass says how to ask (`call`) and which HTTP status a failure
+    has (`status`)."""
 
-    API = ""  # what the address must be, in words
     SEVERAL = "several samples at once"  # a wish
     WISH, REFUSED = "", ""  # the API's own wish, and a pattern of its refusal
     made = 0  # requests of this process to all engines: --max-requests bounds a command
@@ -88,16 +87,9 @@ class RemoteEngine(Engine):
         self.wishes = {self.SEVERAL, self.WISH}  # without those that the server refused
         self.completed, self.proven = 0, False  # requests of this run; whether any of earlier runs
         self.strikes, self.complaint = 0, ""  # questions in a row without text; the last one's why
-        self.heard = threading.local()  # .text: what the server sent last, in each thread
-
-    def close(self) -> None:
-        self.client.close()
 
     def call(self, request: Request, sampling: Sampling, seed: int, wish: bool) -> list[Completion]:
         """One request, with WISH if `wish`. Returns at least one of the samples."""
-
-    def completion(self, id: str, sample: int, choice, seed: int) -> Completion:
-        """One choice of a response. An end that is not stop, length or blocked is kept as it is."""
 
     def status(self, error: Exception) -> int | None:
         """A failure's HTTP status; 0 for a broken connection; None if it is not the server's."""
@@ -181,7 +173,7 @@ class RemoteEngine(Engine):
             self.count_request(again=attempt > 0)
             samples = request.samples[: None if self.SEVERAL in wishes else 1]
             try:
-                part, self.heard.text = replace(request, samples=samples), ""
+                part = replace(request, samples=samples)
                 completions = self.call(part, sampling, seed, self.WISH in wishes)
                 self.learn(wishes)
                 return completions
@@ -292,48 +284,3 @@ class RemoteEngine(Engine):
         text = str(error).replace(self.key, "...") if self.key else str(error)
         text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
         return text if len(text) <= SHOWN else text[:SHOWN] + " ..."
-
-    def hear(self, response) -> None:
-        """Keeps what the server sent, as the clients drop what they cannot read. httpx calls it."""
-        response.read()
-        self.heard.text = response.text
-
-    @contextmanager
-    def reading(self) -> Iterator[None]:
-        """For a request and the reading of its response. Raises Garbled for another form, which the
-        clients do not check: these errors may come from anywhere inside them."""
-        try:
-            yield
-        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-            raise self.garbled(f"it cannot be read ({type(error).__name__})") from error
-
-    def garbled(self, why: str) -> Garbled:
-        sent = self.heard.text or "nothing"
-        return Garbled(f"{why}; is this the address of {self.API}? The server sent: {sent}")
-
-    def completions(self, request: Request, choices: list, seed: int) -> list[Completion]:
-        """The completions among the choices. Raises the first failure if there are none."""
-        completions, failures = [], []
-        for k, choice in zip(request.samples, choices):
-            try:
-                with self.reading():  # a choice of another form costs only itself
-                    one = self.completion(request.id, k, choice, seed)
-                    check_text(one)
-                    completions.append(one)
-            except (Garbled, NoRoom) as failure:
-                failures.append(failure)
-        if not completions:
-            raise failures[0]
-        return completions
-
-
-def check_text(one: Completion) -> None:
-    """Raises Garbled or NoRoom for a completion without text that no filter has blocked."""
-    if one.finish_reason not in ("stop", "length", "blocked"):
-        raise Garbled(f"it ended with {one.finish_reason}")
-    if one.text or one.finish_reason == "blocked":
-        return
-    if one.finish_reason == "length":
-        raise NoRoom("thinking used up the token limit")
-    if not one.token_ids:  # vLLM may end its turn at once
-        raise Garbled("an empty completion")
