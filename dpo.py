@@ -30,10 +30,11 @@ Where we depart from the paper, or it is silent:
   3. A rollout's own token ids are trained on; a pair without them is tokenised, and counted.
   4. Log-probabilities are sums over the response, <|im_end|> included, as in Eq. 1, never means.
   5. --order pair shuffles pairs, as the paper's trainer does; --order question keeps a question's
-     pairs in one step. Pairs of a question are alike: 64 of them are worth about 23 independent
-     ones (`worth` in each step's line). In the miniature questions take half the time and lose a
-     little more than the .02 of all-criteria chains set beforehand, so pairs are the default
-     (docs/running.md has the figures).
+     pairs in one step, which takes half the time in the miniature. Pairs of a question are alike:
+     64 pairs of whole questions are worth about 23 independent ones (`worth` in each step's line).
+     We had set beforehand that `question` may cost at most .02 of all-criteria chains; what it
+     costs there, .015 and .017, is not surely less, so `pair` is the default (docs/running.md).
+  6. Some questions' pairs are held out; the paper trains on all (--held-out 0).
 """
 
 import argparse
@@ -83,14 +84,14 @@ def pair_loss(logp: Tensor, batch: model.Batch, beta: float) -> tuple[Tensor, Te
     losses, the number of pairs, and figures as (sum, count)."""
     row, w, l = batch.edges  # (E,) each: of each pair its row, y_w and y_l
     sums, refs = reference.response_sums(logp, batch), batch.reference  # (B, K) each
-    chosen, rejected, tokens = sums[row, w], sums[row, l], response_tokens(batch)
-    losses, *rewards = dpo_loss(chosen, rejected, refs[row, w], refs[row, l], beta)
+    tokens = response_tokens(batch)
+    losses, *rewards = dpo_loss(sums[row, w], sums[row, l], refs[row, w], refs[row, l], beta)
     weights = batch.row_weights[row]
     figures = {
         "margin": rewards[0] - rewards[1],
         "accuracy": (rewards[0] > rewards[1]).float(),
-        "chosen": chosen,
-        "rejected": rejected,
+        "chosen": rewards[0] / beta,  # nats that the response has gained since the reference
+        "rejected": rewards[1] / beta,
         "chosen_tokens": tokens[row, w],
         "rejected_tokens": tokens[row, l],
     }
@@ -169,7 +170,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     about = "of training: pairs shuffled, or whole questions"
     add("--order", choices=trees.ORDERS, default="pair", help=about)
     # ours: paper silent
-    about = "share of the questions whose pairs are not trained on, but evaluated during training"
+    about = "share of the questions whose pairs are evaluated, not trained on; 16 pairs or none"
     add("--held-out", type=flags.number(0, 0.5), default=0.05, help=about)
     about = "most nats a token, on average, between trainer and sampler; 0: "
     about += f"{drift.LIMIT_BF16} in bf16, {drift.LIMIT_FP32} in fp32"

@@ -17,11 +17,12 @@ Where we depart from the paper, or it is silent:
      the same samples serve all figures, so MV@1 = pass@1 = accuracy.
   2. For n below N, MV@n is a mean over seeded subsets (the paper may have used the first n).
   3. With --judge one chain of every image question is judged (--judge-samples), right or wrong, so
-     that a stage cannot look better by answering less. It is the same sample at every stage. Empty
-     chains and unreadable verdicts are left out, and counted.
+     that a stage cannot look better by answering less. It is the same sample at every stage. An
+     empty chain is not sent and meets no criterion; unreadable verdicts are left out, and counted.
   4. --prompt paper is Appendix A's system prompt for whatever model is asked; official is the
      benchmark's own prompt; bare is the question alone, for models that reason unasked.
   5. --open-ended removes the options (Fig. 8), and an engine says which answers mean the reference.
+     Votes count other words for it as other answers, so MV@n is a lower bound there.
 """
 
 import argparse
@@ -38,7 +39,7 @@ from benchmarks import official
 from command import flags, schema, stage
 from engines import bill, inference, open_engine
 from engines.inference import Request, Sampling, checkpoint, identity, setup_of
-from judge import Questions, judge_chains
+from judge import CRITERIA, Questions, judge_chains
 from judge import cost as judge_cost
 from report import score
 
@@ -245,12 +246,17 @@ def grade(rows: list[dict], questions: Questions, args: argparse.Namespace) -> i
     return ungraded
 
 
-def judge_rows(rows: list[dict], questions: Questions, args: argparse.Namespace) -> list[dict]:
-    """A verdict on each chain of judged_samples that is not empty."""
+def judge_rows(
+    rows: list[dict], questions: Questions, args: argparse.Namespace
+) -> tuple[list[dict], dict[tuple[str, int], dict | None]]:
+    """(verdicts on the chains of judged_samples that are not empty, {(id, sample): criteria} of
+    all)."""
     chosen = judged_samples(questions, args)
     chains = [row for row in rows if (row["id"], row["sample"]) in chosen]
-    chains = [row for row in chains if row["response"].strip()]
-    return judge_chains(open_engine(args.judge, setup_of(args)), chains, questions, args)
+    said = [row for row in chains if row["response"].strip()]
+    verdicts = judge_chains(open_engine(args.judge, setup_of(args)), said, questions, args)
+    criteria = {(row["id"], row["sample"]): dict.fromkeys(CRITERIA, False) for row in chains}
+    return verdicts, criteria | {(row["id"], row["sample"]): row["criteria"] for row in verdicts}
 
 
 def print_results(results: dict) -> None:
@@ -330,9 +336,8 @@ def main(argv: list[str] | None = None) -> None:
     data.write_jsonl(out / "predictions.jsonl", rows)
     criteria, outputs = {}, [out / "predictions.jsonl", out / "results.json"]
     if args.judge:
-        verdicts = judge_rows(rows, questions, args)
+        verdicts, criteria = judge_rows(rows, questions, args)
         data.write_jsonl(out / "verdicts.jsonl", verdicts)
-        criteria = {(row["id"], row["sample"]): row["criteria"] for row in verdicts}
         outputs.append(out / "verdicts.jsonl")
     samples: dict[str, list[dict]] = {key: [] for key in questions}
     for row in rows:

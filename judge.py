@@ -21,8 +21,8 @@ Where we depart from the paper, or it is silent:
   1. The judge also returns Answer_Correctness, which the rule has decided. A row where it says No
      is left out and counted.
   2. How pairs are chosen is not said. All of Y_p x Y_n is our default: with 8 samples at 40 to 45 %
-     accuracy it gives about the paper's 4,432 and 5,224 pairs from 2,000 image questions; one
-     negative a positive does not.
+     accuracy, half of the right chains positive and questions equally hard, it gives about the
+     paper's 4,432 and 5,224 pairs from 2,000 image questions; one negative a positive does not.
   3. An answer cut off by the token limit is not in Y, so it is on neither side.
   4. --criteria may name fewer than four: a chain that meets these is positive.
 """

@@ -279,18 +279,18 @@ class Processor:
             raise data.RowError(f"{tokens} image tokens for {features} features")
         return Segment(ids, [data.PROMPT] * len(ids), images=images)
 
-    def encode_response(self, response: str, parent: int = 0, branch: int = 0) -> Segment:
+    def encode_response(self, response: str, parent: int = 0) -> Segment:
         """A supervised segment: the response's tokens, each labelled by its span, and the end of
         the turn. The response is tokenised as a whole. A model may sample the same text as other
         tokens: rollouts keep their ids."""
         self.refuse_special(response, "response")
         encoded = self.tokenizer(response, add_special_tokens=False, return_offsets_mapping=True)
         labels = data.label_spans(response, [start for start, _ in encoded["offset_mapping"]])
-        return Segment(encoded["input_ids"] + [self.stop_id], labels + [data.TAG], parent, branch)
+        return Segment(encoded["input_ids"] + [self.stop_id], labels + [data.TAG], parent)
 
-    def encode_tokens(self, ids: list[int], parent: int = 0, branch: int = 0) -> Segment:
+    def encode_tokens(self, ids: list[int], branch: int = 0) -> Segment:
         """A supervised segment of a chain's token ids, which no loss needs the spans of."""
-        return Segment(list(ids), [data.TAG] * len(ids), parent, branch)
+        return Segment(list(ids), [data.TAG] * len(ids), 0, branch)
 
     def decode(self, ids: list[int]) -> str:
         """The text of a response, without the end-of-turn token."""
@@ -311,8 +311,9 @@ class Processor:
 # Batches of tree rows
 
 
-# start and stop of a stretch of tokens, and of each ancestor segment, which it sees: of a pair's
-# second chain the prompt alone, a part of the first stretch
+# (start, stop, seen): a run of segments, each the parent of the next; seen has the (start, stop) of
+# the ancestors before it. A pair is two: prompt and first chain, which sees nothing else, and
+# second chain, which sees the prompt
 Stretch = tuple[int, int, tuple[tuple[int, int], ...]]
 
 

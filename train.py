@@ -357,7 +357,7 @@ def shuffled(rows: int, batch: int, epochs: float, seed: int) -> list[list[int]]
     """The rows of every step. Each epoch has every row once, in an order of its own; its last batch
     may be smaller. The last epoch may be a part of one."""
     per_epoch = math.ceil(rows / batch)
-    places = [divmod(step, per_epoch) for step in range(math.ceil(epochs * per_epoch))]
+    places = [divmod(step, per_epoch) for step in range(math.ceil(round(epochs * per_epoch, 6)))]
     orders = [order(rows, seed, epoch) for epoch in range(math.ceil(epochs))]
     return [orders[epoch][at * batch : (at + 1) * batch] for epoch, at in places]
 
@@ -431,8 +431,8 @@ class Run:
 
     After the loop's body the step is written: a row of out/metrics.jsonl (whose "step" counts from
     0, the printed one from 1), a line every `print_every` steps, and every `save_every` a state in
-    out/state. The loop may add to
-    `run.figures` after `update`. Each of these is a collective.
+    out/state. The loop may add to `run.figures` after `update`. The iteration, `backward` and
+    `update` are collectives.
 
     plan          the rows of every step; it fixes the number of steps, and so the cosine
     make_batch    (rows, their weights) -> a batch on the device; it runs in a thread, a few

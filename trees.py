@@ -114,23 +114,23 @@ def edges_of(places: Sequence[Place], count: int) -> list[list[Edge]]:
 
 
 HELD_PAIRS = 16  # ours: fewer pairs that are held out say nothing
-HELD_SHARE = 0.2  # ours: if HELD_PAIRS are more than this share of all, none are held out
+HELD_SHARE = 0.2  # ours: most of all pairs that are held out, unless more are asked for
 
 
 def held_out(trees: Sequence[Tree], places: Sequence[Place], share: float) -> set[int]:
     """Numbers of the trees that are kept out of training, drawn by a hash of their ids: `share` of
-    those that have pairs, and more until they have HELD_PAIRS pairs. Of few pairs no tree is."""
-    if not share or HELD_PAIRS > HELD_SHARE * len(places):
-        return set()
+    those that have pairs, and more until they have HELD_PAIRS pairs. A tree with which they would
+    have too many is passed over. None where HELD_PAIRS are not reached."""
     counts = Counter(tree for tree, _ in places)
+    most, pairs = max(HELD_SHARE, share) * len(places), 0
     held: set[int] = set()
-    pairs = 0
     for tree in sorted(counts, key=lambda tree: (data.content_hash(trees[tree].id), tree)):
         if len(held) >= share * len(counts) and pairs >= HELD_PAIRS:
             break
-        held.add(tree)
-        pairs += counts[tree]
-    return held
+        if pairs + counts[tree] <= most:
+            held.add(tree)
+            pairs += counts[tree]
+    return held if share and pairs >= HELD_PAIRS else set()
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,7 @@ def encode_tree(
     images = [processor.encode_file(data.image_file(image_root, image)) for image in tree.images]
     encoded = [processor.encode_prompt(tree.prompt, images)]
     for branch, chain in enumerate(chains, 1):
-        encoded.append(processor.encode_tokens(tree.chains[chain].ids, 0, branch))
+        encoded.append(processor.encode_tokens(tree.chains[chain].ids, branch))
     return encoded
 
 

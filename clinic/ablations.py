@@ -1,17 +1,17 @@
 """Ablations of the miniature: what else each stage could learn from, and how it then does.
 
-An ablation is the demo with other demonstrations or other preference pairs, as many in each; base
-model, settings and test questions are the demo's. `medee.py claims` runs them in
-RUN/ablations/NAME, and `python -m report claims` compares them.
+An ablation is the demo with other demonstrations or other preference pairs; base model, settings
+and test questions are the demo's. `medee.py claims` runs them in RUN/ablations/NAME, and
+`python -m report claims` compares them.
 
 Stage I, from the base model:
     no-hasty     without the teacher that always writes one sign on the left
-    text         240 demonstrations on text questions,
+    text         demonstrations on 240 text questions,
     image-0 ...  on image questions, whose teachers write a wrong reading of 0, 20 or 40 % of the
                  films (rule and answer stay right: a wrong answer would be rejected),
     mixed-0 ...  or half of each. Their films are neither Stage II's nor the test's.
     withheld     base model and demonstrations lack a third of the rules (world.WITHHELD)
-Stage II, from the demo's Stage I and at most 400 pairs (length has fewer):
+Stage II, from the demo's Stage I and 400 pairs, drawn by the seed (length has fewer):
     four         the demo's own: all four criteria; four-10: at ten times the learning rate
     swap-20 ...  20, 35 or 50 % of the pairs are the wrong way round; 50 are random labels
     logic, image, truth, reflection  pairs by one criterion alone; no-logic ...: by the other three
@@ -20,8 +20,8 @@ Stage II, from the demo's Stage I and at most 400 pairs (length has fewer):
     right-wrong  right answers above wrong ones, whoever reasons well
     length       each chosen chain with the rejected one of the nearest length
     questions    the demo's pairs, a question's in one step
-    chosen       no preference: SFT on the chosen chains, with as many updates and Stage II's
-                 learning rate; chosen-10: at ten times that rate
+    chosen       no preference: SFT on the chosen chains, at Stage II's batch and learning rate, on
+                 all 400 (of pairs, 5 % are held out); chosen-10: at ten times that rate
 captions: what the three models say if asked for the film alone, as they were taught to be asked.
 
 This command makes the pairs, at most -n of them, drawn by the seed:
@@ -250,7 +250,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--out", required=True, help="folder to write")
     add("--seed", type=flags.SEED, default=0)
     args = parser.parse_args(argv)
-    if bool(args.pairs) == bool(args.rollouts and args.questions):
+    given = [bool(path) for path in (args.pairs, args.rollouts, args.questions)]
+    if given not in ([True, False, False], [False, True, True]):
         parser.error("give --pairs, or --rollouts and --questions")
     return args
 

@@ -156,7 +156,7 @@ def verdict(
 
 # judges that err, and how: blind never sees a hallucination, lenient lets half of what fails pass,
 # style says Yes to all wherever a chain checks itself; a number is the per cent of verdicts flipped
-ERRING = ("judge-blind", "judge-lenient", "judge-style", "judge-20", "judge-35", "judge-50")
+ERRING = ("judge-blind", "judge-lenient", "judge-style", "judge-20", "judge-50")
 
 
 def erring(

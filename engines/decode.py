@@ -101,9 +101,6 @@ class TreeCache:
             buffers[index][:, :, self.used : stop] = new
         return buffers[0][:, :, :stop], buffers[1][:, :, :stop]
 
-    def get_seq_length(self, layer: int = 0) -> int:
-        return self.used
-
     def keep(self, rows: Tensor) -> None:
         """Drops the other rows, and the unused room."""
         for buffers in self.layers.values():

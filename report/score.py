@@ -100,8 +100,8 @@ def vote(choices: list[str | None], right: list[bool]) -> bool:
 
 @lru_cache(maxsize=None)  # a question is in several groups, with the same vote
 def majority_at(n: int, choices: tuple, right: tuple, seed: int) -> float:
-    """Share of the n-subsets of the samples, in their order, whose majority is right; of so many
-    random ones where there are more."""
+    """Share of the n-subsets of the samples, in their order, whose majority is right; of
+    VOTE_SUBSETS random ones where there are more than that."""
     everything, rng = range(len(choices)), random.Random(seed)
     # single samples are always taken all: MV@1 is the accuracy
     if math.comb(len(choices), n) <= max(VOTE_SUBSETS, len(choices)):
@@ -160,8 +160,8 @@ def ratio_interval(sides: list[list[tuple[float, float]]], seed: int = 0) -> lis
 
 
 def choice_of(row: dict, question: data.Question) -> str | None:
-    """What votes are counted by: the letter or, open-ended, the normalised answer, and where that
-    is right the reference. An unfinished completion has no choice."""
+    """What votes are counted by: the letter or, open-ended, the normalised answer, and where it is
+    in the reference's words the reference. An unfinished completion has no choice."""
     if row["finish_reason"] != "stop":
         return None
     if question.options:

@@ -84,7 +84,7 @@ def trained(
         shown = (films_of or (lambda paths: paths))(one.images)
         row = [processor.encode_prompt(one.messages, list(map(processor.encode_file, shown)))]
         for which, completion in enumerate(completions[one.id], 1):
-            row.append(processor.encode_tokens(completion.token_ids, 0, which))
+            row.append(processor.encode_tokens(completion.token_ids, which))
         batch = model.collate([row], processor)
         if positions:
             batch = replace(batch, positions=positions(batch))
@@ -370,7 +370,7 @@ def test_pairs_of_a_rollout_are_held_against_the_trainer_and_older_rows_still_pa
         images = [processor.encode_file(films[0].parent / image) for image in pair["images"]]
         row = [processor.encode_prompt(pair["prompt"], images)]
         for which, side in enumerate(("chosen", "rejected"), 1):
-            row.append(processor.encode_tokens(pair[f"{side}_token_ids"], 0, which))
+            row.append(processor.encode_tokens(pair[f"{side}_token_ids"], which))
         batch = model.collate([row], processor)
         with torch.no_grad():
             logp = policy(batch)

@@ -656,7 +656,7 @@ def test_a_question_of_two_benchmarks_counts_in_both_and_one_id_for_two_question
         evaluate.read_all([paths[0], str(tmp_path / "empty.jsonl")])
 
 
-def test_an_empty_answer_is_not_judged_and_a_run_never_stands_beside_verdicts_of_another(
+def test_an_empty_answer_meets_nothing_unasked_and_a_run_never_stands_beside_verdicts_of_another(
     world, tmp_path
 ):
     question = next(q for q in schema.read_questions(world / "test.jsonl") if q.images)
@@ -664,9 +664,13 @@ def test_an_empty_answer_is_not_judged_and_a_run_never_stands_beside_verdicts_of
     said = [("", "blocked"), (data.join_response("The film shows it.", "x"), "stop")]
     out, bare = tmp_path / "out", tmp_path / "bare"
     with stored(out, {question.id: said}, images=str(world)) as flags:
+        flags += ["--judge-samples", "0"]
         evaluate.main([*flags, "--judge", "clinic:judge"])
+        assert len(data.resume_jsonl(out / "verdicts.jsonl")) == 1
         image = results_of(out)["groups"]["image"]
-        assert image["judged"] == 1 and image["unanswered"] == 0.5
+        assert image["judged"] == 2 and image["unanswered"] == 0.5
+        (entry,) = results_of(out)["entries"]
+        assert not any(entry["criteria"][0].values()) and any(entry["criteria"][1].values())
         before = {path: path.read_bytes() for path in out.iterdir()}
         with pytest.raises(data.RowError, match="judge 'clinic:judge' -> ''.*another folder"):
             evaluate.main(flags)

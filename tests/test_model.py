@@ -8,6 +8,8 @@ import re
 import shutil
 import unicodedata
 from dataclasses import replace
+from itertools import accumulate
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_engines import tilt
+from torch.profiler import ProfilerActivity, profile
 from transformers.core_model_loading import revert_weight_conversion
 
 import attention
@@ -24,7 +27,6 @@ import hub
 import memory
 import model
 import report.__main__
-from bench.logprobs import peak_bytes
 from engines import decode
 
 # the published checkpoints' own templates; the test folders carry templates written by this project
@@ -358,7 +360,7 @@ def test_images_that_no_turn_shows_are_refused(processor):
 
 def test_tokens_from_a_rollout_are_trained_as_they_are(processor):
     ids = processor.tokenize("a b") + [processor.stop_id]
-    segment = processor.encode_tokens(ids, parent=0, branch=1)
+    segment = processor.encode_tokens(ids, branch=1)
     assert (
         segment.ids == ids
         and all(segment.labels)
@@ -516,7 +518,7 @@ def test_a_tree_row_equals_its_two_separate_rows_in_logprobs_and_gradients(roomy
         policy.double()
     )  # so that what is left is the mask's and the positions' doing, not fp32 rounding
     prompt = prompt_of(roomy, "What is it?", [picture(*size) for size in SIZES[:2]])
-    tree = [prompt, roomy.encode_response(GOOD, 0, 0), roomy.encode_response(POOR, 0, 1)]
+    tree = [prompt, roomy.encode_response(GOOD), replace(roomy.encode_response(POOR), branch=1)]
     shared = policy(model.collate([tree], roomy))[0]
     weight = {1: 1.0, 2: -0.7}  # unequal, so that a gradient given to the wrong answer shows
     sum(w * shared[spans(tree)[s]].sum() for s, w in weight.items()).backward()
@@ -536,17 +538,17 @@ def several_trees(processor) -> model.Row:
     """Two patients packed into one row: a pair on an image, and two questions that share a prefix,
     one with an image of its own."""
     row = [prompt_of(processor, "What is it?", [picture(84, 56)])]
-    row += [processor.encode_response(GOOD, 0), processor.encode_response(POOR, 0, 1)]
+    row += [processor.encode_response(GOOD, 0), replace(processor.encode_response(POOR), branch=1)]
     row += [prompt_of(processor, "And this?", [])]
     second = prompt_of(processor, "Look.", [picture(56, 112)])
     row += [
         replace(second, parent=3),
-        processor.encode_response("no", 4, 2),
-        processor.encode_response(POOR, 3, 3),
+        replace(processor.encode_response("no", 4), branch=2),
+        replace(processor.encode_response(POOR, 3), branch=3),
     ]
     row += [
         prompt_of(processor, "Third.", [picture(56, 56)]),
-        processor.encode_response(GOOD, 7, 4),
+        replace(processor.encode_response(GOOD, 7), branch=4),
     ]
     return row
 
@@ -633,8 +635,8 @@ def test_padding_and_batch_mates_change_nothing(roomy, policy):
         [prompt_of(roomy, "Why?", []), roomy.encode_response(POOR)],
         [
             prompt_of(roomy, "This?", [picture(56, 56)]),
-            roomy.encode_response(POOR, 0, 0),
-            roomy.encode_response("no", 0, 1),
+            roomy.encode_response(POOR),
+            replace(roomy.encode_response("no"), branch=1),
         ],
     ]
     together = policy(model.collate(rows, roomy))
@@ -714,6 +716,20 @@ def test_chunked_logprobs_of_a_bf16_model_are_summed_in_fp32():
             found.dtype == torch.bfloat16
         )  # and no further from the truth than rounded logits put the plain computation
         assert (found - wanted).norm() < 1.2 * (plain - wanted).norm()
+
+
+def peak_bytes(work) -> int:
+    """The most bytes of CPU memory allocated at one time during `work`, above those before it; from
+    the allocator's own record."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        work()
+    sizes, events = [], list(record.profiler.kineto_results.experimental_event_tree())
+    while events:
+        event = events.pop()
+        events += event.children
+        if event.name == "[memory]":  # negative where memory is freed
+            sizes.append((event.start_time_ns, event.extra_fields.alloc_size))
+    return max(accumulate(size for _, size in sorted(sizes, key=itemgetter(0))))
 
 
 @pytest.mark.parametrize("head", ["trained", "frozen"])

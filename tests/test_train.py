@@ -153,6 +153,7 @@ def test_the_order_depends_on_seed_and_epoch_and_nothing_else():
         and first != list(range(50))
     )
     assert train.shuffled(50, 8, 1, 1)[3] == first[24:32]
+    assert len(train.shuffled(50, 1, 1.1, 1)) == 55  # 1.1 * 50 is a little more in floats
 
 
 @pytest.mark.parametrize(

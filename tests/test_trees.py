@@ -383,6 +383,8 @@ def test_held_out_questions_are_drawn_by_their_ids_and_have_pairs_enough():
     assert held([2] * 20, 0.05) == set()  # 16 of 40 pairs are too many
     assert len(held(counts, 0.3)) == 120  # as many as were asked for
     assert held(counts, 0) == set()
+    assert held([80], 0.05) == held([4, 96], 0.05) == set()  # else nothing is left to train on
+    assert 0 not in held([96] + [1] * 50, 0.3) != set()
     empty = [0, 4] * 100
     assert all(empty[tree] for tree in held(empty, 0.05))
 
