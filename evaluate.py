@@ -58,8 +58,8 @@ FORCE_PROMPT = "Give the letter of the option that you choose, and nothing else.
 
 def read_all(paths: list[str]) -> Questions:
     """Questions of several files by id. A question that two benchmarks share counts in both: under
-    another source it is kept again, as ID-SOURCE. Raises RowError where one id stands for two
-    questions, whatever their meta."""
+    another source it is kept again, as ID-SOURCE, so runs to be compared need the files in one
+    order. Raises RowError where one id stands for two questions, whatever their meta."""
     found: Questions = {}
     for path in paths:
         for question in schema.read_questions(path):
