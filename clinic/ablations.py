@@ -11,7 +11,7 @@ Stage I, from the base model:
                  films (rule and answer stay right: a wrong answer would be rejected),
     mixed-0 ...  or half of each. Their films are neither Stage II's nor the test's.
     withheld     base model and demonstrations lack a third of the rules (world.WITHHELD)
-Stage II, from the demo's Stage I and 400 pairs, drawn by the seed (length has fewer):
+Stage II, from the demo's Stage I and at most 400 pairs, drawn by the seed:
     four         the demo's own: all four criteria; four-10: at ten times the learning rate
     swap-20 ...  20, 35 or 50 % of the pairs are the wrong way round; 50 are random labels
     logic, image, truth, reflection  pairs by one criterion alone; no-logic ...: by the other three
@@ -21,7 +21,7 @@ Stage II, from the demo's Stage I and 400 pairs, drawn by the seed (length has f
     length       each chosen chain with the rejected one of the nearest length
     questions    the demo's pairs, a question's in one step
     chosen       no preference: SFT on the chosen chains, at Stage II's batch and learning rate, on
-                 all 400 (of pairs, 5 % are held out); chosen-10: at ten times that rate
+                 all of them (of pairs, 5 % are held out); chosen-10: at ten times that rate
 captions: what the three models say if asked for the film alone, as they were taught to be asked.
 
 This command makes the pairs, at most -n of them, drawn by the seed:
@@ -49,7 +49,7 @@ from rollout import read_rollouts
 
 APART = 1000  # added to the seed for the worlds of Stage I's ablations
 WORLDS = {"text": (240, 0), "image": (0, 240), "mixed": (120, 120)}  # text, image questions
-PAIRS = 400  # fewer than the smallest set of pairs that is not length-matched
+PAIRS = 400  # as many as most ablations have
 SWAPS = (20, 35, 50)  # per cent of pairs the wrong way round
 JUDGES = {"blind": "no-truth", "lenient": "lenient", "style": "reflection"}  # ablation of each
 ALONE = dict(zip(("logic", "image", "truth", "reflection"), judge.CRITERIA))

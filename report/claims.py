@@ -247,7 +247,16 @@ def true_order(run: Path, name: str) -> float | None:
     return statistics.fmean(chosen - rejected for chosen, rejected in pairs)
 
 
-def ablation_table(runs: list[Run], orders: dict[str, list[float | None]]) -> str:
+def pairs_of(folders: list[Path], name: str) -> str:
+    """How many pairs an ablation of Stage II learnt from, the fewest and the most of the runs."""
+    paths = [folder / "ablations" / name / "matched" / "stage.json" for folder in folders]
+    counts = {stage.read_record(path)["figures"]["pairs"] for path in paths if path.exists()}
+    return " … ".join(map(str, sorted({min(counts), max(counts)}))) if counts else ""
+
+
+def ablation_table(
+    folders: list[Path], runs: list[Run], orders: dict[str, list[float | None]]
+) -> str:
     """Stages and ablations: shares, mean and standard deviation over runs."""
 
     def cell(values: list[float | None]) -> str:
@@ -256,12 +265,12 @@ def ablation_table(runs: list[Run], orders: dict[str, list[float | None]]) -> st
         spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
         return f"{statistics.fmean(values):.2f}{spread}"
 
-    rows = [["stage or ablation", *COLUMNS.values(), "true order of pairs"]]
+    rows = [["stage or ablation", *COLUMNS.values(), "pairs", "true order of pairs"]]
     for name in runs[0]:
         sides = [run[name] for run in runs]
         if all(sides):
             shares = [[ratio(list(side[key].values())) for side in sides] for key in COLUMNS]
-            rows.append([name, *map(cell, shares), cell(orders[name])])
+            rows.append([name, *map(cell, shares), pairs_of(folders, name), cell(orders[name])])
     return tables.markdown(rows)
 
 
@@ -339,7 +348,7 @@ def claims(args: argparse.Namespace) -> None:
     orders = {name: [true_order(folder, name) for folder in folders] for name in runs[0]}
     ablated = all(run[name] for run in runs for name in ablations.NAMES)
     if ablated:
-        text += ABLATIONS.format(ablation_table(runs, orders), curve.name)
+        text += ABLATIONS.format(ablation_table(folders, runs, orders), curve.name)
     stage.new_file(args.out, text + "\n")
     plot(rows, picture)
     if ablated:
