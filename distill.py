@@ -95,16 +95,16 @@ def distill(
     kept, made = {question.id: [] for question in questions}, []
     count, expanders = len(args.teachers), dict(args.expand)
     for attempt in range(count):
+        chains = []  # of all teachers, for the checker at once
         for number, teacher in enumerate(args.teachers):
             first = (number - attempt) % count  # of the questions whose turn it is
             turn = [question for question in questions[first::count] if not kept[question.id]]
-            if not turn:
-                continue
-            chains = teach(teacher, turn, args)
+            taught = teach(teacher, turn, args)
             if teacher in expanders:
-                expand(expanders[teacher], chains, args)
-            select(chains, kept, verdicts, args)
-            made += chains
+                expand(expanders[teacher], taught, args)
+            chains += taught
+        select(chains, kept, verdicts, args)
+        made += chains
     return kept, made
 
 
@@ -175,6 +175,8 @@ def check_by_engine(spec: str, chains: list[Chain], args: argparse.Namespace) ->
     """Asks the checker about (ii) and (iii), with the images, for chains on which neither a rule
     nor a human has decided."""
     open_chains = [chain for chain in chains if not chain.faults and "review" not in chain.notes]
+    if not open_chains:
+        return  # no model is loaded to be asked nothing
     requests = []
     for chain in open_chains:
         prompt = CHECK_PROMPT % (data.question_text(chain.question), chain.response)
@@ -277,6 +279,8 @@ EXPANSION = re.compile(r"\s*(?:<think>)?(.*?)(?:</think>)?\s*<answer>(.*?)</answ
 
 def ask(spec: str, role: str, requests: list[Request], args: argparse.Namespace) -> list[dict]:
     """The completions as rows, in the order of the requests."""
+    if not requests:
+        return []  # no model is loaded to be asked nothing
     engine = open_engine(spec, inference.setup_of(args))
     sampling = inference.Sampling(args.temperature, 1.0, args.max_tokens, args.seed)
     row = lambda one: inference.completion_row(one, spec) | {"reasoning": one.reasoning}
