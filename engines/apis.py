@@ -70,7 +70,7 @@ class APIEngine(RemoteEngine):
             raise self.garbled(f"it cannot be read ({type(error).__name__})") from error
 
     def garbled(self, why: str) -> Garbled:
-        sent = getattr(self.heard, "text", "") or "nothing"
+        sent = self.heard.text or "nothing"
         return Garbled(f"{why}; is this the address of {self.API}? The server sent: {sent}")
 
     def completions(self, request: Request, choices: list, seed: int) -> list[Completion]:
@@ -160,6 +160,7 @@ class ChatEngine(APIEngine):
             settings |= {"logprobs": True, "extra_body": more}
         if not wish:
             settings |= {"stream": True, "stream_options": {"include_usage": True}}
+        self.heard.text = ""
         with self.reading():
             response = self.client.chat.completions.create(**settings)
             if not wish:
@@ -265,6 +266,7 @@ class GeminiEngine(APIEngine):
             thinking_config=types.ThinkingConfig(include_thoughts=True) if wish else None,
         )
         contents = self.contents(request)
+        self.heard.text = ""
         with self.reading():
             generate = self.client.models.generate_content
             response = generate(model=self.model, contents=contents, config=config)

@@ -139,12 +139,13 @@ class RemoteEngine(Engine):
 
         before = signal.getsignal(signal.SIGINT)
         main = threading.current_thread() is threading.main_thread()
-        if main and before is signal.default_int_handler:
+        ours = main and before is signal.default_int_handler
+        if ours:
             signal.signal(signal.SIGINT, stop)
         try:
             yield
         finally:
-            if main:
+            if ours:
                 signal.signal(signal.SIGINT, before)
 
     def all_samples(self, request: Request, sampling: Sampling) -> list[Completion]:
