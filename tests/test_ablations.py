@@ -106,6 +106,12 @@ def test_right_answers_stand_above_wrong_ones_and_unfinished_ones_nowhere():
     assert seen == {chain(text, "x") for text in ("one", "two", "3")}
 
 
+def test_right_above_wrong_and_the_rates_are_those_of_the_demos_recipe():
+    assert ablations.CAP == medee.MINI["pairs"]["cap"]
+    rate = medee.MINI["dpo"]["lr"]
+    assert ablations.RATES == {"": rate, "-10": pytest.approx(10 * rate)}
+
+
 @pytest.mark.parametrize("percent", clinic.roles.MISREADING)
 def test_a_teacher_misreads_that_share_of_films_and_still_answers_rightly(world, percent):
     asked = [one for one in schema.read_questions(world / "test.jsonl") if one.images]

@@ -42,9 +42,9 @@ def sampling(spec: str, bank: Path, out: Path) -> None:
     rollout.main(["--engine", spec, *files, "-n", "2", "--max-tokens", "8"])
 
 
-def evaluating(spec: str, bank: Path, out: Path) -> None:
+def evaluating(spec: str, bank: Path, out: Path, *more: str) -> None:
     files = ["--questions", str(bank / "test.jsonl"), "--images", str(bank), "--out", str(out)]
-    more = ["-n", "2", "--max-tokens", "8", "--name", "m"]
+    more = ["-n", "2", "--max-tokens", "8", "--name", "m", *more]
     evaluate.main(["--engine", spec, *files, *more])
 
 
@@ -192,9 +192,7 @@ def curating(spec: str, bank: Path, out: Path) -> None:
 
 
 def evaluating_judged(spec: str, bank: Path, out: Path) -> None:
-    files = ["--questions", str(bank / "test.jsonl"), "--images", str(bank), "--out", str(out)]
-    more = ["-n", "1", "--max-tokens", "8", "--judge", spec]
-    evaluate.main(["--engine", spec, *files, *more])
+    evaluating(spec, bank, out, "--judge", spec)
 
 
 def looking_judged(spec: str, bank: Path, out: Path) -> None:
